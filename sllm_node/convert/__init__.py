@@ -1,0 +1,1 @@
+"""From a Hugging Face checkpoint or a GGUF file to ours, once."""

@@ -1,0 +1,1 @@
+"""What every layer knows: types, errors, config, units, clock, log, metrics. Imports nothing of ours."""

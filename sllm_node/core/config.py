@@ -1,0 +1,276 @@
+"""The node's configuration: one frozen tree, parsed once, every problem reported together.
+
+TOML comes in through `tomllib`; sizes may be written "16MiB". A key that is not declared here is an
+error, so that a typing mistake is never a silently ignored wish. `configs/node.toml` lists every key
+with its default and one line of meaning; a test holds the two together.
+"""
+
+import tomllib
+from collections.abc import Callable, Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from sllm_node.core.errors import ConfigError
+from sllm_node.core.units import GIB, MIB, PAGE, parse_size
+
+Count = Annotated[int, Meta(ge=1)]
+NotNegative = Annotated[int, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0)]
+Name = Annotated[str, Meta(min_length=1)]
+
+
+class ByteSize(int):
+    """Bytes; written as a number or as text with a unit."""
+
+
+class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A table of the file."""
+
+
+class NodeConfig(Section, frozen=True):
+    """Table [node]."""
+
+    id: Name = "node-0"
+    drain_s: Seconds = 30.0
+
+
+class StoreConfig(Section, frozen=True):
+    """Table [store]."""
+
+    path: Name = "/var/lib/sllm-node/models"
+    pool_bytes: ByteSize = ByteSize(4 * GIB)
+    chunk_bytes: ByteSize = ByteSize(16 * MIB)
+    huge_pages: bool = True
+    reader_threads: Count = 4
+    max_concurrent_loads: Count = 2
+    verify: Literal["first", "always", "never"] = "first"
+    direct_io: bool = True
+
+
+class DeviceConfig(Section, frozen=True):
+    """Table [device]."""
+
+    name: Name = "cpu"
+    memory_bytes: ByteSize = ByteSize(8 * GIB)
+
+
+class EngineConfig(Section, frozen=True):
+    """Table [engine]."""
+
+    kv_cache_bytes: ByteSize = ByteSize(512 * MIB)
+    block_tokens: Count = 16
+    max_sessions: Count = 256
+    max_step_tokens: Count = 2048
+    torch_threads: NotNegative = 0
+    stall_s: Seconds = 120.0
+
+
+class ScheduleConfig(Section, frozen=True):
+    """Table [schedule]."""
+
+    max_queue: Count = 1024
+    max_wait_s: Seconds = 10.0
+    queue_timeout_s: Seconds = 600.0
+    keep_alive_s: float = 300.0
+
+
+class ServerConfig(Section, frozen=True):
+    """Table [server]."""
+
+    host: Name = "127.0.0.1"
+    port: Annotated[int, Meta(ge=0, le=65535)] = 8000
+    api_keys: tuple[Name, ...] = ()
+    admin_keys: tuple[Name, ...] = ()
+    allow_unauthenticated_remote: bool = False
+    max_body_bytes: ByteSize = ByteSize(8 * MIB)
+    max_choices: Count = 16
+    progress_interval_s: Annotated[float, Meta(gt=0)] = 2.0
+    write_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
+
+
+class LogConfig(Section, frozen=True):
+    """Table [log]."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["json", "console"] = "json"
+
+
+class ModelConfig(Section, frozen=True):
+    """Table [models.NAME]."""
+
+    preload: bool = False
+    pinned: bool = False
+    priority: int = 0
+    keep_alive_s: float | None = None
+
+
+class Config(Section, frozen=True):
+    """The whole file."""
+
+    node: NodeConfig = NodeConfig()
+    store: StoreConfig = StoreConfig()
+    device: DeviceConfig = DeviceConfig()
+    engine: EngineConfig = EngineConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    server: ServerConfig = ServerConfig()
+    log: LogConfig = LogConfig()
+    models: dict[str, ModelConfig] = {}
+
+
+def load_config(path: Path) -> Config:
+    """Read and check the TOML file at `path`.
+
+    Raises:
+        ConfigError: with every problem found, each naming its key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), (f"can't be read: {error.strerror}",)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), (f"is not UTF-8: {error}",)) from error
+    return parse_config(text, str(path))
+
+
+def parse_config(text: str, origin: str = "config") -> Config:
+    """Parse and check TOML `text`; `origin` names it in errors.
+
+    Raises:
+        ConfigError: with every problem found, each naming its key.
+    """
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(origin, (f"is no TOML: {error}",)) from error
+    problems = list(_problems(Config, tree, ""))
+    if not problems:
+        config = msgspec.convert(tree, Config, dec_hook=_decode)
+        problems = list(_contradictions(config))
+        if not problems:
+            return config
+    raise ConfigError(origin, tuple(problems))
+
+
+def config_schema() -> dict[str, Any]:
+    """Return the JSON Schema of the file, for editors."""
+    return msgspec.json.schema(Config, schema_hook=lambda _: {"type": ["string", "integer"]})
+
+
+def _decode(kind: type, value: object) -> object:
+    if kind is ByteSize:
+        if not isinstance(value, (int, str)):
+            raise ValueError(f'{value!r} is no size; write "16MiB"')
+        return ByteSize(parse_size(value))
+    raise NotImplementedError(kind)
+
+
+def _problems(kind: type[msgspec.Struct], tree: object, at: str) -> Iterator[str]:
+    """Yield what is wrong in `tree`, which stands at key `at`, field by field."""
+    if not isinstance(tree, dict):
+        yield f"{at or 'the file'} must be a table"
+        return
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    for key, value in tree.items():
+        where = f"{at}.{key}" if at else key
+        if key not in fields:
+            yield f"{where}: unknown key{_suggest(key, fields)}"
+        elif key == "models":
+            yield from _model_problems(value)
+        elif isinstance(fields[key], type) and issubclass(fields[key], Section):
+            yield from _problems(fields[key], value, where)
+        else:
+            yield from _value_problems(fields[key], value, where)
+
+
+def _model_problems(tree: object) -> Iterator[str]:
+    if not isinstance(tree, dict):
+        yield "models must be a table of tables, as in [models.NAME]"
+        return
+    for name, value in tree.items():
+        yield from _problems(ModelConfig, value, f"models.{name}")
+
+
+def _value_problems(kind: Any, value: object, where: str) -> Iterator[str]:
+    try:
+        msgspec.convert(value, kind, dec_hook=_decode)
+    except (msgspec.ValidationError, ValueError) as error:
+        yield f"{where} = {value!r}: {error}"
+
+
+def _suggest(key: str, fields: dict[str, Any]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(key, fields, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(fields)}"
+
+
+def _contradictions(config: Config) -> Iterator[str]:
+    checks: tuple[Callable[[Config], str | None], ...] = (
+        _check_chunks, _check_pool, _check_bind, _check_keep_alive, _check_device,
+    )  # fmt: skip
+    for check in checks:
+        if (problem := check(config)) is not None:
+            yield problem
+
+
+def _check_chunks(config: Config) -> str | None:
+    chunk = config.store.chunk_bytes
+    if chunk < PAGE or chunk % PAGE:
+        return f"store.chunk_bytes = {chunk}: must be a multiple of {PAGE} bytes, for direct I/O"
+    return None
+
+
+def _check_pool(config: Config) -> str | None:
+    smallest = 2 * config.store.chunk_bytes
+    if config.store.pool_bytes < smallest:
+        return (
+            f"store.pool_bytes = {config.store.pool_bytes}: must hold two chunks at least "
+            f"({smallest} bytes), so that one is read while the other is copied"
+        )
+    return None
+
+
+def _check_bind(config: Config) -> str | None:
+    server = config.server
+    if is_loopback(server.host) or server.api_keys or server.allow_unauthenticated_remote:
+        return None
+    return (
+        f"server.host = {server.host!r} is reachable from other machines: set server.api_keys, "
+        "or server.allow_unauthenticated_remote = true if that is what you want"
+    )
+
+
+def _check_keep_alive(config: Config) -> str | None:
+    values = {"schedule.keep_alive_s": config.schedule.keep_alive_s}
+    for name, model in config.models.items():
+        if model.keep_alive_s is not None:
+            values[f"models.{name}.keep_alive_s"] = model.keep_alive_s
+    for key, value in values.items():
+        if value < 0 and value != -1:
+            return f"{key} = {value}: must be seconds, or -1 for ever"
+    return None
+
+
+def _check_device(config: Config) -> str | None:
+    if config.device.name != "cpu":
+        return f'device.name = {config.device.name!r}: this version serves on "cpu" only'
+    if config.engine.kv_cache_bytes >= config.device.memory_bytes:
+        return (
+            f"engine.kv_cache_bytes = {config.engine.kv_cache_bytes}: leaves no room for weights "
+            f"in device.memory_bytes = {config.device.memory_bytes}"
+        )
+    return None
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether `host` names this machine only."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False

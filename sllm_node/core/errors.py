@@ -1,0 +1,325 @@
+"""Every error that crosses a module border: fields first, the sentence made from them.
+
+An error says what was wrong, where, and what to do. HTTP knows nothing here: `server/app.py` maps
+`Fault` and class to a status in one table.
+"""
+
+from enum import Enum
+from typing import ClassVar
+
+
+class Fault(Enum):
+    """Who can do something about an error."""
+
+    CALLER = "caller"
+    """The request is wrong; sending it again can't help."""
+    BUSY = "busy"
+    """The node is full or draining; the same request can succeed later."""
+    NODE = "node"
+    """The node or its hardware failed; trying again may help."""
+
+
+class SllmError(Exception):
+    """Base of all our errors."""
+
+    fault: ClassVar[Fault] = Fault.NODE
+    code: ClassVar[str] = "internal_error"
+
+
+# --- requests -----------------------------------------------------------------------------------
+
+
+class InvalidRequestError(SllmError):
+    """A field of a request is missing, malformed, unknown or unsupported."""
+
+    fault = Fault.CALLER
+    code = "invalid_request"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class PromptTooLongError(InvalidRequestError):
+    """Prompt and wanted tokens can never fit: the model's context or the node's KV memory."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, tokens: int, limit: int, reason: str) -> None:
+        super().__init__(
+            f"the request needs {tokens} tokens but {reason} allows {limit}; "
+            "shorten the prompt or lower max_tokens",
+            param="messages",
+        )
+        self.tokens = tokens
+        self.limit = limit
+
+
+class ModelNotFoundError(SllmError):
+    """No checkpoint of that name lies in the store."""
+
+    fault = Fault.CALLER
+    code = "model_not_found"
+
+    def __init__(self, model: str, known: tuple[str, ...] = ()) -> None:
+        listing = f"; there are: {', '.join(known[:20])}" if known else ""
+        super().__init__(f"there is no model named {model!r} here{listing}")
+        self.model = model
+
+
+class NodeFullError(SllmError):
+    """The queue is full; `retry_after_s` is when a place is expected."""
+
+    fault = Fault.BUSY
+    code = "node_full"
+
+    def __init__(self, queued: int, limit: int, retry_after_s: float) -> None:
+        super().__init__(
+            f"{queued} requests wait already and the limit is {limit}; "
+            f"try again in {retry_after_s:.0f} s"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class QueueTimeoutError(SllmError):
+    """A request waited longer than the limit for its model."""
+
+    fault = Fault.BUSY
+    code = "queue_timeout"
+
+    def __init__(self, model: str, waited_s: float, retry_after_s: float) -> None:
+        super().__init__(
+            f"no place for model {model!r} within {waited_s:.0f} s (schedule.queue_timeout_s)"
+        )
+        self.retry_after_s = retry_after_s
+
+
+class DrainingError(SllmError):
+    """The node is stopping and takes no new requests."""
+
+    fault = Fault.BUSY
+    code = "draining"
+
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__("this node is draining and takes no new requests")
+        self.retry_after_s = retry_after_s
+
+
+class CancelledByOperatorError(SllmError):
+    """A session was ended through the admin interface, or by the end of a drain."""
+
+    fault = Fault.NODE
+    code = "cancelled"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"the request was cancelled: {reason}")
+        self.reason = reason
+
+
+class ModelBusyError(SllmError):
+    """An operator's act on a model that is in use or pinned."""
+
+    fault = Fault.CALLER
+    code = "model_busy"
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(f"model {model!r} {reason}")
+        self.model = model
+
+
+class UnauthorizedError(SllmError):
+    """The API key is missing or wrong."""
+
+    fault = Fault.CALLER
+    code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "no or a wrong API key; send one of the node's keys as 'Authorization: Bearer KEY'"
+        )
+
+
+# --- checkpoints --------------------------------------------------------------------------------
+
+
+class CheckpointError(SllmError):
+    """A checkpoint can't be used: something about its files."""
+
+    code = "checkpoint_error"
+
+
+class CheckpointFormatError(CheckpointError):
+    """An index that we can't read or that contradicts itself."""
+
+    code = "checkpoint_format"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class ChecksumError(CheckpointError):
+    """Bytes read are not the bytes written."""
+
+    code = "checksum_mismatch"
+
+    def __init__(
+        self, model: str, shard: str, offset: int, size: int, tensors: tuple[str, ...] = ()
+    ) -> None:
+        inside = f" (tensors: {', '.join(tensors[:8])})" if tensors else ""
+        super().__init__(
+            f"model {model!r}: shard {shard} is damaged in bytes {offset} to {offset + size}"
+            f"{inside}; convert it again, then 'sllm-node verify {model}'"
+        )
+        self.model = model
+        self.shard = shard
+        self.offset = offset
+        self.size = size
+        self.tensors = tensors
+
+
+class CheckpointChangedError(CheckpointError):
+    """A shard was replaced or truncated after the checkpoint was opened."""
+
+    code = "checkpoint_changed"
+
+    def __init__(self, model: str, shard: str, problem: str) -> None:
+        super().__init__(
+            f"model {model!r}: shard {shard} {problem} since the node opened it; "
+            "what was cached of it is dropped, the next request reads it anew"
+        )
+        self.model = model
+        self.shard = shard
+
+
+class StorageReadError(CheckpointError):
+    """The file system failed to deliver bytes: EIO, short read, vanished file."""
+
+    code = "storage_read_error"
+
+    def __init__(self, model: str, shard: str, offset: int, problem: str) -> None:
+        super().__init__(f"model {model!r}: reading shard {shard} at byte {offset}: {problem}")
+        self.model = model
+        self.shard = shard
+        self.offset = offset
+
+
+class ConversionError(SllmError):
+    """A source can't be converted."""
+
+    fault = Fault.CALLER
+    code = "conversion_failed"
+
+    def __init__(self, source: str, problem: str) -> None:
+        super().__init__(f"{source}: {problem}")
+        self.source = source
+        self.problem = problem
+
+
+class UnsupportedArchitectureError(ConversionError):
+    """The step loop can't serve models of this architecture."""
+
+    code = "unsupported_architecture"
+
+    def __init__(self, source: str, architecture: str, supported: tuple[str, ...]) -> None:
+        super().__init__(
+            source,
+            f"architecture {architecture} is not served here; served: {', '.join(supported)}",
+        )
+        self.architecture = architecture
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+
+class PoolExhaustedError(SllmError):
+    """No chunk of the pinned pool can be freed for a load: everything in it is pinned."""
+
+    fault = Fault.BUSY
+    code = "pool_exhausted"
+    retry_after_s = 10.0
+
+    def __init__(self, model: str, chunks: int) -> None:
+        super().__init__(
+            f"model {model!r}: all {chunks} chunks of the pinned pool are pinned or in use; "
+            "unpin a model or raise store.pool_bytes"
+        )
+        self.model = model
+
+
+class DeviceMemoryError(SllmError):
+    """The device has no room for an allocation."""
+
+    fault = Fault.BUSY
+    code = "device_memory_exhausted"
+    retry_after_s = 10.0
+
+    def __init__(self, device: str, wanted: int, free: int, total: int) -> None:
+        super().__init__(f"device {device}: {wanted} bytes wanted, {free} of {total} free")
+        self.device = device
+        self.wanted = wanted
+        self.free = free
+        self.total = total
+
+
+class ModelTooLargeError(SllmError):
+    """A model that can never be served: weights and KV memory exceed the device."""
+
+    fault = Fault.CALLER
+    code = "model_too_large"
+
+    def __init__(self, model: str, needed: int, total: int) -> None:
+        super().__init__(
+            f"model {model!r} needs {needed} bytes of device memory (weights and KV cache); "
+            f"the device has {total} (device.memory_bytes, engine.kv_cache_bytes)"
+        )
+        self.model = model
+
+
+class DeviceError(SllmError):
+    """The device failed or is not there."""
+
+    code = "device_error"
+
+    def __init__(self, device: str, problem: str) -> None:
+        super().__init__(f"device {device}: {problem}")
+        self.device = device
+        self.problem = problem
+
+
+class LoadFailedError(SllmError):
+    """A load ended in something that has no better name; the cause is chained."""
+
+    code = "load_failed"
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(f"model {model!r} could not be loaded: {problem}")
+        self.model = model
+
+
+class EngineError(SllmError):
+    """A step failed; its sessions end with this."""
+
+    code = "engine_error"
+
+    def __init__(self, model: str, problem: str) -> None:
+        super().__init__(f"model {model!r}: the engine failed: {problem}")
+        self.model = model
+
+
+# --- operators ----------------------------------------------------------------------------------
+
+
+class ConfigError(SllmError):
+    """A configuration with every problem that was found in it."""
+
+    fault = Fault.CALLER
+    code = "invalid_config"
+
+    def __init__(self, path: str, problems: tuple[str, ...]) -> None:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        super().__init__(f"{path}: {count}\n{lines}")
+        self.path = path
+        self.problems = problems

@@ -1,0 +1,110 @@
+"""Every metric of the node, named and described in one place, on prometheus-client.
+
+One `Metrics` belongs to one node and its registry, so that two nodes in one process (tests) do not
+meet.
+"""
+
+from functools import partial
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+LATENCY_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)  # fmt: skip
+
+
+class Metrics:
+    """The node's counters, gauges and histograms; names begin with `sllm_`."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry or CollectorRegistry()
+        self._loads()
+        self._requests()
+        self._gauges()
+
+    def _loads(self) -> None:
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.loads = counter("sllm_loads", "Loads by source tier and result", ["source", "result"])
+        self.load_seconds = histogram(
+            "sllm_load_seconds",
+            "Load time by source tier",
+            ["source"],
+            buckets=LATENCY_BUCKETS_S,
+        )
+        self.load_bytes = counter(
+            "sllm_load_bytes", "Bytes delivered to the device by source tier", ["source"]
+        )
+        self.first_copy_seconds = histogram(
+            "sllm_load_first_copy_seconds",
+            "Load asked for to first chunk copy",
+            buckets=LATENCY_BUCKETS_S,
+        )
+        self.evictions = counter(
+            "sllm_evictions", "Models evicted by tier and reason", ["tier", "reason"]
+        )
+        self.checksum_failures = counter(
+            "sllm_checksum_failures", "Chunks whose checksum was wrong"
+        )
+
+    def _requests(self) -> None:
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.requests = counter(
+            "sllm_requests", "HTTP requests by route and status", ["route", "status"]
+        )
+        self.sessions = counter(
+            "sllm_sessions", "Sessions by model and how they ended", ["model", "outcome"]
+        )
+        self.prompt_tokens = counter("sllm_prompt_tokens", "Prompt tokens taken", ["model"])
+        self.generated_tokens = counter("sllm_generated_tokens", "Tokens generated", ["model"])
+        self.ttft_seconds = histogram(
+            "sllm_time_to_first_token_seconds",
+            "Request accepted to first token",
+            ["model"],
+            buckets=LATENCY_BUCKETS_S,
+        )
+        self.inter_token_seconds = histogram(
+            "sllm_inter_token_seconds",
+            "Time between two tokens of a session",
+            ["model"],
+            buckets=LATENCY_BUCKETS_S,
+        )
+        self.queue_seconds = histogram(
+            "sllm_queue_seconds",
+            "Request accepted to granted",
+            ["model"],
+            buckets=LATENCY_BUCKETS_S,
+        )
+        self.preemptions = counter(
+            "sllm_preemptions", "Sessions set back for want of KV blocks", ["model"]
+        )
+
+    def _gauges(self) -> None:
+        gauge = partial(Gauge, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.num_requests_waiting = gauge(
+            "sllm_num_requests_waiting", "Requests waiting", ["model"]
+        )
+        self.num_requests_running = gauge(
+            "sllm_num_requests_running", "Requests being served", ["model"]
+        )
+        self.kv_cache_usage_perc = gauge(
+            "sllm_kv_cache_usage_perc", "KV blocks in use, 0 to 1", ["model"]
+        )
+        self.pool_chunks = gauge(
+            "sllm_pool_chunks", "Chunks of the pinned pool by state", ["state"]
+        )
+        self.device_bytes = gauge(
+            "sllm_device_bytes", "Device memory by state", ["device", "state"]
+        )
+        self.tier_bandwidth = gauge(
+            "sllm_tier_bandwidth_bytes_per_second",
+            "Observed bandwidth into the device by source tier",
+            ["source"],
+        )
+        self.loop_lag_seconds = histogram(
+            "sllm_event_loop_lag_seconds",
+            "How late the event loop runs a timer",
+            buckets=(0.0005, *LATENCY_BUCKETS_S),
+        )
+        self.ready = gauge("sllm_ready", "1 while the node takes requests")

@@ -1,0 +1,153 @@
+"""The nouns that more than one layer uses. Plain data: frozen, slotted, no behaviour to speak of."""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal, NewType
+
+ModelId = NewType("ModelId", str)
+"""What a client names."""
+SessionId = NewType("SessionId", str)
+"""One generation, from request to last token."""
+RequestId = NewType("RequestId", str)
+"""One HTTP request; with n > 1 it has several sessions."""
+
+TokenIds = tuple[int, ...]
+FinishReason = Literal["stop", "length"]
+
+
+class Tier(Enum):
+    """Where bytes of a checkpoint can be, nearest to serving first."""
+
+    DEVICE = "device"
+    DRAM = "dram"
+    NVME = "nvme"
+
+
+class ModelState(Enum):
+    """What a model is doing on this node."""
+
+    IDLE = "idle"
+    """Not on the device, nobody waits."""
+    QUEUED = "queued"
+    """Requests wait for room on the device."""
+    LOADING = "loading"
+    READY = "ready"
+    """On the device; serves at once."""
+    EVICTING = "evicting"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadProgress:
+    """How far a load under way has come."""
+
+    bytes_done: int
+    bytes_total: int
+    elapsed_s: float
+    eta_s: float | None
+    """Seconds to the last byte; None until a rate is known."""
+    source: Tier
+    """The slowest tier that the load reads from."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What one finished load did: for metrics, logs and benchmarks."""
+
+    model: ModelId
+    bytes_total: int
+    bytes_from_nvme: int
+    bytes_from_dram: int
+    elapsed_s: float
+    first_copy_s: float
+    """From the call to the first chunk copy issued."""
+    verified_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParameters:
+    """How a token is drawn from logits; OpenAI's names and meanings, plus the usual extensions."""
+
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Of prompt and output tokens (Keskar et al. 2019, as transformers defines it)."""
+    presence_penalty: float = 0.0
+    """Of output tokens."""
+    frequency_penalty: float = 0.0
+    """Of output tokens."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    seed: int = 0
+    """Random numbers follow from (seed, token index) alone. 64 bits, unsigned."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """What the engine is asked for: tokens in, conditions of the end."""
+
+    session: SessionId
+    model: ModelId
+    prompt: TokenIds
+    sampling: SamplingParameters
+    max_tokens: int
+    """Output tokens at most, those in `resumed` included."""
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none. k: the chosen token's, and those of the k most likely."""
+    resumed: TokenIds = ()
+    """Output tokens already generated elsewhere; generation goes on after them."""
+    priority: int = 0
+    """Higher goes first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Log probability (natural) of a token under the model's own distribution."""
+
+    token: int
+    text: str
+    logprob: float
+    top: tuple[tuple[int, str, float], ...] = ()
+    """(token, text, logprob) of the most likely ones, best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationChunk:
+    """What a session has new: text that is whole characters and can't be part of a stop string."""
+
+    text: str
+    tokens: TokenIds
+    """The tokens generated since the last chunk; text may lag behind them."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish: FinishReason | None = None
+    """Set on the last chunk and only there."""
+    stop_text: str | None = None
+    """The stop string that ended it, if one did."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStatus:
+    """A model as `/v1/models` and `status` show it."""
+
+    model: ModelId
+    state: ModelState
+    tier: Tier
+    """The nearest tier that holds all of it."""
+    bytes_total: int
+    bytes_by_tier: dict[Tier, int]
+    dtype: str
+    architecture: str
+    context_tokens: int
+    pinned: bool
+    priority: int
+    running: int
+    waiting: int
+    keep_alive_until_s: float | None
+    """Seconds from now until eviction for idleness; None: not counted down."""
+    progress: LoadProgress | None
+    created: int
+    """Unix time of the conversion."""

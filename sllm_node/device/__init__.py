@@ -1,0 +1,1 @@
+"""The accelerator behind one small protocol: memory, streams, events. No models."""

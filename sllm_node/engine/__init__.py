@@ -1,0 +1,1 @@
+"""Turns tokens into tokens: the step loop over transformers models."""
