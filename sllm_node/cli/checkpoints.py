@@ -1,0 +1,208 @@
+"""Commands on the checkpoints of a store folder: convert, ls, inspect, verify, rm. No node is needed."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sllm_node.cli.output import print_json, print_table, say, tell
+from sllm_node.core.config import StoreConfig
+from sllm_node.core.errors import SllmError
+from sllm_node.core.types import ModelId
+from sllm_node.core.units import MIB, format_size, parse_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sllm_node.checkpoint.catalog import Catalog
+
+StoreFolder = Annotated[
+    Path,
+    typer.Option("--store", envvar="SLLM_NODE_STORE", help="folder of converted checkpoints"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Name = Annotated[str, typer.Argument(help="the checkpoint's name")]
+DEFAULT_STORE = Path(StoreConfig().path)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    for name, command in (
+        ("convert", convert), ("ls", list_checkpoints), ("inspect", inspect),
+        ("verify", verify), ("rm", remove),
+    ):  # fmt: skip
+        app.command(name)(command)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def convert(  # noqa: PLR0913 - each parameter is one of the command's options
+    source: Annotated[str, typer.Argument(help="folder of safetensors, GGUF file, or hub id")],
+    name: Annotated[str, typer.Option(help="what clients will call the model")],
+    store: StoreFolder = DEFAULT_STORE,
+    dtype: Annotated[
+        str | None, typer.Option(help="cast weights: float32, bfloat16, float16 (default: keep)")
+    ] = None,
+    chunk_size: Annotated[
+        int, typer.Option(parser=_size, metavar="SIZE", help="bytes under one checksum")
+    ] = 16 * MIB,
+    *,
+    force: Annotated[bool, typer.Option(help="replace a checkpoint of that name")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a checkpoint into the loading-optimised format."""
+    from sllm_node.checkpoint.describe import describe
+    from sllm_node.convert.convert import ConvertOptions
+    from sllm_node.convert.convert import convert as run
+
+    options = ConvertOptions(dtype=dtype, chunk_bytes=chunk_size, force=force)
+    with _progress(f"converting {name}") as advance:
+        checkpoint = run(
+            source, name, store, options, progress=lambda p: advance(p.bytes_done, p.bytes_total)
+        )
+    if as_json:
+        print_json(describe(checkpoint))
+    else:
+        say(
+            f"{name}: {format_size(checkpoint.index.size)}, "
+            f"{len(checkpoint.index.tensors)} tensors, in {checkpoint.path}"
+        )
+
+
+def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = False) -> None:
+    """List the checkpoints of the store."""
+    from sllm_node.checkpoint.describe import describe
+
+    catalog = _catalog(store)
+    found = [describe(catalog.get(model)) for model in catalog.models()]
+    problems = {name: str(problem) for name, problem in catalog.problems.items()}
+    if as_json:
+        print_json({"checkpoints": found, "problems": problems})
+        return
+    rows = [
+        (d["name"], d["architecture"], d["dtype"], f"{d['parameters'] / 1e6:,.0f} M", format_size(d["bytes"]))
+        for d in found
+    ]  # fmt: skip
+    print_table(("name", "architecture", "dtype", ">parameters", ">size"), rows)
+    for problem in problems.values():
+        tell(f"not usable: {problem}")
+
+
+def inspect(
+    name: Name,
+    store: StoreFolder = DEFAULT_STORE,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a checkpoint is made of."""
+    from sllm_node.checkpoint.describe import describe
+
+    checkpoint = _catalog(store).get(ModelId(name))
+    described = describe(checkpoint)
+    if as_json:
+        described["tensors_in_order"] = [
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape), "shard": t.shard, "offset": t.offset, "size": t.size}
+            for t in checkpoint.index.tensors
+        ]  # fmt: skip
+        print_json(described)
+        return
+    print_table(
+        ("property", "value"),
+        [(key, _shown(key, value)) for key, value in described.items()],
+    )
+
+
+def _shown(key: str, value: object) -> str:
+    if isinstance(value, dict):
+        return "\n".join(f"{k}: {_shown(key, v)}" for k, v in value.items())
+    if isinstance(value, int) and not isinstance(value, bool) and key.startswith(("bytes", "chunk")):
+        return f"{format_size(value)} ({value:,})"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def verify(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = False) -> None:
+    """Read every byte again; exit status 1 and the place of each damaged chunk if one is wrong."""
+    from sllm_node.checkpoint.verify import verify as run
+
+    checkpoint = _catalog(store).get(ModelId(name))
+    with _progress(f"verifying {name}") as advance:
+        damages = run(checkpoint, progress=advance)
+    if as_json:
+        print_json({
+            "name": name,
+            "bytes": checkpoint.index.size,
+            "damaged": [
+                {"shard": d.shard, "offset": d.offset, "size": d.size, "tensors": list(d.tensors), "problem": d.problem}
+                for d in damages
+            ],
+        })  # fmt: skip
+    elif not damages:
+        say(f"{name}: {format_size(checkpoint.index.size)} verified, no damage")
+    for damage in [] if as_json else damages:
+        say(
+            f"{name}: {damage.shard} bytes {damage.offset} to {damage.offset + damage.size}: "
+            f"{damage.problem}; tensors: {', '.join(damage.tensors) or 'none'}"
+        )
+    if damages:
+        raise typer.Exit(1)
+
+
+def remove(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = False) -> None:
+    """Delete a checkpoint. A node that has it loaded serves on until it evicts it."""
+    catalog = _catalog(store)
+    catalog.remove(ModelId(name))
+    if as_json:
+        print_json({"removed": name})
+    else:
+        say(f"{name}: removed from {store}")
+
+
+def _catalog(store: Path) -> "Catalog":
+    from sllm_node.checkpoint.catalog import Catalog
+
+    if not store.is_dir():
+        raise StoreMissingError(store)
+    catalog = Catalog(store)
+    catalog.scan()
+    return catalog
+
+
+class StoreMissingError(SllmError):
+    """The store folder named on the command line is not there."""
+
+    code = "store_missing"
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"there is no store folder {path}; name one with --store DIR")
+        self.path = path
+
+
+@contextmanager
+def _progress(title: str) -> "Iterator[Callable[[int, int], None]]":
+    """Show a bar with bytes, rate and time left on stderr; yield what moves it: (done, total)."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+        TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    console = Console(file=sys.stderr)
+    with Progress(*columns, console=console, transient=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

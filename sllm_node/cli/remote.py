@@ -1,0 +1,176 @@
+"""Commands to a running node over its admin endpoints: status, load, unload, pin, cancel, drain."""
+
+import asyncio
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sllm_node.cli.output import fail, print_json, print_table, say
+from sllm_node.core.config import load_config
+from sllm_node.core.units import format_rate, format_size
+
+Url = Annotated[
+    str, typer.Option(envvar="SLLM_NODE_URL", help="where the node listens", metavar="URL")
+]
+Key = Annotated[
+    str | None, typer.Option(envvar="SLLM_NODE_KEY", help="an admin key", metavar="KEY")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="take address and key from the node's config instead")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Model = Annotated[str, typer.Argument(help="the model's name")]
+DEFAULT_URL = "http://127.0.0.1:8000"
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    for command in (status, load, unload, pin, unpin, cancel, drain):
+        app.command()(command)
+
+
+def status(
+    url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None, *, as_json: AsJson = False
+) -> None:
+    """Show what is loaded where, what runs and waits, and how full the node is."""
+    report = _call("GET", "/admin/status", (url, key, config))
+    if as_json:
+        print_json(report)
+    else:
+        _show_status(report)
+
+
+def load(
+    model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None
+) -> None:
+    """Bring a model onto the device and wait until it serves."""
+    _act("load", model, (url, key, config))
+
+
+def unload(
+    model: Model,
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    config: ConfigFile = None,
+    *,
+    force: Annotated[bool, typer.Option(help="end its running sessions")] = False,
+) -> None:
+    """Take a model off the device."""
+    _act("unload", model, (url, key, config), {"force": force})
+
+
+def pin(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
+    """Load a model and never evict it until it is unpinned or the node restarts."""
+    _act("pin", model, (url, key, config))
+
+
+def unpin(
+    model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None
+) -> None:
+    """Let a pinned model be evicted again."""
+    _act("unpin", model, (url, key, config))
+
+
+def cancel(
+    request: Annotated[str, typer.Argument(help="the request's id, as in x-request-id")],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    config: ConfigFile = None,
+) -> None:
+    """End the sessions of one request."""
+    report = _call("POST", f"/admin/requests/{request}/cancel", (url, key, config))
+    say(f"cancelled {report.get('cancelled', 0)} sessions of request {request}")
+
+
+def drain(url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
+    """Take no new requests; the running ones finish. The process goes on until it is stopped."""
+    _call("POST", "/admin/drain", (url, key, config))
+    say("draining")
+
+
+Target = tuple[str, str | None, Path | None]
+
+
+def _act(verb: str, model: str, target: Target, body: dict[str, Any] | None = None) -> None:
+    from urllib.parse import quote
+
+    report = _call("POST", f"/admin/models/{quote(model, safe='')}/{verb}", target, body)
+    say(f"{model}: {report.get('state', verb)}")
+
+
+def _call(
+    method: str, path: str, target: Target, body: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    url, key, config_file = target
+    if config_file is not None:
+        config = load_config(config_file)
+        url = f"http://{config.server.host}:{config.server.port}"
+        keys = config.server.admin_keys or config.server.api_keys
+        key = key or (keys[0] if keys else None)
+    return asyncio.run(_request(method, url.rstrip("/") + path, key, body))
+
+
+async def _request(
+    method: str, url: str, key: str | None, body: dict[str, Any] | None
+) -> dict[str, Any]:
+    import aiohttp
+
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        async with (
+            aiohttp.ClientSession(headers=headers) as session,
+            session.request(method, url, json=body) as response,
+        ):
+            answer: dict[str, Any] = await response.json(content_type=None)
+            if response.status >= 400:
+                fail(str(answer.get("error", {}).get("message", response.reason)))
+            return answer
+    except aiohttp.InvalidURL:
+        fail(f"{url!r} is no URL; write http://HOST:PORT")
+    except aiohttp.ClientError as error:
+        fail(f"no node answers at {url}: {error}")
+    except ValueError:
+        fail(f"what answers at {url} is no sllm_node")
+
+
+def _show_status(report: dict[str, Any]) -> None:
+    node = report["node"]
+    say(f"node {node['id']}  version {node['version']}  {node['state']}  up {node['uptime_s']:.0f} s")
+    rows = [_model_row(model) for model in report["models"]]
+    print_table(
+        ("model", "state", "tier", ">size", ">on device", ">in DRAM", ">running", ">waiting", "notes"),
+        rows,
+    )
+    device, pool = report["device"], report["pool"]
+    say(f"device {device['name']}: {format_size(device['used'])} of {format_size(device['total'])} used")
+    say(f"pinned pool: {pool['used']} of {pool['chunks']} chunks of {format_size(pool['chunk_bytes'])}")
+    for tier, rate in report.get("bandwidth", {}).items():
+        if rate:
+            say(f"loads from {tier}: {format_rate(rate)} observed")
+    if report["sessions"]:
+        print_table(
+            ("session", "model", "state", ">prompt", ">generated", ">age s"),
+            [
+                (s["session"], s["model"], s["state"], str(s["prompt_tokens"]), str(s["generated_tokens"]), f"{s['age_s']:.1f}")
+                for s in report["sessions"]
+            ],
+        )
+
+
+def _model_row(model: dict[str, Any]) -> tuple[str, ...]:
+    notes = []
+    if model["pinned"]:
+        notes.append("pinned")
+    if (progress := model.get("progress")) is not None:
+        notes.append(f"{100 * progress['bytes_done'] / max(1, progress['bytes_total']):.0f} %")
+        if progress["eta_s"] is not None:
+            notes.append(f"{progress['eta_s']:.1f} s left")
+    if (left := model.get("keep_alive_until_s")) is not None:
+        notes.append(f"leaves in {left:.0f} s")
+    by_tier = model["bytes_by_tier"]
+    return (
+        model["id"], model["state"], model["tier"], format_size(model["bytes"]),
+        format_size(by_tier.get("device", 0)), format_size(by_tier.get("dram", 0)),
+        str(model["running"]), str(model["waiting"]), ", ".join(notes),
+    )  # fmt: skip
