@@ -82,7 +82,9 @@ def describe_machine() -> str:
 def commit() -> str:
     """Return the commit that was measured, marked when files differ from it."""
     run = ["git", "-C", str(ROOT)]
-    head = subprocess.run([*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    head = subprocess.run(
+        [*run, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    )
     changed = subprocess.run(
         [*run, "status", "--porcelain", "--untracked-files=no", "sllm_node", "kernels"],
         capture_output=True, text=True, check=False,
@@ -131,7 +133,11 @@ def main() -> int:
     text = README.read_text(encoding="utf-8")
     wanted = readme_with_table(text)
     if check:
-        print("README's figures are up to date" if text == wanted else "README's figures are stale: python -m scripts.bench.figures")
+        print(
+            "README's figures are up to date"
+            if text == wanted
+            else "README's figures are stale: python -m scripts.bench.figures"
+        )
         return int(text != wanted)
     README.write_text(wanted, encoding="utf-8")
     return 0
