@@ -1,0 +1,172 @@
+"""The checkpoints that lie in a store folder, each opened once and opened anew when it changed."""
+
+import os
+import re
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from sllm_node.checkpoint.index import INDEX_FILE, Shard, TensorIndex, from_json
+from sllm_node.core.errors import CheckpointFormatError, ModelNotFoundError, SllmError
+from sllm_node.core.types import ModelId
+
+TEMPORARY_PREFIX: Final = ".tmp-"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,95}")
+_INDEX_BYTES_MAX: Final = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIdentity:
+    """What tells a shard file from another one put in its place."""
+
+    device: int
+    inode: int
+    mtime_ns: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint on disk, as it was when it was opened."""
+
+    model: ModelId
+    path: Path
+    index: TensorIndex
+    identities: tuple[ShardIdentity, ...]
+    """Of each shard, in the order of `index.shards`."""
+
+
+def is_model_name(name: str) -> bool:
+    """Tell whether `name` may name a checkpoint: it is a folder name and an argument of commands."""
+    return _NAME.fullmatch(name) is not None
+
+
+def identity_of(status: os.stat_result) -> ShardIdentity:
+    """Return the identity in the result of a stat call."""
+    return ShardIdentity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the index of the checkpoint in folder `path` and check that its shards are there.
+
+    Raises:
+        CheckpointFormatError: the index or a shard is missing, unreadable, of another size.
+    """
+    index_path = path / INDEX_FILE
+    try:
+        if index_path.stat().st_size > _INDEX_BYTES_MAX:
+            raise CheckpointFormatError(str(index_path), "is too large for a tensor index")
+        data = index_path.read_bytes()
+    except OSError as error:
+        raise CheckpointFormatError(str(index_path), f"can't be read: {error.strerror}") from error
+    index = from_json(data, str(index_path))
+    identities = tuple(_shard_identity(path, shard) for shard in index.shards)
+    return Checkpoint(ModelId(path.name), path, index, identities)
+
+
+def _shard_identity(folder: Path, shard: Shard) -> ShardIdentity:
+    path = folder / shard.name
+    try:
+        identity = identity_of(path.stat())
+    except OSError as error:
+        raise CheckpointFormatError(str(path), f"can't be read: {error.strerror}") from error
+    if identity.size != shard.size:
+        raise CheckpointFormatError(
+            str(path), f"has {identity.size} bytes, the index says {shard.size}; convert again"
+        )
+    return identity
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    checkpoint: Checkpoint
+    index_identity: ShardIdentity
+
+
+class Catalog:
+    """The checkpoints of one store folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.problems: dict[str, SllmError] = {}
+        """Folders that hold no usable checkpoint, as of the last look at each."""
+        self._opened: dict[ModelId, _Opened] = {}
+
+    def scan(self) -> None:
+        """Look at the whole folder; what can't be opened goes to `problems`."""
+        names = {path.name for path in self._folders()}
+        self.problems = {}
+        for gone in self._opened.keys() - names:
+            del self._opened[gone]
+        for name in sorted(names):
+            try:
+                self.get(ModelId(name))
+            except SllmError as error:
+                self.problems[name] = error
+
+    def models(self) -> tuple[ModelId, ...]:
+        """Return the names of the usable checkpoints known so far, in order."""
+        return tuple(sorted(self._opened))
+
+    def get(self, model: ModelId) -> Checkpoint:
+        """Return the checkpoint of `model` as it is on disk now.
+
+        Costs a stat call for each of its files while nothing changed.
+
+        Raises:
+            ModelNotFoundError: there is none.
+            CheckpointFormatError: there is one that can't be used.
+        """
+        known = self._opened.get(model)
+        if known is not None and _is_unchanged(known):
+            return known.checkpoint
+        self._opened.pop(model, None)
+        path = self._folder(model)
+        try:
+            index_identity = identity_of((path / INDEX_FILE).stat())
+        except OSError as error:
+            raise CheckpointFormatError(
+                str(path / INDEX_FILE), f"can't be read: {error.strerror}"
+            ) from error
+        checkpoint = open_checkpoint(path)
+        self._opened[model] = _Opened(checkpoint, index_identity)
+        self.problems.pop(model, None)
+        return checkpoint
+
+    def remove(self, name: str) -> None:
+        """Delete the checkpoint `name`, a damaged one too.
+
+        Raises:
+            ModelNotFoundError: there is none.
+        """
+        path = self._folder(ModelId(name))
+        # Out of sight at once, so that nobody opens half of it.
+        hidden = self.root / f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}"
+        path.rename(hidden)
+        self._opened.pop(ModelId(name), None)
+        self.problems.pop(name, None)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+    def _folder(self, model: ModelId) -> Path:
+        path = self.root / model
+        if not is_model_name(model) or not path.is_dir():
+            raise ModelNotFoundError(model, self.models())
+        return path
+
+    def _folders(self) -> list[Path]:
+        if not self.root.is_dir():
+            return []
+        return [path for path in self.root.iterdir() if is_model_name(path.name) and path.is_dir()]
+
+
+def _is_unchanged(opened: _Opened) -> bool:
+    checkpoint = opened.checkpoint
+    names = (INDEX_FILE, *(shard.name for shard in checkpoint.index.shards))
+    wanted = (opened.index_identity, *checkpoint.identities)
+    try:
+        found = tuple(identity_of((checkpoint.path / name).stat()) for name in names)
+    except OSError:
+        return False
+    return found == wanted

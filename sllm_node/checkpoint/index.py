@@ -1,0 +1,297 @@
+"""The tensor index: which bytes of which shard hold each tensor, and the digest of every chunk.
+
+`tensor_index.json` is the last file of a checkpoint to be written. Offsets count from the start of
+a shard file; on a device the shards lie one after another, so a tensor begins at
+`shard_base(entry.shard) + entry.offset`. What `from_json` returns is consistent: shards are whole
+pages, tensors are aligned, in bounds and do not overlap, and there is one digest for each chunk.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from sllm_node.core.errors import CheckpointFormatError
+from sllm_node.core.units import PAGE
+
+INDEX_FILE: Final = "tensor_index.json"
+VERSION: Final = 1
+CODEC: Final = "raw"
+TENSOR_ALIGNMENT: Final = 256
+"""Bytes; what CUDA's allocator gives, so that a view is as aligned as a tensor of its own."""
+DTYPE_BYTES: Final[dict[str, int]] = {
+    "BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8,
+    "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8,
+}  # fmt: skip
+"""Bytes of an element, by the names that safetensors uses."""
+FLOAT_DTYPES: Final = frozenset(name for name in DTYPE_BYTES if "F" in name)
+
+_DIMENSIONS_MAX: Final = 32
+_Count = Annotated[int, Meta(ge=0)]
+_Digest = Annotated[str, Meta(pattern="^[0-9a-f]{16}$")]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    shard: int
+    """Index into `TensorIndex.shards`."""
+    offset: int
+    """From the start of the shard."""
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One file of raw tensor bytes."""
+
+    name: str
+    size: int
+    """A multiple of 4 KiB."""
+    digests: tuple[int, ...]
+    """xxh3_64 of each chunk; the last chunk may be shorter."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorIndex:
+    """Everything that a loader must know of a checkpoint."""
+
+    version: int
+    model: str
+    """The name given at conversion."""
+    architecture: str
+    dtype: str
+    """The float dtype that holds most bytes."""
+    context_tokens: int
+    chunk_bytes: int
+    """What a digest covers."""
+    created: int
+    """Unix time of the conversion."""
+    shards: tuple[Shard, ...]
+    tensors: tuple[TensorEntry, ...]
+    """In the order in which the forward pass needs them."""
+    aliases: tuple[tuple[str, str], ...] = ()
+    """Tied tensors: (name, name of the stored tensor)."""
+    codec: str = CODEC
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards, which is what the checkpoint takes on a device."""
+        return sum(shard.size for shard in self.shards)
+
+    def shard_base(self, shard: int) -> int:
+        """Return where `shard` begins when the shards lie one after another."""
+        return sum(before.size for before in self.shards[:shard])
+
+    def tensors_in(self, shard: int, offset: int, size: int) -> tuple[str, ...]:
+        """Return the names of the tensors that have bytes in this range of a shard."""
+        return tuple(
+            entry.name
+            for entry in self.tensors
+            if entry.shard == shard
+            and entry.offset < offset + size
+            and offset < entry.offset + entry.size
+        )
+
+
+def shard_name(number: int) -> str:
+    """Return the file name of shard `number`."""
+    return f"shard-{number:05d}.bin"
+
+
+def chunk_count(size: int, chunk_bytes: int) -> int:
+    """Return how many chunks cover `size` bytes."""
+    return -(-size // chunk_bytes)
+
+
+def tensor_size(dtype: str, shape: Iterable[int]) -> int:
+    """Return the bytes of a tensor; `dtype` is one of `DTYPE_BYTES`."""
+    return math.prod(shape) * DTYPE_BYTES[dtype]
+
+
+# --- JSON ---------------------------------------------------------------------------------------
+
+
+class _Version(msgspec.Struct):
+    version: int
+
+
+class _JsonShard(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    size: _Count
+    digests: tuple[_Digest, ...]
+
+
+class _JsonTensor(msgspec.Struct, forbid_unknown_fields=True):
+    name: str
+    dtype: str
+    shape: tuple[_Count, ...]
+    shard: _Count
+    offset: _Count
+    size: _Count
+
+
+class _JsonIndex(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+    model: str
+    architecture: str
+    dtype: str
+    context_tokens: _Count
+    codec: str
+    chunk_bytes: _Count
+    created: int
+    shards: tuple[_JsonShard, ...]
+    tensors: tuple[_JsonTensor, ...]
+    aliases: tuple[tuple[str, str], ...]
+
+
+def to_json(index: TensorIndex) -> bytes:
+    """Return the index as it is stored."""
+    shards = tuple(
+        _JsonShard(shard.name, shard.size, tuple(f"{digest:016x}" for digest in shard.digests))
+        for shard in index.shards
+    )
+    tensors = tuple(
+        _JsonTensor(entry.name, entry.dtype, entry.shape, entry.shard, entry.offset, entry.size)
+        for entry in index.tensors
+    )
+    return msgspec.json.encode(
+        _JsonIndex(
+            version=index.version,
+            model=index.model,
+            architecture=index.architecture,
+            dtype=index.dtype,
+            context_tokens=index.context_tokens,
+            codec=index.codec,
+            chunk_bytes=index.chunk_bytes,
+            created=index.created,
+            shards=shards,
+            tensors=tensors,
+            aliases=index.aliases,
+        )
+    )
+
+
+def from_json(data: bytes, path: str) -> TensorIndex:
+    """Parse and check a stored index; `path` names it in errors.
+
+    Raises:
+        CheckpointFormatError: it is not an index, of another version, or contradicts itself.
+    """
+    try:
+        version = msgspec.json.decode(data, type=_Version).version
+        if version != VERSION:
+            raise CheckpointFormatError(
+                path, f"has format version {version}, this release reads {VERSION}; convert again"
+            )
+        index = _from_wire(msgspec.json.decode(data, type=_JsonIndex))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointFormatError(path, f"is no tensor index: {error}") from error
+    problem = _contradiction(index)
+    if problem is not None:
+        raise CheckpointFormatError(path, problem)
+    return index
+
+
+def _from_wire(wire: _JsonIndex) -> TensorIndex:
+    return TensorIndex(
+        version=wire.version,
+        model=wire.model,
+        architecture=wire.architecture,
+        dtype=wire.dtype,
+        context_tokens=wire.context_tokens,
+        chunk_bytes=wire.chunk_bytes,
+        created=wire.created,
+        shards=tuple(
+            Shard(shard.name, shard.size, tuple(int(digest, 16) for digest in shard.digests))
+            for shard in wire.shards
+        ),
+        tensors=tuple(
+            TensorEntry(t.name, t.dtype, t.shape, t.shard, t.offset, t.size) for t in wire.tensors
+        ),
+        aliases=wire.aliases,
+        codec=wire.codec,
+    )
+
+
+# --- checks -------------------------------------------------------------------------------------
+
+
+def _contradiction(index: TensorIndex) -> str | None:
+    """Return the first thing that is wrong with `index`."""
+    if index.codec != CODEC:
+        return f"has codec {index.codec!r}, this release reads {CODEC!r}"
+    if index.context_tokens < 1:
+        return "has no context length"
+    if index.chunk_bytes < PAGE or index.chunk_bytes % PAGE:
+        return f"chunk size {index.chunk_bytes} is not a multiple of {PAGE}"
+    if not index.shards:
+        return "names no shard"
+    problems = (
+        *(_shard_problem(index, number) for number in range(len(index.shards))),
+        *(_tensor_problem(index, entry) for entry in index.tensors),
+        _name_problem(index),
+        _overlap(index.tensors),
+    )
+    return next((problem for problem in problems if problem is not None), None)
+
+
+def _shard_problem(index: TensorIndex, number: int) -> str | None:
+    shard = index.shards[number]
+    if shard.name != shard_name(number):
+        return f"shard {number} has the name {shard.name!r}"
+    if shard.size < PAGE or shard.size % PAGE:
+        return f"{shard.name}: size {shard.size} is not a multiple of {PAGE}"
+    wanted = chunk_count(shard.size, index.chunk_bytes)
+    if len(shard.digests) != wanted:
+        return f"{shard.name}: {len(shard.digests)} digests for {wanted} chunks"
+    return None
+
+
+def _tensor_problem(index: TensorIndex, entry: TensorEntry) -> str | None:
+    problem = _place_problem(index, entry)
+    if entry.dtype not in DTYPE_BYTES:
+        problem = f"unknown dtype {entry.dtype!r}"
+    elif len(entry.shape) > _DIMENSIONS_MAX:
+        problem = f"{len(entry.shape)} dimensions"
+    elif entry.size != tensor_size(entry.dtype, entry.shape):
+        problem = f"{entry.size} bytes contradict its shape and dtype"
+    return problem and f"tensor {entry.name}: {problem}"
+
+
+def _place_problem(index: TensorIndex, entry: TensorEntry) -> str | None:
+    if entry.shard >= len(index.shards):
+        return f"there is no shard {entry.shard}"
+    if entry.offset % TENSOR_ALIGNMENT:
+        return f"offset {entry.offset} is not aligned"
+    if entry.offset + entry.size > index.shards[entry.shard].size:
+        return "ends beyond its shard"
+    return None
+
+
+def _name_problem(index: TensorIndex) -> str | None:
+    stored = {entry.name for entry in index.tensors}
+    if len(stored) != len(index.tensors):
+        return "two tensors have one name"
+    aliases = dict(index.aliases)
+    if len(aliases) != len(index.aliases) or not stored.isdisjoint(aliases):
+        return "an alias has the name of another tensor"
+    if not stored.issuperset(aliases.values()):
+        return "an alias names a tensor that is not stored"
+    return None
+
+
+def _overlap(tensors: tuple[TensorEntry, ...]) -> str | None:
+    placed = sorted((entry for entry in tensors if entry.size), key=lambda e: (e.shard, e.offset))
+    for before, after in pairwise(placed):
+        if before.shard == after.shard and before.offset + before.size > after.offset:
+            return f"tensors {before.name} and {after.name} overlap"
+    return None
