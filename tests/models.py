@@ -17,9 +17,9 @@ CHAT_TEMPLATE = (
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_MERGEDe=e(
-eeee"hethineranreonatenndstoresisitoungtoedofalarleasmerotivecoridellsehara"
-eeee"hilitaneomusmaiclaetnoiouncechbesoelpehourutlyosadca"
+_MERGED = (
+    "hethineranreonatenndstoresisitoungtoedofalarleasmerotivecoridellsehara"
+    "hilitaneomusmaiclaetnoiouncechbesoelpehourutlyosadca"
 )
 _LLAMA: dict[str, Any] = {
     "hidden_size": 64,
