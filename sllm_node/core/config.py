@@ -15,7 +15,7 @@ import msgspec
 from msgspec import Meta
 
 from sllm_node.core.errors import ConfigError
-from sllm_node.core.units import GIB, MIB, PAGE, parse_size
+from sllm_node.core.units import PAGE, parse_size
 
 Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
@@ -25,6 +25,11 @@ Name = Annotated[str, Meta(min_length=1)]
 
 class ByteSize(int):
     """Bytes; written as a number or as text with a unit."""
+
+
+def _size(text: str) -> Any:
+    """Declare a default; a factory, because msgspec can't write a subclass of int into the schema."""
+    return msgspec.field(default_factory=lambda: ByteSize(parse_size(text)))
 
 
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -42,8 +47,8 @@ class StoreConfig(Section, frozen=True):
     """Table [store]."""
 
     path: Name = "/var/lib/sllm-node/models"
-    pool_bytes: ByteSize = ByteSize(4 * GIB)
-    chunk_bytes: ByteSize = ByteSize(16 * MIB)
+    pool_bytes: ByteSize = _size("4GiB")
+    chunk_bytes: ByteSize = _size("16MiB")
     huge_pages: bool = True
     reader_threads: Count = 4
     max_concurrent_loads: Count = 2
@@ -55,13 +60,13 @@ class DeviceConfig(Section, frozen=True):
     """Table [device]."""
 
     name: Name = "cpu"
-    memory_bytes: ByteSize = ByteSize(8 * GIB)
+    memory_bytes: ByteSize = _size("8GiB")
 
 
 class EngineConfig(Section, frozen=True):
     """Table [engine]."""
 
-    kv_cache_bytes: ByteSize = ByteSize(512 * MIB)
+    kv_cache_bytes: ByteSize = _size("512MiB")
     block_tokens: Count = 16
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
@@ -86,7 +91,7 @@ class ServerConfig(Section, frozen=True):
     api_keys: tuple[Name, ...] = ()
     admin_keys: tuple[Name, ...] = ()
     allow_unauthenticated_remote: bool = False
-    max_body_bytes: ByteSize = ByteSize(8 * MIB)
+    max_body_bytes: ByteSize = _size("8MiB")
     max_choices: Count = 16
     progress_interval_s: Annotated[float, Meta(gt=0)] = 2.0
     write_timeout_s: Annotated[float, Meta(gt=0)] = 60.0

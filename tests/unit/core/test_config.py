@@ -1,0 +1,103 @@
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from sllm_node.core.config import Config, config_schema, is_loopback, load_config, parse_config
+from sllm_node.core.errors import ConfigError
+from sllm_node.core.units import MIB
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def problems(text):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text)
+    return caught.value.problems
+
+
+def test_an_empty_file_is_the_default_configuration():
+    assert parse_config("") == Config()
+
+
+def test_node_toml_states_the_defaults():
+    assert load_config(CONFIGS / "node.toml") == Config()
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_valid(path):
+    load_config(path)
+
+
+def test_every_problem_is_reported_at_once_with_its_key():
+    found = problems(
+        '[node]\nidd = "x"\ndrain_s = "soon"\n[store]\npool_bytes = "much"\n'
+        "[models.a]\npinned = 3\n[serve]\n"
+    )
+    assert [problem.split(":")[0].split(" =")[0] for problem in found] == [
+        "node.idd", "node.drain_s", "store.pool_bytes", "models.a.pinned", "serve",
+    ]  # fmt: skip
+
+
+def test_a_mistyped_key_is_answered_with_the_nearest_one():
+    assert problems("[store]\npool_byte = 1")[0].endswith("did you mean 'pool_bytes'?")
+
+
+def test_sizes_may_carry_units():
+    assert parse_config('[store]\nchunk_bytes = "4MiB"').store.chunk_bytes == 4 * MIB
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("[store]\nchunk_bytes = 5000", "store.chunk_bytes"),
+        ('[store]\npool_bytes = "16MiB"', "store.pool_bytes"),
+        ("[store]\npool_bytes = true", "store.pool_bytes"),
+        ("[store]\npool_bytes = 1.5", "store.pool_bytes"),
+        ('[server]\nhost = "0.0.0.0"', "server.host"),
+        ("[schedule]\nkeep_alive_s = -2", "schedule.keep_alive_s"),
+        ("[models.a]\nkeep_alive_s = -2", "models.a.keep_alive_s"),
+        ('[device]\nname = "tpu"', "device.name"),
+        ('[engine]\nkv_cache_bytes = "8GiB"', "engine.kv_cache_bytes"),
+        ("node = 3", "node"),
+        ("models = 3", "models"),
+        ("[models]\na = 3", "models.a"),
+    ],
+)
+def test_a_value_that_contradicts_is_refused_by_name(text, key):
+    assert problems(text)[0].startswith(key)
+
+
+@pytest.mark.parametrize("extra", ['api_keys = ["k"]', "allow_unauthenticated_remote = true"])
+def test_listening_to_other_machines_needs_a_key_or_the_explicit_word(extra):
+    assert parse_config(f'[server]\nhost = "0.0.0.0"\n{extra}').server.host == "0.0.0.0"
+
+
+def test_text_that_is_no_toml_is_refused():
+    assert "is no TOML" in problems("[node")[0]
+
+
+def test_a_missing_or_unreadable_file_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="can't be read"):
+        load_config(tmp_path / "none.toml")
+    (tmp_path / "latin.toml").write_bytes(b'id = "\xe9"')
+    with pytest.raises(ConfigError, match="not UTF-8"):
+        load_config(tmp_path / "latin.toml")
+
+
+def test_the_error_counts_and_lists_its_problems():
+    assert str(ConfigError("f", ("a", "b"))) == "f: 2 problems\n  a\n  b"
+
+
+def test_the_schema_describes_every_table():
+    schema = config_schema()
+    tables = schema["$defs"]["Config"]["properties"]
+    assert set(tables) == {field.name for field in msgspec.structs.fields(Config)}
+
+
+@pytest.mark.parametrize(
+    ("host", "expected"),
+    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("box", False)],
+)
+def test_loopback_is_recognised(host, expected):
+    assert is_loopback(host) is expected

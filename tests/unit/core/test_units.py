@@ -1,0 +1,38 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sllm_node.core.units import GIB, MIB, align_up, format_rate, format_size, parse_size
+
+
+@given(st.integers(0, 10**15), st.integers(1, 10**6))
+def test_align_up_gives_the_next_multiple(value, alignment):
+    aligned = align_up(value, alignment)
+    assert aligned % alignment == 0
+    assert value <= aligned < value + alignment
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("16MiB", 16 * MIB), (" 1.5 gib ", 3 * GIB // 2), ("2 GB", 2 * 10**9), ("7", 7), (7, 7)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "4 parsecs", "-3", "0.3B", -3, True])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match=r"size|whole"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(3, "3 B"), (2048, "2.0 KiB"), (5 * MIB, "5.0 MiB"), (3 * GIB, "3.0 GiB"), (1 << 41, "2.0 TiB")]
+)  # fmt: skip
+def test_sizes_are_written(size, text):
+    assert format_size(size) == text
+
+
+def test_rates_are_written_in_decimal_units():
+    assert format_rate(55.3e9) == "55.30 GB/s"
+    assert format_rate(4.2e6) == "4.2 MB/s"
