@@ -116,13 +116,13 @@ class ModelConfig(Section, frozen=True):
 class Config(Section, frozen=True):
     """The whole file."""
 
-    node: NodeConfig = NodeConfig()
-    store: StoreConfig = StoreConfig()
-    device: DeviceConfig = DeviceConfig()
-    engine: EngineConfig = EngineConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    server: ServerConfig = ServerConfig()
-    log: LogConfig = LogConfig()
+    node: NodeConfig = msgspec.field(default_factory=NodeConfig)
+    store: StoreConfig = msgspec.field(default_factory=StoreConfig)
+    device: DeviceConfig = msgspec.field(default_factory=DeviceConfig)
+    engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
+    schedule: ScheduleConfig = msgspec.field(default_factory=ScheduleConfig)
+    server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    log: LogConfig = msgspec.field(default_factory=LogConfig)
     models: dict[str, ModelConfig] = {}
 
 
