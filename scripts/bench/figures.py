@@ -1,10 +1,8 @@
 """The figures we claim: `record` is how a benchmark writes one, `table` is what README shows.
 
-python -m scripts.bench.figures writes README's table anew; --check only compares (exit status 1 if
-it differs).
+`python -m scripts.readme` puts the table into README.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -18,9 +16,6 @@ from typing import Any
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 RESULTS = HERE / "results" / "figures.json"
-README = ROOT / "README.md"
-BEGIN = "<!-- figures: written by python -m scripts.bench.figures -->"
-END = "<!-- end of figures -->"
 
 
 def definitions() -> dict[str, dict[str, Any]]:
@@ -117,31 +112,3 @@ def _measured(figure: dict[str, Any] | None) -> str:
         f"`{figure['command']}`", figure["commit"], figure["date"],
     )  # fmt: skip
     return " | ".join(cells)
-
-
-def readme_with_table(text: str) -> str:
-    """Return `text` with what stands between the two marks replaced by the table."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare only")
-    check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    wanted = readme_with_table(text)
-    if check:
-        print(
-            "README's figures are up to date"
-            if text == wanted
-            else "README's figures are stale: python -m scripts.bench.figures"
-        )
-        return int(text != wanted)
-    README.write_text(wanted, encoding="utf-8")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

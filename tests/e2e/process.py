@@ -1,0 +1,115 @@
+"""A real node as a child process, ready when it says so, its log kept for the failure report."""
+
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+START_LIMIT_S = 120.0
+STOP_LIMIT_S = 60.0
+ROOT = Path(__file__).parents[2]
+
+CONFIG = """
+[node]
+id = "{id}"
+drain_s = {drain_s}
+[store]
+path = {store!r}
+pool_bytes = {pool_bytes}
+chunk_bytes = "64KiB"
+[device]
+memory_bytes = {memory_bytes}
+[engine]
+kv_cache_bytes = {kv_cache_bytes}
+torch_threads = 1
+[schedule]
+max_wait_s = 0.2
+[server]
+port = 0
+progress_interval_s = 0.05
+[log]
+level = "debug"
+format = "json"
+"""
+DEFAULTS = {
+    "id": "test", "drain_s": 20.0, "pool_bytes": 4 << 20, "memory_bytes": 64 << 20,
+    "kv_cache_bytes": 4 << 20,
+}  # fmt: skip
+
+
+class NodeProcess:
+    """`with NodeProcess(folder, store, extra="…", memory_bytes=…) as node: node.url`."""
+
+    def __init__(self, folder: Path, store: Path, extra: str = "", **settings):
+        self.folder = folder
+        self.config = folder / "node.toml"
+        self.log = folder / "node.log"
+        self.config.write_text(CONFIG.format(store=str(store), **{**DEFAULTS, **settings}) + extra)
+        self.messages: list[str] = []
+
+    def __enter__(self):
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        address = f"\0sllm-e2e-{os.getpid()}-{id(self)}"
+        self._socket.bind(address)
+        environment = {**os.environ, "NOTIFY_SOCKET": "@" + address[1:], "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "sllm_node", "serve", "--config", str(self.config)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=log, env=environment, cwd=ROOT
+            )
+        try:
+            self.url = self._wait_ready()
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+        return self
+
+    def _wait_ready(self) -> str:
+        ended = os.pidfd_open(self.process.pid)
+        try:
+            while True:
+                readable, _, _ = select.select([self._socket, ended], [], [], START_LIMIT_S)
+                assert self._socket in readable, f"the node did not start:\n{self.tail()}"
+                self.messages.append(self._socket.recv(4096).decode())
+                if "READY=1" in self.messages[-1]:
+                    return re.search(r"http://[^\s,]+", self.messages[-1])[0]
+        finally:
+            os.close(ended)
+
+    def tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log.read_text().splitlines()[-lines:])
+
+    def drained_messages(self) -> list[str]:
+        """What the service manager was told since the start."""
+        self._socket.setblocking(False)
+        try:
+            while True:
+                self.messages.append(self._socket.recv(4096).decode())
+        except BlockingIOError:
+            return self.messages
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> int:
+        return self.process.wait(timeout=STOP_LIMIT_S)
+
+    def __exit__(self, kind, error, trace):
+        if self.process.poll() is None:
+            self.terminate()
+        try:
+            self.wait()
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+            if kind is None:
+                raise AssertionError(f"the node did not stop:\n{self.tail()}") from None
+        finally:
+            self._socket.close()
+        if kind is not None:
+            sys.stdout.write(f"--- node log\n{self.tail(80)}\n")

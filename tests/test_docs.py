@@ -1,0 +1,76 @@
+"""What the documents say is what the code has."""
+
+import re
+import tomllib
+from pathlib import Path
+
+import msgspec
+
+from scripts import readme
+from sllm_node.core.config import Config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+
+
+def test_generated_parts_of_readme_are_up_to_date():
+    assert readme.filled(README) == README
+
+
+def test_node_toml_names_every_key_with_a_comment():
+    text = (ROOT / "configs" / "node.toml").read_text(encoding="utf-8")
+    named = {(t, k) for t, v in tomllib.loads(text).items() for k in v}
+    declared = {
+        (section.name, key.name)
+        for section in msgspec.structs.fields(Config)
+        if section.name != "models"
+        for key in msgspec.structs.fields(section.type)
+    }
+    assert named == declared
+    keys = [line for line in text.splitlines() if re.match(r"\w+ = ", line)]
+    assert [line for line in keys if "  # " not in line] == []
+
+
+def test_node_toml_shows_every_key_of_a_model():
+    text = (ROOT / "configs" / "node.toml").read_text(encoding="utf-8")
+    models = next(f for f in msgspec.structs.fields(Config) if f.name == "models")
+    for key in msgspec.structs.fields(models.type.__args__[1]):
+        assert f"# {key.name} = " in text
+
+
+def test_every_module_has_its_place_in_architecture():
+    missing = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / "sllm_node").rglob("*.py"))
+        if path.name != "__init__.py" and f"`{path.parent.name}/{path.name}`" not in ARCHITECTURE
+        and f"`{path.name}`" not in ARCHITECTURE
+    ]  # fmt: skip
+    assert missing == []
+
+
+def test_every_command_is_in_readme():
+    from typer.main import get_command
+
+    from sllm_node.cli.main import app
+
+    missing = [name for name in get_command(app).commands if f"`{name}" not in README]
+    assert missing == []
+
+
+def test_every_route_is_in_readme():
+    from sllm_node.server.app import ROUTES
+
+    paths = {re.sub(r"/\{\w+\}", "/{id}", route.path) for route in ROUTES}
+    verbs = {path.rsplit("/", 1)[-1] for path in paths}
+    missing = [
+        path
+        for path in paths
+        if path not in README and f"`{path.rsplit('/', 1)[-1]}`" not in README
+    ]
+    assert verbs
+    assert missing == []
+
+
+def test_nobody_elses_kernels_package_is_shadowed():
+    assert not (ROOT / "kernels" / "__init__.py").exists()

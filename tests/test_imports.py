@@ -1,0 +1,42 @@
+"""Each module stands alone, and the command line starts without the heavy packages."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+LIGHT = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in ("core", "checkpoint", "device", "store", "schedule", "server", "cli", "node")
+    for path in sorted((ROOT / "sllm_node" / folder).glob("*.py"))
+    if path.name != "__init__.py"
+]
+HEAVY = ("torch", "transformers", "cuda")
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+
+
+@pytest.mark.parametrize("package", ["core", "checkpoint", "device", "store", "cli"])
+def test_light_packages_import_without_the_heavy_ones(package):
+    modules = [name for name in LIGHT if name.split(".")[1] == package]
+    code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY} if m in sys.modules])"
+    done = run(code)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_help_is_shown_without_torch():
+    code = (
+        "import sys; sys.argv = ['sllm-node', '--help']\n"
+        "from sllm_node.__main__ import main\n"
+        "try: main()\nexcept SystemExit: pass\n"
+        f"print('HEAVY', [m for m in {HEAVY} if m in sys.modules])"
+    )
+    done = run(code)
+    assert "check-config" in done.stdout
+    assert done.stdout.strip().endswith("HEAVY []")
