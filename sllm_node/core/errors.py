@@ -263,6 +263,24 @@ class DeviceMemoryError(SllmError):
         self.total = total
 
 
+class PinnedMemoryError(SllmError):
+    """A model that can't be served beside the pinned ones."""
+
+    fault = Fault.BUSY
+    code = "device_memory_pinned"
+    retry_after_s = 30.0
+
+    def __init__(self, model: str, needed: int, left: int, pinned: tuple[str, ...]) -> None:
+        super().__init__(
+            f"model {model!r} needs {needed} bytes of device memory but the pinned models "
+            f"({', '.join(pinned)}) leave {left}; unpin one of them"
+        )
+        self.model = model
+        self.needed = needed
+        self.left = left
+        self.pinned = pinned
+
+
 class ModelTooLargeError(SllmError):
     """A model that can never be served: weights and KV memory exceed the device."""
 

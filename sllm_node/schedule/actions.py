@@ -1,0 +1,94 @@
+"""What the scheduler is told about a request, and what it asks the driver to do.
+
+Nothing here acts. The driver carries the actions out in the order in which they are given, before
+it tells the scheduler anything else.
+"""
+
+from dataclasses import dataclass
+from typing import NewType
+
+from sllm_node.core.errors import SllmError
+from sllm_node.core.types import ModelId, ModelState
+
+TicketId = NewType("TicketId", int)
+"""A request's place with the scheduler; later requests have higher numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """One wish for a model: a session, or (an operator's, a preload's) that it be on the device."""
+
+    number: TicketId
+    model: ModelId
+    device_bytes: int
+    """Weights and KV memory: what the model takes while it is on the device."""
+    load_s: float
+    """Expected seconds of a load from where the model's bytes are now."""
+    priority: int = 0
+    """Added to the model's own; higher goes first."""
+    keep_alive_s: float | None = None
+    """For the model, from this session's grant on: 0 evicts when idle, -1 never, None the default."""
+    is_session: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StartLoad:
+    """Bring `model` to the device; answer with on_loaded or on_load_failed."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class AbortLoad:
+    """Nobody waits for the load of `model`: stop it; answer with on_evicted when it is gone."""
+
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Take the idle `model` off the device; answer with on_evicted when its memory is free."""
+
+    model: ModelId
+    reason: str
+    """`room`, `keep_alive`, `operator`, `failed` or `replaced`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """`model` is on the device for this ticket; answer with on_finished if it is a session."""
+
+    ticket: TicketId
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Refuse:
+    """The waiting ticket ends with `error`; nothing is to be answered."""
+
+    ticket: TicketId
+    error: SllmError
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The granted ticket ends with `error`; nothing is to be answered."""
+
+    ticket: TicketId
+    error: SllmError
+
+
+Action = StartLoad | AbortLoad | Evict | Grant | Refuse | Stop
+
+
+@dataclass(frozen=True, slots=True)
+class ModelView:
+    """A model as the scheduler sees it, for status and metrics."""
+
+    state: ModelState
+    pinned: bool
+    priority: int
+    running: int
+    waiting: int
+    keep_alive_until: float | None
+    """On the clock of the events' `now`."""

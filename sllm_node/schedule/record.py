@@ -1,0 +1,216 @@
+"""What the scheduler knows of one model: its state, who waits for it, who uses it.
+
+States change through `TRANSITIONS` only; an event that a state doesn't know is a programmer's error.
+
+    IDLE -> QUEUED -> LOADING -> READY -> EVICTING -> IDLE
+
+A model takes its device memory in LOADING, READY and EVICTING. Tickets may wait in every state but
+IDLE: in QUEUED for room, in LOADING for the load, in READY for a free session or because the model
+is closed in favour of another one, in EVICTING for the next turn.
+"""
+
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from sllm_node.core.types import ModelId, ModelState
+from sllm_node.schedule.actions import ModelView, Ticket, TicketId
+from sllm_node.schedule.estimate import MovingAverage
+
+SERVICE_GUESS_S: Final = 10.0
+"""How long a session lasts, before one was seen."""
+
+
+class ModelEvent(Enum):
+    """What moves a model from state to state."""
+
+    WANTED = "wanted"
+    UNWANTED = "unwanted"
+    LOAD_STARTED = "load started"
+    LOADED = "loaded"
+    LOAD_FAILED = "load failed"
+    LOAD_ABORTED = "load aborted"
+    EVICTION_STARTED = "eviction started"
+    EVICTED = "evicted"
+
+
+TRANSITIONS: Final[dict[ModelState, dict[ModelEvent, ModelState]]] = {
+    ModelState.IDLE: {ModelEvent.WANTED: ModelState.QUEUED},
+    ModelState.QUEUED: {
+        ModelEvent.UNWANTED: ModelState.IDLE,
+        ModelEvent.LOAD_STARTED: ModelState.LOADING,
+    },
+    ModelState.LOADING: {
+        ModelEvent.LOADED: ModelState.READY,
+        ModelEvent.LOAD_FAILED: ModelState.IDLE,
+        ModelEvent.LOAD_ABORTED: ModelState.EVICTING,
+    },
+    ModelState.READY: {ModelEvent.EVICTION_STARTED: ModelState.EVICTING},
+    ModelState.EVICTING: {ModelEvent.EVICTED: ModelState.IDLE},
+}
+
+_ON_DEVICE: Final = (ModelState.LOADING, ModelState.READY, ModelState.EVICTING)
+
+
+@dataclass(frozen=True, slots=True)
+class Waiter:
+    """A ticket in the queue."""
+
+    ticket: Ticket
+    arrived: float
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A granted session."""
+
+    ticket: Ticket
+    granted: float
+
+
+class ModelRecord:
+    """One model, as mutable state with its rules."""
+
+    def __init__(self, model: ModelId, priority: int, keep_alive_s: float, *, pinned: bool) -> None:
+        self.model = model
+        self.priority = priority
+        self.pinned = pinned
+        self.state = ModelState.IDLE
+        self.device_bytes = 0
+        self.load_s = 0.0
+        self.running: dict[TicketId, Running] = {}
+        self.is_closed = False
+        """New sessions queue, because another model's turn has come."""
+        self.is_stale = False
+        """Its checkpoint was replaced or removed: no new sessions, evicted when idle."""
+        self.last_used = 0.0
+        self.deadline: float | None = None
+        """When it is evicted for idleness; None while it runs or is kept for ever."""
+        self.service_s = MovingAverage(SERVICE_GUESS_S)
+        self._default_keep_alive_s = keep_alive_s
+        self._keep_alive_s = keep_alive_s
+        self._arrivals: OrderedDict[TicketId, Waiter] = OrderedDict()
+        self._order: list[tuple[int, TicketId]] = []
+
+    def happen(self, event: ModelEvent) -> None:
+        """Change the state by the table."""
+        following = TRANSITIONS[self.state].get(event)
+        assert following is not None, f"{self.model}: {event.value} in state {self.state.value}"
+        self.state = following
+
+    @property
+    def is_on_device(self) -> bool:
+        """Whether it takes device memory."""
+        return self.state in _ON_DEVICE
+
+    @property
+    def is_held(self) -> bool:
+        """Whether a pin keeps its device memory from all others."""
+        return self.pinned and self.state in (ModelState.LOADING, ModelState.READY)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is on the device for nobody; a pinned one counts too."""
+        return self.state is ModelState.READY and not self.running
+
+    # --- the queue ----------------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> int:
+        """Tickets in the queue."""
+        return len(self._arrivals)
+
+    @property
+    def oldest(self) -> Waiter:
+        """The waiter that came first; there must be one."""
+        return next(iter(self._arrivals.values()))
+
+    @property
+    def highest_priority(self) -> int:
+        """Of the waiting and running tickets and the model's own."""
+        tickets = [running.ticket.priority for running in self.running.values()]
+        if self._order:
+            tickets.append(-self._order[0][0])
+        return self.priority + max(tickets, default=0)
+
+    @property
+    def waiting_priority(self) -> int:
+        """Of the best waiting ticket; there must be one."""
+        return self.priority - self._order[0][0]
+
+    def is_overdue(self, now: float, max_wait_s: float) -> bool:
+        """Tell whether a ticket has waited so long that grouping must not hold it up any more."""
+        return self.waiting > 0 and now >= self.oldest.arrived + max_wait_s
+
+    def enqueue(self, ticket: Ticket, now: float) -> None:
+        """Put `ticket` in the queue."""
+        assert ticket.number not in self._arrivals
+        self._arrivals[ticket.number] = Waiter(ticket, now)
+        insort(self._order, (-ticket.priority, ticket.number))
+        if not self.is_on_device:
+            self._take_size(ticket)
+
+    def remove(self, number: TicketId) -> Waiter:
+        """Take a waiting ticket out of the queue."""
+        waiter = self._arrivals.pop(number)
+        del self._order[bisect_left(self._order, (-waiter.ticket.priority, number))]
+        return waiter
+
+    def take_next(self, now: float, max_wait_s: float) -> Waiter:
+        """Take the ticket whose turn it is: an overdue one, else the highest priority."""
+        overdue = self.is_overdue(now, max_wait_s)
+        return self.remove(self.oldest.ticket.number if overdue else self._order[0][1])
+
+    def waiters(self) -> list[Waiter]:
+        """Return who waits, in order of arrival."""
+        return list(self._arrivals.values())
+
+    def leave_device(self) -> None:
+        """Forget what held for the replica; those who wait know the checkpoint as it is now."""
+        self.is_closed = False
+        self.is_stale = False
+        self.deadline = None
+        if self._arrivals:
+            self._take_size(next(reversed(self._arrivals.values())).ticket)
+
+    def _take_size(self, ticket: Ticket) -> None:
+        self.device_bytes = ticket.device_bytes
+        self.load_s = ticket.load_s
+
+    # --- use ----------------------------------------------------------------------------------
+
+    def start(self, ticket: Ticket, now: float) -> None:
+        """Count a granted session; its keep-alive, or the default, holds from now on."""
+        self.running[ticket.number] = Running(ticket, now)
+        wished = ticket.keep_alive_s
+        self._keep_alive_s = self._default_keep_alive_s if wished is None else wished
+        self.last_used = now
+        self.deadline = None
+
+    def finish(self, number: TicketId, now: float) -> None:
+        """Stop counting a session."""
+        running = self.running.pop(number)
+        self.service_s.observe(now - running.granted)
+        self.last_used = now
+        if not self.running:
+            self.count_down(now)
+
+    def arrive(self, now: float) -> None:
+        """Begin life on the device. A keep-alive of 0 counts from the first session on."""
+        self.last_used = now
+        if self._keep_alive_s > 0:
+            self.count_down(now)
+
+    def count_down(self, now: float) -> None:
+        """Let the keep-alive time begin."""
+        assert self.is_idle
+        self.deadline = now + self._keep_alive_s if self._keep_alive_s >= 0 else None
+
+    def view(self) -> ModelView:
+        """Return what status and metrics show."""
+        return ModelView(
+            self.state, self.pinned, self.priority, len(self.running), self.waiting,
+            self.deadline if self.is_idle and not self.pinned else None,
+        )  # fmt: skip

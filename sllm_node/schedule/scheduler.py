@@ -1,0 +1,378 @@
+"""Who uses the device: the node's decisions about requests, loads and evictions, as one pure object.
+
+Every `on_x` takes an event and the time, changes the state, and returns actions for the driver.
+`next_timer` tells when `on_timer` wants to be called. Theory of operation, on top of the states in
+`record` and the division of memory in `plan`:
+
+- A session of a model that is on the device and open is granted at once while slots are free.
+- Otherwise it queues. After every event `_dispatch` brings everything up to date: refuse what is
+  overdue or hopeless, grant what can run, evict what has been idle for long enough, abort loads that
+  nobody wants, then make a plan and carry it out. So no event needs a case for every state.
+- A load that ends grants the tickets that waited for it before any other model's turn is
+  considered: each load serves somebody, so turns make progress and nobody starves.
+- Eviction takes time (sessions' memory is torn down): the bytes count until on_evicted.
+- A load that fails refuses all who waited for it; the next request tries again.
+- A pin keeps a replica from being evicted for others or for idleness. It doesn't keep one that is
+  broken or whose checkpoint was replaced.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Final
+
+from sllm_node.core.config import ModelConfig, ScheduleConfig
+from sllm_node.core.errors import (
+    CancelledByOperatorError,
+    DrainingError,
+    ModelBusyError,
+    ModelTooLargeError,
+    NodeFullError,
+    PinnedMemoryError,
+    QueueTimeoutError,
+    SllmError,
+)
+from sllm_node.core.types import ModelId, ModelState
+from sllm_node.schedule.actions import (
+    AbortLoad,
+    Action,
+    Evict,
+    Grant,
+    ModelView,
+    Refuse,
+    StartLoad,
+    Stop,
+    Ticket,
+    TicketId,
+)
+from sllm_node.schedule.plan import make_plan
+from sllm_node.schedule.record import ModelEvent, ModelRecord
+
+_LOADS: Final = (ModelState.QUEUED, ModelState.LOADING)
+
+
+class Scheduler:
+    """The models of one node on one device of `capacity` bytes."""
+
+    def __init__(
+        self,
+        config: ScheduleConfig,
+        models: Mapping[str, ModelConfig],
+        *,
+        capacity: int,
+        max_sessions: int,
+        drain_s: float,
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._capacity = capacity
+        self._max_sessions = max_sessions
+        self._drain_s = drain_s
+        self._records: dict[ModelId, ModelRecord] = {}
+        self._tickets: dict[TicketId, ModelRecord] = {}
+        self._is_draining = False
+        self._now = 0.0
+
+    # --- what can be asked --------------------------------------------------------------------
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of the models that are on it, coming or leaving."""
+        return sum(r.device_bytes for r in self._records.values() if r.is_on_device)
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because the node stops."""
+        return self._is_draining
+
+    @property
+    def waiting(self) -> int:
+        """Tickets of all models that wait."""
+        return sum(record.waiting for record in self._records.values())
+
+    @property
+    def running(self) -> int:
+        """Granted sessions of all models."""
+        return len(self._tickets) - self.waiting
+
+    def view(self, model: ModelId) -> ModelView:
+        """Return how `model` stands."""
+        return self._record(model).view()
+
+    def next_timer(self) -> float | None:
+        """Return when `on_timer` is to be called, if ever; later events may change it."""
+        times = [time for record in self._records.values() for time in self._timers(record)]
+        return min(times, default=None)
+
+    # --- requests -----------------------------------------------------------------------------
+
+    def on_request(self, ticket: Ticket, now: float) -> list[Action]:
+        """Take a new ticket: it is granted or refused at once, or it waits."""
+        assert ticket.number not in self._tickets
+        record = self._record(ticket.model)
+        error = self._refusal(record, ticket)
+        if error is not None:
+            return [Refuse(ticket.number, error), *self._dispatch(now)]
+        if not ticket.is_session and record.state is ModelState.READY and not record.is_stale:
+            return [Grant(ticket.number, ticket.model), *self._dispatch(now)]
+        record.enqueue(ticket, now)
+        self._tickets[ticket.number] = record
+        return self._dispatch(now)
+
+    def on_cancel(self, number: TicketId, now: float) -> list[Action]:
+        """Forget a waiting ticket."""
+        self._tickets.pop(number).remove(number)
+        return self._dispatch(now)
+
+    def on_finished(self, number: TicketId, now: float) -> list[Action]:
+        """Take note that a granted session ended, however it did."""
+        self._tickets.pop(number).finish(number, now)
+        return self._dispatch(now)
+
+    # --- loads and evictions ------------------------------------------------------------------
+
+    def on_loaded(self, model: ModelId, now: float) -> list[Action]:
+        """Take note that `model` is on the device and can serve."""
+        record = self._records[model]
+        record.happen(ModelEvent.LOADED)
+        record.arrive(now)
+        actions: list[Action] = []
+        for waiter in record.waiters():
+            ticket = waiter.ticket
+            if not (ticket.is_session or record.is_stale):
+                record.remove(ticket.number)
+                del self._tickets[ticket.number]
+                actions.append(Grant(ticket.number, model))
+        return actions + self._dispatch(now)
+
+    def on_load_failed(self, model: ModelId, error: SllmError, now: float) -> list[Action]:
+        """Take note that the load of `model` gave up and holds no device memory any more."""
+        record = self._records[model]
+        record.happen(ModelEvent.LOAD_FAILED)
+        record.leave_device()
+        return [*self._refuse_all(record, error), *self._dispatch(now)]
+
+    def on_evicted(self, model: ModelId, now: float) -> list[Action]:
+        """Take note that the device memory of `model` is free: after Evict or AbortLoad."""
+        record = self._records[model]
+        record.happen(ModelEvent.EVICTED)
+        record.leave_device()
+        return self._dispatch(now)
+
+    def on_failed(self, model: ModelId, error: SllmError, now: float) -> list[Action]:
+        """Take note that the replica of `model` is broken: its sessions end, it is evicted.
+
+        Those who wait for it get a fresh one. A replica that isn't serving any more is left alone.
+        """
+        record = self._record(model)
+        if record.state is not ModelState.READY:
+            return []
+        actions = self._stop_all(record, error, now)
+        actions.append(self._evict(record, "failed"))
+        return actions + self._dispatch(now)
+
+    def on_replaced(self, model: ModelId, now: float) -> list[Action]:
+        """Take note that the checkpoint of `model` on disk is gone or another one.
+
+        Running sessions finish on the old one; new ones wait until it has left the device.
+        """
+        record = self._record(model)
+        record.is_stale = record.state in (ModelState.LOADING, ModelState.READY)
+        return self._dispatch(now)
+
+    # --- the operator -------------------------------------------------------------------------
+
+    def on_pin(self, model: ModelId, now: float) -> list[Action]:
+        """Keep `model` on the device once it is there; requests that can't fit then are refused."""
+        self._record(model).pinned = True
+        return self._dispatch(now)
+
+    def on_unpin(self, model: ModelId, now: float) -> list[Action]:
+        """Let `model` be evicted again; its keep-alive time begins anew."""
+        record = self._record(model)
+        record.pinned = False
+        if record.is_idle:
+            record.count_down(now)
+        return self._dispatch(now)
+
+    def on_unload_request(self, model: ModelId, now: float, *, force: bool) -> list[Action]:
+        """Take `model` off the device; `force` ends its sessions and those who wait.
+
+        Raises:
+            ModelBusyError: it is pinned, or in use and not forced.
+        """
+        record = self._record(model)
+        if record.is_held:
+            raise ModelBusyError(model, "is pinned; unpin it first")
+        if (record.running or record.waiting) and not force:
+            raise ModelBusyError(
+                model,
+                f"is in use ({len(record.running)} sessions run, {record.waiting} requests wait); "
+                "unload it with force to end them",
+            )
+        error = CancelledByOperatorError("the model was unloaded")
+        actions = [*self._stop_all(record, error, now), *self._refuse_all(record, error)]
+        if record.state is ModelState.READY:
+            actions.append(self._evict(record, "operator"))
+        return actions + self._dispatch(now)
+
+    def on_drain(self, now: float) -> list[Action]:
+        """Refuse new requests and those whose model is neither on the device nor coming."""
+        self._is_draining = True
+        return self._dispatch(now)
+
+    def on_timer(self, now: float) -> list[Action]:
+        """Do what time alone brings about."""
+        return self._dispatch(now)
+
+    # --- deciding -----------------------------------------------------------------------------
+
+    def _dispatch(self, now: float) -> list[Action]:
+        """Bring everything up to date after an event."""
+        self._now = now
+        actions: list[Action] = []
+        for record in self._records.values():
+            actions += self._refuse_overdue(record)
+            if self._is_draining and record.state not in (ModelState.LOADING, ModelState.READY):
+                actions += self._refuse_all(record, DrainingError(self._drain_s))
+            actions += self._grants(record)
+            actions += self._tidy(record)
+        actions += self._refuse_hopeless()
+        actions += self._follow_plan()
+        for record in self._records.values():
+            actions += self._grants(record)
+        return actions
+
+    def _tidy(self, record: ModelRecord) -> Iterator[Action]:
+        """Bring the state of one model up to date."""
+        if record.state is ModelState.IDLE and record.waiting:
+            record.happen(ModelEvent.WANTED)
+        elif record.state is ModelState.QUEUED and not record.waiting:
+            record.happen(ModelEvent.UNWANTED)
+        elif record.state is ModelState.LOADING and not record.waiting and not record.pinned:
+            record.happen(ModelEvent.LOAD_ABORTED)
+            yield AbortLoad(record.model)
+        elif record.is_idle and record.is_stale:
+            yield self._evict(record, "replaced")
+        elif record.is_idle and not record.pinned and self._is_expired(record):
+            yield self._evict(record, "keep_alive")
+
+    def _is_expired(self, record: ModelRecord) -> bool:
+        return record.deadline is not None and record.deadline <= self._now
+
+    def _grants(self, record: ModelRecord) -> Iterator[Action]:
+        """Grant tickets of a model that serves, while slots are free."""
+        if record.state is not ModelState.READY or record.is_closed or record.is_stale:
+            return
+        while record.waiting and len(record.running) < self._max_sessions:
+            waiter = record.take_next(self._now, self._config.max_wait_s)
+            record.start(waiter.ticket, self._now)
+            yield Grant(waiter.ticket.number, record.model)
+
+    def _follow_plan(self) -> Iterator[Action]:
+        records = self._records.values()
+        plan = make_plan(records, self._capacity, self._now, self._config.max_wait_s)
+        for record in records:
+            record.is_closed = record in plan.closed
+        for record in plan.evictions:
+            yield self._evict(record, "room")
+        for record in plan.loads:
+            record.happen(ModelEvent.LOAD_STARTED)
+            yield StartLoad(record.model)
+
+    def _evict(self, record: ModelRecord, reason: str) -> Action:
+        assert record.is_idle
+        record.happen(ModelEvent.EVICTION_STARTED)
+        return Evict(record.model, reason)
+
+    # --- refusing -----------------------------------------------------------------------------
+
+    def _refusal(self, record: ModelRecord, ticket: Ticket) -> SllmError | None:
+        """Return why a new ticket is refused, or None."""
+        if self._is_draining:
+            return DrainingError(self._drain_s)
+        if ticket.device_bytes > self._capacity:
+            return ModelTooLargeError(ticket.model, ticket.device_bytes, self._capacity)
+        if self._is_open(record) or self.waiting < self._config.max_queue:
+            return None
+        wait_s = self._expected_wait_s(record, ticket.device_bytes, ticket.load_s)
+        return NodeFullError(self.waiting, self._config.max_queue, wait_s)
+
+    def _is_open(self, record: ModelRecord) -> bool:
+        """Tell whether a session of this model would be granted at once."""
+        return (
+            record.state is ModelState.READY
+            and not (record.is_closed or record.is_stale or record.waiting)
+            and len(record.running) < self._max_sessions
+        )
+
+    def _refuse_overdue(self, record: ModelRecord) -> Iterator[Action]:
+        """Refuse tickets that have waited for as long as anyone may."""
+        limit_s = self._config.queue_timeout_s
+        while record.waiting and self._now >= record.oldest.arrived + limit_s:
+            waiter = record.oldest
+            wait_s = self._expected_wait_s(record, record.device_bytes, record.load_s)
+            error = QueueTimeoutError(record.model, self._now - waiter.arrived, wait_s)
+            yield self._refuse(record, waiter.ticket.number, error)
+
+    def _refuse_hopeless(self) -> Iterator[Action]:
+        """Refuse those whose model can't fit beside the pinned ones."""
+        pins = [r for r in self._records.values() if r.is_held]
+        left = self._capacity - sum(record.device_bytes for record in pins)
+        for record in self._records.values():
+            if record.state is ModelState.QUEUED and record.device_bytes > left:
+                names = tuple(pin.model for pin in pins)
+                error = PinnedMemoryError(record.model, record.device_bytes, left, names)
+                yield from self._refuse_all(record, error)
+                record.happen(ModelEvent.UNWANTED)
+
+    def _refuse_all(self, record: ModelRecord, error: SllmError) -> list[Action]:
+        return [self._refuse(record, w.ticket.number, error) for w in record.waiters()]
+
+    def _refuse(self, record: ModelRecord, number: TicketId, error: SllmError) -> Action:
+        record.remove(number)
+        del self._tickets[number]
+        return Refuse(number, error)
+
+    def _stop_all(self, record: ModelRecord, error: SllmError, now: float) -> list[Action]:
+        stopped = list(record.running)
+        for number in stopped:
+            self._tickets.pop(number).finish(number, now)
+        return [Stop(number, error) for number in stopped]
+
+    # --- looking things up --------------------------------------------------------------------
+
+    def _record(self, model: ModelId) -> ModelRecord:
+        record = self._records.get(model)
+        if record is None:
+            config = self._models.get(model, ModelConfig())
+            wished = config.keep_alive_s
+            keep_alive_s = self._config.keep_alive_s if wished is None else wished
+            record = ModelRecord(model, config.priority, keep_alive_s, pinned=config.pinned)
+            self._records[model] = record
+        return record
+
+    def _timers(self, record: ModelRecord) -> Iterator[float]:
+        if record.waiting:
+            arrived = record.oldest.arrived
+            yield arrived + self._config.queue_timeout_s
+            overdue = arrived + self._config.max_wait_s
+            if record.state is ModelState.QUEUED and overdue > self._now:
+                yield overdue
+        if record.is_idle and not record.pinned and record.deadline is not None:
+            yield record.deadline
+
+    def _expected_wait_s(self, record: ModelRecord, size: int, load_s: float) -> float:
+        """Return about how long a request of this model would wait now: q + n / b, and its turns.
+
+        Loads go one after another through the same disk and link; sessions of a full model leave
+        one after another.
+        """
+        turns = record.waiting // self._max_sessions
+        wait_s = turns * record.service_s.value
+        if record.state is ModelState.READY and not record.is_closed:
+            return max(1.0, wait_s + record.service_s.value / self._max_sessions)
+        others = [r for r in self._records.values() if r.state in _LOADS and r is not record]
+        queue_s = sum(other.load_s for other in others)
+        if self.device_bytes + size > self._capacity:
+            busy = (r.service_s.value for r in self._records.values() if r.running)
+            queue_s += min(busy, default=0.0)
+        return max(1.0, wait_s + queue_s + load_s)

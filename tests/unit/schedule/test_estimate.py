@@ -1,0 +1,38 @@
+import pytest
+
+from sllm_node.core.types import LoadReport, ModelId
+from sllm_node.schedule.estimate import LoadEstimator, MovingAverage
+
+
+def report(total, from_nvme, elapsed_s):
+    return LoadReport(ModelId("a"), total, from_nvme, total - from_nvme, elapsed_s, 0.0, 0)
+
+
+def test_the_first_sample_replaces_the_guess_and_later_ones_move_the_mean():
+    mean = MovingAverage(100.0)
+    mean.observe(10.0)
+    assert mean.value == 10.0
+    mean.observe(20.0)
+    assert mean.value == pytest.approx(13.0)
+
+
+def test_a_load_lasts_as_long_as_its_slowest_tier():
+    estimator = LoadEstimator()
+    assert estimator.load_s(10**10, 10**10) == pytest.approx(10.0)
+    assert estimator.load_s(10**10, 10**9) == pytest.approx(2.0)
+
+
+def test_an_observed_load_corrects_the_tier_that_held_it_up():
+    estimator = LoadEstimator()
+    estimator.observe(report(10**10, 10**10, 5.0))
+    assert estimator.load_s(10**10, 10**10) == pytest.approx(5.0)
+    assert estimator.load_s(10**10, 0) == pytest.approx(2.0)
+    estimator.observe(report(10**10, 0, 1.0))
+    assert estimator.load_s(10**10, 0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("total", "elapsed_s"), [(0, 1.0), (10, 0.0)])
+def test_a_load_that_tells_nothing_changes_nothing(total, elapsed_s):
+    estimator = LoadEstimator()
+    estimator.observe(report(total, total, elapsed_s))
+    assert estimator.load_s(10**9, 10**9) == pytest.approx(1.0)

@@ -1,0 +1,574 @@
+import pytest
+
+from sllm_node.core.errors import (
+    CancelledByOperatorError,
+    DrainingError,
+    EngineError,
+    LoadFailedError,
+    ModelBusyError,
+    ModelTooLargeError,
+    NodeFullError,
+    PinnedMemoryError,
+    QueueTimeoutError,
+)
+from sllm_node.core.types import ModelState
+from sllm_node.schedule.actions import AbortLoad, Evict, Refuse, StartLoad, Stop
+from sllm_node.schedule.record import TRANSITIONS
+from tests.unit.schedule.board import (
+    A,
+    B,
+    Board,
+    C,
+    ModelConfig,
+    grant,
+    granted,
+    refuse,
+    refused,
+    stop,
+)
+
+# --- loads ----------------------------------------------------------------------------------------
+
+
+def test_a_request_for_a_model_that_is_not_on_the_device_starts_its_load():
+    assert Board().request(A) == [StartLoad(A)]
+
+
+def test_a_second_request_joins_the_load_under_way():
+    board = Board()
+    board.request(A)
+    assert board.request(A) == []
+    assert board.loaded(A) == [grant(1, A), grant(2, A)]
+
+
+def test_a_request_for_a_ready_model_is_granted_at_once():
+    board = Board()
+    board.serve(A)
+    assert board.request(A) == [grant(2, A)]
+
+
+def test_two_models_load_at_once_where_both_fit():
+    board = Board(capacity=8)
+    assert board.request(A) + board.request(B) == [StartLoad(A), StartLoad(B)]
+
+
+def test_a_failed_load_refuses_all_who_waited_and_the_next_request_tries_again():
+    board = Board()
+    board.request(A)
+    board.request(A)
+    error = LoadFailedError(A, "no reason")
+    assert board.load_failed(A, error) == [refuse(1, error), refuse(2, error)]
+    assert board.request(A) == [StartLoad(A)]
+
+
+def test_a_failed_load_gives_its_room_to_the_next_model():
+    board = Board()
+    board.request(A)
+    board.request(B)
+    assert board.load_failed(A, LoadFailedError(A, "no reason"))[-1] == StartLoad(B)
+
+
+def test_an_event_that_the_state_does_not_know_is_an_assertion():
+    board = Board()
+    board.request(A)
+    with pytest.raises(AssertionError, match="a: evicted in state loading"):
+        board.evicted(A)
+
+
+def test_every_state_is_in_the_table():
+    assert set(TRANSITIONS) == set(ModelState)
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+def test_sessions_beyond_the_limit_wait_for_one_to_finish():
+    board = Board(max_sessions=1)
+    board.serve(A)
+    assert board.request(A) == []
+    assert granted(board.finish(1)) == [2]
+
+
+def test_of_those_who_wait_for_a_session_the_higher_priority_goes_first():
+    board = Board(max_sessions=1)
+    board.serve(A)
+    board.request(A)
+    board.request(A, priority=1)
+    assert granted(board.finish(1)) == [3]
+
+
+def test_a_low_priority_is_not_passed_over_for_longer_than_the_maximum_wait():
+    board = Board(max_sessions=1, max_wait_s=10.0)
+    board.serve(A)
+    board.request(A)
+    board.wait(10.0)
+    board.request(A, priority=1)
+    assert granted(board.finish(1)) == [2]
+
+
+# --- eviction -------------------------------------------------------------------------------------
+
+
+def test_an_idle_model_is_evicted_for_a_waiting_one_and_the_load_follows_the_eviction():
+    board = Board()
+    board.rest(A)
+    assert board.request(B) == [Evict(A, "room")]
+    assert board.evicted(A) == [StartLoad(B)]
+
+
+def test_a_running_model_is_not_evicted_before_its_last_session_has_ended():
+    board = Board()
+    board.serve(A)
+    board.request(A)
+    assert board.request(B) == []
+    assert board.finish(1) == []
+    assert board.finish(2) == [Evict(A, "room")]
+
+
+def test_the_least_recently_used_idle_model_is_evicted_first():
+    board = Board(capacity=8)
+    board.rest(A)
+    board.wait(1.0)
+    board.rest(B)
+    board.wait(1.0)
+    board.request(A)
+    board.finish(3)
+    assert board.request(C) == [Evict(B, "room")]
+
+
+def test_no_more_is_evicted_than_is_needed():
+    board = Board(capacity=10)
+    board.rest(A, size=2)
+    board.wait(1.0)
+    board.rest(B, size=8)
+    assert board.request(C, size=7) == [Evict(B, "room")]
+
+
+def test_a_model_kept_for_ever_is_evicted_for_room_only_after_the_others():
+    board = Board(capacity=8)
+    board.rest(A, keep_alive_s=-1)
+    board.wait(1.0)
+    board.rest(B)
+    assert board.request(C) == [Evict(B, "room")]
+
+
+def test_several_idle_models_are_evicted_for_one_that_needs_their_room():
+    board = Board(capacity=8)
+    board.rest(A)
+    board.wait(1.0)
+    board.rest(B)
+    assert board.request(C, size=8) == [Evict(A, "room"), Evict(B, "room")]
+    assert board.evicted(A) == []
+    assert board.evicted(B) == [StartLoad(C)]
+
+
+def test_a_request_for_a_model_that_is_being_evicted_loads_it_anew():
+    board = Board()
+    board.rest(A, keep_alive_s=0)
+    assert board.state(A) is ModelState.EVICTING
+    assert board.request(A) == []
+    assert board.evicted(A) == [StartLoad(A)]
+
+
+def test_a_small_model_starts_in_the_free_room_while_a_large_one_waits():
+    board = Board(capacity=10)
+    board.serve(A, size=6)
+    assert board.request(B, size=8) == []
+    assert board.request(C, size=3) == [StartLoad(C)]
+
+
+def test_nothing_starts_in_the_room_of_an_overdue_model():
+    board = Board(capacity=10, max_wait_s=5.0)
+    board.serve(A, size=6)
+    board.request(B, size=8)
+    board.wait(5.0)
+    assert board.request(C, size=3) == []
+    assert board.finish(1) == [Evict(A, "room")]
+    assert board.evicted(A) == [StartLoad(B)]
+
+
+def test_an_overdue_model_that_only_loads_keep_out_stops_those_behind_it():
+    board = Board(capacity=10, max_wait_s=5.0)
+    board.request(A, size=6)
+    board.request(B, size=8)
+    board.wait(5.0)
+    assert board.request(C, size=3) == []
+
+
+# --- grouping -------------------------------------------------------------------------------------
+
+
+def test_requests_of_the_resident_model_go_on_while_the_other_waits_less_than_the_maximum():
+    board = Board(max_wait_s=10.0)
+    board.serve(A)
+    board.request(B)
+    board.wait(9.9)
+    assert board.request(A) == [grant(3, A)]
+
+
+def test_after_the_maximum_wait_the_resident_model_is_closed_and_changes_places():
+    board = Board(max_wait_s=10.0)
+    board.serve(A)
+    board.request(B)
+    board.wait(10.0)
+    assert board.request(A) == []
+    assert board.finish(1) == [Evict(A, "room")]
+    assert board.evicted(A) == [StartLoad(B)]
+    assert board.loaded(B) == [grant(2, B)]
+    assert board.request(B) == [grant(4, B)]
+    board.wait(10.0)
+    assert board.request(B) == []
+
+
+def test_a_model_closed_in_vain_opens_again():
+    board = Board(max_wait_s=10.0)
+    board.serve(A)
+    board.request(B)
+    board.wait(10.0)
+    board.request(A)
+    assert board.cancel(2) == [grant(3, A)]
+
+
+def test_a_higher_priority_closes_a_lower_one_without_waiting():
+    board = Board(models={"b": ModelConfig(priority=1)})
+    board.serve(A)
+    board.request(B)
+    assert board.request(A) == []
+    assert board.finish(1) == [Evict(A, "room")]
+
+
+def test_a_lower_priority_that_is_overdue_closes_a_higher_one():
+    board = Board(max_wait_s=10.0, models={"a": ModelConfig(priority=1)})
+    board.serve(A)
+    board.request(B)
+    assert board.request(A) == [grant(3, A)]
+    board.wait(10.0)
+    assert board.request(A) == []
+
+
+def test_a_priority_that_waits_inside_a_model_protects_it():
+    board = Board(max_sessions=1)
+    board.serve(A)
+    board.request(A, priority=2)
+    board.request(B, priority=1)
+    assert granted(board.finish(1)) == [2]
+
+
+def test_the_higher_priority_is_loaded_first():
+    board = Board()
+    board.serve(A)
+    board.request(B)
+    board.request(C, priority=1)
+    board.finish(1)
+    assert board.evicted(A) == [StartLoad(C)]
+
+
+def test_the_one_who_came_first_is_loaded_first_among_equals():
+    board = Board()
+    board.serve(A)
+    board.request(C)
+    board.request(B)
+    board.finish(1)
+    assert board.evicted(A) == [StartLoad(C)]
+
+
+# --- keep-alive -----------------------------------------------------------------------------------
+
+
+def test_an_idle_model_is_evicted_when_its_keep_alive_has_passed():
+    board = Board(keep_alive_s=60.0)
+    board.rest(A)
+    assert board.wait(59.9) == []
+    assert board.wait(0.1) == [Evict(A, "keep_alive")]
+
+
+def test_the_time_begins_when_the_last_session_ends():
+    board = Board(keep_alive_s=60.0)
+    board.serve(A)
+    board.wait(100.0)
+    board.finish(1)
+    assert board.scheduler.next_timer() == 160.0
+    assert board.scheduler.view(A).keep_alive_until == 160.0
+
+
+def test_a_keep_alive_of_zero_evicts_as_soon_as_idle():
+    board = Board()
+    assert board.rest(A, keep_alive_s=0) == [Evict(A, "keep_alive")]
+
+
+def test_a_keep_alive_of_minus_one_sets_no_timer():
+    board = Board(keep_alive_s=-1)
+    board.rest(A)
+    assert board.scheduler.next_timer() is None
+
+
+def test_the_latest_request_decides_and_one_without_a_wish_means_the_default():
+    board = Board(models={"a": ModelConfig(keep_alive_s=7.0)})
+    board.rest(A, keep_alive_s=-1)
+    board.request(A)
+    board.finish(2)
+    assert board.scheduler.next_timer() == 7.0
+
+
+def test_a_pinned_model_is_not_counted_down_until_it_is_unpinned():
+    board = Board(keep_alive_s=60.0, models={"a": ModelConfig(pinned=True)})
+    board.rest(A)
+    assert board.wait(100.0) == []
+    board.scheduler.on_unpin(A, board.now)
+    assert board.wait(60.0) == [Evict(A, "keep_alive")]
+
+
+# --- pins -----------------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_fit_beside_the_pinned_ones_is_refused_at_once():
+    board = Board(models={"a": ModelConfig(pinned=True)})
+    board.rest(A)
+    error = refused(board.request(B))[2]
+    assert isinstance(error, PinnedMemoryError)
+    assert error.pinned == ("a",)
+    assert board.scheduler.next_timer() is None
+
+
+def test_a_pin_refuses_those_who_wait_for_the_room_it_takes():
+    board = Board()
+    board.serve(A)
+    board.request(B)
+    assert refused(board.scheduler.on_pin(A, 0.0)).keys() == {2}
+
+
+def test_a_pinned_model_is_passed_over_as_a_victim():
+    board = Board(capacity=8, models={"a": ModelConfig(pinned=True)})
+    board.rest(A)
+    board.rest(B)
+    assert board.request(C) == [Evict(B, "room")]
+
+
+def test_a_pin_on_a_model_elsewhere_changes_nothing_for_the_others():
+    board = Board()
+    board.scheduler.on_pin(A, 0.0)
+    assert board.scheduler.on_unpin(A, 0.0) == []
+    assert board.request(B) == [StartLoad(B)]
+
+
+# --- limits ---------------------------------------------------------------------------------------
+
+
+def test_a_model_larger_than_the_device_is_refused_for_good():
+    assert isinstance(refused(Board().request(A, size=5))[1], ModelTooLargeError)
+
+
+def test_a_full_queue_refuses_with_the_expected_wait():
+    board = Board(max_queue=1)
+    board.serve(A)
+    board.request(B, load_s=3.0)
+    error = refused(board.request(C, load_s=4.0))[3]
+    assert isinstance(error, NodeFullError)
+    assert error.retry_after_s == 3.0 + 4.0 + 10.0  # b's load, its own, a session's end
+
+
+def test_a_full_queue_does_not_keep_out_those_who_need_not_wait():
+    board = Board(max_queue=1)
+    board.serve(A)
+    board.request(B)
+    assert board.request(A) == [grant(3, A)]
+
+
+def test_the_expected_wait_for_a_session_of_a_full_model_comes_from_observed_sessions():
+    board = Board(max_queue=1, max_sessions=1)
+    board.serve(A)
+    board.wait(4.0)
+    board.finish(1)
+    board.request(A)
+    board.request(A)
+    error = refused(board.request(A))[4]
+    assert isinstance(error, NodeFullError)
+    assert error.retry_after_s == 4.0 + 4.0
+
+
+def test_who_waits_for_longer_than_the_limit_is_refused():
+    board = Board(queue_timeout_s=20.0)
+    board.serve(A)
+    board.request(B)
+    assert board.wait(19.9) == []
+    error = refused(board.wait(0.1))[2]
+    assert isinstance(error, QueueTimeoutError)
+    assert board.state(B) is ModelState.IDLE
+
+
+# --- cancelling -----------------------------------------------------------------------------------
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_aborted():
+    board = Board()
+    board.request(A)
+    assert board.cancel(1) == [AbortLoad(A)]
+    assert board.request(B) == []
+    assert board.evicted(A) == [StartLoad(B)]
+
+
+def test_a_load_that_others_wait_for_goes_on():
+    board = Board()
+    board.request(A)
+    board.request(A)
+    assert board.cancel(1) == []
+
+
+def test_the_load_of_a_pinned_model_goes_on():
+    board = Board(models={"a": ModelConfig(pinned=True)})
+    board.request(A)
+    assert board.cancel(1) == []
+    assert board.loaded(A) == []
+
+
+def test_a_cancelled_request_in_the_queue_is_forgotten():
+    board = Board()
+    board.serve(A)
+    board.request(B)
+    board.cancel(2)
+    assert (board.state(B), board.scheduler.waiting, board.scheduler.running) == (
+        ModelState.IDLE, 0, 1)  # fmt: skip
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+def test_a_load_request_ends_when_the_model_is_on_the_device():
+    board = Board(max_sessions=1)
+    board.request(A)
+    board.request(A)
+    board.request(A, session=False)
+    assert board.loaded(A) == [grant(3, A), grant(1, A)]
+
+
+def test_a_load_request_for_a_ready_model_ends_at_once():
+    board = Board()
+    board.serve(A)
+    assert board.request(A, session=False) == [grant(2, A)]
+    assert board.scheduler.running == 1
+
+
+def test_a_preloaded_model_is_counted_down():
+    board = Board(keep_alive_s=60.0)
+    board.request(A, session=False)
+    board.loaded(A)
+    assert board.wait(60.0) == [Evict(A, "keep_alive")]
+
+
+def test_a_preloaded_model_without_keep_alive_stays_for_its_first_session():
+    board = Board(keep_alive_s=0)
+    board.request(A, session=False)
+    assert board.loaded(A) == [grant(1, A)]
+    assert board.request(A) == [grant(2, A)]
+    assert board.finish(2) == [Evict(A, "keep_alive")]
+
+
+def test_unloading_an_idle_model_evicts_it():
+    board = Board()
+    board.rest(A)
+    assert board.scheduler.on_unload_request(A, 0.0, force=False) == [Evict(A, "operator")]
+
+
+def test_unloading_a_model_that_is_not_there_does_nothing():
+    assert Board().scheduler.on_unload_request(A, 0.0, force=False) == []
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_pinned_model_is_not_unloaded(force):
+    board = Board(models={"a": ModelConfig(pinned=True)})
+    board.rest(A)
+    with pytest.raises(ModelBusyError, match="pinned"):
+        board.scheduler.on_unload_request(A, 0.0, force=force)
+
+
+def test_a_model_in_use_is_unloaded_by_force_only():
+    board = Board(max_sessions=1)
+    board.serve(A)
+    board.request(A)
+    with pytest.raises(ModelBusyError, match="1 sessions run, 1 requests wait"):
+        board.scheduler.on_unload_request(A, 0.0, force=False)
+    stopped, turned_away, evict = board.scheduler.on_unload_request(A, 0.0, force=True)
+    assert isinstance(stopped, Stop)
+    assert isinstance(turned_away, Refuse)
+    assert isinstance(stopped.error, CancelledByOperatorError)
+    assert (stopped.ticket, turned_away.ticket, evict) == (1, 2, Evict(A, "operator"))
+
+
+def test_unloading_by_force_aborts_a_load():
+    board = Board()
+    board.request(A)
+    assert board.scheduler.on_unload_request(A, 0.0, force=True)[-1] == AbortLoad(A)
+
+
+# --- failures and replaced checkpoints ------------------------------------------------------------
+
+
+def test_a_broken_replica_is_evicted_and_those_who_wait_get_a_new_one():
+    board = Board(max_sessions=1)
+    board.serve(A)
+    board.request(A)
+    error = EngineError(A, "step failed")
+    assert board.scheduler.on_failed(A, error, 0.0) == [stop(1, error), Evict(A, "failed")]
+    assert board.scheduler.on_failed(A, error, 0.0) == []
+    assert board.evicted(A) == [StartLoad(A)]
+
+
+def test_a_replaced_checkpoint_serves_only_the_sessions_that_run():
+    board = Board()
+    board.serve(A)
+    assert board.scheduler.on_replaced(A, 0.0) == []
+    assert board.request(A) == []
+    assert board.request(A, session=False) == []
+    assert board.finish(1) == [Evict(A, "replaced")]
+    assert board.evicted(A) == [StartLoad(A)]
+
+
+def test_a_checkpoint_replaced_by_a_larger_one_is_loaded_by_its_new_size():
+    board = Board(capacity=8)
+    board.rest(A)
+    board.rest(B)
+    assert board.scheduler.on_replaced(A, 0.0) == [Evict(A, "replaced")]
+    board.request(A, size=6)
+    assert board.evicted(A) == [Evict(B, "room")]
+    assert board.evicted(B) == [StartLoad(A)]
+    assert board.scheduler.device_bytes == 6
+
+
+def test_a_checkpoint_replaced_while_it_loads_serves_nobody():
+    board = Board()
+    board.request(A)
+    board.request(A, session=False)
+    board.scheduler.on_replaced(A, 0.0)
+    assert board.loaded(A) == [Evict(A, "replaced")]
+
+
+# --- drain ----------------------------------------------------------------------------------------
+
+
+def test_a_draining_node_refuses_new_requests():
+    board = Board()
+    board.serve(A)
+    assert board.scheduler.on_drain(0.0) == []
+    error = refused(board.request(A))[2]
+    assert isinstance(error, DrainingError)
+    assert board.scheduler.is_draining
+
+
+def test_a_drain_serves_those_whose_model_is_there_or_coming_and_refuses_the_others():
+    board = Board(capacity=8, max_sessions=1)
+    board.serve(A)
+    board.request(A)
+    board.request(B)
+    board.request(C)
+    assert refused(board.scheduler.on_drain(0.0)).keys() == {4}
+    assert granted(board.loaded(B)) == [3]
+    assert granted(board.finish(1)) == [2]
+
+
+def test_a_drain_opens_a_model_that_was_closed_for_another():
+    board = Board(max_wait_s=10.0)
+    board.serve(A)
+    board.request(B)
+    board.wait(10.0)
+    board.request(A)
+    assert granted(board.scheduler.on_drain(10.0)) == [3]
