@@ -1,0 +1,223 @@
+"""From a shard to a chunk: direct I/O in reader threads, checksums on the way.
+
+Threads get values (a file, a range, a view) and return or raise; they touch no state of ours.
+O_DIRECT wants file offset, size and address aligned to 4 KiB: shards are padded to it, chunks begin
+at it, and it is asserted here, because tmpfs would accept less and hide the mistake.
+"""
+
+import ctypes
+import errno
+import logging
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Protocol
+
+import xxhash
+
+from sllm_node.checkpoint.catalog import Checkpoint, ShardIdentity, identity_of
+from sllm_node.core.errors import CheckpointChangedError, ChecksumError, StorageReadError
+from sllm_node.core.types import ModelId
+from sllm_node.core.units import PAGE
+from sllm_node.store.residency import Unit
+
+log = logging.getLogger(__name__)
+
+
+class ShardFile(Protocol):
+    """An open shard."""
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        """Fill `view` from byte `offset`; return the bytes read, fewer only at the end of the file.
+
+        Raises:
+            OSError: the file system's own.
+        """
+
+    def identity(self) -> ShardIdentity:
+        """Return what tells this file from another in its place."""
+
+    def close(self) -> None: ...
+
+
+class FileSystem(Protocol):
+    """Where shards are opened."""
+
+    def open(self, path: Path) -> ShardFile: ...
+
+
+class DirectFile:
+    """A shard opened with O_DIRECT, or without where the file system refuses."""
+
+    def __init__(
+        self, path: Path, refused: Callable[[Path, OSError], None], *, direct: bool
+    ) -> None:
+        self._path = path
+        self._refused = refused
+        self._descriptor = -1
+        if direct:
+            try:
+                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                refused(path, error)
+        self._is_direct = self._descriptor >= 0
+        if not self._is_direct:
+            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def read_into(self, view: memoryview, offset: int) -> int:
+        _assert_aligned(view, offset)
+        done = 0
+        while done < len(view):
+            count = self._read(view[done:], offset + done)
+            if count == 0:
+                break
+            done += count
+        if not self._is_direct:
+            os.posix_fadvise(self._descriptor, offset, done, os.POSIX_FADV_DONTNEED)
+        return done
+
+    def _read(self, view: memoryview, offset: int) -> int:
+        try:
+            return os.preadv(self._descriptor, [view], offset)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not self._is_direct:
+                raise
+            return self._read_buffered(view, offset, error)
+
+    def _read_buffered(self, view: memoryview, offset: int, error: OSError) -> int:
+        """Go on without O_DIRECT; the descriptor stays open, other threads may be using it."""
+        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            self._refused(self._path, error)
+            return os.preadv(descriptor, [view], offset)
+        finally:
+            os.close(descriptor)
+
+    def identity(self) -> ShardIdentity:
+        return identity_of(os.fstat(self._descriptor))
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+class DirectFileSystem:
+    """The system's files; says once for each file system that it can't do direct I/O."""
+
+    def __init__(self, *, direct: bool = True) -> None:
+        self._direct = direct
+        self._warned: set[int] = set()
+
+    def open(self, path: Path) -> DirectFile:
+        return DirectFile(path, self._warn, direct=self._direct)
+
+    def _warn(self, path: Path, error: OSError) -> None:
+        device = path.stat().st_dev
+        if device not in self._warned:
+            self._warned.add(device)
+            fields = {"path": str(path), "reason": error.strerror}
+            log.warning("no direct I/O here, reading through the page cache", extra=fields)
+
+
+def open_shards(checkpoint: Checkpoint, files: FileSystem) -> tuple[ShardFile, ...]:
+    """Open every shard and make sure that it is the file whose index was read.
+
+    Raises:
+        CheckpointChangedError: a shard is another file, or of another size, than it was.
+        StorageReadError: it can't be opened.
+    """
+    opened: list[ShardFile] = []
+    try:
+        for shard, identity in zip(checkpoint.index.shards, checkpoint.identities, strict=True):
+            opened.append(_open(checkpoint, shard.name, files))
+            _check_identity(checkpoint.model, shard.name, opened[-1], identity)
+    except BaseException:
+        close_shards(tuple(opened))
+        raise
+    return tuple(opened)
+
+
+def _open(checkpoint: Checkpoint, shard: str, files: FileSystem) -> ShardFile:
+    try:
+        return files.open(checkpoint.path / shard)
+    except FileNotFoundError as error:
+        raise CheckpointChangedError(checkpoint.model, shard, "was removed") from error
+    except OSError as error:
+        raise _read_error(checkpoint.model, shard, 0, error) from error
+
+
+def _check_identity(model: ModelId, shard: str, file: ShardFile, expected: ShardIdentity) -> None:
+    try:
+        found = file.identity()
+    except OSError as error:
+        raise _read_error(model, shard, 0, error) from error
+    if found != expected:
+        problem = "was truncated" if found.size < expected.size else "was replaced"
+        raise CheckpointChangedError(model, shard, problem)
+
+
+def close_shards(files: tuple[ShardFile, ...]) -> None:
+    """Close all of `files`; a failure to close says nothing about what was read."""
+    for file in files:
+        with suppress(OSError):
+            file.close()
+
+
+def read_unit(
+    checkpoint: Checkpoint, file: ShardFile, unit: Unit, view: memoryview, *, verify: bool
+) -> None:
+    """Fill `view` with `unit`; in a reader thread.
+
+    Raises:
+        StorageReadError: the file system failed.
+        CheckpointChangedError: the file is shorter than it was.
+        ChecksumError: the bytes are not those written.
+    """
+    shard = checkpoint.index.shards[unit.shard].name
+    try:
+        count = file.read_into(view, unit.offset)
+    except OSError as error:
+        raise _read_error(checkpoint.model, shard, unit.offset, error) from error
+    if count != unit.size:
+        _explain_short_read(checkpoint, file, unit, count)
+    if verify:
+        check_unit(checkpoint, unit, view)
+
+
+def check_unit(checkpoint: Checkpoint, unit: Unit, view: memoryview) -> None:
+    """Compare the checksum of each file chunk in `view` with the index; in a reader thread.
+
+    Raises:
+        ChecksumError: naming the first file chunk that differs.
+    """
+    index = checkpoint.index
+    shard = index.shards[unit.shard]
+    for start in range(0, unit.size, index.chunk_bytes):
+        piece = view[start : start + index.chunk_bytes]
+        offset = unit.offset + start
+        if xxhash.xxh3_64_intdigest(piece) != shard.digests[offset // index.chunk_bytes]:
+            tensors = tuple(index.tensors_in(unit.shard, offset, len(piece)))
+            raise ChecksumError(checkpoint.model, shard.name, offset, len(piece), tensors)
+
+
+def _explain_short_read(checkpoint: Checkpoint, file: ShardFile, unit: Unit, count: int) -> None:
+    shard = checkpoint.index.shards[unit.shard].name
+    with suppress(OSError):
+        if file.identity() != checkpoint.identities[unit.shard]:
+            raise CheckpointChangedError(checkpoint.model, shard, "was truncated")
+    problem = f"only {count} of {unit.size} bytes came"
+    raise StorageReadError(checkpoint.model, shard, unit.offset + count, problem)
+
+
+def _read_error(model: ModelId, shard: str, offset: int, error: OSError) -> StorageReadError:
+    name = errno.errorcode.get(error.errno or 0, "")
+    return StorageReadError(model, shard, offset, f"{error.strerror or error} ({name})")
+
+
+def _assert_aligned(view: memoryview, offset: int) -> None:
+    address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+    assert address % PAGE == 0, "chunks begin at a page"
+    assert offset % PAGE == 0, "file chunks begin at a page"
+    assert len(view) % PAGE == 0, "shards are padded to a page"

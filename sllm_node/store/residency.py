@@ -1,0 +1,287 @@
+"""Which chunk of the pinned pool holds what: the DRAM tier's ledger, as one pure object.
+
+A checkpoint is a row of *units*, each as many file chunks of one shard as fit into a pool chunk. A
+unit is EMPTY, FILLING (a chunk is taken, a reader writes to it), or FILLED. A filled unit is *held*
+while a copy reads it.
+
+A load takes chunks one by one: a free one; else one of another model, taken from the tail of the
+least recently used model that isn't pinned or loading, so that a victim stays partly cached and
+eviction is by bytes; else one of its own that was copied already, the latest unit first, so that a
+model larger than the pool streams through it and keeps its head for the next time. None is the
+answer when all that is left is in flight: whoever asked waits until something is given back.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+from sllm_node.checkpoint.index import TensorIndex
+from sllm_node.core.errors import CheckpointFormatError
+from sllm_node.core.types import ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """What one chunk of the pool holds, one read brings, one copy moves."""
+
+    index: int
+    shard: int
+    offset: int
+    size: int
+    device_offset: int
+
+
+def units_of(index: TensorIndex, chunk_bytes: int) -> tuple[Unit, ...]:
+    """Cut a checkpoint into units for a pool whose chunks are `chunk_bytes`.
+
+    Raises:
+        CheckpointFormatError: a file chunk does not fit into a pool chunk evenly.
+    """
+    if chunk_bytes % index.chunk_bytes:
+        raise CheckpointFormatError(
+            index.model,
+            f"its chunks are {index.chunk_bytes} bytes, of which store.chunk_bytes = {chunk_bytes} "
+            f"is no multiple; convert it with --chunk-size {chunk_bytes} or change the config",
+        )
+    cuts = [
+        (number, offset, min(chunk_bytes, shard.size - offset))
+        for number, shard in enumerate(index.shards)
+        for offset in range(0, shard.size, chunk_bytes)
+    ]
+    return tuple(
+        Unit(i, shard, offset, size, index.shard_base(shard) + offset)
+        for i, (shard, offset, size) in enumerate(cuts)
+    )
+
+
+class UnitState(Enum):
+    """What the DRAM tier has of a unit."""
+
+    EMPTY = "empty"
+    FILLING = "filling"
+    FILLED = "filled"
+
+
+@dataclass(slots=True)
+class _Slot:
+    state: UnitState = UnitState.EMPTY
+    chunk: int = -1
+    holds: int = 0
+    is_copied: bool = False
+    """The load under way has copied it: it may be given up for a later unit of the same model."""
+
+
+@dataclass(slots=True)
+class _Row:
+    units: tuple[Unit, ...]
+    slots: list[_Slot]
+    loads: int = 0
+    is_pinned: bool = False
+    filled_bytes: int = 0
+    tail: int = -1
+    """No unit behind this one is filled: where the search for a victim begins."""
+    verified: set[int] = field(default_factory=set)
+
+
+class Residency:
+    """The ledger of a pool of `chunks` chunks. Models are known from `open` to `close`."""
+
+    def __init__(self, chunks: int) -> None:
+        self._chunks = chunks
+        self._free = list(range(chunks - 1, -1, -1))
+        self._in_flight = 0
+        self._rows: OrderedDict[ModelId, _Row] = OrderedDict()
+        """Least recently used first."""
+
+    # --- what can be asked --------------------------------------------------------------------
+
+    @property
+    def chunks(self) -> int:
+        """Chunks of the pool."""
+        return self._chunks
+
+    @property
+    def free(self) -> int:
+        """Chunks that hold nothing."""
+        return len(self._free)
+
+    @property
+    def in_flight(self) -> int:
+        """Chunks that a reader fills or a copy reads."""
+        return self._in_flight
+
+    def models(self) -> tuple[ModelId, ...]:
+        """Return the known models, least recently used first."""
+        return tuple(self._rows)
+
+    def units(self, model: ModelId) -> tuple[Unit, ...]:
+        """Return the units of a known model."""
+        return self._rows[model].units
+
+    def bytes_of(self, model: ModelId) -> int:
+        """Return how many bytes of `model` are in DRAM."""
+        row = self._rows.get(model)
+        return row.filled_bytes if row else 0
+
+    def chunk_of(self, model: ModelId, unit: int) -> int | None:
+        """Return the chunk that holds `unit`, or None."""
+        slot = self._rows[model].slots[unit]
+        return slot.chunk if slot.state is UnitState.FILLED else None
+
+    def is_verified(self, model: ModelId, unit: int) -> bool:
+        """Tell whether `unit` was read with right checksums since the checkpoint was opened."""
+        return unit in self._rows[model].verified
+
+    def is_pinned(self, model: ModelId) -> bool:
+        """Tell whether the model may not be evicted from DRAM."""
+        row = self._rows.get(model)
+        return row is not None and row.is_pinned
+
+    # --- models -------------------------------------------------------------------------------
+
+    def open(self, model: ModelId, units: tuple[Unit, ...]) -> None:
+        """Begin to know `model`, of which nothing is in DRAM."""
+        assert model not in self._rows
+        self._rows[model] = _Row(units, [_Slot() for _ in units])
+
+    def knows(self, model: ModelId) -> bool:
+        """Tell whether `model` is open."""
+        return model in self._rows
+
+    def close(self, model: ModelId) -> None:
+        """Forget `model` and give its chunks back; nothing of it may be in flight."""
+        assert self._rows[model].loads == 0
+        self.evict(model)
+        del self._rows[model]
+
+    def touch(self, model: ModelId) -> None:
+        """Make `model` the most recently used."""
+        self._rows.move_to_end(model)
+
+    def pin(self, model: ModelId, *, pinned: bool) -> None:
+        """Keep what DRAM has of `model`, or don't any more."""
+        self._rows[model].is_pinned = pinned
+
+    def evict(self, model: ModelId) -> int:
+        """Give up what DRAM has of `model` and isn't in use; return the bytes."""
+        row = self._rows[model]
+        before = row.filled_bytes
+        for unit, slot in enumerate(row.slots):
+            if slot.state is UnitState.FILLED and not slot.holds:
+                self._empty(row, unit)
+        return before - row.filled_bytes
+
+    # --- a load -------------------------------------------------------------------------------
+
+    def begin_load(self, model: ModelId) -> None:
+        """A load of `model` begins: nobody else takes its chunks."""
+        self.touch(model)
+        row = self._rows[model]
+        row.loads += 1
+        for slot in row.slots:
+            slot.is_copied = False
+
+    def end_load(self, model: ModelId) -> None:
+        """The load is over, however it ended; nothing of it is in flight."""
+        row = self._rows[model]
+        assert row.loads > 0
+        row.loads -= 1
+        self.touch(model)
+
+    def take(self, model: ModelId, unit: int) -> tuple[int, ModelId | None] | None:
+        """Take a chunk for `unit`, which becomes FILLING.
+
+        Returns:
+            The chunk and the model it was taken from, if from another one; None: all are in use.
+        """
+        row = self._rows[model]
+        slot = row.slots[unit]
+        assert slot.state is UnitState.EMPTY
+        victim: ModelId | None = None
+        if not self._free:
+            victim = self._evict_one()
+        if not self._free:
+            self._recycle(row)
+        if not self._free:
+            return None
+        slot.chunk = self._free.pop()
+        slot.state = UnitState.FILLING
+        self._in_flight += 1
+        return slot.chunk, victim
+
+    def filled(self, model: ModelId, unit: int, *, verified: bool) -> None:
+        """The reader has filled the chunk of `unit`."""
+        row = self._rows[model]
+        slot = row.slots[unit]
+        assert slot.state is UnitState.FILLING
+        slot.state = UnitState.FILLED
+        self._in_flight -= 1
+        row.tail = max(row.tail, unit)
+        row.filled_bytes += row.units[unit].size
+        if verified:
+            row.verified.add(unit)
+
+    def failed(self, model: ModelId, unit: int) -> None:
+        """The reader could not: the chunk is free again."""
+        row = self._rows[model]
+        slot = row.slots[unit]
+        assert slot.state is UnitState.FILLING
+        self._in_flight -= 1
+        self._free.append(slot.chunk)
+        row.slots[unit] = _Slot()
+
+    def hold(self, model: ModelId, unit: int) -> int:
+        """A copy begins to read `unit`; return its chunk."""
+        slot = self._rows[model].slots[unit]
+        assert slot.state is UnitState.FILLED
+        self._in_flight += slot.holds == 0
+        slot.holds += 1
+        return slot.chunk
+
+    def unhold(self, model: ModelId, unit: int, *, copied: bool) -> None:
+        """The copy of `unit` has ended."""
+        slot = self._rows[model].slots[unit]
+        assert slot.holds > 0
+        slot.holds -= 1
+        self._in_flight -= slot.holds == 0
+        slot.is_copied = slot.is_copied or copied
+
+    def drop(self, model: ModelId, unit: int) -> None:
+        """Give `unit` up: what DRAM has of it is damaged."""
+        row = self._rows[model]
+        row.verified.discard(unit)
+        if not row.slots[unit].holds:
+            self._empty(row, unit)
+
+    # --- victims ------------------------------------------------------------------------------
+
+    def _evict_one(self) -> ModelId | None:
+        for model, row in self._rows.items():
+            if not (row.loads or row.is_pinned):
+                for unit in self._given_up_in_order(row):
+                    self._empty(row, unit)
+                    return model
+        return None
+
+    def _recycle(self, row: _Row) -> None:
+        for unit in self._given_up_in_order(row):
+            if row.slots[unit].is_copied:
+                self._empty(row, unit)
+                return
+
+    def _given_up_in_order(self, row: _Row) -> Iterator[int]:
+        while row.tail >= 0 and row.slots[row.tail].state is UnitState.EMPTY:
+            row.tail -= 1
+        for unit in range(row.tail, -1, -1):
+            slot = row.slots[unit]
+            if slot.state is UnitState.FILLED and not slot.holds:
+                yield unit
+
+    def _empty(self, row: _Row, unit: int) -> None:
+        slot = row.slots[unit]
+        assert slot.state is UnitState.FILLED
+        assert not slot.holds
+        row.filled_bytes -= row.units[unit].size
+        self._free.append(slot.chunk)
+        row.slots[unit] = _Slot()

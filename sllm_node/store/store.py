@@ -1,0 +1,462 @@
+"""Which checkpoint is on which tier, and the way up: `acquire` gives a lease on the device.
+
+Everything here runs on the event loop. One load per model is under way at a time (single flight):
+whoever else wants the model waits for it. A caller that is cancelled leaves the others waiting; the
+last one takes the load with it. A model stays on the device when its last lease is given back, until
+`evict`; what of it is in DRAM stays until another load needs the chunks.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Self
+
+from sllm_node.checkpoint.catalog import Catalog, Checkpoint
+from sllm_node.core.clock import Clock
+from sllm_node.core.config import StoreConfig
+from sllm_node.core.errors import ChecksumError, LoadFailedError, ModelBusyError, SllmError
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Tier
+from sllm_node.device.base import Device, DeviceBuffer, Stream
+from sllm_node.store.loader import Load, LoadCancelledError, Machinery
+from sllm_node.store.pool import PinnedPool
+from sllm_node.store.reader import DirectFileSystem, FileSystem
+from sllm_node.store.residency import Residency, units_of
+
+log = logging.getLogger(__name__)
+
+READS_PER_THREAD = 2
+"""Reads under way for each reader thread: one at the disk and one queued behind it."""
+_NEWEST_WEIGHT = 0.3
+"""Of the newest observation in the moving average of a bandwidth."""
+
+
+class Lease:
+    """The right that a checkpoint stays on the device; give it back with `release` or `with`."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, buffer: DeviceBuffer, release: Callable[[], None]
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.buffer = buffer
+        self._release: Callable[[], None] | None = release
+
+    def release(self) -> None:
+        """Give the right back; a second call does nothing."""
+        release, self._release = self._release, None
+        if release is not None:
+            release()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.release()
+
+
+class _Resident:
+    """A checkpoint on the device."""
+
+    def __init__(self, checkpoint: Checkpoint, buffer: DeviceBuffer) -> None:
+        self.checkpoint = checkpoint
+        self.buffer = buffer
+        self.leases = 0
+
+
+class Store:
+    """The tiers of one node with one device."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        device: Device,
+        config: StoreConfig,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        files: FileSystem | None = None,
+    ) -> None:
+        self.on_load: Callable[[LoadReport], None] = lambda report: None
+        self._catalog = catalog
+        self._device = device
+        self._config = config
+        self._clock = clock
+        self._metrics = metrics
+        self._files = files or DirectFileSystem(direct=config.direct_io)
+        self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
+        self._opened: dict[ModelId, Checkpoint] = {}
+        """What the ledger's rows were made of."""
+        self._residents: dict[ModelId, _Resident] = {}
+        self._loads: dict[ModelId, Load] = {}
+        self._waiters: dict[ModelId, int] = {}
+        self._slot_queue: deque[Load] = deque()
+        self._active = 0
+        self._chunk_queue: deque[Load] = deque()
+        self._device_pins: set[ModelId] = set()
+        self._bandwidth: dict[Tier, float] = {}
+        self._is_closing = False
+        self._machinery: Machinery | None = None
+        self._stream: Stream | None = None
+
+    # --- life ---------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Take the pinned pool, start reader threads and the copy stream.
+
+        Raises:
+            DeviceError: the system refuses the pool.
+        """
+        loop = asyncio.get_running_loop()
+        config = self._config
+        readers = ThreadPoolExecutor(config.reader_threads, "sllm-read")
+        pool = await loop.run_in_executor(readers, self._take_pool)
+        self._stream = self._device.stream()
+        self._machinery = Machinery(
+            loop=loop,
+            clock=self._clock,
+            pool=pool,
+            ledger=self._ledger,
+            readers=readers,
+            stream=self._stream,
+            files=self._files,
+            verify=config.verify,
+            max_reads=READS_PER_THREAD * config.reader_threads,
+            wait_for_chunk=self._wait_for_chunk,
+            chunk_given_back=self._wake_one,
+            on_eviction=self._count_dram_eviction,
+            on_ended=self._on_ended,
+        )
+        self._show()
+
+    def _take_pool(self) -> PinnedPool:
+        config = self._config
+        return PinnedPool(
+            self._device, config.pool_bytes, config.chunk_bytes, huge_pages=config.huge_pages
+        )
+
+    async def close(self) -> None:
+        """Cancel what is under way, wait for it, give all memory back. Leases must be back."""
+        if self._machinery is None:
+            return
+        self._is_closing = True
+        for load in list(self._loads.values()):
+            self._cancel(load)
+        while self._loads:
+            await next(iter(self._loads.values())).ended
+        for model in list(self._residents):
+            self.evict(model, Tier.DEVICE, "shutdown")
+        machinery, self._machinery = self._machinery, None
+        machinery.readers.shutdown(wait=True)
+        machinery.stream.close()
+        machinery.pool.close()
+
+    # --- what is where ------------------------------------------------------------------------
+
+    def is_on_device(self, model: ModelId) -> bool:
+        """Tell whether all of `model` is on the device."""
+        return model in self._residents
+
+    def residency(self, model: ModelId) -> dict[Tier, int]:
+        """Return the bytes of `model` on each tier; NVME has what the catalogue has."""
+        resident = self._residents.get(model)
+        opened = self._opened.get(model)
+        return {
+            Tier.DEVICE: resident.checkpoint.index.size if resident else 0,
+            Tier.DRAM: self._ledger.bytes_of(model),
+            Tier.NVME: opened.index.size if opened else self._catalog.get(model).index.size,
+        }
+
+    def leases(self, model: ModelId) -> int:
+        """Return how many hold `model` on the device."""
+        resident = self._residents.get(model)
+        return resident.leases if resident else 0
+
+    def progress(self, model: ModelId) -> LoadProgress | None:
+        """Return how far the load of `model` is, if one is under way."""
+        load = self._loads.get(model)
+        return load.progress() if load else None
+
+    def bandwidth(self, tier: Tier) -> float | None:
+        """Return the bytes/s observed of loads from `tier`; None before the first."""
+        return self._bandwidth.get(tier)
+
+    def device_free(self) -> int:
+        """Return the bytes of device memory that are not allocated."""
+        return self._device.memory_total - self._device.memory_used
+
+    @property
+    def pool_chunks(self) -> int:
+        """Chunks of the pinned pool."""
+        return self._ledger.chunks
+
+    @property
+    def pool_chunks_used(self) -> int:
+        """Chunks that hold or await bytes."""
+        return self._ledger.chunks - self._ledger.free
+
+    # --- the way up ---------------------------------------------------------------------------
+
+    async def acquire(self, model: ModelId) -> Lease:
+        """Return a lease on `model`, loading it onto the device if it is not there.
+
+        Raises:
+            ModelNotFoundError: there is no such checkpoint.
+            CheckpointError: its files are damaged, changed or unreadable.
+            DeviceMemoryError: no room on the device.
+            PoolExhaustedError: no chunk of the pool can be freed.
+        """
+        asked = self._clock.now()
+        while True:
+            resident = self._residents.get(model)
+            if resident is not None:
+                resident.leases += 1
+                if self._ledger.knows(model):
+                    self._ledger.touch(model)
+                return self._lease(resident)
+            load = self._loads.get(model)
+            if load is None:
+                load = self._begin(model, asked, onto_device=True)
+            if load.is_ending or load.buffer is None:
+                await asyncio.shield(load.ended)
+                continue
+            await self._wait(load)
+            return self._lease(self._residents[model])
+
+    async def prefetch(self, model: ModelId) -> None:
+        """Bring into DRAM what of `model` fits there and isn't there yet.
+
+        Raises:
+            ModelNotFoundError: there is no such checkpoint.
+            CheckpointError: its files are damaged, changed or unreadable.
+        """
+        while (load := self._loads.get(model)) is not None and load.is_ending:
+            await asyncio.shield(load.ended)
+        if load is None:
+            load = self._begin(model, self._clock.now(), onto_device=False)
+        await self._wait(load)
+        if load.buffer is not None:
+            self._give_back(self._residents[model])
+
+    async def _wait(self, load: Load) -> None:
+        """Wait for `load`; if it was one onto the device, a lease has been counted for us."""
+        model = load.model
+        self._waiters[model] = self._waiters.get(model, 0) + 1
+        try:
+            result = await asyncio.shield(load.ended)
+        except asyncio.CancelledError:
+            self._leave(load)
+            raise
+        if isinstance(result, SllmError):
+            raise result
+        if isinstance(result, BaseException):
+            raise LoadFailedError(model, str(result) or type(result).__name__) from result
+
+    def _leave(self, load: Load) -> None:
+        """A waiter was cancelled; the last one cancels the load."""
+        if load.ended.done():
+            resident = self._residents.get(load.model)
+            if resident is not None and resident.buffer is load.buffer:
+                self._give_back(resident)
+            return
+        self._waiters[load.model] -= 1
+        if not self._waiters[load.model]:
+            self._cancel(load)
+
+    def _begin(self, model: ModelId, asked: float, *, onto_device: bool) -> Load:
+        assert self._machinery is not None, "the store is not started"
+        assert not self._is_closing, "the store is closing"
+        checkpoint = self._catalog.get(model)
+        self._know(checkpoint)
+        buffer = self._device.allocate(checkpoint.index.size) if onto_device else None
+        load = Load(checkpoint, buffer, self._machinery, asked)
+        self._loads[model] = load
+        self._waiters[model] = 0
+        self._show()
+        if self._active < self._config.max_concurrent_loads:
+            self._active += 1
+            load.start()
+        else:
+            self._slot_queue.append(load)
+        return load
+
+    def _know(self, checkpoint: Checkpoint) -> None:
+        """Open the ledger's row of `checkpoint`; another checkpoint of that name is forgotten."""
+        model = checkpoint.model
+        if self._opened.get(model) is checkpoint:
+            return
+        if self._opened.get(model) != checkpoint:
+            units = units_of(checkpoint.index, self._config.chunk_bytes)
+            if self._ledger.knows(model):
+                self._ledger.close(model)
+            self._ledger.open(model, units)
+        self._opened[model] = checkpoint
+
+    def _cancel(self, load: Load) -> None:
+        if load in self._slot_queue:
+            self._slot_queue.remove(load)
+            self._active += 1
+            load.abandon()
+        else:
+            load.cancel()
+
+    def _on_ended(self, load: Load, result: LoadReport | BaseException) -> None:
+        """A load is over: count leases for those who wait, and let the next one begin."""
+        model = load.model
+        del self._loads[model]
+        waiters = self._waiters.pop(model)
+        self._active -= 1
+        if load in self._chunk_queue:
+            self._chunk_queue.remove(load)
+        if isinstance(result, LoadReport):
+            if load.buffer is not None:
+                resident = _Resident(load.checkpoint, load.buffer)
+                resident.leases = waiters
+                self._residents[model] = resident
+            self._observe(load, result)
+        else:
+            self._count_failure(load, result)
+        self._start_next()
+        self._show()
+
+    def _start_next(self) -> None:
+        while self._slot_queue and self._active < self._config.max_concurrent_loads:
+            self._active += 1
+            self._slot_queue.popleft().start()
+
+    # --- chunks -------------------------------------------------------------------------------
+
+    def _wait_for_chunk(self, load: Load) -> bool:
+        """Let `load` wait, unless nothing is in flight and every other load waits as well."""
+        waiting = [other for other in self._chunk_queue if other is not load]
+        others = self._active - len(waiting) - 1
+        if not self._ledger.in_flight and others <= 0:
+            return False
+        if load not in self._chunk_queue:
+            self._chunk_queue.append(load)
+        return True
+
+    def _wake_one(self) -> None:
+        """A chunk may be free: the load that has waited longest tries again."""
+        if self._chunk_queue:
+            self._chunk_queue.popleft().pump()
+
+    # --- the way down -------------------------------------------------------------------------
+
+    def evict(self, model: ModelId, tier: Tier, reason: str) -> None:
+        """Give up what `tier` (DEVICE or DRAM) has of `model`; without it, do nothing.
+
+        Raises:
+            ModelBusyError: it is leased, pinned or loading there.
+        """
+        assert tier is not Tier.NVME, "a checkpoint is removed from NVMe through the catalogue"
+        if tier is Tier.DEVICE:
+            self._evict_from_device(model, reason)
+        elif self._ledger.knows(model):
+            self._evict_from_dram(model, reason)
+        self._show()
+
+    def _evict_from_device(self, model: ModelId, reason: str) -> None:
+        resident = self._residents.get(model)
+        if resident is None:
+            return
+        if resident.leases:
+            raise ModelBusyError(model, f"is in use on the device ({resident.leases} leases)")
+        if model in self._device_pins and reason != "shutdown":
+            raise ModelBusyError(model, "is pinned on the device")
+        resident.buffer.close()
+        del self._residents[model]
+        self._metrics.evictions.labels(Tier.DEVICE.value, reason).inc()
+
+    def _evict_from_dram(self, model: ModelId, reason: str) -> None:
+        if model in self._loads:
+            raise ModelBusyError(model, "is loading")
+        if self._ledger.is_pinned(model):
+            raise ModelBusyError(model, "is pinned in DRAM")
+        if self._ledger.evict(model):
+            self._metrics.evictions.labels(Tier.DRAM.value, reason).inc()
+        self._wake_one()
+
+    def pin(self, model: ModelId, tier: Tier) -> None:
+        """Never evict `model` from `tier` (DEVICE or DRAM) until it is unpinned.
+
+        Raises:
+            ModelNotFoundError: there is no such checkpoint.
+        """
+        if tier is Tier.DEVICE:
+            self._device_pins.add(model)
+        else:
+            self._know(self._catalog.get(model))
+            self._ledger.pin(model, pinned=True)
+
+    def unpin(self, model: ModelId, tier: Tier) -> None:
+        """Let `model` be evicted from `tier` again."""
+        if tier is Tier.DEVICE:
+            self._device_pins.discard(model)
+        elif self._ledger.knows(model):
+            self._ledger.pin(model, pinned=False)
+            self._wake_one()
+
+    def forget(self, model: ModelId) -> None:
+        """Drop what DRAM has of a checkpoint that was removed; a load under way keeps its own."""
+        if model not in self._loads and self._ledger.knows(model):
+            self._ledger.close(model)
+            del self._opened[model]
+            self._wake_one()
+            self._show()
+
+    def _lease(self, resident: _Resident) -> Lease:
+        checkpoint, buffer = resident.checkpoint, resident.buffer
+        return Lease(checkpoint, buffer, lambda: self._give_back(resident))
+
+    def _give_back(self, resident: _Resident) -> None:
+        assert resident.leases > 0
+        resident.leases -= 1
+
+    # --- what was observed --------------------------------------------------------------------
+
+    def _observe(self, load: Load, report: LoadReport) -> None:
+        source = Tier.NVME if report.bytes_from_nvme else Tier.DRAM
+        self._metrics.loads.labels(source.value, "ok").inc()
+        self._metrics.load_seconds.labels(source.value).observe(report.elapsed_s)
+        for tier, size in (
+            (Tier.NVME, report.bytes_from_nvme), (Tier.DRAM, report.bytes_from_dram),
+        ):  # fmt: skip
+            self._metrics.load_bytes.labels(tier.value).inc(size)
+        if load.buffer is not None:
+            self._metrics.first_copy_seconds.observe(report.first_copy_s)
+            self._learn(source, report)
+        self.on_load(report)
+
+    def _learn(self, source: Tier, report: LoadReport) -> None:
+        if report.elapsed_s <= 0:
+            return
+        rate = report.bytes_total / report.elapsed_s
+        known = self._bandwidth.get(source)
+        mixed = rate if known is None else known + _NEWEST_WEIGHT * (rate - known)
+        self._bandwidth[source] = mixed
+        self._metrics.tier_bandwidth.labels(source.value).set(mixed)
+
+    def _count_failure(self, load: Load, error: BaseException) -> None:
+        outcome = "cancelled" if isinstance(error, LoadCancelledError) else "failed"
+        self._metrics.loads.labels(load.progress().source.value, outcome).inc()
+        if isinstance(error, ChecksumError):
+            self._metrics.checksum_failures.inc()
+
+    def _count_dram_eviction(self, victim: ModelId) -> None:
+        if not self._ledger.bytes_of(victim):
+            self._metrics.evictions.labels(Tier.DRAM.value, "room").inc()
+
+    def _show(self) -> None:
+        ledger, device = self._ledger, self._device
+        self._metrics.pool_chunks.labels("free").set(ledger.free)
+        self._metrics.pool_chunks.labels("used").set(ledger.chunks - ledger.free)
+        self._metrics.device_bytes.labels(device.name, "used").set(device.memory_used)
+        self._metrics.device_bytes.labels(device.name, "free").set(self.device_free())

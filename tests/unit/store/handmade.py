@@ -1,0 +1,153 @@
+"""Checkpoints of random bytes, written without the converter, and file systems that fail on demand."""
+
+import random
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.index import (
+    CODEC,
+    INDEX_FILE,
+    VERSION,
+    Shard,
+    TensorEntry,
+    TensorIndex,
+    shard_name,
+    to_json,
+)
+from sllm_node.core.clock import MonotonicClock
+from sllm_node.core.config import ByteSize, StoreConfig
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import ModelId
+from sllm_node.device.cpu import CpuDevice
+from sllm_node.store.reader import DirectFileSystem
+from sllm_node.store.store import Store
+
+CHUNK = 8192
+
+
+def write_checkpoint(root: Path, name: str, shards=(5 * CHUNK, 2 * CHUNK + 4096), seed=0) -> bytes:
+    """Write a checkpoint with one tensor a chunk; return its bytes as they lie on a device."""
+    numbers = random.Random(f"{name}{seed}")
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    whole, made, tensors = b"", [], []
+    for number, size in enumerate(shards):
+        data = numbers.randbytes(size)
+        whole += data
+        (folder / shard_name(number)).write_bytes(data)
+        cuts = range(0, size, CHUNK)
+        digests = tuple(xxhash.xxh3_64_intdigest(data[cut : cut + CHUNK]) for cut in cuts)
+        made.append(Shard(shard_name(number), size, digests))
+        tensors += [
+            TensorEntry(f"t{number}.{cut}", "U8", (min(CHUNK, size - cut),), number, cut, min(CHUNK, size - cut))
+            for cut in cuts
+        ]  # fmt: skip
+    index = TensorIndex(
+        VERSION, name, "Handmade", "U8", 16, CHUNK, 0, tuple(made), tuple(tensors), (), CODEC
+    )
+    (folder / INDEX_FILE).write_bytes(to_json(index))
+    return whole
+
+
+class FaultyFile:
+    def __init__(self, file, system):
+        self._file, self._system = file, system
+
+    def read_into(self, view, offset):
+        self._system.before_read(offset)
+        count = self._file.read_into(view, offset)
+        return self._system.after_read(view, offset, count)
+
+    def identity(self):
+        return self._file.identity()
+
+    def close(self):
+        self._system.open_files -= 1
+        self._file.close()
+
+
+class FaultyFileSystem:
+    """The real one, with hooks before and after each read and a count of open files."""
+
+    def __init__(self):
+        self._real = DirectFileSystem()
+        self.open_files = 0
+        self.reads = 0
+        self.opening = lambda path: None
+        self.before_read = lambda offset: None
+        self.after_read = lambda view, offset, count: count
+
+    def open(self, path):
+        self.opening(path)
+        file = self._real.open(path)
+        self.open_files += 1
+        return FaultyFile(file, self)
+
+
+class Rig:
+    """A store over handmade checkpoints `a`, `b` and `c`, and what must be true when it is quiet."""
+
+    def __init__(self, root: Path, *, chunks=16, memory=1 << 20, names="abc", **config):
+        self.bytes = {ModelId(name): write_checkpoint(root, name) for name in names}
+        self.root = root
+        self.catalog = Catalog(root)
+        self.catalog.scan()
+        self.device = CpuDevice(memory)
+        self.metrics = Metrics()
+        self.files = FaultyFileSystem()
+        settings = {"reader_threads": 2, "huge_pages": False, **config}
+        self.store = Store(
+            self.catalog,
+            self.device,
+            StoreConfig(
+                pool_bytes=ByteSize(chunks * CHUNK), chunk_bytes=ByteSize(CHUNK), **settings
+            ),
+            MonotonicClock(),
+            self.metrics,
+            files=self.files,
+        )
+        self.reports = []
+        self.store.on_load = self.reports.append
+
+    async def __aenter__(self):
+        await self.store.start()
+        return self
+
+    async def __aexit__(self, *_):
+        await self.store.close()
+        assert self.device.memory_used == 0
+        assert self.files.open_files == 0
+
+    async def check(self, model: str) -> None:
+        """Load `model`, compare every byte, take it off the device again."""
+        lease = await self.store.acquire(ModelId(model))
+        delivered = bytes(np.asarray(lease.buffer.array))
+        lease.release()
+        self.store.evict(ModelId(model), self.TIER_DEVICE, "test")
+        assert delivered == self.bytes[ModelId(model)]
+
+    def assert_quiet(self) -> None:
+        """Nothing is in flight, nothing is leaked."""
+        ledger = self.store._ledger
+        assert ledger.in_flight == 0
+        assert self.store._loads == {}
+        held = sum(slot.chunk >= 0 for row in ledger._rows.values() for slot in row.slots)
+        assert held + ledger.free == ledger.chunks
+        assert self.files.open_files == 0
+        residents = self.store._residents.values()
+        assert all(resident.leases == 0 for resident in residents)
+        assert self.device.memory_used == sum(r.checkpoint.index.size for r in residents)
+
+    from sllm_node.core.types import Tier
+
+    TIER_DEVICE = Tier.DEVICE
+    TIER_DRAM = Tier.DRAM
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    other = path.with_suffix(".new")
+    other.write_bytes(data)
+    other.replace(path)

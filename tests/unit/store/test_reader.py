@@ -1,0 +1,69 @@
+import logging
+import mmap
+import os
+
+import pytest
+
+from sllm_node.store.reader import DirectFile, DirectFileSystem, close_shards
+
+PAGE = 4096
+
+
+@pytest.fixture
+def page_view():
+    return memoryview(mmap.mmap(-1, 4 * PAGE))
+
+
+@pytest.fixture
+def path(tmp_path):
+    made = tmp_path / "shard"
+    made.write_bytes(os.urandom(3 * PAGE))
+    return made
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_bytes_are_read_and_the_end_is_short(path, page_view, direct):
+    file = DirectFileSystem(direct=direct).open(path)
+    assert file.read_into(page_view, PAGE) == 2 * PAGE
+    assert bytes(page_view[: 2 * PAGE]) == path.read_bytes()[PAGE:]
+    file.close()
+
+
+@pytest.mark.parametrize(("start", "size", "offset"), [(1, PAGE, 0), (0, 100, 0), (0, PAGE, 7)])
+def test_a_misaligned_read_is_a_programmers_error(path, page_view, start, size, offset):
+    file = DirectFileSystem(direct=False).open(path)
+    with pytest.raises(AssertionError):
+        file.read_into(page_view[start : start + size], offset)
+    file.close()
+
+
+class Refuses(DirectFile):
+    """A file whose file system takes O_DIRECT at open and refuses it when read."""
+
+    def _read(self, view, offset):
+        return self._read_buffered(view, offset, OSError(22, "Invalid argument"))
+
+
+def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(path, page_view):
+    refused = []
+    file = Refuses(path, lambda path, error: refused.append(error), direct=True)
+    assert file.read_into(page_view, 0) == 3 * PAGE
+    assert bytes(page_view[: 3 * PAGE]) == path.read_bytes()
+    assert refused
+    file.close()
+
+
+def test_missing_direct_io_is_told_once(path, caplog):
+    system = DirectFileSystem()
+    with caplog.at_level(logging.WARNING):
+        system._warn(path, OSError(22, "Invalid argument"))
+        system._warn(path, OSError(22, "Invalid argument"))
+    assert [record.message for record in caplog.records] == [
+        "no direct I/O here, reading through the page cache"
+    ]
+
+
+def test_an_error_on_close_is_of_no_interest(path):
+    file = DirectFileSystem().open(path)
+    file.close()
+    close_shards((file,))

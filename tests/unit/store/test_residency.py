@@ -1,0 +1,196 @@
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from sllm_node.core.types import ModelId
+from sllm_node.store.residency import Residency, Unit, UnitState
+
+CHUNKS = 6
+MODELS = {ModelId("a"): 3, ModelId("b"): 4, ModelId("c"): 9}
+
+
+def units(count):
+    return tuple(Unit(i, 0, i * 10, 10, i * 10) for i in range(count))
+
+
+def ledger_with(**filled):
+    ledger = Residency(CHUNKS)
+    for name, count in MODELS.items():
+        ledger.open(ModelId(name), units(count))
+    for given, count in filled.items():
+        for unit in range(count):
+            ledger.take(ModelId(given), unit)
+            ledger.filled(ModelId(given), unit, verified=True)
+    return ledger
+
+
+def test_a_victim_loses_its_tail_first():
+    ledger = ledger_with(a=3, b=3)
+    ledger.begin_load(ModelId("c"))
+    _, victim = ledger.take(ModelId("c"), 0)
+    assert victim == "a"
+    assert [ledger.chunk_of(ModelId("a"), unit) is None for unit in range(3)] == [
+        False,
+        False,
+        True,
+    ]
+
+
+@pytest.mark.parametrize("protect", ["pin", "load"])
+def test_a_pinned_or_loading_model_is_no_victim(protect):
+    ledger = ledger_with(a=3, b=3)
+    if protect == "pin":
+        ledger.pin(ModelId("a"), pinned=True)
+    else:
+        ledger.begin_load(ModelId("a"))
+    ledger.begin_load(ModelId("c"))
+    _, victim = ledger.take(ModelId("c"), 0)
+    assert victim == "b"
+
+
+def test_a_load_without_victims_recycles_its_own_latest_copied_unit():
+    ledger = ledger_with(c=6)
+    model = ModelId("c")
+    ledger.begin_load(model)
+    assert ledger.take(model, 6) is None
+    for unit in (0, 1):
+        ledger.hold(model, unit)
+        ledger.unhold(model, unit, copied=True)
+    assert ledger.take(model, 6) is not None
+    assert ledger.chunk_of(model, 0) is not None
+    assert ledger.chunk_of(model, 1) is None
+
+
+def test_what_is_known_of_a_closed_model_is_gone():
+    ledger = ledger_with(a=3)
+    ledger.close(ModelId("a"))
+    assert not ledger.knows(ModelId("a"))
+    assert ledger.bytes_of(ModelId("a")) == 0
+    assert not ledger.is_pinned(ModelId("a"))
+    assert ledger.free == ledger.chunks == CHUNKS
+    assert ledger.models() == ("b", "c")
+
+
+def test_a_damaged_unit_in_use_stays_until_its_copy_ends():
+    ledger = ledger_with(a=1)
+    ledger.hold(ModelId("a"), 0)
+    ledger.drop(ModelId("a"), 0)
+    assert ledger.chunk_of(ModelId("a"), 0) is not None
+    assert not ledger.is_verified(ModelId("a"), 0)
+    ledger.unhold(ModelId("a"), 0, copied=False)
+    ledger.drop(ModelId("a"), 0)
+    assert ledger.chunk_of(ModelId("a"), 0) is None
+
+
+class Ledger(RuleBasedStateMachine):
+    """Any order of loads, reads, copies, failures, evictions and pins keeps the books right."""
+
+    def __init__(self):
+        super().__init__()
+        self.ledger = ledger_with()
+        self.loading = set()
+
+    def slots(self, model):
+        return self.ledger._rows[model].slots
+
+    def pick(self, data, model, wanted):
+        found = [i for i, slot in enumerate(self.slots(model)) if wanted(slot)]
+        return data.draw(st.sampled_from(found)) if found else None
+
+    @rule(model=st.sampled_from(list(MODELS)))
+    def begin(self, model):
+        if model not in self.loading:
+            self.ledger.begin_load(model)
+            self.loading.add(model)
+
+    @precondition(lambda self: self.loading)
+    @rule(data=st.data())
+    def take(self, data):
+        model = data.draw(st.sampled_from(sorted(self.loading)))
+        unit = self.pick(data, model, lambda slot: slot.state is UnitState.EMPTY)
+        if unit is None:
+            return
+        safe = {
+            (m, i): slot.chunk
+            for m in MODELS
+            for i, slot in enumerate(self.slots(m))
+            if slot.holds or slot.state is UnitState.FILLING or (m in self.loading and m != model)
+            or (self.ledger.is_pinned(m) and m != model)
+        }  # fmt: skip
+        taken = self.ledger.take(model, unit)
+        if taken is None:
+            assert self.ledger.free == 0
+        for (m, i), chunk in safe.items():
+            if (m, i) != (model, unit):
+                assert self.slots(m)[i].chunk == chunk
+
+    @rule(
+        data=st.data(),
+        model=st.sampled_from(list(MODELS)),
+        verified=st.booleans(),
+        fails=st.booleans(),
+    )
+    def read_ends(self, data, model, verified, fails):
+        unit = self.pick(data, model, lambda slot: slot.state is UnitState.FILLING)
+        if unit is None:
+            return
+        if fails:
+            self.ledger.failed(model, unit)
+        else:
+            self.ledger.filled(model, unit, verified=verified)
+            assert self.ledger.is_verified(model, unit) >= verified
+
+    @rule(data=st.data(), model=st.sampled_from(list(MODELS)))
+    def hold(self, data, model):
+        unit = self.pick(
+            data, model, lambda slot: slot.state is UnitState.FILLED and slot.holds < 2
+        )
+        if unit is not None and model in self.loading:
+            assert self.ledger.hold(model, unit) == self.ledger.chunk_of(model, unit)
+
+    @rule(data=st.data(), model=st.sampled_from(list(MODELS)), copied=st.booleans())
+    def unhold(self, data, model, copied):
+        unit = self.pick(data, model, lambda slot: slot.holds > 0)
+        if unit is not None:
+            self.ledger.unhold(model, unit, copied=copied)
+
+    @rule(model=st.sampled_from(list(MODELS)))
+    def end(self, model):
+        busy = any(slot.holds or slot.state is UnitState.FILLING for slot in self.slots(model))
+        if model in self.loading and not busy:
+            self.ledger.end_load(model)
+            self.loading.discard(model)
+
+    @rule(model=st.sampled_from(list(MODELS)), pinned=st.booleans())
+    def pin(self, model, pinned):
+        self.ledger.pin(model, pinned=pinned)
+
+    @rule(model=st.sampled_from(list(MODELS)))
+    def evict(self, model):
+        before = self.ledger.bytes_of(model)
+        assert self.ledger.evict(model) == before - self.ledger.bytes_of(model)
+
+    @invariant()
+    def every_chunk_has_one_owner(self):
+        owned = [s.chunk for m in MODELS for s in self.slots(m) if s.state is not UnitState.EMPTY]
+        assert sorted(owned + self.ledger._free) == list(range(CHUNKS))
+
+    @invariant()
+    def sums_are_right(self):
+        slots = [slot for model in MODELS for slot in self.slots(model)]
+        assert self.ledger.in_flight == sum(
+            slot.state is UnitState.FILLING or slot.holds > 0 for slot in slots
+        )
+        for model in MODELS:
+            filled = [
+                i for i, slot in enumerate(self.slots(model)) if slot.state is UnitState.FILLED
+            ]
+            assert self.ledger.bytes_of(model) == 10 * len(filled)
+            assert self.ledger._rows[model].tail >= max(filled, default=-1)
+
+
+TestLedger = Ledger.TestCase
+TestLedger.settings = settings(
+    max_examples=60, stateful_step_count=60, deadline=None, derandomize=True
+)

@@ -1,0 +1,487 @@
+import asyncio
+import threading
+
+import pytest
+
+from sllm_node.core.errors import (
+    CheckpointChangedError,
+    CheckpointFormatError,
+    ChecksumError,
+    DeviceMemoryError,
+    LoadFailedError,
+    ModelBusyError,
+    ModelNotFoundError,
+    PoolExhaustedError,
+    StorageReadError,
+)
+from sllm_node.core.types import ModelId, Tier
+from tests.unit.store.handmade import CHUNK, Rig, replace_file, write_checkpoint
+
+A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
+UNITS = 8
+
+
+async def test_what_is_delivered_is_what_was_written(tmp_path):
+    async with Rig(tmp_path) as rig:
+        await rig.check("a")
+        assert rig.reports[0].bytes_from_nvme == len(rig.bytes[A])
+        assert rig.reports[0].verified_bytes == len(rig.bytes[A])
+        assert rig.store.residency(A)[Tier.DRAM] == len(rig.bytes[A])
+        rig.assert_quiet()
+
+
+async def test_a_second_load_comes_from_dram_without_a_read(tmp_path):
+    async with Rig(tmp_path) as rig:
+        await rig.check("a")
+        rig.files.opening = lambda path: pytest.fail("a file was opened")
+        await rig.check("a")
+        assert rig.reports[1].bytes_from_dram == len(rig.bytes[A])
+        assert rig.store.bandwidth(Tier.DRAM) is not None
+        assert (
+            rig.metrics.registry.get_sample_value(
+                "sllm_loads_total", {"source": "dram", "result": "ok"}
+            )
+            == 1
+        )
+
+
+async def test_a_model_larger_than_the_pool_streams_through_it(tmp_path):
+    async with Rig(tmp_path, chunks=2) as rig:
+        await rig.check("a")
+        await rig.check("a")
+        assert 0 < rig.reports[1].bytes_from_dram <= 2 * CHUNK
+        rig.assert_quiet()
+
+
+async def test_a_partly_cached_model_reads_only_what_is_missing(tmp_path):
+    async with Rig(tmp_path, chunks=UNITS + 3) as rig:
+        await rig.check("a")
+        await rig.check("b")
+        cached = rig.store.residency(A)[Tier.DRAM]
+        assert 0 < cached < len(rig.bytes[A])
+        await rig.check("a")
+        assert rig.reports[2].bytes_from_nvme == len(rig.bytes[A]) - cached
+
+
+async def test_the_least_recently_used_model_gives_way(tmp_path):
+    async with Rig(tmp_path, chunks=2 * UNITS) as rig:
+        for model in "aba":
+            await rig.check(model)
+        await rig.check("c")
+        assert rig.store.residency(B)[Tier.DRAM] == 0
+        assert rig.store.residency(A)[Tier.DRAM] == len(rig.bytes[A])
+
+
+async def test_many_callers_share_one_load(tmp_path):
+    async with Rig(tmp_path) as rig:
+        leases = await asyncio.gather(*(rig.store.acquire(A) for _ in range(10)))
+        assert len(rig.reports) == 1
+        assert rig.store.leases(A) == 10
+        with pytest.raises(ModelBusyError):
+            rig.store.evict(A, Tier.DEVICE, "test")
+        for lease in leases:
+            with lease:
+                lease.release()
+        rig.store.evict(A, Tier.DEVICE, "test")
+        assert not rig.store.is_on_device(A)
+
+
+async def test_a_resident_model_is_leased_at_once(tmp_path):
+    async with Rig(tmp_path) as rig:
+        first = await rig.store.acquire(A)
+        second = await rig.store.acquire(A)
+        assert first.buffer is second.buffer
+        first.release()
+        assert rig.store.leases(A) == 1
+        second.release()
+
+
+@pytest.mark.parametrize("chunks", [2, 3, 5, 2 * UNITS])
+async def test_three_loads_at_once_through_a_small_pool_all_end_right(tmp_path, chunks):
+    async with Rig(tmp_path, chunks=chunks, max_concurrent_loads=3) as rig:
+        for _ in range(3):
+            await asyncio.gather(*(rig.check(model) for model in "abc"))
+        rig.assert_quiet()
+
+
+async def test_loads_beyond_the_limit_wait_their_turn(tmp_path):
+    async with Rig(tmp_path, max_concurrent_loads=1) as rig:
+        await asyncio.gather(*(rig.check(model) for model in "abc"))
+        assert [report.model for report in rig.reports] == ["a", "b", "c"]
+
+
+async def test_prefetch_brings_a_model_into_dram_only(tmp_path):
+    async with Rig(tmp_path) as rig:
+        await rig.store.prefetch(A)
+        assert rig.store.residency(A) == {
+            Tier.DEVICE: 0, Tier.DRAM: len(rig.bytes[A]), Tier.NVME: len(rig.bytes[A])
+        }  # fmt: skip
+        await rig.check("a")
+        assert rig.reports[-1].bytes_from_nvme == 0
+
+
+async def test_prefetch_of_a_model_larger_than_the_pool_brings_what_fits(tmp_path):
+    async with Rig(tmp_path, chunks=3) as rig:
+        await rig.store.prefetch(A)
+        assert rig.store.residency(A)[Tier.DRAM] == 3 * CHUNK
+        rig.assert_quiet()
+
+
+async def test_prefetch_and_acquire_of_one_model_meet(tmp_path):
+    async with Rig(tmp_path) as rig:
+        lease, _ = await asyncio.gather(rig.store.acquire(A), rig.store.prefetch(A))
+        assert rig.store.leases(A) == 1
+        lease.release()
+        rig.store.evict(A, Tier.DEVICE, "test")
+        rig.store.evict(A, Tier.DRAM, "test")
+        _, lease = await asyncio.gather(rig.store.prefetch(A), rig.store.acquire(A))
+        lease.release()
+        rig.assert_quiet()
+
+
+async def test_progress_is_told_while_a_load_runs_and_not_after(tmp_path):
+    async with Rig(tmp_path) as rig:
+        assert rig.store.progress(A) is None
+        task = asyncio.create_task(rig.store.acquire(A))
+        await asyncio.sleep(0)
+        progress = rig.store.progress(A)
+        assert (progress.bytes_total, progress.source) == (len(rig.bytes[A]), Tier.NVME)
+        (await task).release()
+        assert rig.store.progress(A) is None
+
+
+# --- faults -------------------------------------------------------------------------------------
+
+
+async def recovers(rig, error, model="a"):
+    """The load fails with `error`; then everything is given back and the next one succeeds."""
+    with pytest.raises(error) as caught:
+        await rig.store.acquire(ModelId(model))
+    rig.assert_quiet()
+    rig.files.before_read = lambda offset: None
+    rig.files.after_read = lambda view, offset, count: count
+    await rig.check(model)
+    rig.assert_quiet()
+    return caught.value
+
+
+async def test_a_flipped_bit_is_named_by_shard_offset_and_tensor(tmp_path):
+    async with Rig(tmp_path) as rig:
+
+        def flip(view, offset, count):
+            if offset == 3 * CHUNK:
+                view[77] ^= 1
+            return count
+
+        rig.files.after_read = flip
+        error = await recovers(rig, ChecksumError)
+        assert (error.shard, error.offset, error.tensors) == (
+            "shard-00000.bin", 3 * CHUNK, (f"t0.{3 * CHUNK}",)
+        )  # fmt: skip
+        assert rig.metrics.registry.get_sample_value("sllm_checksum_failures_total") == 1
+
+
+async def test_an_io_error_is_named(tmp_path):
+    async with Rig(tmp_path) as rig:
+
+        def fail(offset):
+            raise OSError(5, "Input/output error")
+
+        rig.files.before_read = fail
+        assert "EIO" in str(await recovers(rig, StorageReadError))
+
+
+async def test_a_short_read_is_named(tmp_path):
+    async with Rig(tmp_path) as rig:
+        rig.files.after_read = lambda view, offset, count: count - 4096
+        assert "bytes came" in str(await recovers(rig, StorageReadError))
+
+
+async def test_a_truncated_shard_is_named_and_what_was_cached_is_dropped(tmp_path):
+    async with Rig(tmp_path, chunks=2) as rig:
+        await rig.check("a")
+        shard = tmp_path / "a" / "shard-00000.bin"
+        shard.write_bytes(shard.read_bytes()[:CHUNK])
+        with pytest.raises((CheckpointChangedError, CheckpointFormatError)):
+            await rig.store.acquire(A)
+        write_checkpoint(tmp_path, "a")
+        await rig.check("a")
+
+
+async def test_a_shard_that_shrinks_while_it_is_read_is_named(tmp_path):
+    async with Rig(tmp_path) as rig:
+        shard = tmp_path / "a" / "shard-00000.bin"
+        rig.files.before_read = lambda offset: shard.write_bytes(b"")
+        with pytest.raises(CheckpointChangedError, match="truncated"):
+            await rig.store.acquire(A)
+        rig.files.before_read = lambda offset: None
+        rig.assert_quiet()
+        write_checkpoint(tmp_path, "a")
+        await rig.check("a")
+
+
+async def test_a_replaced_checkpoint_is_never_mixed_with_what_was_cached(tmp_path):
+    async with Rig(tmp_path, chunks=2) as rig:
+        await rig.check("a")
+        rig.bytes[A] = write_checkpoint(tmp_path, "a", seed=1)
+        await rig.check("a")
+        assert rig.reports[-1].bytes_from_dram == 0
+
+
+async def test_a_shard_replaced_after_the_index_was_read_is_refused(tmp_path):
+    async with Rig(tmp_path) as rig:
+        shard = tmp_path / "a" / "shard-00001.bin"
+        data = shard.read_bytes()
+        rig.files.opening = lambda path: replace_file(shard, data) if path == shard else None
+        with pytest.raises(CheckpointChangedError, match="replaced"):
+            await rig.store.acquire(A)
+        rig.files.opening = lambda path: None
+        rig.assert_quiet()
+        await rig.check("a")
+
+
+async def test_a_file_that_cannot_be_opened_is_named(tmp_path):
+    async with Rig(tmp_path) as rig:
+
+        def fail(path):
+            raise OSError(24, "Too many open files")
+
+        rig.files.opening = fail
+        with pytest.raises(StorageReadError, match="EMFILE"):
+            await rig.store.acquire(A)
+
+        def vanish(path):
+            raise FileNotFoundError(2, "gone")
+
+        rig.files.opening = vanish
+        with pytest.raises(CheckpointChangedError, match="removed"):
+            await rig.store.acquire(A)
+        rig.files.opening = lambda path: None
+        rig.assert_quiet()
+        await rig.check("a")
+
+
+async def test_a_pool_whose_chunks_are_all_pinned_is_told_at_once(tmp_path):
+    async with Rig(tmp_path, chunks=UNITS) as rig:
+        await rig.store.prefetch(A)
+        rig.store.pin(A, Tier.DRAM)
+        with pytest.raises(PoolExhaustedError):
+            await rig.store.acquire(B)
+        rig.assert_quiet()
+        with pytest.raises(ModelBusyError):
+            rig.store.evict(A, Tier.DRAM, "test")
+        rig.store.unpin(A, Tier.DRAM)
+        await rig.check("b")
+
+
+async def test_a_full_device_is_told_at_once(tmp_path):
+    async with Rig(tmp_path, memory=10 * CHUNK) as rig:
+        lease = await rig.store.acquire(A)
+        with pytest.raises(DeviceMemoryError):
+            await rig.store.acquire(B)
+        lease.release()
+        rig.store.evict(A, Tier.DEVICE, "test")
+        await rig.check("b")
+
+
+async def test_an_unknown_model_is_not_found(tmp_path):
+    async with Rig(tmp_path) as rig:
+        with pytest.raises(ModelNotFoundError):
+            await rig.store.acquire(ModelId("nobody"))
+        rig.assert_quiet()
+
+
+async def test_chunks_that_do_not_fit_the_pool_are_refused_with_both_sizes(tmp_path):
+    async with Rig(tmp_path) as rig:
+        rig.store._config = type(rig.store._config)(chunk_bytes=4096)
+        with pytest.raises(CheckpointFormatError, match=r"8192.*4096"):
+            await rig.store.acquire(A)
+
+
+async def test_dram_that_went_bad_is_found_when_everything_is_verified(tmp_path):
+    async with Rig(tmp_path, verify="always") as rig:
+        await rig.check("a")
+        chunk = rig.store._ledger.chunk_of(A, 2)
+        rig.store._machinery.pool.view(chunk, 16)[3] ^= 1
+        with pytest.raises(ChecksumError):
+            await rig.store.acquire(A)
+        rig.assert_quiet()
+        await rig.check("a")
+        await rig.store.prefetch(A)
+
+
+async def test_nothing_is_verified_when_that_is_the_wish(tmp_path):
+    async with Rig(tmp_path, verify="never") as rig:
+        await rig.check("a")
+        assert rig.reports[0].verified_bytes == 0
+
+
+# --- cancellation -------------------------------------------------------------------------------
+
+
+class Gate:
+    """Stops reader threads at the n-th read until it is opened; tells the loop when one is there."""
+
+    def __init__(self, rig, at_read=0):
+        self._loop = asyncio.get_running_loop()
+        self._open = threading.Event()
+        self._count, self._at = 0, at_read
+        self._lock = threading.Lock()
+        self.reached = asyncio.Event()
+        rig.files.before_read = self._wait
+
+    def _wait(self, offset):
+        with self._lock:
+            self._count += 1
+            here = self._count > self._at
+        if here:
+            self._loop.call_soon_threadsafe(self.reached.set)
+            self._open.wait()
+
+    def open(self):
+        self._open.set()
+
+
+@pytest.mark.parametrize("at_read", range(UNITS))
+async def test_a_load_cancelled_at_any_read_gives_everything_back(tmp_path, at_read):
+    async with Rig(tmp_path, chunks=4) as rig:
+        gate = Gate(rig, at_read)
+        task = asyncio.create_task(rig.store.acquire(A))
+        await gate.reached.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        gate.open()
+        await rig.check("a")
+        rig.assert_quiet()
+
+
+async def test_one_who_leaves_does_not_take_the_load_from_the_others(tmp_path):
+    async with Rig(tmp_path) as rig:
+        gate = Gate(rig)
+        first, second = (asyncio.create_task(rig.store.acquire(A)) for _ in range(2))
+        await gate.reached.wait()
+        first.cancel()
+        gate.open()
+        lease = await second
+        assert rig.store.leases(A) == 1
+        lease.release()
+        rig.assert_quiet()
+
+
+async def test_a_load_waiting_for_its_turn_can_be_cancelled(tmp_path):
+    async with Rig(tmp_path, max_concurrent_loads=1) as rig:
+        gate = Gate(rig)
+        first = asyncio.create_task(rig.store.acquire(A))
+        await gate.reached.wait()
+        second = asyncio.create_task(rig.store.acquire(B))
+        await asyncio.sleep(0)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        gate.open()
+        (await first).release()
+        rig.assert_quiet()
+        await rig.check("b")
+
+
+async def test_a_caller_cancelled_in_the_moment_the_load_ends_leaves_no_lease(tmp_path):
+    async with Rig(tmp_path) as rig:
+        task = asyncio.create_task(rig.store.acquire(A))
+        rig.store.on_load = lambda report: task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert rig.store.is_on_device(A)
+        rig.assert_quiet()
+
+
+async def test_who_comes_while_a_load_is_being_cancelled_gets_a_new_one(tmp_path):
+    async with Rig(tmp_path) as rig:
+        gate = Gate(rig)
+        first = asyncio.create_task(rig.store.acquire(A))
+        await gate.reached.wait()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        second = asyncio.create_task(rig.store.acquire(A))
+        third = asyncio.create_task(rig.store.prefetch(A))
+        await asyncio.sleep(0)
+        gate.open()
+        (await second).release()
+        await third
+        rig.assert_quiet()
+
+
+async def test_closing_the_store_ends_loads_with_a_typed_error(tmp_path):
+    rig = Rig(tmp_path)
+    async with rig:
+        gate = Gate(rig)
+        task = asyncio.create_task(rig.store.acquire(A))
+        await gate.reached.wait()
+        closing = asyncio.create_task(rig.store.close())
+        await asyncio.sleep(0)
+        gate.open()
+        await closing
+        with pytest.raises(LoadFailedError):
+            await task
+
+
+async def test_a_device_that_fails_to_copy_fails_the_load(tmp_path):
+    async with Rig(tmp_path) as rig:
+        task = asyncio.create_task(rig.store.acquire(A))
+        await asyncio.sleep(0)
+        rig.store._loads[A].buffer._array = None
+        with pytest.raises(LoadFailedError):
+            await task
+
+
+async def test_forgetting_a_removed_checkpoint_frees_its_chunks(tmp_path):
+    async with Rig(tmp_path) as rig:
+        await rig.store.prefetch(A)
+        rig.store.forget(A)
+        assert rig.store.pool_chunks_used == 0
+        rig.store.forget(A)
+
+
+async def test_pins_hold_a_model_on_the_device(tmp_path):
+    async with Rig(tmp_path) as rig:
+        rig.store.pin(A, Tier.DEVICE)
+        (await rig.store.acquire(A)).release()
+        with pytest.raises(ModelBusyError):
+            rig.store.evict(A, Tier.DEVICE, "test")
+        rig.store.unpin(A, Tier.DEVICE)
+        rig.store.evict(A, Tier.DEVICE, "test")
+        rig.store.evict(A, Tier.DEVICE, "test")
+        assert rig.store.device_free() == rig.device.memory_total
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_random_loads_cancels_and_evictions_leave_nothing_behind(tmp_path, seed):
+    import random
+
+    numbers = random.Random(seed)
+    async with Rig(tmp_path, chunks=numbers.choice([2, 5, 9, 20]), max_concurrent_loads=2) as rig:
+        tasks = []
+        for _ in range(60):
+            model = numbers.choice("abc")
+            act = numbers.random()
+            if act < 0.5:
+                tasks.append(asyncio.create_task(hold(rig, model)))
+            elif act < 0.8 and tasks:
+                numbers.choice(tasks).cancel()
+            else:
+                await asyncio.sleep(0)
+                if not (rig.store.leases(ModelId(model)) or model in rig.store._loads):
+                    rig.store.evict(ModelId(model), numbers.choice([Tier.DEVICE, Tier.DRAM]), "t")
+        await asyncio.gather(*tasks, return_exceptions=True)
+        while rig.store._loads:
+            await next(iter(rig.store._loads.values())).ended
+        rig.assert_quiet()
+        for model in "abc":
+            rig.store.evict(ModelId(model), Tier.DEVICE, "test")
+            await rig.check(model)
+
+
+async def hold(rig, model):
+    with await rig.store.acquire(ModelId(model)) as lease:
+        await asyncio.sleep(0)
+        assert bytes(lease.buffer.array) == rig.bytes[ModelId(model)]
