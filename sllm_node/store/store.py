@@ -38,10 +38,16 @@ class Lease:
     """The right that a checkpoint stays on the device; give it back with `release` or `with`."""
 
     def __init__(
-        self, checkpoint: Checkpoint, buffer: DeviceBuffer, release: Callable[[], None]
+        self,
+        checkpoint: Checkpoint,
+        buffer: DeviceBuffer,
+        report: LoadReport | None,
+        release: Callable[[], None],
     ) -> None:
         self.checkpoint = checkpoint
         self.buffer = buffer
+        self.report = report
+        """What the load did; None: the model was on the device already."""
         self._release: Callable[[], None] | None = release
 
     def release(self) -> None:
@@ -220,15 +226,15 @@ class Store:
                 resident.leases += 1
                 if self._ledger.knows(model):
                     self._ledger.touch(model)
-                return self._lease(resident)
+                return self._lease(resident, None)
             load = self._loads.get(model)
             if load is None:
                 load = self._begin(model, asked, onto_device=True)
             if load.is_ending or load.buffer is None:
                 await asyncio.shield(load.ended)
                 continue
-            await self._wait(load)
-            return self._lease(self._residents[model])
+            report = await self._wait(load)
+            return self._lease(self._residents[model], report)
 
     async def prefetch(self, model: ModelId) -> None:
         """Bring into DRAM what of `model` fits there and isn't there yet.
@@ -245,7 +251,7 @@ class Store:
         if load.buffer is not None:
             self._give_back(self._residents[model])
 
-    async def _wait(self, load: Load) -> None:
+    async def _wait(self, load: Load) -> LoadReport:
         """Wait for `load`; if it was one onto the device, a lease has been counted for us."""
         model = load.model
         self._waiters[model] = self._waiters.get(model, 0) + 1
@@ -258,6 +264,7 @@ class Store:
             raise result
         if isinstance(result, BaseException):
             raise LoadFailedError(model, str(result) or type(result).__name__) from result
+        return result
 
     def _leave(self, load: Load) -> None:
         """A waiter was cancelled; the last one cancels the load."""
@@ -412,9 +419,9 @@ class Store:
             self._wake_one()
             self._show()
 
-    def _lease(self, resident: _Resident) -> Lease:
+    def _lease(self, resident: _Resident, report: LoadReport | None) -> Lease:
         checkpoint, buffer = resident.checkpoint, resident.buffer
-        return Lease(checkpoint, buffer, lambda: self._give_back(resident))
+        return Lease(checkpoint, buffer, report, lambda: self._give_back(resident))
 
     def _give_back(self, resident: _Resident) -> None:
         assert resident.leases > 0
