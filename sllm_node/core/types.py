@@ -151,3 +151,15 @@ class ModelStatus:
     progress: LoadProgress | None
     created: int
     """Unix time of the conversion."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStatus:
+    """A session as `status` shows it."""
+
+    session: SessionId
+    model: ModelId
+    state: Literal["waiting", "running"]
+    prompt_tokens: int
+    generated_tokens: int
+    age_s: float

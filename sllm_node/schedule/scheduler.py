@@ -95,7 +95,7 @@ class Scheduler:
 
     def view(self, model: ModelId) -> ModelView:
         """Return how `model` stands."""
-        return self._record(model).view()
+        return (self._records.get(model) or self._new_record(model)).view()
 
     def next_timer(self) -> float | None:
         """Return when `on_timer` is to be called, if ever; later events may change it."""
@@ -343,12 +343,14 @@ class Scheduler:
     def _record(self, model: ModelId) -> ModelRecord:
         record = self._records.get(model)
         if record is None:
-            config = self._models.get(model, ModelConfig())
-            wished = config.keep_alive_s
-            keep_alive_s = self._config.keep_alive_s if wished is None else wished
-            record = ModelRecord(model, config.priority, keep_alive_s, pinned=config.pinned)
-            self._records[model] = record
+            record = self._records[model] = self._new_record(model)
         return record
+
+    def _new_record(self, model: ModelId) -> ModelRecord:
+        config = self._models.get(model, ModelConfig())
+        wished = config.keep_alive_s
+        keep_alive_s = self._config.keep_alive_s if wished is None else wished
+        return ModelRecord(model, config.priority, keep_alive_s, pinned=config.pinned)
 
     def _timers(self, record: ModelRecord) -> Iterator[float]:
         if record.waiting:

@@ -1,0 +1,442 @@
+"""What the server talks to: carries the scheduler's actions out, and tells it what happened.
+
+`Service` is the asyncio shell around `Scheduler`: it holds the streams of the sessions, starts loads
+and evictions through `Replicas`, and keeps one timer. Everything runs on the event loop, so actions
+are carried out in the order in which they were decided; what happens meanwhile (a session that the
+engine refuses when it is granted) only adds actions behind them.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Generic
+
+from sllm_node.checkpoint.catalog import Catalog, Checkpoint
+from sllm_node.core.clock import Clock
+from sllm_node.core.config import Config
+from sllm_node.core.errors import (
+    CancelledByOperatorError,
+    EngineError,
+    ModelNotFoundError,
+    SllmError,
+)
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import (
+    GenerationRequest,
+    ModelId,
+    ModelState,
+    ModelStatus,
+    SessionStatus,
+    Tier,
+)
+from sllm_node.schedule.actions import (
+    AbortLoad,
+    Action,
+    Evict,
+    Grant,
+    Refuse,
+    StartLoad,
+    Stop,
+    Ticket,
+    TicketId,
+)
+from sllm_node.schedule.estimate import LoadEstimator
+from sllm_node.schedule.ports import CodecT, Engines, WeightStore
+from sllm_node.schedule.replicas import Replicas
+from sllm_node.schedule.scheduler import Scheduler
+from sllm_node.schedule.status import model_status
+from sllm_node.schedule.stream import Outcome, Stream, request_of
+from sllm_node.schedule.telemetry import Telemetry
+
+log = logging.getLogger(__name__)
+
+
+class Service(Generic[CodecT]):
+    """The models of this node, as the server sees them. Make it inside a running event loop."""
+
+    def __init__(
+        self,
+        config: Config,
+        catalog: Catalog,
+        store: WeightStore,
+        engines: Engines[CodecT],
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._config = config
+        self._catalog = catalog
+        self._store = store
+        self._engines = engines
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._replicas = Replicas(catalog, store, engines, clock)
+        self._estimator = LoadEstimator()
+        self._scheduler = Scheduler(
+            config.schedule,
+            config.models,
+            capacity=config.device.memory_bytes,
+            max_sessions=config.engine.max_sessions,
+            drain_s=config.node.drain_s,
+        )
+        self._last_ticket = 0
+        self._streams: dict[TicketId, Stream] = {}
+        self._load_waiters: dict[TicketId, asyncio.Future[None]] = {}
+        self._departures: dict[ModelId, asyncio.Future[None]] = {}
+        self._actions: deque[Action] = deque()
+        self._is_acting = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at: float | None = None
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
+
+    # --- sessions -----------------------------------------------------------------------------
+
+    async def prepare(self, model: str) -> CodecT:
+        """Return the codec of `model`.
+
+        Raises:
+            ModelNotFoundError: there is no such checkpoint.
+            SllmError: it can't be used.
+        """
+        return await self._replicas.codecs.get(self._checkpoint(ModelId(model)))
+
+    def open(self, request: GenerationRequest, *, keep_alive_s: float | None = None) -> Stream:
+        """Take a request: its session runs at once or when its turn comes.
+
+        Raises:
+            SllmError: it is refused at once, with the reason.
+        """
+        checkpoint = self._checkpoint(request.model)
+        self._engines.check_request(request, checkpoint)
+        ticket = self._ticket(checkpoint, priority=request.priority, keep_alive_s=keep_alive_s)
+        stream = Stream(
+            ticket.number,
+            request,
+            self._clock,
+            lambda: self._model_status(checkpoint),
+            self._stream_ended,
+        )
+        self._streams[ticket.number] = stream
+        self._quiet.clear()
+        self._do(self._scheduler.on_request(ticket, self._clock.now()))
+        if stream.error is not None:
+            raise stream.error
+        return stream
+
+    def sessions(self) -> list[SessionStatus]:
+        """Return who waits and who runs, in order of arrival."""
+        return [stream.session_status() for stream in self._streams.values()]
+
+    def cancel_request(self, request_id: str) -> int:
+        """End the sessions of a request and return how many there were."""
+        mine = [s for s in self._streams.values() if request_of(s.request.session) == request_id]
+        return self._stop_streams(mine, "an operator ended it")
+
+    # --- models -------------------------------------------------------------------------------
+
+    def models(self) -> list[ModelStatus]:
+        """Return all models whose checkpoints lie in the store folder now."""
+        self._catalog.scan()
+        statuses = []
+        for model in self._catalog.models():
+            with suppress(SllmError):  # gone since the scan
+                statuses.append(self.status(model))
+        return statuses
+
+    def status(self, model: str) -> ModelStatus:
+        """Return how `model` stands.
+
+        Raises:
+            ModelNotFoundError: there is no such checkpoint.
+        """
+        return self._model_status(self._checkpoint(ModelId(model)))
+
+    def preload(self) -> None:
+        """Ask for the models that the config wants on the device from the start."""
+        for name, config in self._config.models.items():
+            if config.preload:
+                try:
+                    self._want(ModelId(name)).add_done_callback(_log_preload(name))
+                except SllmError as error:
+                    log.warning("preload failed", extra={"model": name, "error": str(error)})
+
+    async def load(self, model: str) -> None:
+        """Bring `model` to the device; returns when it can serve.
+
+        A caller that is cancelled doesn't stop the load.
+
+        Raises:
+            SllmError: it is refused, or the load fails.
+        """
+        await asyncio.shield(self._want(ModelId(model)))
+
+    async def unload(self, model: str, *, force: bool = False) -> None:
+        """Take `model` off the device; returns when its memory is free.
+
+        Raises:
+            ModelBusyError: it is pinned, or in use and not forced.
+            ModelNotFoundError: there is no such model.
+        """
+        name = ModelId(model)
+        if self._scheduler.view(name).state is ModelState.IDLE:
+            self._checkpoint(name)
+        self._do(self._scheduler.on_unload_request(name, self._clock.now(), force=force))
+        if self._scheduler.view(name).state is ModelState.EVICTING:
+            departure = self._departures.setdefault(name, self._loop.create_future())
+            await asyncio.shield(departure)
+
+    async def pin(self, model: str) -> None:
+        """Keep `model` on the device from when it is there.
+
+        Raises:
+            ModelNotFoundError: there is no such checkpoint.
+        """
+        self._do(self._scheduler.on_pin(self._checkpoint(ModelId(model)).model, self._clock.now()))
+
+    async def unpin(self, model: str) -> None:
+        """Let `model` be evicted again."""
+        name = ModelId(model)
+        if not self._scheduler.view(name).pinned:
+            self._checkpoint(name)
+        self._do(self._scheduler.on_unpin(name, self._clock.now()))
+
+    # --- the node -----------------------------------------------------------------------------
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because the node stops."""
+        return self._scheduler.is_draining
+
+    def health(self) -> dict[str, object]:
+        """Return a few figures of the whole node."""
+        return {
+            "draining": self.is_draining,
+            "running": self._scheduler.running,
+            "waiting": self._scheduler.waiting,
+            "device_bytes": self._scheduler.device_bytes,
+            "device_bytes_total": self._config.device.memory_bytes,
+        }
+
+    def drain(self) -> None:
+        """Refuse new requests from now on; what runs goes on."""
+        log.info("drain started", extra=self.health())
+        self._do(self._scheduler.on_drain(self._clock.now()))
+
+    async def drained(self, limit_s: float) -> int:
+        """Wait until no session is left; end those that are left after `limit_s`.
+
+        Returns how many had to be ended.
+        """
+        with suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                await self._quiet.wait()
+        return self._stop_streams(list(self._streams.values()), "the node stops")
+
+    async def close(self) -> None:
+        """End all sessions, loads and replicas."""
+        self._do(self._scheduler.on_drain(self._clock.now()))
+        self._stop_streams(list(self._streams.values()), "the node stops")
+        if self._timer is not None:
+            self._timer.cancel()
+        await self._replicas.close()
+        error = CancelledByOperatorError("the node stops")
+        for waiter in self._load_waiters.values():
+            if not waiter.done():
+                waiter.set_exception(error)
+        for departure in self._departures.values():
+            departure.set_result(None)
+        self._departures.clear()
+
+    def _stop_streams(self, streams: list[Stream], reason: str) -> int:
+        """End `streams`, those that wait first, so that none is granted in between."""
+        stopped = 0
+        for stream in sorted(streams, key=lambda stream: stream.is_granted):
+            if stream.ticket in self._streams:  # the end of one may have refused another
+                stream.fail(CancelledByOperatorError(reason), Outcome.STOPPED)
+                stopped += 1
+        return stopped
+
+    # --- what happens -------------------------------------------------------------------------
+
+    def on_loaded(self, model: ModelId) -> None:
+        """For `Replicas`: a load succeeded."""
+        hosted = self._replicas.get(model)
+        if hosted is not None and hosted.lease.report is not None:
+            self._estimator.observe(hosted.lease.report)
+        self._do(self._scheduler.on_loaded(model, self._clock.now()))
+
+    def on_load_failed(self, model: ModelId, error: SllmError) -> None:
+        """For `Replicas`: a load gave up."""
+        self._do(self._scheduler.on_load_failed(model, error, self._clock.now()))
+
+    def on_evicted(self, model: ModelId) -> None:
+        """For `Replicas`: a replica is gone."""
+        departure = self._departures.pop(model, None)
+        if departure is not None:
+            departure.set_result(None)
+        self._do(self._scheduler.on_evicted(model, self._clock.now()))
+
+    def _on_timer(self) -> None:
+        self._timer = self._timer_at = None
+        self._do(self._scheduler.on_timer(self._clock.now()))
+
+    def _stream_ended(self, stream: Stream, outcome: Outcome) -> None:
+        self._telemetry.ended(stream, outcome, self._clock.now())
+        if self._streams.pop(stream.ticket, None) is None:
+            return  # the scheduler's own decision
+        self._note_quiet()
+        now = self._clock.now()
+        if not stream.is_granted:
+            self._do(self._scheduler.on_cancel(stream.ticket, now))
+            return
+        self._do(self._scheduler.on_finished(stream.ticket, now))
+        if isinstance(stream.error, EngineError):
+            self._do(self._scheduler.on_failed(stream.request.model, stream.error, now))
+
+    # --- carrying out -------------------------------------------------------------------------
+
+    def _do(self, actions: list[Action]) -> None:
+        """Carry `actions` out, behind those under way."""
+        self._actions.extend(actions)
+        if self._is_acting:
+            return
+        self._is_acting = True
+        try:
+            while self._actions:
+                self._act(self._actions.popleft())
+        finally:
+            self._is_acting = False
+        self._set_timer()
+
+    def _act(self, action: Action) -> None:
+        match action:
+            case StartLoad(model):
+                self._replicas.start_load(model, self)
+            case AbortLoad(model):
+                self._replicas.abort_load(model)
+            case Evict(model, reason):
+                self._replicas.start_eviction(model, reason, self)
+            case Grant(ticket, model) if ticket in self._load_waiters:
+                self._load_waiters.pop(ticket).set_result(None)
+            case Grant(ticket, model):
+                self._grant(self._streams[ticket], model)
+            case Refuse(ticket, error) if ticket in self._load_waiters:
+                self._load_waiters.pop(ticket).set_exception(error)
+            case Refuse(ticket, error):
+                self._end(ticket, error, Outcome.REFUSED)
+            case Stop(ticket, error):
+                self._end(ticket, error, Outcome.STOPPED)
+
+    def _grant(self, stream: Stream, model: ModelId) -> None:
+        hosted = self._replicas.get(model)
+        assert hosted is not None
+        try:
+            generation = hosted.replica.submit(stream.request)
+        except SllmError as error:
+            failure = error
+        except Exception as error:
+            log.exception("engine took no request", extra={"model": model})
+            failure = EngineError(model, f"{type(error).__name__}: {error}")
+        else:
+            stream.grant(generation)
+            self._telemetry.granted(stream)
+            return
+        self._end(stream.ticket, failure, Outcome.REFUSED)
+        now = self._clock.now()
+        self._do(self._scheduler.on_finished(stream.ticket, now))
+        if isinstance(failure, EngineError):
+            self._do(self._scheduler.on_failed(model, failure, now))
+
+    def _end(self, ticket: TicketId, error: SllmError, outcome: Outcome) -> None:
+        """End a stream of which the scheduler knows already that it ends."""
+        stream = self._streams.pop(ticket)
+        self._note_quiet()
+        stream.fail(error, outcome)
+
+    def _note_quiet(self) -> None:
+        if not self._streams:
+            self._quiet.set()
+
+    def _set_timer(self) -> None:
+        when = self._scheduler.next_timer()
+        if when == self._timer_at:
+            return
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer, self._timer_at = None, when
+        if when is not None:
+            delay_s = max(0.0, when - self._clock.now())
+            self._timer = self._loop.call_later(delay_s, self._on_timer)
+
+    # --- looking things up --------------------------------------------------------------------
+
+    def _checkpoint(self, model: ModelId) -> Checkpoint:
+        """Return the checkpoint as it is on disk now; a replica of another one is on its way out."""
+        hosted = self._replicas.get(model)
+        try:
+            checkpoint = self._catalog.get(model)
+        except ModelNotFoundError:
+            if hosted is not None:
+                self._do(self._scheduler.on_replaced(model, self._clock.now()))
+            raise
+        if hosted is not None and hosted.lease.checkpoint.identities != checkpoint.identities:
+            self._do(self._scheduler.on_replaced(model, self._clock.now()))
+        return checkpoint
+
+    def _ticket(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        priority: int = 0,
+        keep_alive_s: float | None = None,
+        is_session: bool = True,
+    ) -> Ticket:
+        model = checkpoint.model
+        self._telemetry.watch(model)
+        self._last_ticket += 1
+        bytes_total = checkpoint.index.size
+        from_nvme = max(0, bytes_total - self._store.residency(model).get(Tier.DRAM, 0))
+        return Ticket(
+            TicketId(self._last_ticket),
+            model,
+            self._engines.device_bytes(checkpoint),
+            self._estimator.load_s(bytes_total, from_nvme),
+            priority,
+            keep_alive_s,
+            is_session,
+        )
+
+    def _want(self, model: ModelId) -> asyncio.Future[None]:
+        """Ask for `model` to be on the device; the future ends when it is, or can't be."""
+        ticket = self._ticket(self._checkpoint(model), is_session=False)
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        # Looked at even when the caller is gone.
+        waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
+        self._load_waiters[ticket.number] = waiter
+        self._do(self._scheduler.on_request(ticket, self._clock.now()))
+        return waiter
+
+    def _model_status(self, checkpoint: Checkpoint) -> ModelStatus:
+        model = checkpoint.model
+        return model_status(
+            checkpoint,
+            self._scheduler.view(model),
+            self._store.residency(model),
+            self._store.progress(model),
+            self._clock.now(),
+        )
+
+    def _kv_usage(self, model: ModelId) -> float:
+        hosted = self._replicas.get(model)
+        return 0.0 if hosted is None else hosted.replica.kv_usage
+
+
+def _log_preload(name: str) -> Callable[[asyncio.Future[None]], None]:
+    def ended(waiter: asyncio.Future[None]) -> None:
+        if not waiter.cancelled() and (error := waiter.exception()) is not None:
+            log.warning("preload failed", extra={"model": name, "error": str(error)})
+
+    return ended

@@ -1,0 +1,91 @@
+"""What the driver asks of the layers below; the store and the engine satisfy it by shape."""
+
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from sllm_node.checkpoint.catalog import Checkpoint
+from sllm_node.core.types import (
+    GenerationChunk,
+    GenerationRequest,
+    LoadProgress,
+    LoadReport,
+    ModelId,
+    Tier,
+)
+from sllm_node.device.base import DeviceBuffer
+
+CodecT = TypeVar("CodecT")
+"""A model's tokenizer and chat template: handed from the engines to the server, unseen here."""
+
+
+class WeightLease(Protocol):
+    """The right that a checkpoint stays on the device."""
+
+    @property
+    def checkpoint(self) -> Checkpoint: ...
+
+    @property
+    def buffer(self) -> DeviceBuffer: ...
+
+    @property
+    def report(self) -> LoadReport | None:
+        """What the load did, if there was one."""
+
+    def release(self) -> None:
+        """Give the right back; a second call does nothing."""
+
+
+class WeightStore(Protocol):
+    """Where weights are, and the way to the device."""
+
+    async def acquire(self, model: ModelId) -> WeightLease:
+        """Bring the weights to the device. Cancelled: everything is given back."""
+
+    def evict(self, model: ModelId, tier: Tier, reason: str) -> None: ...
+
+    def forget(self, model: ModelId) -> None: ...
+
+    def residency(self, model: ModelId) -> dict[Tier, int]: ...
+
+    def progress(self, model: ModelId) -> LoadProgress | None: ...
+
+
+class Generation(Protocol):
+    """One session in an engine."""
+
+    async def __anext__(self) -> GenerationChunk: ...
+
+    def cancel(self) -> None:
+        """End it at once; a second call does nothing."""
+
+
+class Replica(Protocol):
+    """A model that can decode."""
+
+    def submit(self, request: GenerationRequest) -> Generation: ...
+
+    @property
+    def kv_usage(self) -> float:
+        """Part of the KV blocks in use, 0 to 1."""
+
+    async def close(self) -> None:
+        """End its sessions and let go of the weights."""
+
+
+class Engines(Protocol[CodecT]):
+    """Makes replicas."""
+
+    def device_bytes(self, checkpoint: Checkpoint) -> int:
+        """Return what a replica takes: weights and KV memory."""
+
+    def check_request(self, request: GenerationRequest, checkpoint: Checkpoint) -> None:
+        """Raise what is wrong with a request before its model is loaded."""
+
+    async def load_codec(self, directory: Path) -> CodecT:
+        """Read tokenizer and chat template, beside the event loop."""
+
+    async def skeleton(self, checkpoint: Checkpoint) -> object:
+        """Build the module without weights."""
+
+    async def open(self, lease: WeightLease, skeleton: object, codec: CodecT) -> Replica:
+        """Bind the weights of `lease`. Failed or cancelled: nothing of it stays."""

@@ -1,0 +1,231 @@
+"""Carries out loads and evictions: store, skeleton, codec and engine brought together per model.
+
+One task a model at most: a load or an eviction. Its end, however it comes, is handled in one place
+(`_load_ended`, `_eviction_ended`), also when it was cancelled before its first step. An error that
+nobody foresaw is logged here, once, and becomes a LoadFailedError for those who wait.
+"""
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from functools import partial
+from typing import Generic, Protocol
+
+from sllm_node.checkpoint.catalog import Catalog, Checkpoint
+from sllm_node.core.clock import Clock
+from sllm_node.core.errors import CheckpointChangedError, LoadFailedError, SllmError
+from sllm_node.core.types import ModelId, Tier
+from sllm_node.schedule.codecs import CodecCache
+from sllm_node.schedule.ports import CodecT, Engines, Replica, WeightLease, WeightStore
+
+log = logging.getLogger(__name__)
+
+
+class Listener(Protocol):
+    """Who is told how loads and evictions end."""
+
+    def on_loaded(self, model: ModelId) -> None: ...
+
+    def on_load_failed(self, model: ModelId, error: SllmError) -> None: ...
+
+    def on_evicted(self, model: ModelId) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Hosted:
+    """A replica and the lease it stands on."""
+
+    replica: Replica
+    lease: WeightLease
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts(Generic[CodecT]):
+    """What a replica is made of."""
+
+    lease: WeightLease
+    skeleton: object
+    codec: CodecT
+
+
+class Replicas(Generic[CodecT]):
+    """The replicas on the device, and the tasks that bring and remove them."""
+
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: WeightStore,
+        engines: Engines[CodecT],
+        clock: Clock,
+    ) -> None:
+        self.codecs = CodecCache(engines.load_codec)
+        self._catalog = catalog
+        self._store = store
+        self._engines = engines
+        self._clock = clock
+        self._hosted: dict[ModelId, Hosted] = {}
+        self._loads: dict[ModelId, asyncio.Task[Hosted]] = {}
+        self._evictions: dict[ModelId, asyncio.Task[None]] = {}
+        self._aborted: set[ModelId] = set()
+        self._is_closing = False
+
+    def get(self, model: ModelId) -> Hosted | None:
+        """Return the replica of `model` if it can serve."""
+        return self._hosted.get(model)
+
+    def start_load(self, model: ModelId, listener: Listener) -> None:
+        """Begin to bring `model` to the device."""
+        assert model not in self._loads
+        log.info("load started", extra={"model": model})
+        task = asyncio.create_task(self._bring_up(model), name=f"load {model}")
+        self._loads[model] = task
+        task.add_done_callback(partial(self._load_ended, model, listener, self._clock.now()))
+
+    def abort_load(self, model: ModelId) -> None:
+        """Stop the load under way; the listener hears on_evicted when all is given back."""
+        self._aborted.add(model)
+        self._loads[model].cancel()
+
+    def start_eviction(self, model: ModelId, reason: str, listener: Listener) -> None:
+        """Begin to take the replica of `model` down."""
+        self._evict(model, self._hosted.pop(model), reason, listener)
+
+    async def close(self) -> None:
+        """Stop loads, finish evictions, take all replicas down; nobody is told."""
+        self._is_closing = True
+        for load in self._loads.values():
+            load.cancel()
+        await asyncio.gather(
+            *self._loads.values(), *self._evictions.values(), return_exceptions=True
+        )
+        await self.codecs.close()
+        hosted = list(self._hosted.items())
+        self._hosted.clear()
+        for model, one in hosted:
+            await self._take_down(model, one, "shutdown")
+
+    # --- loads --------------------------------------------------------------------------------
+
+    async def _bring_up(self, model: ModelId) -> Hosted:
+        checkpoint = self._catalog.get(model)
+        parts = await self._parts(checkpoint)
+        try:
+            _check_same(checkpoint, parts.lease.checkpoint)
+            replica = await self._engines.open(parts.lease, parts.skeleton, parts.codec)
+        except BaseException:
+            self._give_back(model, parts.lease, "failed")
+            raise
+        return Hosted(replica, parts.lease)
+
+    async def _parts(self, checkpoint: Checkpoint) -> _Parts[CodecT]:
+        """Bring weights, module and codec at the same time."""
+        model = checkpoint.model
+        acquiring: asyncio.Task[WeightLease] | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                acquiring = group.create_task(self._acquire(model))
+                skeleton = group.create_task(self._engines.skeleton(checkpoint))
+                codec = group.create_task(self.codecs.get(checkpoint))
+        except BaseException as error:
+            if acquiring is not None and not acquiring.cancelled() and not acquiring.exception():
+                self._give_back(model, acquiring.result(), "failed")
+            if isinstance(error, BaseExceptionGroup):
+                raise _foremost(error) from None
+            raise
+        return _Parts(acquiring.result(), skeleton.result(), codec.result())
+
+    async def _acquire(self, model: ModelId) -> WeightLease:
+        return await self._store.acquire(model)
+
+    def _load_ended(
+        self, model: ModelId, listener: Listener, started: float, task: asyncio.Task[Hosted]
+    ) -> None:
+        del self._loads[model]
+        is_aborted = model in self._aborted
+        self._aborted.discard(model)
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is None:
+            self._arrived(model, task.result(), self._clock.now() - started)
+        if self._is_closing:
+            return
+        if is_aborted:
+            self._abort_ended(model, listener)
+        elif error is None:
+            listener.on_loaded(model)
+        else:
+            listener.on_load_failed(model, _explain(model, error))
+
+    def _arrived(self, model: ModelId, hosted: Hosted, elapsed_s: float) -> None:
+        self._hosted[model] = hosted
+        fields: dict[str, object] = {"model": model, "elapsed_s": round(elapsed_s, 4)}
+        report = hosted.lease.report
+        if report is not None:
+            fields |= {
+                "weights_s": round(report.elapsed_s, 4),
+                "bytes_total": report.bytes_total,
+                "bytes_from_nvme": report.bytes_from_nvme,
+                "bytes_from_dram": report.bytes_from_dram,
+            }
+        log.info("load finished", extra=fields)
+
+    def _abort_ended(self, model: ModelId, listener: Listener) -> None:
+        log.info("load aborted", extra={"model": model})
+        if model in self._hosted:  # it had just come
+            self.start_eviction(model, "aborted", listener)
+        else:
+            listener.on_evicted(model)
+
+    # --- evictions ----------------------------------------------------------------------------
+
+    def _evict(self, model: ModelId, hosted: Hosted, reason: str, listener: Listener) -> None:
+        assert model not in self._evictions
+        task = asyncio.create_task(self._take_down(model, hosted, reason), name=f"evict {model}")
+        self._evictions[model] = task
+        task.add_done_callback(partial(self._eviction_ended, model, listener))
+
+    async def _take_down(self, model: ModelId, hosted: Hosted, reason: str) -> None:
+        try:
+            await hosted.replica.close()
+        except Exception:
+            log.exception("engine did not close well", extra={"model": model})
+        self._give_back(model, hosted.lease, reason)
+        log.info("evicted", extra={"model": model, "reason": reason})
+
+    def _eviction_ended(self, model: ModelId, listener: Listener, task: asyncio.Task[None]) -> None:
+        del self._evictions[model]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # The scheduler is told all the same: what the memory lacks, the next load will say.
+            log.error("eviction failed", extra={"model": model}, exc_info=error)
+        if not self._is_closing:
+            listener.on_evicted(model)
+
+    def _give_back(self, model: ModelId, lease: WeightLease, reason: str) -> None:
+        lease.release()
+        self._store.evict(model, Tier.DEVICE, reason)
+        if reason == "replaced":
+            self._store.forget(model)
+
+
+def _check_same(planned: Checkpoint, loaded: Checkpoint) -> None:
+    """Refuse weights of another conversion than skeleton and codec."""
+    if planned.identities != loaded.identities:
+        raise CheckpointChangedError(planned.model, planned.index.shards[0].name, "was replaced")
+
+
+def _foremost(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """Return the error that says most: one of ours if there is one."""
+    for error in group.exceptions:
+        if isinstance(error, SllmError):
+            return error
+    return group.exceptions[0]
+
+
+def _explain(model: ModelId, error: BaseException) -> SllmError:
+    """Log why a load failed and return what those who wait are told."""
+    if isinstance(error, SllmError):
+        log.warning("load failed", extra={"model": model, "code": error.code, "error": str(error)})
+        return error
+    log.error("load failed", extra={"model": model}, exc_info=error)
+    failure = LoadFailedError(model, f"{type(error).__name__}: {error}")
+    failure.__cause__ = error
+    return failure

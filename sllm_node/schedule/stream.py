@@ -1,0 +1,162 @@
+"""One session as its reader sees it: waits for the grant, then passes on what the engine makes.
+
+    waiting -> running -> ended
+    waiting -> ended
+
+The end comes once, from whoever is first: the last chunk, an error of the engine, the reader's
+`cancel`, or the scheduler (refused, stopped). Everything here runs on the event loop.
+"""
+
+import asyncio
+from collections.abc import Callable
+from enum import Enum
+from typing import NoReturn, Self
+
+from sllm_node.core.clock import Clock
+from sllm_node.core.errors import EngineError, SllmError
+from sllm_node.core.types import (
+    GenerationChunk,
+    GenerationRequest,
+    ModelStatus,
+    RequestId,
+    SessionId,
+    SessionStatus,
+)
+from sllm_node.schedule.actions import TicketId
+from sllm_node.schedule.ports import Generation
+
+
+class Outcome(Enum):
+    """How a session ended; the label of the metric."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    """The reader went away."""
+    REFUSED = "refused"
+    """It never ran."""
+    STOPPED = "stopped"
+    """An operator or a drain ended it."""
+    FAILED = "failed"
+
+
+class Stream:
+    """The chunks of one session; iterate once.
+
+    A reader that stops early must call `cancel`. Between chunks the reader may be cancelled and come
+    back as long as the session waits for its grant.
+    """
+
+    def __init__(
+        self,
+        ticket: TicketId,
+        request: GenerationRequest,
+        clock: Clock,
+        status: Callable[[], ModelStatus | None],
+        on_ended: Callable[["Stream", Outcome], None],
+    ) -> None:
+        self.ticket = ticket
+        self.request = request
+        self.opened = clock.now()
+        self.granted: float | None = None
+        self.first_token: float | None = None
+        self.tokens = 0
+        """Output tokens passed on."""
+        self.error: SllmError | None = None
+        self.started = asyncio.Event()
+        """Set when the wait is over: the session was granted, or it has ended."""
+        self._clock = clock
+        self._status = status
+        self._on_ended = on_ended
+        self._generation: Generation | None = None
+        self._is_ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        if self._generation is None and not self._is_ended:
+            await self.started.wait()
+        if self._is_ended or self._generation is None:
+            self._raise_end()
+        try:
+            chunk = await self._generation.__anext__()
+        except (StopAsyncIteration, SllmError) as error:
+            if not self._is_ended:
+                self.error = error if isinstance(error, SllmError) else self._broken()
+                self._end(Outcome.FAILED)
+            self._raise_end()
+        if self._is_ended:
+            self._raise_end()
+        self._count(chunk)
+        return chunk
+
+    def cancel(self) -> None:
+        """End the session for a reader that went away; a second call does nothing."""
+        if not self._is_ended:
+            self._end(Outcome.CANCELLED)
+
+    def status(self) -> ModelStatus | None:
+        """Return how the model stands while the session waits for it, else None."""
+        return None if self.started.is_set() else self._status()
+
+    def session_status(self) -> SessionStatus:
+        """Return what `status` shows of the session."""
+        request = self.request
+        return SessionStatus(
+            request.session,
+            request.model,
+            "waiting" if self._generation is None else "running",
+            len(request.prompt),
+            self.tokens,
+            self._clock.now() - self.opened,
+        )
+
+    # --- for the driver -----------------------------------------------------------------------
+
+    @property
+    def is_granted(self) -> bool:
+        """Whether the session runs or ran."""
+        return self.granted is not None
+
+    def grant(self, generation: Generation) -> None:
+        """Let the session run."""
+        assert not self._is_ended
+        self._generation = generation
+        self.granted = self._clock.now()
+        self.started.set()
+
+    def fail(self, error: SllmError, outcome: Outcome) -> None:
+        """End the session; the reader gets `error`."""
+        assert not self._is_ended
+        self.error = error
+        self._end(outcome)
+
+    # --- the end ------------------------------------------------------------------------------
+
+    def _count(self, chunk: GenerationChunk) -> None:
+        self.tokens += len(chunk.tokens)
+        if chunk.tokens and self.first_token is None:
+            self.first_token = self._clock.now()
+        if chunk.finish is not None:
+            self._end(Outcome(chunk.finish))
+
+    def _end(self, outcome: Outcome) -> None:
+        self._is_ended = True
+        self.started.set()
+        if self._generation is not None and outcome not in (Outcome.STOP, Outcome.LENGTH):
+            self._generation.cancel()
+        self._on_ended(self, outcome)
+
+    def _broken(self) -> SllmError:
+        return EngineError(self.request.model, "the session ended without a last chunk")
+
+    def _raise_end(self) -> NoReturn:
+        if self.error is not None:
+            raise self.error
+        raise StopAsyncIteration
+
+
+def request_of(session: SessionId) -> RequestId:
+    """Return the request that a session belongs to: its id is "<request>-<choice>"."""
+    return RequestId(session.rpartition("-")[0])

@@ -1,0 +1,239 @@
+"""Store and engines that take virtual time and keep count of what they hold."""
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from sllm_node.checkpoint.catalog import Catalog, Checkpoint
+from sllm_node.checkpoint.index import (
+    INDEX_FILE,
+    VERSION,
+    Shard,
+    TensorEntry,
+    TensorIndex,
+    shard_name,
+    to_json,
+)
+from sllm_node.core.config import Config, DeviceConfig, ScheduleConfig
+from sllm_node.core.errors import EngineError, PromptTooLongError
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import (
+    GenerationChunk,
+    GenerationRequest,
+    LoadReport,
+    ModelId,
+    SamplingParameters,
+    SessionId,
+    Tier,
+)
+from sllm_node.core.units import PAGE
+from sllm_node.schedule.driver import Service
+from tests.sim.loop import LoopClock
+
+LOAD_S = 2.0
+EVICTION_S = 0.5
+STEP_S = 0.1
+
+
+def write_checkpoint(root: Path, name: str, pages: int = 1) -> None:
+    """Write the smallest thing that the catalogue takes for a checkpoint."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    shard = Shard(shard_name(0), pages * PAGE, (0,) * pages)
+    tensor = TensorEntry("weight", "F32", (4,), 0, 0, 16)
+    index = TensorIndex(VERSION, name, "Fake", "F32", 512, PAGE, 7, (shard,), (tensor,))
+    (folder / shard.name).write_bytes(bytes(shard.size))
+    (folder / INDEX_FILE).write_bytes(to_json(index))
+
+
+class FakeLease:
+    def __init__(self, store: "FakeStore", checkpoint: Checkpoint):
+        self.checkpoint = checkpoint
+        size = checkpoint.index.size
+        self.report = LoadReport(checkpoint.model, size, size, 0, LOAD_S, 0.0, size)
+        self._store = store
+
+    @property
+    def buffer(self):
+        raise NotImplementedError
+
+    def release(self):
+        self._store.leased.discard(self.checkpoint.model)
+
+
+class FakeStore:
+    def __init__(self, catalog: Catalog):
+        self.catalog = catalog
+        self.loads: list[ModelId] = []
+        self.leased: set[ModelId] = set()
+        self.on_device: set[ModelId] = set()
+        self.evicted: list[tuple[ModelId, str]] = []
+        self.forgotten: list[ModelId] = []
+        self.error: BaseException | None = None
+        self.on_acquired = lambda: None
+
+    async def acquire(self, model):
+        self.loads.append(model)
+        await asyncio.sleep(LOAD_S)
+        if self.error is not None:
+            raise self.error
+        self.leased.add(model)
+        self.on_device.add(model)
+        self.on_acquired()
+        return FakeLease(self, self.catalog.get(model))
+
+    def evict(self, model, tier, reason):
+        assert tier is Tier.DEVICE
+        assert model not in self.leased
+        self.on_device.remove(model)
+        self.evicted.append((model, reason))
+
+    def forget(self, model):
+        self.forgotten.append(model)
+
+    def residency(self, model):
+        return {Tier.DEVICE: PAGE} if model in self.on_device else {}
+
+    def progress(self, model):
+        return None
+
+
+class FakeGeneration:
+    """`max_tokens` tokens, one a step."""
+
+    def __init__(self, replica: "FakeReplica", request: GenerationRequest):
+        self.replica = replica
+        self.request = request
+        self.made = 0
+        self.is_cancelled = asyncio.Event()
+
+    async def __anext__(self):
+        step = asyncio.ensure_future(asyncio.sleep(STEP_S))
+        cancelled = asyncio.ensure_future(self.is_cancelled.wait())
+        await asyncio.wait([step, cancelled], return_when=asyncio.FIRST_COMPLETED)
+        step.cancel()
+        cancelled.cancel()
+        if self.is_cancelled.is_set():
+            raise StopAsyncIteration
+        if self.replica.error is not None:
+            raise self.replica.error
+        self.made += 1
+        is_last = self.made == self.request.max_tokens
+        if is_last:
+            self.replica.running.discard(self.request.session)
+        return GenerationChunk("x", (self.made,), finish="length" if is_last else None)
+
+    def cancel(self):
+        self.is_cancelled.set()
+        self.replica.running.discard(self.request.session)
+
+
+class FakeReplica:
+    def __init__(self, engines: "FakeEngines"):
+        self.engines = engines
+        self.running: set[SessionId] = set()
+        self.error: Exception | None = None
+        self.is_closed = False
+
+    @property
+    def kv_usage(self):
+        return 0.25
+
+    def submit(self, request):
+        assert not self.is_closed
+        if self.engines.submit_error is not None:
+            raise self.engines.submit_error
+        self.running.add(request.session)
+        return FakeGeneration(self, request)
+
+    async def close(self):
+        assert not self.running
+        await asyncio.sleep(EVICTION_S)
+        self.is_closed = True
+        if self.engines.close_error is not None:
+            raise self.engines.close_error
+
+
+class FakeEngines:
+    def __init__(self):
+        self.replicas: dict[ModelId, FakeReplica] = {}
+        self.codecs_read: list[str] = []
+        self.codec_error: Exception | None = None
+        self.open_error: Exception | None = None
+        self.open_s = 0.0
+        self.submit_error: Exception | None = None
+        self.close_error: Exception | None = None
+
+    def device_bytes(self, checkpoint):
+        return checkpoint.index.size
+
+    def check_request(self, request, checkpoint):
+        if len(request.prompt) > checkpoint.index.context_tokens:
+            raise PromptTooLongError(len(request.prompt), checkpoint.index.context_tokens, "it")
+
+    async def load_codec(self, directory):
+        self.codecs_read.append(directory.name)
+        await asyncio.sleep(0.1)
+        if self.codec_error is not None:
+            raise self.codec_error
+        return f"codec of {directory.name}"
+
+    async def skeleton(self, checkpoint):
+        await asyncio.sleep(0.2)
+        return object()
+
+    async def open(self, lease, skeleton, codec):
+        assert codec == f"codec of {lease.checkpoint.model}"
+        await asyncio.sleep(self.open_s)
+        if self.open_error is not None:
+            raise self.open_error
+        replica = self.replicas[lease.checkpoint.model] = FakeReplica(self)
+        return replica
+
+
+@dataclass
+class Node:
+    """A service on fakes; room for one model unless told otherwise."""
+
+    service: Service[str]
+    store: FakeStore
+    engines: FakeEngines
+    metrics: Metrics
+    root: Path
+    requests: int = 0
+
+    def open(self, model, tokens=3, prompt=(1, 2), **options):
+        self.requests += 1
+        request = GenerationRequest(
+            SessionId(f"r-{self.requests}-0"),
+            ModelId(model),
+            tuple(prompt),
+            SamplingParameters(),
+            tokens,
+        )
+        return self.service.open(request, **options)
+
+    async def ask(self, model, tokens=3, **options):
+        """Run one session to its end; returns its text."""
+        return "".join([chunk.text async for chunk in self.open(model, tokens, **options)])
+
+    def count(self, name, **labels):
+        return self.metrics.registry.get_sample_value(name, labels)
+
+    def fail_replica(self, model, problem="broken"):
+        self.engines.replicas[ModelId(model)].error = EngineError(model, problem)
+
+
+def make_node(root: Path, names=("a", "b", "c"), pages=1, models=None, **schedule):
+    """Make a node of checkpoints `names` with device memory of `pages`."""
+    for name in names:
+        write_checkpoint(root, name)
+    catalog = Catalog(root)
+    store, engines, metrics = FakeStore(catalog), FakeEngines(), Metrics()
+    config = Config(
+        device=DeviceConfig(memory_bytes=pages * PAGE),
+        schedule=ScheduleConfig(**schedule),
+        models=models or {},
+    )
+    service = Service(config, catalog, store, engines, LoopClock(), metrics)
+    return Node(service, store, engines, metrics, root)

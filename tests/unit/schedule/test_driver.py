@@ -1,0 +1,581 @@
+import asyncio
+import functools
+import logging
+import shutil
+
+import pytest
+
+from sllm_node.core.config import ModelConfig
+from sllm_node.core.errors import (
+    CancelledByOperatorError,
+    CheckpointChangedError,
+    DrainingError,
+    EngineError,
+    InvalidRequestError,
+    LoadFailedError,
+    ModelBusyError,
+    ModelNotFoundError,
+    PromptTooLongError,
+    QueueTimeoutError,
+    StorageReadError,
+)
+from sllm_node.core.types import ModelState, SessionId, Tier
+from sllm_node.schedule.stream import request_of
+from tests.sim.loop import run
+from tests.unit.schedule.fakes import EVICTION_S, LOAD_S, STEP_S, make_node, write_checkpoint
+
+
+def on_virtual_time(test):
+    """Run an async test on a loop whose time jumps; at its end nothing may be left."""
+
+    @functools.wraps(test)
+    def wrapper(tmp_path):
+        async def play():
+            made = []
+
+            def node(**options):
+                made.append(make_node(tmp_path, **options))
+                return made[-1]
+
+            await test(node)
+            for one in made:
+                await one.service.close()
+                assert not one.store.leased
+                assert not one.store.on_device
+                assert not one.service.sessions()
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        run(play())
+
+    # functools.wraps shows pytest the wrapped signature, whose `node` is no fixture.
+    del wrapper.__wrapped__
+    return wrapper
+
+
+def now():
+    return asyncio.get_running_loop().time()
+
+
+# --- sessions -------------------------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_a_session_of_a_cold_model_loads_it_and_streams(node):
+    n = node()
+    assert await n.ask("a", tokens=3) == "xxx"
+    assert now() == pytest.approx(LOAD_S + 3 * STEP_S)
+    assert n.count("sllm_sessions_total", model="a", outcome="length") == 1
+    assert n.count("sllm_queue_seconds_sum", model="a") == pytest.approx(LOAD_S)
+    assert n.count("sllm_time_to_first_token_seconds_sum", model="a") == pytest.approx(
+        LOAD_S + STEP_S
+    )
+
+
+@on_virtual_time
+async def test_many_sessions_share_one_load(node):
+    n = node()
+    assert await asyncio.gather(*(n.ask("a") for _ in range(8))) == ["xxx"] * 8
+    assert n.store.loads == ["a"]
+
+
+@on_virtual_time
+async def test_models_take_turns_where_one_fits(node):
+    n = node()
+    texts = await asyncio.gather(*(n.ask(name) for name in "abcabc"))
+    assert texts == ["xxx"] * 6
+    assert n.store.loads == ["a", "b", "c"]
+    assert n.store.evicted == [("a", "room"), ("b", "room")]
+
+
+@on_virtual_time
+async def test_a_waiting_stream_tells_how_its_model_stands_and_a_running_one_nothing(node):
+    n = node()
+    stream = n.open("a")
+    status = stream.status()
+    assert status is not None
+    assert (status.state, status.tier, status.waiting) == (ModelState.LOADING, Tier.NVME, 1)
+    assert [s.state for s in n.service.sessions()] == ["waiting"]
+    await stream.started.wait()
+    assert stream.status() is None
+    await anext(stream)
+    (session,) = n.service.sessions()
+    assert (session.state, session.prompt_tokens, session.generated_tokens) == ("running", 2, 1)
+    assert n.count("sllm_num_requests_running", model="a") == 1
+    assert n.count("sllm_kv_cache_usage_perc", model="a") == 0.25
+    stream.cancel()
+    assert n.count("sllm_num_requests_waiting", model="a") == 0
+
+
+@on_virtual_time
+async def test_a_reader_cancelled_while_it_waits_may_come_back(node):
+    n = node()
+    stream = n.open("a", tokens=1)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(1.0):
+            await anext(stream)
+    assert [chunk.text async for chunk in stream] == ["x"]
+
+
+@on_virtual_time
+async def test_a_finished_stream_stays_finished(node):
+    n = node()
+    stream = n.open("a", tokens=1)
+    assert [chunk.text async for chunk in stream] == ["x"]
+    stream.cancel()
+    assert [chunk async for chunk in stream] == []
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_what_can_be_known_before_a_load_is_raised_by_open(node):
+    n = node()
+    with pytest.raises(ModelNotFoundError):
+        n.open("nobody")
+    with pytest.raises(PromptTooLongError):
+        n.open("a", prompt=range(1000))
+    assert n.store.loads == []
+
+
+@on_virtual_time
+async def test_a_refusal_at_once_is_raised_by_open_and_counted(node):
+    n = node()
+    n.service.drain()
+    with pytest.raises(DrainingError):
+        n.open("a")
+    assert n.count("sllm_sessions_total", model="a", outcome="refused") == 1
+
+
+@on_virtual_time
+async def test_a_refusal_in_the_queue_ends_the_stream_when_its_time_comes(node):
+    n = node(queue_timeout_s=1.0)
+    with pytest.raises(QueueTimeoutError):
+        await n.ask("a")
+    assert now() == pytest.approx(1.0)
+
+
+@on_virtual_time
+async def test_what_the_engine_refuses_at_the_grant_ends_only_that_session(node):
+    n = node()
+    await n.ask("a")
+    n.engines.submit_error = InvalidRequestError("no", param="logit_bias")
+    with pytest.raises(InvalidRequestError):
+        n.open("a")
+    n.engines.submit_error = None
+    assert await n.ask("a") == "xxx"
+    assert n.store.loads == ["a"]
+
+
+@on_virtual_time
+async def test_an_engine_that_breaks_at_the_grant_is_replaced(node):
+    n = node()
+    await n.ask("a")
+    n.engines.submit_error = RuntimeError("bug")
+    with pytest.raises(EngineError, match="RuntimeError: bug"):
+        n.open("a")
+    n.engines.submit_error = None
+    assert await n.ask("a") == "xxx"
+    assert n.store.loads == ["a", "a"]
+
+
+# --- going away -----------------------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_a_reader_that_goes_away_frees_its_session_at_once(node):
+    n = node()
+    stream = n.open("a", tokens=100)
+    await anext(stream)
+    stream.cancel()
+    stream.cancel()
+    assert n.engines.replicas["a"].running == set()
+    assert n.service.sessions() == []
+    assert n.count("sllm_sessions_total", model="a", outcome="cancelled") == 1
+
+
+@on_virtual_time
+async def test_a_load_that_others_wait_for_goes_on_without_the_one_who_went_away(node):
+    n = node()
+    first, second = n.open("a"), n.open("a")
+    first.cancel()
+    assert "".join([chunk.text async for chunk in second]) == "xxx"
+    assert n.store.loads == ["a"]
+
+
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.15, 1.0, LOAD_S, LOAD_S + 0.5])
+def test_a_load_that_nobody_waits_for_is_aborted_at_any_moment(tmp_path, after_s):
+    async def play():
+        n = make_node(tmp_path)
+        n.engines.open_s = 1.0
+        stream = n.open("a")
+        await asyncio.sleep(after_s)
+        stream.cancel()
+        assert await n.ask("b") == "xxx"
+        assert n.store.leased == n.store.on_device == {"b"}
+        await n.service.close()
+
+    run(play())
+
+
+@on_virtual_time
+async def test_a_load_that_ends_in_the_moment_of_its_abort_is_taken_down(node):
+    n = node()
+    stream = n.open("a")
+    n.store.on_acquired = lambda: asyncio.get_running_loop().call_soon(stream.cancel)
+    await asyncio.sleep(LOAD_S + EVICTION_S + 0.1)
+    assert n.service.status("a").state is ModelState.IDLE
+    assert not n.store.on_device
+
+
+@on_virtual_time
+async def test_an_operator_ends_all_sessions_of_a_request(node):
+    n = node()
+    running = n.open("a")
+    await anext(running)
+    waiting = n.open("b")
+    assert n.service.cancel_request("r-1") == 1
+    assert n.service.cancel_request("r-2") == 1
+    assert n.service.cancel_request("r-2") == 0
+    for stream in (running, waiting):
+        with pytest.raises(CancelledByOperatorError):
+            await anext(stream)
+
+
+@on_virtual_time
+async def test_a_reader_in_the_middle_of_a_step_hears_that_an_operator_ended_its_session(node):
+    n = node()
+    reader = asyncio.create_task(n.ask("a", tokens=100))
+    await asyncio.sleep(LOAD_S + 0.05)
+    n.service.cancel_request("r-1")
+    with pytest.raises(CancelledByOperatorError):
+        await reader
+
+
+def test_a_session_id_tells_its_request():
+    assert request_of(SessionId("chat-12-ab-3")) == "chat-12-ab"
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_a_load_that_fails_tells_all_who_wait_and_the_next_request_succeeds(node):
+    n = node()
+    n.store.error = StorageReadError("a", "shard-00000.bin", 0, "EIO")
+    results = await asyncio.gather(n.ask("a"), n.ask("a"), return_exceptions=True)
+    assert [type(result) for result in results] == [StorageReadError] * 2
+    n.store.error = None
+    assert await n.ask("a") == "xxx"
+
+
+def test_an_error_nobody_foresaw_is_logged_once_and_typed(tmp_path, caplog):
+    async def play():
+        n = make_node(tmp_path)
+        n.store.error = RuntimeError("bug")
+        with pytest.raises(LoadFailedError, match="RuntimeError: bug"):
+            await n.ask("a")
+        await n.service.close()
+
+    run(play())
+    (record,) = [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert record.exc_info is not None
+
+
+@on_virtual_time
+async def test_a_failure_beside_the_weights_gives_the_weights_back(node):
+    n = node()
+    n.engines.open_error = RuntimeError("bad shapes")
+    with pytest.raises(LoadFailedError):
+        await n.ask("a")
+    assert not n.store.leased
+    assert not n.store.on_device
+
+
+@on_virtual_time
+async def test_a_codec_that_cannot_be_read_fails_the_load_and_is_read_again_next_time(node):
+    n = node()
+    n.engines.codec_error = ValueError("no tokenizer")
+    with pytest.raises(LoadFailedError, match="tokenizer"):
+        await n.ask("a")
+    n.engines.codec_error = None
+    assert await n.ask("a") == "xxx"
+
+
+@on_virtual_time
+async def test_a_codec_error_after_the_weights_came_gives_them_back(node):
+    n = node()
+
+    async def slow(directory):
+        await asyncio.sleep(LOAD_S + 1.0)
+        raise CheckpointChangedError("a", "shard", "vanished")
+
+    n.service._replicas.codecs._load = slow
+    with pytest.raises(CheckpointChangedError):
+        await n.ask("a")
+    assert not n.store.leased
+
+
+@on_virtual_time
+async def test_a_broken_replica_ends_its_sessions_and_the_next_request_reloads(node):
+    n = node()
+    first, second = n.open("a", tokens=100), n.open("a", tokens=100)
+    await anext(first)
+    n.fail_replica("a")
+    for stream in (first, second):
+        with pytest.raises(EngineError):
+            await anext(stream)
+    assert await n.ask("a") == "xxx"
+    assert n.store.loads == ["a", "a"]
+    assert n.store.evicted == [("a", "failed")]
+
+
+@on_virtual_time
+async def test_an_engine_that_does_not_close_well_still_gives_its_memory_back(node):
+    n = node()
+    await n.ask("a")
+    n.engines.close_error = RuntimeError("bug")
+    assert await n.ask("b") == "xxx"
+
+
+@on_virtual_time
+async def test_a_session_without_a_last_chunk_is_an_engine_error(node):
+    n = node()
+    stream = n.open("a")
+    await anext(stream)
+    stream._generation.is_cancelled.set()
+    with pytest.raises(EngineError, match="without a last chunk"):
+        await anext(stream)
+    n.engines.replicas["a"].running.clear()
+
+
+# --- checkpoints that change ----------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_a_checkpoint_converted_while_serving_is_found(node):
+    n = node()
+    write_checkpoint(n.root, "new")
+    assert [status.model for status in n.service.models()] == ["a", "b", "c", "new"]
+    assert await n.ask("new") == "xxx"
+
+
+@on_virtual_time
+async def test_a_checkpoint_removed_while_serving_finishes_its_sessions_and_leaves(node):
+    n = node()
+    stream = n.open("a", tokens=5)
+    await anext(stream)
+    shutil.rmtree(n.root / "a")
+    with pytest.raises(ModelNotFoundError):
+        n.open("a")
+    assert len([chunk async for chunk in stream]) == 4
+    await asyncio.sleep(EVICTION_S + 0.1)
+    assert n.store.evicted == [("a", "replaced")]
+    assert n.store.forgotten == ["a"]
+
+
+@on_virtual_time
+async def test_a_checkpoint_replaced_while_serving_is_loaded_anew(node):
+    n = node()
+    await n.ask("a")
+    shutil.rmtree(n.root / "a")
+    write_checkpoint(n.root, "a")
+    assert await n.ask("a") == "xxx"
+    assert n.store.loads == ["a", "a"]
+    assert n.engines.codecs_read == ["a", "a"]
+
+
+@on_virtual_time
+async def test_weights_of_another_conversion_than_the_skeleton_are_refused(node):
+    n = node()
+    stream = n.open("a")
+    await asyncio.sleep(1.0)
+    shutil.rmtree(n.root / "a")
+    write_checkpoint(n.root, "a", pages=1)
+    with pytest.raises(CheckpointChangedError):
+        await anext(stream)
+
+
+@on_virtual_time
+async def test_a_checkpoint_that_vanishes_between_scan_and_look_is_not_listed(node):
+    n = node()
+    n.service._catalog.scan = lambda: None
+    n.service.status("a")
+    n.service.status("b")
+    shutil.rmtree(n.root / "a")
+    assert [status.model for status in n.service.models()] == ["b"]
+
+
+# --- codecs ---------------------------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_a_codec_is_read_once_for_all_who_ask(node):
+    n = node()
+    assert set(await asyncio.gather(*(n.service.prepare("a") for _ in range(5)))) == {"codec of a"}
+    assert n.engines.codecs_read == ["a"]
+
+
+@on_virtual_time
+async def test_who_stops_asking_for_a_codec_does_not_spoil_it_for_the_others(node):
+    n = node()
+    first = asyncio.create_task(n.service.prepare("a"))
+    second = asyncio.create_task(n.service.prepare("a"))
+    await asyncio.sleep(0.01)
+    first.cancel()
+    assert await second == "codec of a"
+
+
+@on_virtual_time
+async def test_the_least_recently_used_codec_leaves_first(node):
+    n = node()
+    n.service._replicas.codecs._limit = 2
+    for name in "abac":
+        await n.service.prepare(name)
+    await n.service.prepare("a")
+    assert n.engines.codecs_read == ["a", "b", "c"]
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_load_returns_when_the_model_can_serve_and_unload_when_its_memory_is_free(node):
+    n = node()
+    await n.service.load("a")
+    assert n.service.status("a").state is ModelState.READY
+    assert n.service.status("a").tier is Tier.DEVICE
+    await n.service.unload("a")
+    assert n.service.status("a").state is ModelState.IDLE
+    assert n.store.evicted == [("a", "operator")]
+    await n.service.unload("a")
+
+
+@on_virtual_time
+async def test_a_load_that_fails_is_told_to_the_operator(node):
+    n = node()
+    n.store.error = StorageReadError("a", "shard-00000.bin", 0, "EIO")
+    with pytest.raises(StorageReadError):
+        await n.service.load("a")
+    for act in (n.service.load, n.service.unload, n.service.pin, n.service.unpin):
+        with pytest.raises(ModelNotFoundError):
+            await act("nobody")
+
+
+@on_virtual_time
+async def test_an_operator_who_goes_away_does_not_stop_the_load(node):
+    n = node()
+    task = asyncio.create_task(n.service.load("a"))
+    await asyncio.sleep(1.0)
+    task.cancel()
+    await asyncio.sleep(LOAD_S)
+    assert n.service.status("a").state is ModelState.READY
+
+
+@on_virtual_time
+async def test_unloading_by_force_ends_sessions_that_run_and_wait(node):
+    n = node()
+    stream = n.open("a", tokens=100)
+    await anext(stream)
+    with pytest.raises(ModelBusyError):
+        await n.service.unload("a")
+    await n.service.unload("a", force=True)
+    with pytest.raises(CancelledByOperatorError):
+        await anext(stream)
+    assert n.count("sllm_sessions_total", model="a", outcome="stopped") == 1
+
+
+@on_virtual_time
+async def test_unloading_by_force_aborts_a_load_under_way(node):
+    n = node()
+    loading = asyncio.create_task(n.service.load("a"))
+    await asyncio.sleep(1.0)
+    await n.service.unload("a", force=True)
+    assert now() < LOAD_S
+    with pytest.raises(CancelledByOperatorError):
+        await loading
+
+
+@on_virtual_time
+async def test_a_pinned_model_stays_until_it_is_unpinned(node):
+    n = node(keep_alive_s=10.0)
+    await n.service.pin("a")
+    await n.service.load("a")
+    await asyncio.sleep(100.0)
+    assert n.service.status("a").pinned
+    await n.service.unpin("a")
+    assert n.service.status("a").keep_alive_until_s == pytest.approx(10.0)
+    await asyncio.sleep(10.1 + EVICTION_S)
+    assert n.store.evicted == [("a", "keep_alive")]
+
+
+@on_virtual_time
+async def test_models_marked_so_are_loaded_from_the_start_and_failures_do_not_stop_it(node):
+    n = node(models={name: ModelConfig(preload=True) for name in ("nobody", "a", "b")}, pages=2)
+    n.service.preload()
+    await asyncio.sleep(LOAD_S + 0.1)
+    assert {m.model for m in n.service.models() if m.state is ModelState.READY} == {"a", "b"}
+
+
+def test_a_preload_that_fails_is_logged(tmp_path, caplog):
+    async def play():
+        n = make_node(tmp_path, models={"a": ModelConfig(preload=True)})
+        n.store.error = StorageReadError("a", "shard-00000.bin", 0, "EIO")
+        n.service.preload()
+        await asyncio.sleep(LOAD_S + 0.1)
+        await n.service.close()
+
+    run(play())
+    assert "preload failed" in [record.message for record in caplog.records]
+
+
+# --- keep-alive, drain, close ---------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_an_idle_model_leaves_when_the_requests_keep_alive_has_passed(node):
+    n = node()
+    await n.ask("a", keep_alive_s=5.0)
+    await asyncio.sleep(4.9)
+    assert n.service.status("a").state is ModelState.READY
+    await asyncio.sleep(0.2)
+    assert n.service.status("a").state is ModelState.EVICTING
+
+
+@on_virtual_time
+async def test_a_drain_lets_sessions_finish(node):
+    n = node()
+    reader = asyncio.create_task(n.ask("a"))
+    await asyncio.sleep(LOAD_S)
+    n.service.drain()
+    assert n.service.is_draining
+    assert await n.service.drained(30.0) == 0
+    assert await reader == "xxx"
+
+
+@on_virtual_time
+async def test_a_drain_ends_at_its_limit_what_has_not_finished(node):
+    n = node()
+    running = n.open("a", tokens=1000)
+    await anext(running)
+    n.service.drain()
+    assert n.service.health()["draining"] is True
+    assert await n.service.drained(1.0) == 1
+    with pytest.raises(CancelledByOperatorError):
+        await anext(running)
+
+
+@on_virtual_time
+async def test_closing_in_the_middle_of_everything_leaves_nothing(node):
+    n = node(pages=2)
+    await n.ask("b")
+    running = n.open("b", tokens=100)
+    await anext(running)
+    loading = asyncio.create_task(n.service.load("a"))
+    departing = asyncio.create_task(n.service.unload("b", force=True))
+    await asyncio.sleep(0.1)
+    n.open("a")
+    await n.service.close()
+    await departing
+    with pytest.raises((CancelledByOperatorError, DrainingError)):
+        await loading
