@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Generic
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
@@ -116,7 +117,7 @@ class Service(Generic[CodecT]):
             ticket.number,
             request,
             self._clock,
-            lambda: self._model_status(checkpoint),
+            partial(self._status_or_none, checkpoint),
             self._stream_ended,
         )
         self._streams[ticket.number] = stream
@@ -428,6 +429,12 @@ class Service(Generic[CodecT]):
             self._store.progress(model),
             self._clock.now(),
         )
+
+    def _status_or_none(self, checkpoint: Checkpoint) -> ModelStatus | None:
+        try:
+            return self._model_status(checkpoint)
+        except SllmError:  # removed in the meantime
+            return None
 
     def _kv_usage(self, model: ModelId) -> float:
         hosted = self._replicas.get(model)

@@ -39,7 +39,10 @@ class WeightStore(Protocol):
     """Where weights are, and the way to the device."""
 
     async def acquire(self, model: ModelId) -> WeightLease:
-        """Bring the weights to the device. Cancelled: everything is given back."""
+        """Bring the weights to the device. Cancelled: everything is given back, in time."""
+
+    async def settled(self, model: ModelId) -> None:
+        """Wait until a cancelled load holds nothing any more."""
 
     def evict(self, model: ModelId, tier: Tier, reason: str) -> None: ...
 

@@ -135,7 +135,11 @@ class Replicas(Generic[CodecT]):
         return _Parts(acquiring.result(), skeleton.result(), codec.result())
 
     async def _acquire(self, model: ModelId) -> WeightLease:
-        return await self._store.acquire(model)
+        try:
+            return await self._store.acquire(model)
+        except asyncio.CancelledError:
+            await self._store.settled(model)  # nobody may be promised its memory before
+            raise
 
     def _load_ended(
         self, model: ModelId, listener: Listener, started: float, task: asyncio.Task[Hosted]

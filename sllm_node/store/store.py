@@ -251,6 +251,11 @@ class Store:
         if load.buffer is not None:
             self._give_back(self._residents[model])
 
+    async def settled(self, model: ModelId) -> None:
+        """Wait until no load of `model` is under way: a cancelled one holds memory to its end."""
+        while (load := self._loads.get(model)) is not None:
+            await asyncio.shield(load.ended)
+
     async def _wait(self, load: Load) -> LoadReport:
         """Wait for `load`; if it was one onto the device, a lease has been counted for us."""
         model = load.model

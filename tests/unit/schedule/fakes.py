@@ -15,7 +15,7 @@ from sllm_node.checkpoint.index import (
     to_json,
 )
 from sllm_node.core.config import Config, DeviceConfig, ScheduleConfig
-from sllm_node.core.errors import EngineError, PromptTooLongError
+from sllm_node.core.errors import DeviceMemoryError, EngineError, PromptTooLongError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import (
     GenerationChunk,
@@ -33,6 +33,8 @@ from tests.sim.loop import LoopClock
 LOAD_S = 2.0
 EVICTION_S = 0.5
 STEP_S = 0.1
+CANCEL_S = 0.3
+"""How long a cancelled load holds its memory."""
 
 
 def write_checkpoint(root: Path, name: str, pages: int = 1) -> None:
@@ -62,8 +64,11 @@ class FakeLease:
 
 
 class FakeStore:
-    def __init__(self, catalog: Catalog):
+    def __init__(self, catalog: Catalog, room: int):
         self.catalog = catalog
+        self.room = room
+        self.loading: set[ModelId] = set()
+        self.wound_down = asyncio.Event()
         self.loads: list[ModelId] = []
         self.leased: set[ModelId] = set()
         self.on_device: set[ModelId] = set()
@@ -74,13 +79,30 @@ class FakeStore:
 
     async def acquire(self, model):
         self.loads.append(model)
-        await asyncio.sleep(LOAD_S)
+        if len(self.on_device | self.loading) >= self.room:
+            raise DeviceMemoryError("cpu", PAGE, 0, self.room * PAGE)
+        self.loading.add(model)
+        try:
+            await asyncio.sleep(LOAD_S)
+        except asyncio.CancelledError:
+            asyncio.get_running_loop().call_later(CANCEL_S, self._wind_down, model)
+            raise
+        self.loading.remove(model)
         if self.error is not None:
             raise self.error
         self.leased.add(model)
         self.on_device.add(model)
         self.on_acquired()
         return FakeLease(self, self.catalog.get(model))
+
+    def _wind_down(self, model):
+        self.loading.remove(model)
+        self.wound_down.set()
+
+    async def settled(self, model):
+        while model in self.loading:
+            self.wound_down.clear()
+            await self.wound_down.wait()
 
     def evict(self, model, tier, reason):
         assert tier is Tier.DEVICE
@@ -229,7 +251,7 @@ def make_node(root: Path, names=("a", "b", "c"), pages=1, models=None, **schedul
     for name in names:
         write_checkpoint(root, name)
     catalog = Catalog(root)
-    store, engines, metrics = FakeStore(catalog), FakeEngines(), Metrics()
+    store, engines, metrics = FakeStore(catalog, pages), FakeEngines(), Metrics()
     config = Config(
         device=DeviceConfig(memory_bytes=pages * PAGE),
         schedule=ScheduleConfig(**schedule),
