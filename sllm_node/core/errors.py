@@ -23,7 +23,7 @@ class SllmError(Exception):
     """Base of all our errors."""
 
     fault: ClassVar[Fault] = Fault.NODE
-    code: ClassVar[str] = "internal_error"
+    code: ClassVar[str] = "error"
 
 
 # --- requests -----------------------------------------------------------------------------------
@@ -45,11 +45,13 @@ class PromptTooLongError(InvalidRequestError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, tokens: int, limit: int, reason: str) -> None:
+    def __init__(
+        self, tokens: int, limit: int, reason: str, *, param: str = "max_tokens"
+    ) -> None:
         super().__init__(
             f"the request needs {tokens} tokens but {reason} allows {limit}; "
             "shorten the prompt or lower max_tokens",
-            param="messages",
+            param=param,
         )
         self.tokens = tokens
         self.limit = limit
@@ -139,6 +141,49 @@ class UnauthorizedError(SllmError):
         )
 
 
+class ForbiddenOriginError(SllmError):
+    """A web page of another site tries to drive a node that asks for no key."""
+
+    fault = Fault.CALLER
+    code = "forbidden_origin"
+
+    def __init__(self, header: str, value: str) -> None:
+        super().__init__(
+            f"{header} {value!r} is not this machine: a node without server.api_keys answers "
+            "only requests made to and from loopback"
+        )
+
+
+class BodyTooLargeError(SllmError):
+    """A request body beyond the limit."""
+
+    fault = Fault.CALLER
+    code = "body_too_large"
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(f"the request body is larger than {limit} bytes (server.max_body_bytes)")
+
+
+class RouteError(SllmError):
+    """No such path, or not with this method."""
+
+    fault = Fault.CALLER
+    code = "no_such_route"
+
+    def __init__(self, method: str, path: str, status: int) -> None:
+        super().__init__(f"there is no {method} {path} here; README lists the endpoints")
+        self.status = status
+
+
+class InternalError(SllmError):
+    """A mistake of ours; the log has the trace under the request's id."""
+
+    code = "internal_error"
+
+    def __init__(self, request_id: str) -> None:
+        super().__init__(f"the node failed on this request; its log has the reason under {request_id}")
+
+
 # --- checkpoints --------------------------------------------------------------------------------
 
 
@@ -203,6 +248,32 @@ class StorageReadError(CheckpointError):
         self.model = model
         self.shard = shard
         self.offset = offset
+
+
+class StoreFullError(CheckpointError):
+    """The file system of the store has no room for a checkpoint."""
+
+    code = "store_full"
+
+    def __init__(self, path: str, needed: int, free: int) -> None:
+        super().__init__(
+            f"{path}: the checkpoint needs {needed} bytes and {free} are free; "
+            "remove one ('sllm-node rm NAME') or name a store on a larger disk"
+        )
+        self.path = path
+        self.needed = needed
+        self.free = free
+
+
+class StorageWriteError(CheckpointError):
+    """The file system failed to take bytes."""
+
+    code = "storage_write_error"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: can't be written: {problem}")
+        self.path = path
+        self.problem = problem
 
 
 class ConversionError(SllmError):
@@ -341,3 +412,15 @@ class ConfigError(SllmError):
         super().__init__(f"{path}: {count}\n{lines}")
         self.path = path
         self.problems = problems
+
+
+class ListenError(SllmError):
+    """The node can't listen where the config says."""
+
+    fault = Fault.CALLER
+    code = "listen_failed"
+
+    def __init__(self, host: str, port: int, problem: str) -> None:
+        super().__init__(f"can't listen on {host}:{port}: {problem}; see server.host, server.port")
+        self.host = host
+        self.port = port

@@ -1,0 +1,120 @@
+"""For operators: status, load, unload, pin, unpin, cancel, drain; and the probes and metrics."""
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+
+from sllm_node.server.models import described, json_response
+from sllm_node.server.openai import RequestT, convert_object, decode_object
+from sllm_node.server.service import GenerationService
+
+
+class UnloadRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of unload."""
+
+    force: bool = False
+
+
+class NoFields(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of the acts that take nothing."""
+
+
+class Admin:
+    """The endpoints under /admin."""
+
+    def __init__(self, service: GenerationService, overview: Callable[[], dict[str, Any]]) -> None:
+        self._service = service
+        self._overview = overview
+        """What the node knows and the service doesn't: node, device, pool, bandwidth."""
+
+    async def status(self, _: web.Request) -> web.Response:
+        """Show the whole node."""
+        models = [{"id": s.model, **described(s)} for s in self._service.models()]
+        sessions = [asdict(session) for session in self._service.sessions()]
+        return json_response({**self._overview(), "models": models, "sessions": sessions})
+
+    async def load(self, http: web.Request) -> web.Response:
+        """Bring a model onto the device; answers when it serves."""
+        await _body(http, NoFields)
+        await self._service.load(http.match_info["id"])
+        return self._state_of(http)
+
+    async def unload(self, http: web.Request) -> web.Response:
+        """Take a model off the device; answers when its memory is free."""
+        body = await _body(http, UnloadRequest)
+        await self._service.unload(http.match_info["id"], force=body.force)
+        return self._state_of(http)
+
+    async def pin(self, http: web.Request) -> web.Response:
+        """Keep a model on the device, and bring it there."""
+        await _body(http, NoFields)
+        model = http.match_info["id"]
+        await self._service.pin(model)
+        await self._service.load(model)
+        return self._state_of(http)
+
+    async def unpin(self, http: web.Request) -> web.Response:
+        """Let a model be evicted again."""
+        await _body(http, NoFields)
+        await self._service.unpin(http.match_info["id"])
+        return self._state_of(http)
+
+    async def cancel(self, http: web.Request) -> web.Response:
+        """End the sessions of one request."""
+        await _body(http, NoFields)
+        return json_response({"cancelled": self._service.cancel_request(http.match_info["id"])})
+
+    async def drain(self, http: web.Request) -> web.Response:
+        """Take no new requests."""
+        await _body(http, NoFields)
+        self._service.drain()
+        return json_response({"draining": True})
+
+    def _state_of(self, http: web.Request) -> web.Response:
+        status = self._service.status(http.match_info["id"])
+        return json_response({"id": status.model, **described(status)})
+
+
+async def _body(http: web.Request, kind: type[RequestT]) -> RequestT:
+    """Read a body that may be absent."""
+    body = await http.read()
+    return convert_object(decode_object(body) if body.strip() else {}, kind)
+
+
+class Probes:
+    """What machines ask: is it alive, does it take requests, do its engines move, metrics."""
+
+    def __init__(
+        self,
+        service: GenerationService,
+        stalled: Callable[[], str | None],
+        registry: CollectorRegistry,
+    ) -> None:
+        self._service = service
+        self._stalled = stalled
+        self._registry = registry
+
+    async def livez(self, _: web.Request) -> web.Response:
+        """The process answers."""
+        return json_response({"status": "ok"})
+
+    async def readyz(self, _: web.Request) -> web.Response:
+        """New requests are taken."""
+        if self._service.is_draining:
+            return json_response({"status": "draining"}, status=503)
+        return json_response({"status": "ok"})
+
+    async def health(self, _: web.Request) -> web.Response:
+        """The engines move."""
+        if (reason := self._stalled()) is not None:
+            return json_response({"status": "stalled", "reason": reason}, status=503)
+        return json_response({"status": "ok"})
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """Show the metrics in Prometheus' text format."""
+        body = generate_latest(self._registry)
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})

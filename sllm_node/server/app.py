@@ -1,0 +1,272 @@
+"""The HTTP server: routes, who may use them, and how errors leave.
+
+Middlewares, outermost first: the request id and the access log; errors to statuses; who may come in.
+"""
+
+import hmac
+import logging
+import re
+import secrets
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+from urllib.parse import urlsplit
+
+from aiohttp import web
+
+from sllm_node.core import log as logs
+from sllm_node.core.clock import Clock
+from sllm_node.core.config import ServerConfig, is_loopback
+from sllm_node.core.errors import (
+    BodyTooLargeError,
+    ForbiddenOriginError,
+    InternalError,
+    ListenError,
+    RouteError,
+    SllmError,
+    UnauthorizedError,
+)
+from sllm_node.core.metrics import Metrics
+from sllm_node.server.admin import Admin, Probes
+from sllm_node.server.completions import Completions
+from sllm_node.server.faults import body_of, headers_of, status_of
+from sllm_node.server.models import Models, json_response
+from sllm_node.server.service import GenerationService
+
+log = logging.getLogger(__name__)
+
+Access = Literal["open", "client", "admin"]
+Handler = Callable[[web.Request], Any]
+KEEPALIVE_S: Final = 75.0
+BACKLOG: Final = 1024
+_REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One endpoint; `access` says whose key it asks for."""
+
+    method: str
+    path: str
+    access: Access
+
+
+ROUTES: Final = (
+    Route("POST", "/v1/chat/completions", "client"),
+    Route("POST", "/v1/completions", "client"),
+    Route("GET", "/v1/models", "client"),
+    Route("GET", "/v1/models/{id}", "client"),
+    Route("GET", "/livez", "open"),
+    Route("GET", "/readyz", "open"),
+    Route("GET", "/health", "open"),
+    Route("GET", "/metrics", "open"),
+    Route("GET", "/admin/status", "admin"),
+    Route("POST", "/admin/models/{id}/load", "admin"),
+    Route("POST", "/admin/models/{id}/unload", "admin"),
+    Route("POST", "/admin/models/{id}/pin", "admin"),
+    Route("POST", "/admin/models/{id}/unpin", "admin"),
+    Route("POST", "/admin/requests/{id}/cancel", "admin"),
+    Route("POST", "/admin/drain", "admin"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """What the server is made of."""
+
+    service: GenerationService
+    config: ServerConfig
+    clock: Clock
+    metrics: Metrics
+    stalled: Callable[[], str | None]
+    """Why the engines don't move, or None."""
+    overview: Callable[[], dict[str, Any]]
+    """Node, device, pool and bandwidth for /admin/status."""
+
+
+class Server:
+    """Listens from `start` to `close`."""
+
+    def __init__(self, edge: Edge) -> None:
+        self._config = edge.config
+        self._completions = Completions(edge.service, edge.config, edge.clock)
+        self._runner = web.AppRunner(
+            make_app(edge, self._completions),
+            handler_cancellation=True,  # a client that goes away cancels its handler
+            access_log=None,
+            keepalive_timeout=KEEPALIVE_S,
+        )
+        self._site: web.TCPSite | None = None
+
+    async def start(self) -> str:
+        """Listen and return the URL.
+
+        Raises:
+            ListenError: the address can't be had.
+        """
+        host, port = self._config.host, self._config.port
+        await self._runner.setup()
+        self._site = web.TCPSite(self._runner, host, port, backlog=BACKLOG, shutdown_timeout=1.0)
+        try:
+            await self._site.start()
+        except OSError as error:
+            await self.close()
+            raise ListenError(host, port, error.strerror or str(error)) from error
+        bound = self._runner.addresses[0][1]
+        return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
+
+    async def close(self) -> None:
+        """Stop listening and drop the connections that are left."""
+        await self._runner.cleanup()
+        self._completions.close()
+
+
+def make_app(edge: Edge, completions: Completions) -> web.Application:
+    """Return the application with all routes."""
+    app = web.Application(
+        client_max_size=edge.config.max_body_bytes,
+        middlewares=[_ids_and_logs(edge), _errors(edge.config), _entrance(edge.config)],
+    )
+    handlers = _handlers(edge, completions)
+    for route in ROUTES:
+        # aiohttp's {id} stops at a slash; names of models may be asked for with one.
+        path = route.path.replace("{id}", "{id:.+?}")
+        app.router.add_route(route.method, path, handlers[route.method, route.path])
+    return app
+
+
+def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Handler]:
+    models = Models(edge.service)
+    admin = Admin(edge.service, edge.overview)
+    probes = Probes(edge.service, edge.stalled, edge.metrics.registry)
+    found: Sequence[Handler] = (
+        completions.chat, completions.complete, models.list, models.retrieve,
+        probes.livez, probes.readyz, probes.health, probes.metrics,
+        admin.status, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.drain,
+    )  # fmt: skip
+    keys = ((route.method, route.path) for route in ROUTES)
+    return dict(zip(keys, found, strict=True))
+
+
+def _route_of(http: web.Request) -> str:
+    """Return the route's own path, for metrics and access: never what a client made up."""
+    resource = http.match_info.route.resource
+    return "none" if resource is None else resource.canonical
+
+
+# --- middlewares ----------------------------------------------------------------------------------
+
+
+def _ids_and_logs(edge: Edge) -> Any:
+    @web.middleware
+    async def middleware(http: web.Request, handler: Handler) -> web.StreamResponse:
+        given = http.headers.get("x-request-id", "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        http["request_id"] = request_id
+        logs.request_id.set(request_id)
+        logs.model_id.set(None)
+        start = edge.clock.now()
+        status = 499  # the client went away
+        try:
+            response: web.StreamResponse = await handler(http)
+            status = response.status
+            if not response.prepared:
+                response.headers["x-request-id"] = request_id
+            return response
+        finally:
+            route = _route_of(http)
+            edge.metrics.requests.labels(route, str(status)).inc()
+            _log_access(http, route, status, edge.clock.now() - start)
+
+    return middleware
+
+
+def _log_access(http: web.Request, route: str, status: int, seconds: float) -> None:
+    quiet = route in ("/livez", "/readyz", "/health", "/metrics") and status < 500
+    fields: dict[str, Any] = {
+        "method": http.method,
+        "path": http.path,
+        "status": status,
+        "seconds": round(seconds, 4),
+        "remote": http.remote,
+    }
+    job = http.get("job")
+    if job is not None:
+        fields["prompt_tokens"] = job.usage.prompt
+        fields["completion_tokens"] = job.usage.completion
+        label = job.request.user or job.request.safety_identifier
+        if label is not None:
+            fields["user"] = label
+    log.log(logging.DEBUG if quiet else logging.INFO, "request", extra=fields)
+
+
+def _errors(config: ServerConfig) -> Any:
+    @web.middleware
+    async def middleware(http: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            response: web.StreamResponse = await handler(http)
+        except SllmError as error:
+            found = error
+        except web.HTTPRequestEntityTooLarge:
+            found = BodyTooLargeError(config.max_body_bytes)
+        except web.HTTPException as error:
+            found = RouteError(http.method, http.path, error.status)
+        except ConnectionError:
+            raise  # the client went away
+        except Exception:
+            log.exception("request failed", extra={"path": http.path})
+            found = InternalError(http["request_id"])
+        else:
+            return response
+        answer = json_response(body_of(found), status_of(found))
+        answer.headers.update(headers_of(found))
+        return answer
+
+    return middleware
+
+
+def _entrance(config: ServerConfig) -> Any:
+    client_keys = [key.encode() for key in config.api_keys]
+    admin_keys = [key.encode() for key in config.admin_keys] or client_keys
+    access = {route.path: route.access for route in ROUTES}
+
+    @web.middleware
+    async def middleware(http: web.Request, handler: Handler) -> web.StreamResponse:
+        wanted = access.get(_route_of(http), "open")
+        keys = {"open": [], "client": client_keys, "admin": admin_keys}[wanted]
+        if keys:
+            _check_key(http, keys)
+        elif is_loopback(config.host) and not client_keys:
+            _check_origin(http)
+        response: web.StreamResponse = await handler(http)
+        return response
+
+    return middleware
+
+
+def _check_key(http: web.Request, keys: Sequence[bytes]) -> None:
+    scheme, _, key = http.headers.get("Authorization", "").partition(" ")
+    given = key.strip().encode()
+    matches = [hmac.compare_digest(given, known) for known in keys]  # all of them: constant time
+    if scheme.lower() != "bearer" or not any(matches):
+        raise UnauthorizedError
+
+
+def _check_origin(http: web.Request) -> None:
+    """Refuse what a web page of another site sends to a node that asks for no key.
+
+    A page can reach loopback from a browser, directly or by a name that it lets point there.
+    """
+    host = http.headers.get("Host", "localhost")
+    if not _is_local(f"//{host}"):
+        raise ForbiddenOriginError("Host", host)
+    origin = http.headers.get("Origin")
+    if origin is not None and not _is_local(origin):
+        raise ForbiddenOriginError("Origin", origin)
+
+
+def _is_local(url: str) -> bool:
+    try:
+        return is_loopback(urlsplit(url).hostname or "")
+    except ValueError:
+        return False

@@ -1,0 +1,52 @@
+"""Errors as HTTP: one table from type to status, one shape of body."""
+
+import math
+from typing import Any, Final
+
+from sllm_node.core import errors
+from sllm_node.core.errors import Fault, SllmError
+
+_STATUS: Final[dict[type[SllmError], int]] = {
+    errors.BodyTooLargeError: 413,
+    errors.ForbiddenOriginError: 403,
+    errors.ModelBusyError: 409,
+    errors.ModelNotFoundError: 404,
+    errors.RouteError: 404,
+    errors.UnauthorizedError: 401,
+}
+_STATUS_BY_FAULT: Final = {Fault.CALLER: 400, Fault.BUSY: 503, Fault.NODE: 500}
+_TYPE: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+
+
+def status_of(error: SllmError) -> int:
+    """Return the HTTP status of an error."""
+    if isinstance(error, errors.RouteError):
+        return error.status
+    return _STATUS.get(type(error), _STATUS_BY_FAULT[error.fault])
+
+
+def body_of(error: SllmError) -> dict[str, Any]:
+    """Return OpenAI's error object."""
+    status = status_of(error)
+    kind = "server_error" if status >= 500 else _TYPE.get(status, "invalid_request_error")
+    described = {
+        "message": str(error),
+        "type": kind,
+        "param": getattr(error, "param", None),
+        "code": error.code,
+    }
+    return {"error": described}
+
+
+def headers_of(error: SllmError) -> dict[str, str]:
+    """Return what tells a client whether and when to try again."""
+    headers: dict[str, str] = {}
+    if error.fault is Fault.CALLER:
+        headers["x-should-retry"] = "false"
+    retry_after_s = getattr(error, "retry_after_s", None)
+    if retry_after_s is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
+        headers["retry-after-ms"] = str(max(1, round(1000 * retry_after_s)))
+    if isinstance(error, errors.UnauthorizedError):
+        headers["WWW-Authenticate"] = "Bearer"
+    return headers

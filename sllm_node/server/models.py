@@ -1,0 +1,70 @@
+"""GET /v1/models and /v1/models/{id}: OpenAI's fields, and what this node knows under `sllm`."""
+
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from sllm_node.core.types import LoadProgress, ModelStatus
+from sllm_node.server.service import GenerationService
+
+
+class Models:
+    """The two endpoints."""
+
+    def __init__(self, service: GenerationService) -> None:
+        self._service = service
+
+    async def list(self, _: web.Request) -> web.Response:
+        """List the models of this node."""
+        data = [model_object(status) for status in self._service.models()]
+        return json_response({"object": "list", "data": data})
+
+    async def retrieve(self, http: web.Request) -> web.Response:
+        """Describe one model."""
+        return json_response(model_object(self._service.status(http.match_info["id"])))
+
+
+def json_response(value: object, status: int = 200) -> web.Response:
+    """Return `value` as a JSON response."""
+    return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
+
+
+def model_object(status: ModelStatus) -> dict[str, Any]:
+    """Return a model as OpenAI's clients read it."""
+    return {
+        "id": status.model,
+        "object": "model",
+        "created": status.created,
+        "owned_by": "sllm_node",
+        "sllm": described(status),
+    }
+
+
+def described(status: ModelStatus) -> dict[str, Any]:
+    """Return everything known of a model, JSON-able."""
+    return {
+        "state": status.state.value,
+        "tier": status.tier.value,
+        "bytes": status.bytes_total,
+        "bytes_by_tier": {tier.value: size for tier, size in status.bytes_by_tier.items()},
+        "dtype": status.dtype,
+        "architecture": status.architecture,
+        "context_tokens": status.context_tokens,
+        "pinned": status.pinned,
+        "priority": status.priority,
+        "running": status.running,
+        "waiting": status.waiting,
+        "keep_alive_until_s": status.keep_alive_until_s,
+        "progress": None if status.progress is None else _progress(status.progress),
+    }
+
+
+def _progress(progress: LoadProgress) -> dict[str, Any]:
+    return {
+        "bytes_done": progress.bytes_done,
+        "bytes_total": progress.bytes_total,
+        "elapsed_s": progress.elapsed_s,
+        "eta_s": progress.eta_s,
+        "source": progress.source.value,
+    }

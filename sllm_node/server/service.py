@@ -1,0 +1,83 @@
+"""What the HTTP edge asks of the node behind it; `schedule.driver.Service` satisfies it by shape."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from sllm_node.core.types import (
+    GenerationChunk,
+    GenerationRequest,
+    ModelStatus,
+    SessionStatus,
+    TokenIds,
+)
+
+
+class TextCodec(Protocol):
+    """A model's tokenizer and chat template. Called from worker threads."""
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
+        """Return the tokens of `text`."""
+
+    def render_chat(self, messages: Sequence[dict[str, Any]]) -> TokenIds:
+        """Return the tokens of the conversation, up to where the assistant speaks.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or it refuses the messages.
+        """
+
+    def decode(self, tokens: TokenIds) -> str:
+        """Return the text of `tokens`, special tokens left out."""
+
+
+class Stream(Protocol):
+    """The chunks of one session; iterate once, and `cancel` if not to the end."""
+
+    async def __anext__(self) -> GenerationChunk: ...
+
+    def cancel(self) -> None:
+        """End the session; a second call does nothing."""
+
+    def status(self) -> ModelStatus | None:
+        """Return how the model stands while the session waits for it, else None."""
+
+
+class GenerationService(Protocol):
+    """The node."""
+
+    @property
+    def is_draining(self) -> bool: ...
+
+    async def prepare(self, model: str) -> TextCodec:
+        """Return the codec of `model`.
+
+        Raises:
+            ModelNotFoundError: there is no such checkpoint.
+        """
+
+    def context_limit(self, model: str) -> int:
+        """Return how many tokens, prompt and output, one session can have here."""
+
+    def open(self, request: GenerationRequest, *, keep_alive_s: float | None = None) -> Stream:
+        """Take a request, or raise why it is refused."""
+
+    def models(self) -> list[ModelStatus]: ...
+
+    def status(self, model: str) -> ModelStatus: ...
+
+    def sessions(self) -> list[SessionStatus]: ...
+
+    def cancel_request(self, request_id: str) -> int:
+        """End the sessions of a request and return how many there were."""
+
+    async def load(self, model: str) -> None: ...
+
+    async def unload(self, model: str, *, force: bool = False) -> None: ...
+
+    async def pin(self, model: str) -> None: ...
+
+    async def unpin(self, model: str) -> None: ...
+
+    def drain(self) -> None: ...

@@ -1,0 +1,124 @@
+"""Server-sent events: tokens as they come, comments while a model loads, an end in every case.
+
+One task a session reads its stream into a queue of the request, so that choices interleave as they
+come; the queue is bounded, and the engine joins chunks for a reader that lags. The reader's
+connection is written by one task, with a limit on how long a write may take.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from sllm_node.core.errors import SllmError
+from sllm_node.core.types import GenerationChunk, ModelStatus
+from sllm_node.core.units import format_size
+from sllm_node.server.service import Stream
+
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}
+Item = tuple[int, GenerationChunk | BaseException | None]
+"""Choice, and its next chunk; None: it has ended; an error: it has failed."""
+
+
+class EventWriter:
+    """Writes events to one client."""
+
+    def __init__(self, response: web.StreamResponse, write_timeout_s: float) -> None:
+        self._response = response
+        self.timeout_s = write_timeout_s
+
+    async def data(self, value: dict[str, Any]) -> None:
+        """Write one event."""
+        await self._write(b"data: " + orjson.dumps(value) + b"\n\n")
+
+    async def comment(self, text: str) -> None:
+        """Write a line that clients skip: it keeps the connection alive."""
+        await self._write(b": " + text.encode() + b"\n\n")
+
+    async def done(self) -> None:
+        """Write OpenAI's end mark."""
+        await self._write(b"data: [DONE]\n\n")
+
+    async def _write(self, data: bytes) -> None:
+        async with asyncio.timeout(self.timeout_s):
+            await self._response.write(data)
+
+
+@asynccontextmanager
+async def merged(streams: Sequence[Stream]) -> "AsyncIterator[asyncio.Queue[Item]]":
+    """Read all `streams` into one queue; on leaving, cancel what is not at its end."""
+    queue: asyncio.Queue[Item] = asyncio.Queue(len(streams))
+    tasks = [asyncio.create_task(_read(i, s, queue)) for i, s in enumerate(streams)]
+    try:
+        yield queue
+    finally:
+        for stream in streams:
+            stream.cancel()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _read(index: int, stream: Stream, queue: "asyncio.Queue[Item]") -> None:
+    try:
+        while True:
+            await queue.put((index, await stream.__anext__()))
+    except StopAsyncIteration:
+        await queue.put((index, None))
+    except SllmError as error:
+        await queue.put((index, error))
+    except Exception as error:  # noqa: BLE001 - the task's root: raised again by whoever reads the queue
+        await queue.put((index, error))
+
+
+async def items(
+    queue: "asyncio.Queue[Item]", streams: Sequence[Stream], interval_s: float
+) -> AsyncIterator[tuple[int, GenerationChunk] | ModelStatus]:
+    """Yield chunks as they come, until all streams have ended; while one waits, how its model stands.
+
+    Raises:
+        SllmError: a stream failed.
+    """
+    left = len(streams)
+    waiting = list(streams)
+    while left:
+        status = next((s for stream in waiting if (s := stream.status()) is not None), None)
+        waiting = waiting if status is not None else []
+        try:
+            async with asyncio.timeout(interval_s if waiting else None):
+                index, item = await queue.get()
+        except TimeoutError:
+            if status is not None:
+                yield status
+            continue
+        if isinstance(item, BaseException):
+            raise item
+        if item is None:
+            left -= 1
+        else:
+            yield index, item
+
+
+def progress_text(status: ModelStatus) -> str:
+    """Return one line on how far a model is, for a comment."""
+    progress = status.progress
+    if progress is None:
+        return f"{status.model} {status.state.value}, {status.waiting} waiting"
+    share = 100 * progress.bytes_done / max(1, progress.bytes_total)
+    left = "" if progress.eta_s is None else f", {progress.eta_s:.1f} s left"
+    sizes = f"{format_size(progress.bytes_done)} of {format_size(progress.bytes_total)}"
+    return f"{status.model} loading from {progress.source.value}: {share:.0f} %, {sizes}{left}"
+
+
+def abort(request: web.Request) -> None:
+    """Drop the connection of a client that takes no bytes."""
+    with suppress(AttributeError):
+        if request.transport is not None:
+            request.transport.abort()
