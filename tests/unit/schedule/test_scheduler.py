@@ -11,7 +11,7 @@ from sllm_node.core.errors import (
     PinnedMemoryError,
     QueueTimeoutError,
 )
-from sllm_node.core.types import ModelState
+from sllm_node.core.types import ModelId, ModelState
 from sllm_node.schedule.actions import AbortLoad, Evict, Refuse, StartLoad, Stop
 from sllm_node.schedule.record import TRANSITIONS
 from tests.unit.schedule.board import (
@@ -195,6 +195,34 @@ def test_an_overdue_model_that_only_loads_keep_out_stops_those_behind_it():
     assert board.request(C, size=3) == []
 
 
+def test_room_that_is_still_being_evicted_is_not_given_away():
+    board = Board(capacity=8)
+    board.rest(A, keep_alive_s=0)  # leaves, 4 are free
+    assert board.request(B) == [StartLoad(B)]
+    assert board.request(C) == []
+    assert board.evicted(A) == [StartLoad(C)]
+
+
+def test_two_that_wait_for_two_evictions_do_not_both_start_after_the_first():
+    board = Board(capacity=8)
+    for model in (A, B):
+        board.rest(model, keep_alive_s=0)
+    board.request(C)
+    board.request(ModelId("d"))
+    assert board.evicted(A) == [StartLoad(C)]
+    assert board.evicted(B) == [StartLoad(ModelId("d"))]
+
+
+def test_no_second_model_is_evicted_for_room_that_is_coming_already():
+    board = Board(capacity=8)
+    board.rest(A)
+    board.wait(1.0)
+    board.rest(B)
+    assert board.request(C) == [Evict(A, "room")]
+    assert board.scheduler.on_timer(board.now) == []
+    assert board.state(B) is ModelState.READY
+
+
 # --- grouping -------------------------------------------------------------------------------------
 
 
@@ -218,6 +246,19 @@ def test_after_the_maximum_wait_the_resident_model_is_closed_and_changes_places(
     assert board.request(B) == [grant(4, B)]
     board.wait(10.0)
     assert board.request(B) == []
+
+
+def test_a_plan_does_not_waver_while_it_is_carried_out():
+    board = Board(capacity=8, max_wait_s=10.0)
+    board.serve(A)
+    board.request(A)
+    board.serve(B)
+    board.request(C)
+    board.wait(10.0)  # closes a, the least recently used
+    board.wait(1.0)
+    board.finish(1)  # a was used last, now
+    assert board.request(A) == []
+    assert board.finish(2) == [Evict(A, "room")]
 
 
 def test_a_model_closed_in_vain_opens_again():
@@ -461,6 +502,14 @@ def test_a_preloaded_model_without_keep_alive_stays_for_its_first_session():
     assert board.loaded(A) == [grant(1, A)]
     assert board.request(A) == [grant(2, A)]
     assert board.finish(2) == [Evict(A, "keep_alive")]
+
+
+def test_a_keep_alive_that_has_run_out_does_not_count_for_the_next_load():
+    board = Board(keep_alive_s=0)
+    board.rest(A)
+    board.evicted(A)
+    board.request(A, session=False)
+    assert board.loaded(A) == [grant(2, A)]
 
 
 def test_unloading_an_idle_model_evicts_it():
