@@ -104,6 +104,14 @@ class Service(Generic[CodecT]):
         """
         return await self._replicas.codecs.get(self._checkpoint(ModelId(model)))
 
+    def context_limit(self, model: str) -> int:
+        """Return how many tokens, prompt and output, one session can have here.
+
+        Raises:
+            ModelNotFoundError: there is no such checkpoint.
+        """
+        return self._engines.context_limit(self._checkpoint(ModelId(model)))
+
     def open(self, request: GenerationRequest, *, keep_alive_s: float | None = None) -> Stream:
         """Take a request: its session runs at once or when its turn comes.
 

@@ -81,6 +81,9 @@ class Engines(Protocol[CodecT]):
     def device_bytes(self, checkpoint: Checkpoint) -> int:
         """Return what a replica takes: weights and KV memory."""
 
+    def context_limit(self, checkpoint: Checkpoint) -> int:
+        """Return how many tokens, prompt and output, one session can have."""
+
     def check_request(self, request: GenerationRequest, checkpoint: Checkpoint) -> None:
         """Raise what is wrong with a request before its model is loaded."""
 

@@ -189,6 +189,9 @@ class FakeEngines:
     def device_bytes(self, checkpoint):
         return checkpoint.index.size
 
+    def context_limit(self, checkpoint):
+        return checkpoint.index.context_tokens
+
     def check_request(self, request, checkpoint):
         if len(request.prompt) > checkpoint.index.context_tokens:
             raise PromptTooLongError(len(request.prompt), checkpoint.index.context_tokens, "it")

@@ -179,6 +179,11 @@ async def test_an_engine_that_breaks_at_the_grant_is_replaced(node):
     assert n.store.loads == ["a", "a"]
 
 
+@on_virtual_time
+async def test_the_limit_of_a_session_is_known_before_the_model_is_loaded(node):
+    assert node().service.context_limit("a") == 512
+
+
 # --- going away -----------------------------------------------------------------------------------
 
 
@@ -375,6 +380,19 @@ async def test_a_checkpoint_removed_while_serving_finishes_its_sessions_and_leav
 
 
 @on_virtual_time
+async def test_a_waiting_stream_of_a_removed_checkpoint_has_no_status(node):
+    n = node()
+    stream = n.open("a")
+
+    def gone(model):
+        raise ModelNotFoundError(model)
+
+    n.store.residency = gone
+    assert stream.status() is None
+    stream.cancel()
+
+
+@on_virtual_time
 async def test_a_checkpoint_replaced_while_serving_is_loaded_anew(node):
     n = node()
     await n.ask("a")
@@ -563,6 +581,29 @@ async def test_a_drain_ends_at_its_limit_what_has_not_finished(node):
     assert await n.service.drained(1.0) == 1
     with pytest.raises(CancelledByOperatorError):
         await anext(running)
+
+
+@on_virtual_time
+async def test_closing_ends_loads_under_way_and_stops_the_timer(node):
+    n = node(keep_alive_s=5.0)
+    await n.ask("b")
+    loading = asyncio.create_task(n.service.load("a"))
+    await asyncio.sleep(EVICTION_S + 0.5)
+    await n.service.close()
+    with pytest.raises((CancelledByOperatorError, DrainingError)):
+        await loading
+    assert not n.store.loading
+
+
+@on_virtual_time
+async def test_memory_that_an_engine_holds_on_to_is_reported_and_the_node_goes_on(node):
+    n = node(pages=2)
+    await n.ask("a")
+    evict, n.store.evict = n.store.evict, None  # raises a TypeError
+    await n.service.unload("a")
+    n.store.evict = evict
+    assert await n.ask("b") == "xxx"
+    n.store.on_device.discard("a")
 
 
 @on_virtual_time
