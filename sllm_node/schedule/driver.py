@@ -43,12 +43,14 @@ from sllm_node.schedule.actions import (
     Ticket,
     TicketId,
 )
+from sllm_node.schedule.alarm import Alarm
 from sllm_node.schedule.estimate import LoadEstimator
 from sllm_node.schedule.ports import CodecT, Engines, WeightStore
 from sllm_node.schedule.replicas import Replicas
 from sllm_node.schedule.scheduler import Scheduler
+from sllm_node.schedule.sessions import Sessions
 from sllm_node.schedule.status import model_status
-from sllm_node.schedule.stream import Outcome, Stream, request_of
+from sllm_node.schedule.stream import Outcome, Stream
 from sllm_node.schedule.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -82,15 +84,12 @@ class Service(Generic[CodecT]):
             drain_s=config.node.drain_s,
         )
         self._last_ticket = 0
-        self._streams: dict[TicketId, Stream] = {}
+        self._sessions = Sessions()
         self._load_waiters: dict[TicketId, asyncio.Future[None]] = {}
         self._departures: dict[ModelId, asyncio.Future[None]] = {}
         self._actions: deque[Action] = deque()
         self._is_acting = False
-        self._timer: asyncio.TimerHandle | None = None
-        self._timer_at: float | None = None
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+        self._alarm = Alarm(clock, self._on_timer)
         self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
 
     # --- sessions -----------------------------------------------------------------------------
@@ -128,8 +127,7 @@ class Service(Generic[CodecT]):
             partial(self._status_or_none, checkpoint),
             self._stream_ended,
         )
-        self._streams[ticket.number] = stream
-        self._quiet.clear()
+        self._sessions.add(stream)
         self._do(self._scheduler.on_request(ticket, self._clock.now()))
         if stream.error is not None:
             raise stream.error
@@ -137,12 +135,11 @@ class Service(Generic[CodecT]):
 
     def sessions(self) -> list[SessionStatus]:
         """Return who waits and who runs, in order of arrival."""
-        return [stream.session_status() for stream in self._streams.values()]
+        return self._sessions.statuses()
 
     def cancel_request(self, request_id: str) -> int:
         """End the sessions of a request and return how many there were."""
-        mine = [s for s in self._streams.values() if request_of(s.request.session) == request_id]
-        return self._stop_streams(mine, "an operator ended it")
+        return self._sessions.stop_request(request_id)
 
     # --- models -------------------------------------------------------------------------------
 
@@ -241,15 +238,14 @@ class Service(Generic[CodecT]):
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
-                await self._quiet.wait()
-        return self._stop_streams(list(self._streams.values()), "the node stops")
+                await self._sessions.quiet()
+        return self._sessions.stop_all("the node stops")
 
     async def close(self) -> None:
         """End all sessions, loads and replicas."""
         self._do(self._scheduler.on_drain(self._clock.now()))
-        self._stop_streams(list(self._streams.values()), "the node stops")
-        if self._timer is not None:
-            self._timer.cancel()
+        self._sessions.stop_all("the node stops")
+        self._alarm.set(None)
         await self._replicas.close()
         error = CancelledByOperatorError("the node stops")
         for waiter in self._load_waiters.values():
@@ -258,15 +254,6 @@ class Service(Generic[CodecT]):
         for departure in self._departures.values():
             departure.set_result(None)
         self._departures.clear()
-
-    def _stop_streams(self, streams: list[Stream], reason: str) -> int:
-        """End `streams`, those that wait first, so that none is granted in between."""
-        stopped = 0
-        for stream in sorted(streams, key=lambda stream: stream.is_granted):
-            if stream.ticket in self._streams:  # the end of one may have refused another
-                stream.fail(CancelledByOperatorError(reason), Outcome.STOPPED)
-                stopped += 1
-        return stopped
 
     # --- what happens -------------------------------------------------------------------------
 
@@ -289,14 +276,12 @@ class Service(Generic[CodecT]):
         self._do(self._scheduler.on_evicted(model, self._clock.now()))
 
     def _on_timer(self) -> None:
-        self._timer = self._timer_at = None
         self._do(self._scheduler.on_timer(self._clock.now()))
 
     def _stream_ended(self, stream: Stream, outcome: Outcome) -> None:
         self._telemetry.ended(stream, outcome, self._clock.now())
-        if self._streams.pop(stream.ticket, None) is None:
+        if self._sessions.take(stream.ticket) is None:
             return  # the scheduler's own decision
-        self._note_quiet()
         now = self._clock.now()
         if not stream.is_granted:
             self._do(self._scheduler.on_cancel(stream.ticket, now))
@@ -318,7 +303,7 @@ class Service(Generic[CodecT]):
                 self._act(self._actions.popleft())
         finally:
             self._is_acting = False
-        self._set_timer()
+        self._alarm.set(self._scheduler.next_timer())
 
     def _act(self, action: Action) -> None:
         match action:
@@ -331,7 +316,7 @@ class Service(Generic[CodecT]):
             case Grant(ticket, model) if ticket in self._load_waiters:
                 self._load_waiters.pop(ticket).set_result(None)
             case Grant(ticket, model):
-                self._grant(self._streams[ticket], model)
+                self._grant(self._sessions.get(ticket), model)
             case Refuse(ticket, error) if ticket in self._load_waiters:
                 self._load_waiters.pop(ticket).set_exception(error)
             case Refuse(ticket, error):
@@ -361,24 +346,9 @@ class Service(Generic[CodecT]):
 
     def _end(self, ticket: TicketId, error: SllmError, outcome: Outcome) -> None:
         """End a stream of which the scheduler knows already that it ends."""
-        stream = self._streams.pop(ticket)
-        self._note_quiet()
+        stream = self._sessions.take(ticket)
+        assert stream is not None
         stream.fail(error, outcome)
-
-    def _note_quiet(self) -> None:
-        if not self._streams:
-            self._quiet.set()
-
-    def _set_timer(self) -> None:
-        when = self._scheduler.next_timer()
-        if when == self._timer_at:
-            return
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer, self._timer_at = None, when
-        if when is not None:
-            delay_s = max(0.0, when - self._clock.now())
-            self._timer = self._loop.call_later(delay_s, self._on_timer)
 
     # --- looking things up --------------------------------------------------------------------
 

@@ -1,0 +1,32 @@
+"""The one timer of the driver: set to the scheduler's next time, moved when that changes."""
+
+import asyncio
+from collections.abc import Callable
+
+from sllm_node.core.clock import Clock
+
+
+class Alarm:
+    """Calls `ring` at a time on `clock`."""
+
+    def __init__(self, clock: Clock, ring: Callable[[], None]) -> None:
+        self._clock = clock
+        self._ring = ring
+        self._handle: asyncio.TimerHandle | None = None
+        self._at: float | None = None
+
+    def set(self, at: float | None) -> None:
+        """Ring at `at` and at no other time; None: not at all."""
+        if at == self._at:
+            return
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle, self._at = None, at
+        if at is not None:
+            delay_s = max(0.0, at - self._clock.now())
+            self._handle = asyncio.get_running_loop().call_later(delay_s, self._fire)
+
+    def _fire(self) -> None:
+        # The loop's clock may be a little ahead of ours: whoever rings sets the alarm again.
+        self._handle = self._at = None
+        self._ring()

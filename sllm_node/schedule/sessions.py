@@ -1,0 +1,59 @@
+"""The sessions that wait or run on this node, by ticket."""
+
+import asyncio
+
+from sllm_node.core.errors import CancelledByOperatorError
+from sllm_node.core.types import SessionStatus
+from sllm_node.schedule.actions import TicketId
+from sllm_node.schedule.stream import Outcome, Stream, request_of
+
+
+class Sessions:
+    """Streams that have not ended, in order of arrival."""
+
+    def __init__(self) -> None:
+        self._streams: dict[TicketId, Stream] = {}
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+
+    def add(self, stream: Stream) -> None:
+        """Keep a new stream."""
+        self._streams[stream.ticket] = stream
+        self._quiet.clear()
+
+    def get(self, ticket: TicketId) -> Stream:
+        """Return the stream of `ticket`, which must be here."""
+        return self._streams[ticket]
+
+    def take(self, ticket: TicketId) -> Stream | None:
+        """Remove a stream and return it, if it is still here."""
+        stream = self._streams.pop(ticket, None)
+        if not self._streams:
+            self._quiet.set()
+        return stream
+
+    def statuses(self) -> list[SessionStatus]:
+        """Return what `status` shows."""
+        return [stream.session_status() for stream in self._streams.values()]
+
+    def stop_request(self, request_id: str) -> int:
+        """End the sessions of a request for an operator; return how many there were."""
+        mine = [s for s in self._streams.values() if request_of(s.request.session) == request_id]
+        return self._stop(mine, "an operator ended it")
+
+    def stop_all(self, reason: str) -> int:
+        """End all sessions; return how many there were."""
+        return self._stop(list(self._streams.values()), reason)
+
+    async def quiet(self) -> None:
+        """Wait until there is none."""
+        await self._quiet.wait()
+
+    def _stop(self, streams: list[Stream], reason: str) -> int:
+        """End those that wait first, so that none is granted in between."""
+        stopped = 0
+        for stream in sorted(streams, key=lambda stream: stream.is_granted):
+            if stream.ticket in self._streams:  # the end of one may have refused another
+                stream.fail(CancelledByOperatorError(reason), Outcome.STOPPED)
+                stopped += 1
+        return stopped
