@@ -5,6 +5,7 @@ byte-level tokenizer with a chat template. Every parameter is random, biases and
 a mistake in the layout always shows in the logits.
 """
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -156,18 +157,17 @@ def make_checkpoint(
     dtype: str = "float32",
     seed: int = 0,
     *,
-    chunk_bytes: int = 64 * 1024,
-    shard_bytes: int = 512 * 1024,
+    chunk_bytes: int = 16 * 1024,
+    shard_bytes: int = 128 * 1024,
     **overrides: Any,
 ) -> Checkpoint:
     """Write a seeded model of `family` to `store` in our format."""
-    import tempfile
+    from sllm_node.convert.convert import ConvertOptions, convert
 
-    from sllm_node.convert.conversion import convert
-
+    options = ConvertOptions(chunk_bytes=chunk_bytes, shard_bytes=shard_bytes, force=True)
     with tempfile.TemporaryDirectory() as folder:
         source = make_source(Path(folder) / name, family, dtype, seed, **overrides)
-        return convert(str(source), name, store, chunk_bytes=chunk_bytes, shard_bytes=shard_bytes)
+        return convert(str(source), name, store, options)
 
 
 def _torch_dtype(name: str) -> Any:

@@ -54,6 +54,21 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointFormatError: the index or a shard is missing, unreadable, of another size.
     """
+    index = _read_index(path)
+    identities = tuple(_shard_identity(path, shard) for shard in index.shards)
+    return Checkpoint(ModelId(path.name), path, index, identities)
+
+
+def open_for_verify(path: Path) -> Checkpoint:
+    """Read the index of the checkpoint in folder `path`, whose shards may be damaged or gone.
+
+    Raises:
+        CheckpointFormatError: the index is missing or unreadable.
+    """
+    return Checkpoint(ModelId(path.name), path, _read_index(path), ())
+
+
+def _read_index(path: Path) -> TensorIndex:
     index_path = path / INDEX_FILE
     try:
         if index_path.stat().st_size > _INDEX_BYTES_MAX:
@@ -61,9 +76,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         data = index_path.read_bytes()
     except OSError as error:
         raise CheckpointFormatError(str(index_path), f"can't be read: {error.strerror}") from error
-    index = from_json(data, str(index_path))
-    identities = tuple(_shard_identity(path, shard) for shard in index.shards)
-    return Checkpoint(ModelId(path.name), path, index, identities)
+    return from_json(data, str(index_path))
 
 
 def _shard_identity(folder: Path, shard: Shard) -> ShardIdentity:

@@ -1,0 +1,166 @@
+"""Convert a model, once, into the format that loads fast.
+
+The source is opened, its config, generation config and tokenizer go into a temporary folder, a
+module without weights is built from them, and tells which tensors are needed and in which order.
+Then one tensor after another is read, converted if its layout or dtype differs, and written.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from sllm_node.checkpoint.catalog import Checkpoint, is_model_name, open_checkpoint
+from sllm_node.checkpoint.index import VERSION, Shard, TensorIndex
+from sllm_node.checkpoint.layout import Layout, plan_layout
+from sllm_node.checkpoint.output import (
+    DiskFiles,
+    OutputFiles,
+    SpaceNeeded,
+    publish,
+    temporary_folder,
+    write_errors_named,
+)
+from sllm_node.checkpoint.writer import ShardWriter, write_index
+from sllm_node.convert.mapping import GroupRunner
+from sllm_node.convert.plan import Plan, plan_tensors, tensor_bytes
+from sllm_node.convert.sources import Download, download_from_hub, open_source
+from sllm_node.convert.tensors import dtype_named
+from sllm_node.convert.texts import context_tokens, library_errors_named, set_dtype
+from sllm_node.core.clock import Clock, MonotonicClock
+from sllm_node.core.errors import ConversionError, UnsupportedArchitectureError
+from sllm_node.core.units import GIB, MIB, PAGE
+from sllm_node.engine.skeleton import SUPPORTED, architecture, build_skeleton, forward_order
+
+_DISK: Final = DiskFiles()
+_CLOCK: Final = MonotonicClock()
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertOptions:
+    """How to convert."""
+
+    dtype: str | None = None
+    """What to cast float tensors to; None keeps the source's, and dequantises to bfloat16."""
+    chunk_bytes: int = 16 * MIB
+    """What one digest covers."""
+    shard_bytes: int = 4 * GIB
+    """The size of a shard at most, but for a tensor that is larger."""
+    force: bool = False
+    """Replace a checkpoint of that name."""
+
+
+@dataclass(frozen=True, slots=True)
+class ConvertProgress:
+    """How far a conversion has come."""
+
+    bytes_done: int
+    bytes_total: int
+    tensor: str
+    """The one being written."""
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a conversion reaches outside itself; tests put their own in."""
+
+    files: OutputFiles = _DISK
+    clock: Clock = _CLOCK
+    download: Download = download_from_hub
+
+
+def convert(
+    source: str,
+    name: str,
+    store: Path,
+    options: ConvertOptions = ConvertOptions(),
+    *,
+    progress: Callable[[ConvertProgress], None] | None = None,
+    surroundings: Surroundings = Surroundings(),
+) -> Checkpoint:
+    """Convert `source`, a folder of safetensors, a GGUF file or a hub id, to `store`/`name`.
+
+    Raises:
+        ConversionError: the source can't be converted, or the name is taken or not allowed.
+        UnsupportedArchitectureError: no step loop for such a model.
+        StoreFullError: the checkpoint does not fit on the disk.
+        StorageWriteError: the disk failed.
+    """
+    _check(name, store, options)
+    dtype = dtype_named(options.dtype) if options.dtype is not None else None
+    space = SpaceNeeded()
+    files = surroundings.files
+    with (
+        open_source(source, dtype, surroundings.download) as opened,
+        write_errors_named(store, space, files),
+        temporary_folder(store, name) as folder,
+    ):
+        opened.write_texts(folder)
+        model = _build(folder, source)
+        plan = plan_tensors(model, forward_order(model), opened, dtype, source)
+        set_dtype(folder, plan.compute_dtype)
+        layout = plan_layout((tensor.spec for tensor in plan.tensors), options.shard_bytes)
+        space.require(layout.size, store, files)
+        with ShardWriter(folder, layout, options.chunk_bytes, files) as writer:
+            shards = _write(plan, layout, writer, GroupRunner(model), progress)
+        index = TensorIndex(
+            version=VERSION,
+            model=name,
+            architecture=architecture(model.config),
+            dtype=plan.dtype,
+            context_tokens=context_tokens(model.config),
+            chunk_bytes=options.chunk_bytes,
+            created=int(surroundings.clock.wall()),
+            shards=shards,
+            tensors=layout.tensors,
+            aliases=plan.aliases,
+        )
+        write_index(folder, index, files)
+        publish(folder, store / name, files, replace=options.force)
+    return open_checkpoint(store / name)
+
+
+def _check(name: str, store: Path, options: ConvertOptions) -> None:
+    if not is_model_name(name):
+        raise ConversionError(
+            f"name {name!r}",
+            "is not allowed: letters, digits, '.', '_', ':' and '-', at most 96, "
+            "a letter or digit first",
+        )
+    if (store / name).exists() and not options.force:
+        raise ConversionError(
+            f"name {name!r}",
+            f"is taken in {store}; 'sllm-node rm {name}' removes that checkpoint, "
+            "--force replaces it",
+        )
+    for what, size in (("chunk", options.chunk_bytes), ("shard", options.shard_bytes)):
+        if size < PAGE or size % PAGE:
+            raise ConversionError(f"{what} size {size}", f"is not a multiple of {PAGE} bytes")
+
+
+def _build(folder: Path, origin: str) -> Any:
+    """Return the module that the texts in `folder` describe, without weights."""
+    try:
+        with library_errors_named(origin, "no model can be built from its config"):
+            return build_skeleton(folder)
+    except UnsupportedArchitectureError as error:
+        raise UnsupportedArchitectureError(origin, error.architecture, SUPPORTED) from error
+
+
+def _write(
+    plan: Plan,
+    layout: Layout,
+    writer: ShardWriter,
+    runner: GroupRunner,
+    progress: Callable[[ConvertProgress], None] | None,
+) -> tuple[Shard, ...]:
+    total = sum(entry.size for entry in layout.tensors)
+    done = 0
+    for tensor, entry in zip(plan.tensors, layout.tensors, strict=True):
+        writer.begin(entry)
+        for piece in tensor_bytes(tensor, runner):
+            writer.write(piece)
+            done += len(piece)
+            if progress is not None:
+                progress(ConvertProgress(done, total, entry.name))
+    return writer.finish()

@@ -1,0 +1,129 @@
+"""What can be converted: a Hugging Face folder, a GGUF file, a model on the hub."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from sllm_node.convert.gguf import GgufModel, load_gguf
+from sllm_node.convert.safetensors import WEIGHTS_INDEX_FILE, few, open_weights
+from sllm_node.convert.tensors import SourceTensor
+from sllm_node.convert.texts import CONFIG_FILE, copy_texts
+from sllm_node.core.errors import ConversionError
+
+Download = Callable[[str], Path]
+"""Brings a hub model's files to this machine and returns their folder; raises OSError, ValueError."""
+
+_HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_HUB_FILES: Final = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
+_HUB_FILES_LEFT: Final = ("original/*", "consolidated*", "*/*")
+_PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+class Source(Protocol):
+    """A model to be converted."""
+
+    @property
+    def tensors(self) -> Mapping[str, SourceTensor]: ...
+
+    @property
+    def in_module_layout(self) -> bool:
+        """Whether the tensors have the module's names and shapes already."""
+
+    def write_texts(self, folder: Path) -> None:
+        """Write config, generation config and tokenizer into `folder`."""
+
+
+@dataclass(frozen=True, slots=True)
+class FolderSource:
+    """A Hugging Face folder of safetensors."""
+
+    folder: Path
+    origin: str
+    tensors: Mapping[str, SourceTensor]
+    in_module_layout: bool = False
+
+    def write_texts(self, folder: Path) -> None:
+        copy_texts(self.folder, folder, self.origin)
+
+
+@contextmanager
+def open_source(source: str, dtype: str | None, download: Download) -> Iterator[Source]:
+    """Find out what `source` names and open it; `dtype` is what a GGUF file is dequantised to.
+
+    Raises:
+        ConversionError: it is nothing that can be converted, with what to do.
+    """
+    path = Path(source).expanduser()
+    with ExitStack() as files:
+        if path.is_dir():
+            yield _open_folder(path, source, dtype, files)
+        elif path.is_file():
+            yield _open_file(path, source, dtype)
+        elif _HUB_ID.fullmatch(source):
+            yield _open_folder(_download(source, download), source, dtype, files)
+        else:
+            raise ConversionError(source, "there is no such folder or file, and it is no hub id")
+
+
+def download_from_hub(model: str) -> Path:
+    """Bring the files that a conversion needs from the hub into its cache; never a pickle."""
+    from huggingface_hub import snapshot_download
+
+    folder = snapshot_download(
+        model, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_FILES_LEFT)
+    )
+    return Path(folder)
+
+
+def _download(model: str, download: Download) -> Path:
+    try:
+        return download(model)
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            model,
+            f"there is no such folder, and the hub did not deliver it "
+            f"({type(error).__name__}: {_first_line(error)}); check the name and the network, "
+            "log in with 'hf auth login' if it is gated, or give a local folder",
+        ) from error
+
+
+def _open_folder(path: Path, origin: str, dtype: str | None, files: ExitStack) -> Source:
+    if (path / WEIGHTS_INDEX_FILE).is_file() or any(path.glob("*.safetensors")):
+        if not (path / CONFIG_FILE).is_file():
+            raise ConversionError(origin, f"has no {CONFIG_FILE}")
+        return FolderSource(path, origin, open_weights(path, files))
+    names = sorted(entry.name for entry in path.iterdir())
+    quantised = [name for name in names if name.endswith(".gguf")]
+    if len(quantised) == 1:
+        return load_gguf(path / quantised[0], origin, dtype)
+    if quantised:
+        raise ConversionError(origin, f"has several GGUF files, name one: {few(quantised)}")
+    if pickles := [name for name in names if name.endswith(_PICKLES)]:
+        raise _pickle_refused(origin, pickles)
+    raise ConversionError(origin, "has no safetensors and no GGUF file")
+
+
+def _open_file(path: Path, origin: str, dtype: str | None) -> GgufModel:
+    if path.suffix == ".gguf":
+        return load_gguf(path, origin, dtype)
+    if path.suffix in _PICKLES:
+        raise _pickle_refused(origin, [path.name])
+    if path.suffix == ".safetensors":
+        raise ConversionError(origin, "is one file of a model; give the folder that it lies in")
+    raise ConversionError(origin, "is neither a folder nor a GGUF file")
+
+
+def _pickle_refused(origin: str, names: list[str]) -> ConversionError:
+    return ConversionError(
+        origin,
+        f"has its weights in pickle files only ({few(names)}), which can run any code when they "
+        "are opened; make safetensors of them where you trust them: "
+        "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(OTHER_FOLDER)",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [""])[0]

@@ -1,0 +1,117 @@
+"""Tensor bytes on their way from a source to a shard: dtypes, casts, slices."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+import torch
+
+from sllm_node.checkpoint.index import FLOAT_DTYPES
+from sllm_node.convert.safetensors import SLICE_BYTES
+from sllm_node.core.errors import ConversionError
+
+TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16,
+    "I16": torch.int16, "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64,
+    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+}  # fmt: skip
+STORED_DTYPES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+COMPUTE_DTYPES: Final = frozenset({"F16", "BF16", "F32", "F64"})
+"""What a forward pass can run in."""
+
+
+class SourceTensor(Protocol):
+    """A tensor that a source offers."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def slices(self) -> Iterator[memoryview]:
+        """Yield the bytes in order, in whole elements; a slice is good until the next one."""
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view`, as long as the tensor, with its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryTensor:
+    """A tensor that lies in memory."""
+
+    name: str
+    tensor: torch.Tensor
+
+    @property
+    def dtype(self) -> str:
+        return STORED_DTYPES[self.tensor.dtype]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def size(self) -> int:
+        return self.tensor.nbytes
+
+    def slices(self) -> Iterator[memoryview]:
+        view = as_bytes(self.tensor)
+        for start in range(0, self.size, SLICE_BYTES):
+            yield view[start : start + SLICE_BYTES]
+
+    def read_into(self, view: memoryview) -> None:
+        view[:] = as_bytes(self.tensor)
+
+
+def dtype_named(name: str) -> str:
+    """Return the stored name of a float dtype that people write as torch or safetensors do.
+
+    Raises:
+        ConversionError: there is no such float dtype.
+    """
+    short = {"bf16": "BF16", "fp16": "F16", "half": "F16", "fp32": "F32", "float": "F32"}
+    names = {str(TORCH_DTYPES[stored]).removeprefix("torch."): stored for stored in FLOAT_DTYPES}
+    found = {**short, **names, **{s.lower(): s for s in FLOAT_DTYPES}}.get(name.lower())
+    if found is None:
+        raise ConversionError(f"dtype {name!r}", f"is none of {', '.join(sorted(names))}")
+    return found
+
+
+def as_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of `tensor`, of which a contiguous one is not copied."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def load(source: SourceTensor) -> torch.Tensor:
+    """Return all of `source` as a tensor of its own."""
+    tensor = torch.empty(source.shape, dtype=TORCH_DTYPES[source.dtype])
+    source.read_into(as_bytes(tensor))
+    return tensor
+
+
+def cast_slice(view: memoryview, dtype: str, wanted: str, name: str) -> memoryview:
+    """Return the elements in `view` as dtype `wanted`.
+
+    Raises:
+        ConversionError: a finite number of tensor `name` would not be one any more.
+    """
+    if dtype == wanted or not view:
+        return view
+    before = torch.frombuffer(view, dtype=TORCH_DTYPES[dtype])
+    after = before.to(TORCH_DTYPES[wanted])
+    if bool((_is_finite(before) & ~_is_finite(after)).any()):
+        raise ConversionError(f"tensor {name}", f"has numbers too large for {wanted}")
+    return as_bytes(after)
+
+
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.isfinite(tensor if tensor.dtype == torch.float64 else tensor.float())
