@@ -3,6 +3,7 @@
 import asyncio
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.checkpoint.index import (
@@ -130,7 +131,7 @@ class FakeGeneration:
         self.is_cancelled = asyncio.Event()
 
     async def __anext__(self):
-        step = asyncio.ensure_future(asyncio.sleep(STEP_S))
+        step = asyncio.ensure_future(asyncio.sleep(STEP_S * self.replica.engines.pace))
         cancelled = asyncio.ensure_future(self.is_cancelled.wait())
         await asyncio.wait([step, cancelled], return_when=asyncio.FIRST_COMPLETED)
         step.cancel()
@@ -170,7 +171,7 @@ class FakeReplica:
 
     async def close(self):
         assert not self.running
-        await asyncio.sleep(EVICTION_S)
+        await asyncio.sleep(EVICTION_S * self.engines.pace)
         self.is_closed = True
         if self.engines.close_error is not None:
             raise self.engines.close_error
@@ -178,6 +179,8 @@ class FakeReplica:
 
 class FakeEngines:
     def __init__(self):
+        self.pace = 1.0
+        """Of all durations: 0 where time is real."""
         self.replicas: dict[ModelId, FakeReplica] = {}
         self.codecs_read: list[str] = []
         self.codec_error: Exception | None = None
@@ -198,13 +201,13 @@ class FakeEngines:
 
     async def load_codec(self, directory):
         self.codecs_read.append(directory.name)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1 * self.pace)
         if self.codec_error is not None:
             raise self.codec_error
         return f"codec of {directory.name}"
 
     async def skeleton(self, checkpoint):
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2 * self.pace)
         return object()
 
     async def open(self, lease, skeleton, codec):
@@ -221,7 +224,7 @@ class Node:
     """A service on fakes; room for one model unless told otherwise."""
 
     service: Service[str]
-    store: FakeStore
+    store: Any
     engines: FakeEngines
     metrics: Metrics
     root: Path
