@@ -288,7 +288,7 @@ class Service(Generic[CodecT]):
             return
         self._do(self._scheduler.on_finished(stream.ticket, now))
         if isinstance(stream.error, EngineError):
-            self._do(self._scheduler.on_failed(stream.request.model, stream.error, now))
+            self._do(self._scheduler.on_failed(stream.request.model, now))
 
     # --- carrying out -------------------------------------------------------------------------
 
@@ -342,7 +342,7 @@ class Service(Generic[CodecT]):
         now = self._clock.now()
         self._do(self._scheduler.on_finished(stream.ticket, now))
         if isinstance(failure, EngineError):
-            self._do(self._scheduler.on_failed(model, failure, now))
+            self._do(self._scheduler.on_failed(model, now))
 
     def _end(self, ticket: TicketId, error: SllmError, outcome: Outcome) -> None:
         """End a stream of which the scheduler knows already that it ends."""

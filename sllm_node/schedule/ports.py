@@ -1,7 +1,7 @@
 """What the driver asks of the layers below; the store and the engine satisfy it by shape."""
 
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.core.types import (
@@ -90,8 +90,8 @@ class Engines(Protocol[CodecT]):
     async def load_codec(self, directory: Path) -> CodecT:
         """Read tokenizer and chat template, beside the event loop."""
 
-    async def skeleton(self, checkpoint: Checkpoint) -> object:
-        """Build the module without weights."""
+    async def skeleton(self, checkpoint: Checkpoint) -> Any:
+        """Build the module without weights, for `open` and nobody else."""
 
-    async def open(self, lease: WeightLease, skeleton: object, codec: CodecT) -> Replica:
+    async def open(self, lease: WeightLease, skeleton: Any, codec: CodecT) -> Replica:
         """Bind the weights of `lease`. Failed or cancelled: nothing of it stays."""

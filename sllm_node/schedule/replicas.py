@@ -9,7 +9,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, Protocol
+from typing import Any, Generic, Protocol
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
@@ -44,7 +44,7 @@ class _Parts(Generic[CodecT]):
     """What a replica is made of."""
 
     lease: WeightLease
-    skeleton: object
+    skeleton: Any
     codec: CodecT
 
 

@@ -157,17 +157,16 @@ class Scheduler:
         record.leave_device()
         return self._dispatch(now)
 
-    def on_failed(self, model: ModelId, error: SllmError, now: float) -> list[Action]:
-        """Take note that the replica of `model` is broken: its sessions end, it is evicted.
+    def on_failed(self, model: ModelId, now: float) -> list[Action]:
+        """Take note that a session of `model` ended because its replica failed.
 
-        Those who wait for it get a fresh one. A replica that isn't serving any more is left alone.
+        Nobody trusts a replica that failed last: when no other session runs on it, it is evicted, so
+        that the next request gets a fresh one. Those that still run are not disturbed.
         """
         record = self._record(model)
-        if record.state is not ModelState.READY:
+        if not record.is_idle:
             return []
-        actions = self._stop_all(record, error, now)
-        actions.append(self._evict(record, "failed"))
-        return actions + self._dispatch(now)
+        return [self._evict(record, "failed"), *self._dispatch(now)]
 
     def on_replaced(self, model: ModelId, now: float) -> list[Action]:
         """Take note that the checkpoint of `model` on disk is gone or another one.

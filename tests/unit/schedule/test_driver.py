@@ -322,7 +322,7 @@ async def test_a_codec_error_after_the_weights_came_gives_them_back(node):
 
 
 @on_virtual_time
-async def test_a_broken_replica_ends_its_sessions_and_the_next_request_reloads(node):
+async def test_a_broken_replica_is_replaced_when_nobody_runs_on_it(node):
     n = node()
     first, second = n.open("a", tokens=100), n.open("a", tokens=100)
     await anext(first)
@@ -333,6 +333,17 @@ async def test_a_broken_replica_ends_its_sessions_and_the_next_request_reloads(n
     assert await n.ask("a") == "xxx"
     assert n.store.loads == ["a", "a"]
     assert n.store.evicted == [("a", "failed")]
+
+
+@on_virtual_time
+async def test_a_session_that_fails_does_not_disturb_the_others(node):
+    n = node()
+    good, bad = n.open("a", tokens=3), n.open("a", tokens=3)
+    await anext(bad)
+    bad._generation.is_cancelled.set()
+    with pytest.raises(EngineError):
+        await anext(bad)
+    assert len([chunk async for chunk in good]) == 3
 
 
 @on_virtual_time

@@ -3,7 +3,6 @@ import pytest
 from sllm_node.core.errors import (
     CancelledByOperatorError,
     DrainingError,
-    EngineError,
     LoadFailedError,
     ModelBusyError,
     ModelTooLargeError,
@@ -24,7 +23,6 @@ from tests.unit.schedule.board import (
     granted,
     refuse,
     refused,
-    stop,
 )
 
 # --- loads ----------------------------------------------------------------------------------------
@@ -552,14 +550,22 @@ def test_unloading_by_force_aborts_a_load():
 # --- failures and replaced checkpoints ------------------------------------------------------------
 
 
-def test_a_broken_replica_is_evicted_and_those_who_wait_get_a_new_one():
-    board = Board(max_sessions=1)
+def test_a_replica_that_failed_last_is_evicted_and_the_next_request_gets_a_new_one():
+    board = Board()
+    board.rest(A)
+    assert board.scheduler.on_failed(A, 0.0) == [Evict(A, "failed")]
+    assert board.scheduler.on_failed(A, 0.0) == []
+    board.request(A)
+    assert board.evicted(A) == [StartLoad(A)]
+
+
+def test_a_replica_that_failed_one_session_is_left_to_the_others():
+    board = Board()
     board.serve(A)
     board.request(A)
-    error = EngineError(A, "step failed")
-    assert board.scheduler.on_failed(A, error, 0.0) == [stop(1, error), Evict(A, "failed")]
-    assert board.scheduler.on_failed(A, error, 0.0) == []
-    assert board.evicted(A) == [StartLoad(A)]
+    board.finish(1)
+    assert board.scheduler.on_failed(A, 0.0) == []
+    assert board.request(A) == [grant(3, A)]
 
 
 def test_a_replaced_checkpoint_serves_only_the_sessions_that_run():

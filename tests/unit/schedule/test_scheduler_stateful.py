@@ -6,7 +6,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from typing_extensions import override
 
 from sllm_node.core.config import ModelConfig, ScheduleConfig
-from sllm_node.core.errors import EngineError, LoadFailedError, ModelBusyError
+from sllm_node.core.errors import LoadFailedError, ModelBusyError
 from sllm_node.core.types import ModelId
 from sllm_node.schedule.actions import (
     AbortLoad,
@@ -126,7 +126,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(model=models)
     def replica_fails(self, model):
-        self.carry_out(self.scheduler.on_failed(model, EngineError(model, "broken"), self.now))
+        self.carry_out(self.scheduler.on_failed(model, self.now))
 
     @rule(model=models)
     def checkpoint_replaced(self, model):
