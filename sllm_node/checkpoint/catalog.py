@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Final
 
 from sllm_node.checkpoint.index import INDEX_FILE, Shard, TensorIndex, from_json
-from sllm_node.core.errors import CheckpointFormatError, ModelNotFoundError, SllmError
+from sllm_node.core.errors import (
+    CheckpointFormatError,
+    ModelNotFoundError,
+    SllmError,
+    StorageWriteError,
+)
 from sllm_node.core.types import ModelId
 
 TEMPORARY_PREFIX: Final = ".tmp-"
@@ -153,11 +158,15 @@ class Catalog:
 
         Raises:
             ModelNotFoundError: there is none.
+            StorageWriteError: the system refuses.
         """
         path = self._folder(ModelId(name))
         # Out of sight at once, so that nobody opens half of it.
         hidden = self.root / f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}"
-        path.rename(hidden)
+        try:
+            path.rename(hidden)
+        except OSError as error:
+            raise StorageWriteError(str(path), error.strerror or str(error)) from error
         self._opened.pop(ModelId(name), None)
         self.problems.pop(name, None)
         shutil.rmtree(hidden, ignore_errors=True)

@@ -97,6 +97,7 @@ class TensorIndex:
             entry.name
             for entry in self.tensors
             if entry.shard == shard
+            and entry.size > 0
             and entry.offset < offset + size
             and offset < entry.offset + entry.size
         )
