@@ -1,0 +1,128 @@
+"""Which sessions step together. Pure.
+
+A step has room for `max_step_tokens` tokens. Sessions that decode come first, one token each, so
+that nobody's stream stalls behind a prompt; what is left of the budget goes to prompts, in order of
+priority and arrival, long ones in pieces over several steps. A waiting session is admitted when
+there are blocks for all its tokens and one more; nobody behind it overtakes it, or a long one would
+never start. When a running session needs a block and there is none, the youngest of the lowest
+priority gives its blocks back and waits again.
+"""
+
+from bisect import insort
+from dataclasses import dataclass
+
+from sllm_node.engine.blocks import Blocks
+from sllm_node.engine.session import Session, SessionEvent, SessionState
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a step does for one session: computes `count` tokens from `start` on."""
+
+    session: Session
+    start: int
+    count: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the next token is drawn after it."""
+        return self.start + self.count == self.session.length
+
+
+class Batch:
+    """The sessions of one engine."""
+
+    def __init__(self, blocks: Blocks, max_sessions: int, max_step_tokens: int) -> None:
+        self.blocks = blocks
+        self.preemptions = 0
+        self._max_sessions = max_sessions
+        self._max_step_tokens = max_step_tokens
+        self._waiting: list[Session] = []
+        self._running: list[Session] = []
+
+    @property
+    def waiting(self) -> int:
+        """Sessions without blocks."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Sessions with blocks."""
+        return len(self._running)
+
+    def sessions(self) -> list[Session]:
+        """Return all sessions that have not ended."""
+        return [*self._running, *self._waiting]
+
+    def add(self, session: Session) -> None:
+        """Take a new session in."""
+        assert session.state is SessionState.WAITING
+        insort(self._waiting, session, key=Session.sort_key)
+
+    def end(self, session: Session) -> None:
+        """Let a session go; its blocks are free at once, or when the step in flight has ended."""
+        if session.state is SessionState.ENDED:
+            return
+        (self._running if session.state is SessionState.RUNNING else self._waiting).remove(session)
+        session.happen(SessionEvent.ENDED)
+        if not session.is_in_flight:
+            self.blocks.give_back(session.table)
+
+    def plan(self) -> list[Part]:
+        """Return the next step; empty when there is nothing to do."""
+        budget = self._max_step_tokens
+        parts: list[Part] = []
+        for session in sorted(self._running, key=lambda s: (s.pending > 1, *s.sort_key())):
+            if session.state is SessionState.RUNNING and budget > 0:
+                count = min(session.pending, budget)
+                if self._grow(session, count, parts):
+                    parts.append(Part(session, session.computed, count))
+                    budget -= count
+        while budget > 0 and (admitted := self._admit()) is not None:
+            count = min(admitted.pending, budget)
+            parts.append(Part(admitted, admitted.computed, count))
+            budget -= count
+        for part in parts:
+            part.session.is_in_flight = True
+        return parts
+
+    def stepped(self, parts: list[Part]) -> None:
+        """Take note that a step has ended, before its tokens are added."""
+        for part in parts:
+            session = part.session
+            session.is_in_flight = False
+            if session.state is SessionState.ENDED:
+                self.blocks.give_back(session.table)
+            else:
+                session.computed += part.count
+
+    def _admit(self) -> Session | None:
+        if not self._waiting or len(self._running) >= self._max_sessions:
+            return None
+        session = self._waiting[0]
+        if not self.blocks.grow(session.table, session.length + 1):
+            return None
+        self._waiting.pop(0)
+        session.happen(SessionEvent.ADMITTED)
+        self._running.append(session)
+        return session
+
+    def _grow(self, session: Session, count: int, planned: list[Part]) -> bool:
+        """Get the blocks for the next `count` tokens, from others if need be."""
+        while not self.blocks.grow(session.table, session.computed + count):
+            busy = [part.session for part in planned]
+            victim = max(
+                (s for s in self._running if s not in busy), key=Session.sort_key, default=session
+            )
+            self._preempt(victim)
+            if victim is session:
+                return False
+        return True
+
+    def _preempt(self, session: Session) -> None:
+        self.blocks.give_back(session.table)
+        session.computed = 0
+        session.happen(SessionEvent.PREEMPTED)
+        self._running.remove(session)
+        insort(self._waiting, session, key=Session.sort_key)
+        self.preemptions += 1

@@ -1,0 +1,268 @@
+"""A replica: sessions in, chunks out. The asyncio shell around batch, runner and text.
+
+One task steps as long as there is something to do: `batch.plan` says what goes together, the step
+thread computes it, `_take` hands out the tokens. All state lives on the event loop; a cancelled
+session's blocks are free at once, or right after the step that works on it. A step that fails ends
+the sessions that were in it, and no other.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sllm_node.core.clock import Clock
+from sllm_node.core.config import EngineConfig
+from sllm_node.core.errors import (
+    CancelledByOperatorError,
+    EngineError,
+    InvalidRequestError,
+    PromptTooLongError,
+    SllmError,
+)
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import FinishReason, GenerationRequest, ModelId, TokenLogprob
+from sllm_node.device.base import DeviceBuffer
+from sllm_node.engine.batch import Batch, Part
+from sllm_node.engine.blocks import Blocks
+from sllm_node.engine.generation import Generation
+from sllm_node.engine.kv import KvCache, KvPart
+from sllm_node.engine.runner import Runner, StepPart
+from sllm_node.engine.sampling import Drawn, SamplingRow, has_penalties
+from sllm_node.engine.session import Session
+from sllm_node.engine.skeleton import Model
+from sllm_node.engine.steps import StepThread
+from sllm_node.engine.text import TextCodec, TextState
+from sllm_node.engine.weights import unbind
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What an engine is made of; it owns model, cache and buffer and gives them up in `close`."""
+
+    name: ModelId
+    model: Model
+    cache: KvCache
+    buffer: DeviceBuffer
+    blocks: Blocks
+    context_tokens: int
+    codec: TextCodec
+
+
+class Engine:
+    """One model, ready to decode."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        config: EngineConfig,
+        steps: StepThread,
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._parts = parts
+        self._steps = steps
+        self._clock = clock
+        self._metrics = metrics
+        self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens)
+        self._runner: Runner | None = Runner(parts.model, parts.cache, parts.blocks.block_tokens)
+        self._generations: dict[int, Generation] = {}
+        """By the number of their session."""
+        self._last_number = 0
+        self._wake = asyncio.Event()
+        self._task = asyncio.create_task(self._run(), name=f"engine {parts.name}")
+
+    # --- from outside -------------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Sessions that are being computed."""
+        return self._batch.running
+
+    @property
+    def waiting(self) -> int:
+        """Sessions that wait for KV blocks."""
+        return self._batch.waiting
+
+    @property
+    def kv_usage(self) -> float:
+        """Part of the KV blocks in use, 0 to 1."""
+        return self._parts.blocks.usage
+
+    def submit(self, request: GenerationRequest) -> Generation:
+        """Take a request.
+
+        Raises:
+            InvalidRequestError: it has no tokens, or tokens that the model doesn't know.
+            PromptTooLongError: it can never fit the context or the KV memory.
+            EngineError: the engine is closed.
+        """
+        parts = self._parts
+        if self._runner is None:
+            raise EngineError(parts.name, "it is closed")
+        check_request(request, parts.context_tokens, parts.codec.vocabulary_size)
+        wanted = len(request.prompt) + request.max_tokens
+        if wanted > parts.blocks.capacity_tokens:
+            limit = parts.blocks.capacity_tokens
+            raise PromptTooLongError(wanted, limit, "KV memory (engine.kv_cache_bytes)")
+        self._last_number += 1
+        session = Session(request, self._last_number)
+        text = TextState.begin(parts.codec.decode, request.stop, request.resumed)
+        generation = Generation(session, text, self._on_cancel)
+        self._generations[session.number] = generation
+        self._batch.add(session)
+        self._metrics.prompt_tokens.labels(parts.name).inc(len(request.prompt))
+        self._wake.set()
+        return generation
+
+    async def close(self) -> None:
+        """End the sessions, wait for the step under way, let go of weights and KV memory."""
+        if self._runner is None:
+            return
+        self._runner = None
+        self._wake.set()
+        await self._task
+        error = CancelledByOperatorError("the model left the device")
+        for generation in list(self._generations.values()):
+            generation.fail(error)
+        self._generations.clear()
+        # On the step thread, where the last step's tensors were made and freed.
+        await self._steps.run(self._let_go)
+
+    def _let_go(self) -> None:
+        unbind(self._parts.model)
+        self._parts.cache.close()
+        self._parts.buffer.close()
+
+    # --- stepping -----------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        while (runner := self._runner) is not None:
+            plan = self._batch.plan()
+            self._count_preemptions()
+            if not plan:
+                self._wake.clear()
+                await self._wake.wait()
+                continue
+            try:
+                drawn = await self._steps.run(runner.step, [_step_part(part) for part in plan])
+            except Exception as error:
+                log.exception("step failed", extra={"model": self._parts.name, "parts": len(plan)})
+                self._fail(plan, EngineError(self._parts.name, f"{type(error).__name__}: {error}"))
+            else:
+                self._take(plan, drawn)
+
+    def _take(self, plan: Sequence[Part], drawn: Sequence[Drawn | None]) -> None:
+        is_last = [part.is_last for part in plan]
+        self._batch.stepped(list(plan))
+        now = self._clock.now()
+        for part, token, was_last in zip(plan, drawn, is_last, strict=True):
+            generation = self._generations.get(part.session.number)
+            if generation is None or token is None:
+                continue
+            assert was_last
+            self._take_token(generation, token, now)
+
+    def _take_token(self, generation: Generation, drawn: Drawn, now: float) -> None:
+        session, name = generation.session, self._parts.name
+        if drawn.token < 0:
+            error = EngineError(name, "the model's logits are not numbers for this request")
+            self._end(generation)
+            generation.fail(error)
+            return
+        session.output.append(drawn.token)
+        self._metrics.generated_tokens.labels(name).inc()
+        if generation.last_token_at is not None:
+            seconds = now - generation.last_token_at
+            self._metrics.inter_token_seconds.labels(name).observe(seconds)
+        generation.last_token_at = now
+        is_eos = drawn.token in self._parts.codec.eos_ids and not session.request.ignore_eos
+        text = "" if is_eos else generation.text.add(drawn.token)
+        finish = self._finish(generation, is_eos=is_eos)
+        if finish is not None:
+            if generation.text.scanner.found is None:
+                text += generation.text.flush()
+            if generation.text.scanner.found is not None:
+                finish = "stop"
+            self._end(generation)
+        generation.give(text, drawn.token, self._logprob(session.request, drawn), finish)
+
+    def _finish(self, generation: Generation, *, is_eos: bool) -> FinishReason | None:
+        session = generation.session
+        if is_eos or generation.text.scanner.found is not None:
+            return "stop"
+        is_full = session.length >= self._parts.context_tokens
+        if is_full or len(session.output) >= session.request.max_tokens:
+            return "length"
+        return None
+
+    def _logprob(self, request: GenerationRequest, drawn: Drawn) -> TokenLogprob | None:
+        if request.logprobs is None:
+            return None
+        name = self._parts.codec.token_text
+        top = tuple((token, name(token), value) for token, value in drawn.top)
+        return TokenLogprob(drawn.token, name(drawn.token), drawn.logprob, top)
+
+    # --- ends ---------------------------------------------------------------------------------
+
+    def _on_cancel(self, generation: Generation) -> None:
+        self._end(generation)
+        self._wake.set()  # blocks are free, somebody may be waiting for them
+
+    def _end(self, generation: Generation) -> None:
+        self._batch.end(generation.session)
+        self._generations.pop(generation.session.number, None)
+
+    def _fail(self, plan: Sequence[Part], error: SllmError) -> None:
+        self._batch.stepped(list(plan))
+        for part in plan:
+            generation = self._generations.get(part.session.number)
+            if generation is not None:
+                self._end(generation)
+                generation.fail(error)
+
+    def _count_preemptions(self) -> None:
+        if self._batch.preemptions:
+            self._metrics.preemptions.labels(self._parts.name).inc(self._batch.preemptions)
+            self._batch.preemptions = 0
+
+
+def check_request(request: GenerationRequest, context_tokens: int, vocabulary: int | None) -> None:
+    """Refuse what can never be served.
+
+    Raises:
+        InvalidRequestError: no prompt, or tokens outside the vocabulary.
+        PromptTooLongError: prompt and output exceed the model's context.
+    """
+    if not request.prompt:
+        raise InvalidRequestError("the prompt has no tokens", param="prompt")
+    if len(request.resumed) >= request.max_tokens:
+        raise InvalidRequestError("nothing is left to generate", param="max_tokens")
+    wanted = len(request.prompt) + request.max_tokens
+    if wanted > context_tokens:
+        raise PromptTooLongError(wanted, context_tokens, "the model's context")
+    if vocabulary is not None:
+        tokens = (*request.prompt, *request.resumed)
+        if min(tokens) < 0 or max(tokens) >= vocabulary:
+            raise InvalidRequestError(
+                f"the prompt has token ids outside 0 to {vocabulary - 1}", param="prompt"
+            )
+
+
+def _step_part(part: Part) -> StepPart:
+    session = part.session
+    row = None
+    if part.is_last:
+        parameters = session.request.sampling
+        past = has_penalties(parameters)
+        row = SamplingRow(
+            parameters,
+            len(session.output),
+            session.request.logprobs,
+            session.request.prompt if past else (),
+            tuple(session.output) if past else (),
+        )
+    place = KvPart(part.start, part.count, tuple(session.table))
+    return StepPart(session.tokens(part.start, part.count), place, row)

@@ -1,0 +1,94 @@
+"""One session's way out of the engine: chunks for its reader, joined when the reader lags."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Self
+
+from sllm_node.core.errors import SllmError
+from sllm_node.core.types import FinishReason, GenerationChunk, TokenIds, TokenLogprob
+from sllm_node.engine.session import Session
+from sllm_node.engine.text import TextState
+
+
+class Generation:
+    """The chunks of a session; iterate once.
+
+    What is not read yet is kept as one chunk, so a slow reader costs no more memory than its text.
+    """
+
+    def __init__(
+        self, session: Session, text: TextState, on_cancel: Callable[["Generation"], None]
+    ) -> None:
+        self.session = session
+        self.text = text
+        self.last_token_at: float | None = None
+        self._on_cancel = on_cancel
+        self._unread: GenerationChunk | None = None
+        self._error: SllmError | None = None
+        self._is_ended = False
+        self._news = asyncio.Event()
+
+    @property
+    def tokens(self) -> TokenIds:
+        """All output tokens so far, resumed ones included."""
+        return tuple(self.session.output)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether nothing more will come."""
+        return self._is_ended
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        while self._unread is None:
+            if self._error is not None:
+                raise self._error
+            if self._is_ended:
+                raise StopAsyncIteration
+            self._news.clear()
+            await self._news.wait()
+        chunk, self._unread = self._unread, None
+        return chunk
+
+    def cancel(self) -> None:
+        """End the session for a reader that went away; a second call does nothing."""
+        if not self._is_ended:
+            self._end()
+            self._unread = None
+            self._on_cancel(self)
+
+    # --- for the engine -----------------------------------------------------------------------
+
+    def give(
+        self,
+        text: str,
+        token: int,
+        logprob: TokenLogprob | None,
+        finish: FinishReason | None,
+    ) -> None:
+        """Hand over what one token brought."""
+        logprobs = () if logprob is None else (logprob,)
+        stop_text = self.text.scanner.found if finish == "stop" else None
+        before = self._unread or GenerationChunk("", ())
+        self._unread = GenerationChunk(
+            before.text + text,
+            (*before.tokens, token),
+            (*before.logprobs, *logprobs),
+            finish,
+            stop_text,
+        )
+        if finish is not None:
+            self._end()
+        self._news.set()
+
+    def fail(self, error: SllmError) -> None:
+        """End with an error, after what is unread."""
+        if not self._is_ended:
+            self._error = error
+            self._end()
+
+    def _end(self) -> None:
+        self._is_ended = True
+        self._news.set()

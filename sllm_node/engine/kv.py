@@ -1,0 +1,231 @@
+"""The paged KV cache and attention over it, with torch's scaled_dot_product_attention.
+
+Each layer has two tensors, (slots, kv heads, size), in one buffer of device memory; a slot is one
+token's place, `block * block_tokens + offset`. A step first writes its tokens' keys and values to
+their slots, then reads: a prompt's piece attends alone over its own slots; sessions that decode are
+gathered by their block tables in groups of similar length, one call a group, so that many short
+sessions cost no more calls than one, and padding stays below half.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from sllm_node.device.base import DeviceBuffer
+from sllm_node.engine.attention import AttentionCall
+from sllm_node.engine.skeleton import LayerShape
+
+_ALIGNMENT: Final = 256
+_PADDING_MAX: Final = 2
+"""A group's longest session is at most this many times its shortest."""
+_GROUP_START: Final = 64
+"""Sessions up to this many tokens share a group however short they are."""
+
+
+def bytes_per_token(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
+    """Return the KV memory of one token."""
+    return sum(s.kv_heads * (s.key_size + s.value_size) for s in shapes) * dtype.itemsize
+
+
+def token_bytes_from_config(config: Any) -> int:
+    """Return the KV memory of one token as the config tells it, without building the module."""
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    dtype = config.dtype or torch.float32
+    return int(config.num_hidden_layers * kv_heads * 2 * size * dtype.itemsize)
+
+
+class KvCache:
+    """Keys and values of all layers, as views of one buffer."""
+
+    def __init__(
+        self, shapes: Sequence[LayerShape], slots: int, dtype: torch.dtype, buffer: DeviceBuffer
+    ) -> None:
+        self.keys: list[torch.Tensor] = []
+        self.values: list[torch.Tensor] = []
+        flat = torch.as_tensor(buffer.array)
+        offset = 0
+        for shape in shapes:
+            for kept, size in ((self.keys, shape.key_size), (self.values, shape.value_size)):
+                count = slots * shape.kv_heads * size * dtype.itemsize
+                view = flat[offset : offset + count].view(dtype)
+                kept.append(view.view(slots, shape.kv_heads, size))
+                offset += count
+
+    def close(self) -> None:
+        """Drop all views, so that the buffer can be closed."""
+        self.keys.clear()
+        self.values.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class KvPart:
+    """One session's tokens in a step."""
+
+    start: int
+    count: int
+    table: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """A piece of a prompt: its rows among the packed tokens, and the slots it may look at."""
+
+    rows: slice
+    start: int
+    slots: torch.Tensor
+    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoders:
+    """Sessions that compute one token each."""
+
+    rows: torch.Tensor
+    lengths: torch.Tensor
+    slots: torch.Tensor  # (sessions, longest)
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+
+class PagedStep:
+    """The attention of one step; answers the layers' calls."""
+
+    def __init__(self, cache: KvCache, parts: Sequence[KvPart], block_tokens: int) -> None:
+        self._cache = cache
+        device = cache.keys[0].device
+        written: list[torch.Tensor] = []
+        self._prompts: list[_Prompt] = []
+        decoders: list[tuple[int, torch.Tensor]] = []
+        row = 0
+        for part in parts:
+            slots = _slots(part, block_tokens).to(device)
+            written.append(slots[part.start :])
+            if part.count == 1:
+                decoders.append((row, slots))
+            else:
+                self._prompts.append(_Prompt(slice(row, row + part.count), part.start, slots))
+            row += part.count
+        self._written = torch.cat(written)
+        self._groups = [_group(members) for members in _similar(decoders)]
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Return (tokens, heads, value head)."""
+        keys, values = self._cache.keys[call.layer], self._cache.values[call.layer]
+        keys.index_copy_(0, self._written, call.key)
+        values.index_copy_(0, self._written, call.value)
+        tokens, heads, _ = call.query.shape
+        out = call.query.new_empty(tokens, heads, call.value.shape[-1])
+        for prompt in self._prompts:
+            query = call.query[prompt.rows].transpose(0, 1)[None]
+            key = keys[prompt.slots].transpose(0, 1)[None]
+            value = values[prompt.slots].transpose(0, 1)[None]
+            mask = _prompt_mask(prompt, call.window)
+            out[prompt.rows] = _attend(call, query, key, value, mask)[0].transpose(0, 1)
+        for group in self._groups:
+            query = call.query[group.rows][:, :, None]
+            key = keys[group.slots].transpose(1, 2)
+            value = values[group.slots].transpose(1, 2)
+            mask = _decode_mask(group, call.window)
+            out[group.rows] = _attend(call, query, key, value, mask)[:, :, 0]
+        return out
+
+
+def _slots(part: KvPart, block_tokens: int) -> torch.Tensor:
+    """Return the slots of a session's tokens up to the end of its part."""
+    length = part.start + part.count
+    blocks = torch.tensor(part.table[: -(-length // block_tokens)], dtype=torch.long)
+    offsets = torch.arange(block_tokens)
+    return (blocks[:, None] * block_tokens + offsets).flatten()[:length]
+
+
+def _similar(
+    decoders: list[tuple[int, torch.Tensor]],
+) -> Iterator[list[tuple[int, torch.Tensor]]]:
+    """Yield groups of sessions whose lengths are alike."""
+    group: list[tuple[int, torch.Tensor]] = []
+    limit = 0
+    for member in sorted(decoders, key=lambda member: len(member[1])):
+        length = len(member[1])
+        if group and length > limit:
+            yield group
+            group = []
+        if not group:
+            limit = max(_GROUP_START, _PADDING_MAX * length)
+        group.append(member)
+    if group:
+        yield group
+
+
+def _group(members: list[tuple[int, torch.Tensor]]) -> _Decoders:
+    device = members[0][1].device
+    rows = torch.tensor([row for row, _ in members], device=device)
+    lengths = torch.tensor([len(slots) for _, slots in members], device=device)
+    padded = torch.nn.utils.rnn.pad_sequence([slots for _, slots in members], batch_first=True)
+    return _Decoders(rows, lengths, padded)
+
+
+def _prompt_mask(prompt: _Prompt, window: int | None) -> torch.Tensor | None:
+    """Return (queries, keys), True where a query may look; None: plainly causal."""
+    if window not in prompt.masks:
+        mask = None
+        length = len(prompt.slots)
+        if prompt.start or (window is not None and window < length):
+            key = torch.arange(length, device=prompt.slots.device)
+            query = torch.arange(prompt.start, length, device=key.device)[:, None]
+            mask = key <= query
+            if window is not None:
+                mask &= key > query - window
+        prompt.masks[window] = mask
+    return prompt.masks[window]
+
+
+def _decode_mask(group: _Decoders, window: int | None) -> torch.Tensor:
+    """Return (sessions, 1, 1, keys), True where a session's token may look."""
+    if window not in group.masks:
+        key = torch.arange(group.slots.shape[1], device=group.slots.device)
+        lengths = group.lengths[:, None]
+        mask = key < lengths
+        if window is not None:
+            mask &= key >= lengths - window
+        group.masks[window] = mask[:, None, None]
+    return group.masks[window]
+
+
+def _attend(
+    call: AttentionCall,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend with (batch, heads, tokens, size) tensors; no mask means causal."""
+    if call.softcap is not None:
+        return _soft_capped(call, query, key, value, mask)
+    options: dict[str, Any] = {"attn_mask": mask, "is_causal": mask is None, "scale": call.scaling}
+    grouped = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, enable_gqa=grouped, **options)
+
+
+def _soft_capped(
+    call: AttentionCall,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend with scores squashed to (-cap, cap) by tanh, as Gemma 2 does."""
+    assert call.softcap is not None
+    repeats = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
+    scores = query @ key.transpose(-1, -2) * call.scaling
+    scores = call.softcap * torch.tanh(scores / call.softcap)
+    if mask is None:
+        size = query.shape[-2]
+        mask = torch.ones(size, size, dtype=torch.bool, device=query.device).tril()
+    scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return weights @ value

@@ -1,0 +1,62 @@
+"""One step: packs sessions into a forward pass, draws their tokens. Runs on the step thread.
+
+Values go in and come out; the only state is the module and its KV cache.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sllm_node.core.types import TokenIds
+from sllm_node.engine.attention import attention_step
+from sllm_node.engine.kv import KvCache, KvPart, PagedStep
+from sllm_node.engine.sampling import Drawn, SamplingRow, sample
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """One session's share of a step."""
+
+    tokens: TokenIds
+    place: KvPart
+    draw: SamplingRow | None
+    """How to draw the next token; None: more of the prompt follows."""
+
+
+class Runner:
+    """A module with weights and KV memory."""
+
+    def __init__(self, model: Any, cache: KvCache, block_tokens: int) -> None:
+        self._model = model
+        self._cache = cache
+        self._block_tokens = block_tokens
+
+    def step(self, parts: Sequence[StepPart]) -> list[Drawn | None]:
+        """Compute all `parts` in one forward pass; return what each has drawn."""
+        device = self._cache.keys[0].device
+        ids = [token for part in parts for token in part.tokens]
+        positions = [
+            position
+            for part in parts
+            for position in range(part.place.start, part.place.start + part.place.count)
+        ]
+        ends, end = [], -1
+        for part in parts:
+            end += part.place.count
+            if part.draw is not None:
+                ends.append(end)
+        with torch.inference_mode():
+            step = PagedStep(self._cache, [part.place for part in parts], self._block_tokens)
+            with attention_step(step):
+                output = self._model(
+                    input_ids=torch.tensor([ids], device=device),
+                    position_ids=torch.tensor([positions], device=device),
+                    use_cache=False,
+                    # An index keeps only the rows that draw; a step without any keeps one, unused.
+                    logits_to_keep=torch.tensor(ends or [end], device=device),
+                )
+            rows = [part.draw for part in parts if part.draw is not None]
+            drawn = iter(sample(output.logits[0], rows) if rows else ())
+        return [None if part.draw is None else next(drawn) for part in parts]

@@ -1,0 +1,86 @@
+"""One generation: its tokens, how much of them is in KV memory, and its state.
+
+WAITING -> RUNNING -> ENDED
+   ^          |
+   +----------+  preempted: the blocks are given back, the tokens are prefilled again later
+"""
+
+from enum import Enum
+from typing import Final
+
+from sllm_node.core.types import GenerationRequest, TokenIds
+
+
+class SessionState(Enum):
+    """Where a session is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    ENDED = "ended"
+
+
+class SessionEvent(Enum):
+    """What moves it on."""
+
+    ADMITTED = "admitted"
+    PREEMPTED = "preempted"
+    ENDED = "ended"
+
+
+TRANSITIONS: Final[dict[SessionState, dict[SessionEvent, SessionState]]] = {
+    SessionState.WAITING: {
+        SessionEvent.ADMITTED: SessionState.RUNNING,
+        SessionEvent.ENDED: SessionState.ENDED,
+    },
+    SessionState.RUNNING: {
+        SessionEvent.PREEMPTED: SessionState.WAITING,
+        SessionEvent.ENDED: SessionState.ENDED,
+    },
+    SessionState.ENDED: {},
+}
+
+
+class Session:
+    """The engine's side of one `GenerationRequest`."""
+
+    def __init__(self, request: GenerationRequest, number: int) -> None:
+        self.request = request
+        self.number = number
+        """Order of arrival."""
+        self.state = SessionState.WAITING
+        self.output = list(request.resumed)
+        self.computed = 0
+        """Tokens whose keys and values are in KV memory."""
+        self.table: list[int] = []
+        """Blocks, in the order of the tokens."""
+        self.is_in_flight = False
+        """A step under way works on it: its blocks must stay until the step ends."""
+
+    def happen(self, event: SessionEvent) -> None:
+        """Change the state by the table."""
+        following = TRANSITIONS[self.state].get(event)
+        assert following is not None, f"{event.value} in state {self.state.value}"
+        self.state = following
+
+    @property
+    def length(self) -> int:
+        """Tokens known: prompt and output."""
+        return len(self.request.prompt) + len(self.output)
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are known and not computed; 1 while it decodes."""
+        return self.length - self.computed
+
+    def tokens(self, start: int, count: int) -> TokenIds:
+        """Return `count` of its tokens from `start` on."""
+        prompt = self.request.prompt
+        if start >= len(prompt):
+            first = start - len(prompt)
+            return tuple(self.output[first : first + count])
+        head = prompt[start : start + count]
+        return head + tuple(self.output[: count - len(head)])
+
+    def sort_key(self) -> tuple[int, int]:
+        """Order by priority, then by arrival."""
+        return (-self.request.priority, self.number)

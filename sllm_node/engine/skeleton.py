@@ -1,0 +1,224 @@
+"""Builds a transformers module without weights, and learns from a dry run what it will ask for.
+
+The module stands on torch's meta device; weights come later, as views of the store's bytes. The dry
+run is a forward pass of four tokens over nothing: it shows in which order the parameters are
+needed, how many keys and values each layer keeps, and whether the architecture does anything that
+our step loop would not do right.
+
+Building a module changes globals of the process (default dtype, random state): never beside a step.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch.overrides import TorchFunctionMode
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
+from typing_extensions import override
+
+from sllm_node.core.errors import UnsupportedArchitectureError
+from sllm_node.engine.attention import (
+    ATTENTION,
+    AttentionCall,
+    UnknownAttentionOptionError,
+    attention_step,
+)
+
+SUPPORTED: Final[tuple[str, ...]] = (
+    "CohereForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM",
+    "Gemma3ForCausalLM", "GemmaForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM",
+    "MistralForCausalLM", "MixtralForCausalLM", "OPTForCausalLM", "Olmo2ForCausalLM",
+    "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM",
+)  # fmt: skip
+"""Architectures whose tokens the tests compare with `generate()`."""
+
+_STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
+"""Rotary embeddings that depend on a token's own position only, not on the longest in the batch."""
+_DRY_TOKENS: Final = 4
+
+Model = Any
+"""A transformers PreTrainedModel; its package is untyped here."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one attention layer keeps of each token."""
+
+    kv_heads: int
+    key_size: int
+    value_size: int
+
+
+def read_config(directory: Path) -> Any:
+    """Return the transformers config of the checkpoint in `directory`."""
+    return AutoConfig.from_pretrained(str(directory), trust_remote_code=False)
+
+
+def check_supported(config: Any, source: str) -> None:
+    """Refuse what the step loop can't serve, as far as the config tells.
+
+    Raises:
+        UnsupportedArchitectureError: naming the architecture, and what about it is in the way.
+    """
+    name = architecture(config)
+    if name not in SUPPORTED or not _is_text_model(config):
+        raise UnsupportedArchitectureError(source, name, SUPPORTED)
+    for problem in _problems(config):
+        raise UnsupportedArchitectureError(source, f"{name} with {problem}", SUPPORTED)
+
+
+def architecture(config: Any) -> str:
+    """Return the class name of the model that `config` describes."""
+    if names := getattr(config, "architectures", None):
+        return str(names[0])
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
+    return type(config).__name__
+
+
+def build_skeleton(directory: Path) -> Model:
+    """Return the module of the checkpoint in `directory`, on meta, with our attention.
+
+    Raises:
+        UnsupportedArchitectureError: our step loop can't serve it.
+    """
+    config = read_config(directory)
+    check_supported(config, str(directory))
+    with torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype or torch.float32, attn_implementation=ATTENTION
+        )
+    model.tie_weights()
+    model.eval()
+    # There is no padding here; with a padding token some models look for it in every batch.
+    model.config.pad_token_id = None
+    _check_layers(model, str(directory))
+    return model
+
+
+def forward_order(model: Model) -> tuple[str, ...]:
+    """Return the tensors of `model` in the order in which the forward pass first needs them.
+
+    Parameters and persistent buffers, by their names in `state_dict()`; of tied ones the name that
+    comes first there. What the dry run does not touch (experts that it is not routed to) follows in
+    the order of registration.
+    """
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), name)
+    recorder = _FirstUse(names)
+    with recorder:
+        _dry_run(model, _ShapeRecorder())
+    return (*recorder.used, *(n for n in names.values() if n not in recorder.used))
+
+
+def layer_shapes(model: Model) -> tuple[LayerShape, ...]:
+    """Return what each attention layer of `model` keeps of a token, first layer first."""
+    recorder = _ShapeRecorder()
+    _dry_run(model, recorder)
+    return tuple(shape for _, shape in recorder.layers)
+
+
+class _FirstUse(TorchFunctionMode):
+    """Notes the order in which known tensors are first given to a torch function."""
+
+    def __init__(self, names: dict[int, str]) -> None:
+        super().__init__()
+        self._names = names
+        self.used: dict[str, None] = {}
+
+    @override
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        for argument in (*args, *(kwargs or {}).values()):
+            name = self._names.get(id(argument))
+            if name is not None:
+                self.used.setdefault(name)
+        return func(*args, **(kwargs or {}))
+
+
+class _ShapeRecorder:
+    """Answers attention calls with nothing, and notes what they asked for."""
+
+    def __init__(self) -> None:
+        self.layers: list[tuple[int, LayerShape]] = []
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        _, heads, key_size = call.key.shape
+        self.layers.append((call.layer, LayerShape(heads, key_size, call.value.shape[-1])))
+        return call.query.new_empty(*call.query.shape[:2], call.value.shape[-1])
+
+
+def _dry_run(model: Model, recorder: _ShapeRecorder) -> None:
+    ids = torch.zeros((1, _DRY_TOKENS), dtype=torch.long, device="meta")
+    with torch.inference_mode(), attention_step(recorder), _experts_by_shape(model.config):
+        model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
+
+
+@contextmanager
+def _experts_by_shape(config: Any) -> Iterator[None]:
+    """Let mixtures of experts run as batched products, the one way that needs no data."""
+    chosen = getattr(config, "_experts_implementation", None)
+    if chosen is None:
+        yield
+        return
+    config._experts_implementation = "batched_mm"  # noqa: SLF001 - what its own setter sets
+    try:
+        yield
+    finally:
+        config._experts_implementation = chosen  # noqa: SLF001
+
+
+def _check_layers(model: Model, source: str) -> None:
+    """Refuse models that call our attention otherwise than once per layer, in order."""
+    name = type(model).__name__
+    recorder = _ShapeRecorder()
+    try:
+        _dry_run(model, recorder)
+    except UnknownAttentionOptionError as error:
+        problem = f"{name} with attention option {error}"
+        raise UnsupportedArchitectureError(source, problem, SUPPORTED) from error
+    layers = [layer for layer, _ in recorder.layers]
+    if layers != list(range(model.config.num_hidden_layers)):
+        problem = f"{name} with attention in layers {layers}"
+        raise UnsupportedArchitectureError(source, problem, SUPPORTED)
+
+
+def _is_text_model(config: Any) -> bool:
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return False
+    return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ == architecture(config))
+
+
+def _problems(config: Any) -> Iterable[str]:
+    """Yield what a config asks for that would be served wrongly."""
+    if getattr(config, "quantization_config", None):
+        yield "quantised weights"
+    for rope in _rope_types(config):
+        if rope not in _STATIC_ROPE:
+            yield f"rotary embedding {rope!r}"
+    if getattr(config, "is_causal", True) is False:
+        yield "attention that is not causal"
+    if getattr(config, "use_bidirectional_attention", False):
+        yield "bidirectional attention"
+    if getattr(config, "add_cross_attention", False):
+        yield "cross attention"
+
+
+def _rope_types(config: Any) -> list[str]:
+    """Return the rotary embeddings named: one for all layers, or one per kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    if "rope_type" in parameters:
+        return [str(parameters["rope_type"])]
+    nested = [p for p in parameters.values() if isinstance(p, dict)]
+    return [str(p.get("rope_type", "default")) for p in nested]

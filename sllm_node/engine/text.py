@@ -1,0 +1,216 @@
+"""Text to tokens and back: tokenizer, chat template, and the way from tokens to text that is safe.
+
+`TextCodec` is made once per checkpoint and is called from worker threads; it uses the tokenizer's
+Rust core directly, because transformers' wrapper changes its state on each call. `Detokenizer` and
+`StopScanner` follow one session; both follow from its tokens alone, so a resumed session is rebuilt
+by feeding them what was generated before.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from sllm_node.core.errors import CheckpointFormatError, InvalidRequestError
+from sllm_node.core.types import TokenIds
+
+REPLACEMENT: Final = "\ufffd"
+_HELD_TOKENS_MAX: Final = 8
+"""Tokens that may wait for the end of a character; no character is longer, so then it is none."""
+
+
+class TextCodec:
+    """The tokenizer, chat template and end tokens of one checkpoint."""
+
+    def __init__(
+        self, tokenizer: Any, eos_ids: frozenset[int], vocabulary_size: int, origin: str
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._core = tokenizer.backend_tokenizer
+        self._origin = origin
+        self.eos_ids = eos_ids
+        """Tokens that end a generation."""
+        self.vocabulary_size = vocabulary_size
+        """Of the model: tokens that it can be given."""
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
+        """Return the tokens of `text`."""
+        return tuple(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of `tokens`, special ones left out."""
+        return str(self._core.decode(list(tokens), skip_special_tokens=True))
+
+    def token_text(self, token: int) -> str:
+        """Return one token by itself, special or not; for log probabilities."""
+        return str(self._core.decode([token], skip_special_tokens=False))
+
+    def render_chat(self, messages: Sequence[dict[str, Any]]) -> TokenIds:
+        """Return the tokens of the conversation, up to where the assistant speaks.
+
+        Raises:
+            InvalidRequestError: the model has no chat template, or it refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if not self._tokenizer.chat_template:
+            raise InvalidRequestError(
+                f"{self._origin} has no chat template; use /v1/completions", param="messages"
+            )
+        try:
+            text = self._tokenizer.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=True
+            )
+        except (TemplateError, ValueError, TypeError, KeyError) as error:
+            raise InvalidRequestError(
+                f"the model's chat template refuses the messages: {error}", param="messages"
+            ) from error
+        return self.encode(text, add_special_tokens=False)
+
+
+def load_codec(directory: Path) -> TextCodec:
+    """Read the tokenizer, chat template and end tokens of the checkpoint in `directory`.
+
+    Raises:
+        CheckpointFormatError: there is no tokenizer that works.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise CheckpointFormatError(
+            str(directory), f"its tokenizer can't be read: {error}"
+        ) from error
+    if not tokenizer.is_fast:
+        raise CheckpointFormatError(str(directory), "its tokenizer has no tokenizer.json")
+    known = len(tokenizer)
+    size = _read_json(directory / "config.json").get("vocab_size", known)
+    return TextCodec(tokenizer, _eos_ids(directory, tokenizer), int(size), directory.name)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return found
+
+
+def _eos_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
+    """Return the end tokens that generation config and tokenizer name; the config's if neither."""
+    found: set[Any] = set()
+    for name in ("generation_config.json", "config.json"):
+        if not found:
+            ids = _read_json(directory / name).get("eos_token_id")
+            found.update(ids if isinstance(ids, list) else [ids])
+    found.add(tokenizer.eos_token_id)
+    return frozenset(token for token in found if isinstance(token, int))
+
+
+class Detokenizer:
+    """Turns tokens into text as they come; a character is emitted when it is whole.
+
+    Decoding a window that begins before the new tokens keeps what tokenizers do between words right
+    (a space before a word, or none at the start), and costs the same however long the text is.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._tokens: list[int] = []
+        self._prefix = 0
+        self._read = 0
+
+    def add(self, token: int) -> str:
+        """Take a token and return the new whole characters."""
+        self._tokens.append(token)
+        text, before = self._window()
+        waits = len(self._tokens) - self._read
+        if text.endswith(REPLACEMENT) and waits < _HELD_TOKENS_MAX:
+            return ""
+        return self._emit(text, before)
+
+    def flush(self) -> str:
+        """Return what is left at the end, an incomplete character as U+FFFD."""
+        return self._emit(*self._window())
+
+    def _window(self) -> tuple[str, str]:
+        text = self._decode(self._tokens[self._prefix :])
+        return text, self._decode(self._tokens[self._prefix : self._read])
+
+    def _emit(self, text: str, before: str) -> str:
+        if len(text) <= len(before) and self._read == len(self._tokens):
+            return ""
+        self._prefix, self._read = self._read, len(self._tokens)
+        if self._prefix > 64:
+            del self._tokens[: self._prefix]
+            self._read -= self._prefix
+            self._prefix = 0
+        return text[len(before) :]
+
+
+class StopScanner:
+    """Passes text on up to the first stop string; holds back what may be the beginning of one."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+        """The stop string that was met."""
+
+    def add(self, text: str) -> str:
+        """Take text and return what can be shown."""
+        if not self._stops:
+            return text
+        self._held += text
+        places = [(self._held.find(stop), stop) for stop in self._stops]
+        met = [(at, -len(stop), stop) for at, stop in places if at >= 0]
+        if met:
+            at, _, self.found = min(met)
+            shown, self._held = self._held[:at], ""
+            return shown
+        keep = self._longest_beginning()
+        shown, self._held = (
+            self._held[: len(self._held) - keep],
+            self._held[len(self._held) - keep :],
+        )
+        return shown
+
+    def flush(self) -> str:
+        """Return what was held back: no stop string came of it."""
+        held, self._held = self._held, ""
+        return held
+
+    def _longest_beginning(self) -> int:
+        """Return the length of the longest end of the text that begins a stop string."""
+        longest = max(len(stop) for stop in self._stops) - 1
+        for size in range(min(longest, len(self._held)), 0, -1):
+            end = self._held[-size:]
+            if any(stop.startswith(end) for stop in self._stops):
+                return size
+        return 0
+
+
+@dataclass(slots=True)
+class TextState:
+    """From one session's tokens to the text that its reader gets."""
+
+    detokenizer: Detokenizer
+    scanner: StopScanner
+
+    @classmethod
+    def begin(
+        cls, decode: Callable[[Sequence[int]], str], stops: Sequence[str], resumed: TokenIds
+    ) -> "TextState":
+        """Start a session; the text of `resumed` has been shown already."""
+        state = cls(Detokenizer(decode), StopScanner(stops))
+        for token in resumed:
+            state.add(token)
+        return state
+
+    def add(self, token: int) -> str:
+        """Take a token and return what can be shown."""
+        return self.scanner.add(self.detokenizer.add(token))
+
+    def flush(self) -> str:
+        """Return what is left when the session ends without a stop string."""
+        shown = self.scanner.add(self.detokenizer.flush())
+        return shown if self.scanner.found is not None else shown + self.scanner.flush()

@@ -1,0 +1,102 @@
+"""Puts a checkpoint's bytes into a module: every parameter a view of device memory, none copied."""
+
+from typing import Any, Final
+
+import torch
+
+from sllm_node.checkpoint.index import TensorIndex
+from sllm_node.core.errors import CheckpointFormatError
+from sllm_node.device.base import DeviceBuffer
+
+TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
+    "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F32": torch.float32, "F64": torch.float64,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+
+
+def bind(model: Any, index: TensorIndex, buffer: DeviceBuffer) -> None:
+    """Make every parameter and persistent buffer of `model` a view of `buffer`.
+
+    Buffers that are not stored (rotary frequencies, embedding scales) are computed anew. Changes
+    torch's random state: never beside a step.
+
+    Raises:
+        CheckpointFormatError: the index and the module do not have the same tensors.
+    """
+    flat = torch.as_tensor(buffer.array)
+    bases = [index.shard_base(number) for number in range(len(index.shards))]
+    views: dict[str, torch.Tensor] = {}
+    for entry in index.tensors:
+        start = bases[entry.shard] + entry.offset
+        raw = flat[start : start + entry.size]
+        views[entry.name] = raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+    for alias, name in index.aliases:
+        views[alias] = views[name]
+    parameters: dict[int, torch.nn.Parameter] = {}
+    for name, view in views.items():
+        _set(model, name, view, parameters, index)
+    _compute_rest(model, flat.device)
+    left = [name for name, t in _all_tensors(model) if t.is_meta]
+    if left:
+        raise CheckpointFormatError(index.model, f"has no bytes for {', '.join(left[:5])}")
+
+
+def unbind(model: Any) -> None:
+    """Drop every view that `bind` made, so that the buffer can be closed at once."""
+    for module in model.modules():
+        for name in module._parameters:  # noqa: SLF001 - torch has no public way to drop a parameter
+            module._parameters[name] = None  # noqa: SLF001
+        for name in module._buffers:  # noqa: SLF001
+            module._buffers[name] = None  # noqa: SLF001
+
+
+def _set(
+    model: Any,
+    name: str,
+    view: torch.Tensor,
+    parameters: dict[int, torch.nn.Parameter],
+    index: TensorIndex,
+) -> None:
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+        old = getattr(owner, leaf)
+    except AttributeError as error:
+        raise CheckpointFormatError(index.model, f"{name} is no tensor of the module") from error
+    if old.shape != view.shape:
+        problem = f"{name} has shape {tuple(view.shape)}, the module wants {tuple(old.shape)}"
+        raise CheckpointFormatError(index.model, problem)
+    if leaf in owner._parameters:  # noqa: SLF001 - as above
+        made = parameters.setdefault(id(view), torch.nn.Parameter(view, requires_grad=False))
+        made._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001
+        owner._parameters[leaf] = made  # noqa: SLF001
+    else:
+        view._is_hf_initialized = True  # type: ignore[attr-defined]  # noqa: SLF001
+        owner._buffers[leaf] = view  # noqa: SLF001
+
+
+def _compute_rest(model: Any, device: torch.device) -> None:
+    """Allocate and compute the buffers that no checkpoint stores.
+
+    transformers computes them where it initialises weights; what is marked as initialised (all that
+    `_set` has bound) it leaves alone.
+    """
+    for module in model.modules():
+        names = [name for name in module._non_persistent_buffers_set if _is_meta(module, name)]  # noqa: SLF001
+        for name in names:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)  # noqa: SLF001
+        if names:
+            with torch.no_grad():
+                model._init_weights(module)  # noqa: SLF001 - where transformers computes them
+
+
+def _is_meta(module: Any, name: str) -> bool:
+    buffer = module._buffers.get(name)  # noqa: SLF001
+    return buffer is not None and buffer.is_meta
+
+
+def _all_tensors(model: Any) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]

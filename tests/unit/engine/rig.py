@@ -1,0 +1,82 @@
+"""An engine over a checkpoint on disk, without store and scheduler, and the oracle beside it."""
+
+import contextlib
+
+import numpy as np
+import torch
+
+from sllm_node.core.clock import MonotonicClock
+from sllm_node.core.config import ByteSize, EngineConfig
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import GenerationRequest, ModelId, SamplingParameters, SessionId
+from sllm_node.device.cpu import CpuDevice
+from sllm_node.engine.engines import Engines
+
+GREEDY = SamplingParameters(temperature=0.0)
+
+
+class Weights:
+    """A checkpoint's bytes on a device, as a lease shows them."""
+
+    def __init__(self, checkpoint, device):
+        self.checkpoint = checkpoint
+        index = checkpoint.index
+        self.buffer = device.allocate(index.size)
+        whole = b"".join((checkpoint.path / shard.name).read_bytes() for shard in index.shards)
+        np.copyto(self.buffer.array, np.frombuffer(whole, np.uint8))
+
+
+@contextlib.asynccontextmanager
+async def engine_of(checkpoint, **config):
+    """Yield an engine; on leaving, everything it took must be given back."""
+    settings = {"kv_cache_bytes": ByteSize(8 << 20), "torch_threads": 1, **config}
+    with CpuDevice(1 << 30) as device:
+        engines = Engines(device, EngineConfig(**settings), MonotonicClock(), Metrics())
+        weights = Weights(checkpoint, device)
+        codec = await engines.load_codec(checkpoint.path)
+        skeleton = await engines.skeleton(checkpoint)
+        engine = await engines.open(weights, skeleton, codec)
+        engine.codec, engine.made_by, engine.weights = codec, engines, weights
+        try:
+            yield engine
+        finally:
+            await engine.close()
+            assert engine.kv_usage == 0.0
+            weights.buffer.close()
+            engines.close()
+        assert device.memory_used == 0
+
+
+_numbers = iter(range(10**9))
+
+
+def ask(prompt, max_tokens=12, sampling=GREEDY, **more):
+    session = SessionId(f"s{next(_numbers)}")
+    return GenerationRequest(
+        session, ModelId("m"), tuple(prompt), sampling, max_tokens, **{"ignore_eos": True, **more}
+    )
+
+
+async def collect(generation):
+    """Return text, tokens, logprobs and finish of a generation."""
+    text, tokens, logprobs, finish = "", (), (), None
+    async for chunk in generation:
+        text += chunk.text
+        tokens += chunk.tokens
+        logprobs += chunk.logprobs
+        finish = chunk.finish
+    return text, tokens, logprobs, finish
+
+
+def reference(model, prompt, count):
+    """Return the greedy tokens that transformers' generate() gives."""
+    from transformers import GenerationConfig
+
+    model.generation_config.eos_token_id = None  # else generate() stops there, or suppresses it
+    config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0, use_cache=True)
+    with torch.no_grad():
+        out = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            generation_config=config,
+        )  # fmt: skip
+    return tuple(out[0, len(prompt) :].tolist())

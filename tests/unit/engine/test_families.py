@@ -1,0 +1,57 @@
+"""Every served architecture, token for token against transformers' own generate(), in fp32."""
+
+import asyncio
+import random
+
+import pytest
+
+from sllm_node.core.config import ByteSize
+from sllm_node.engine.skeleton import SUPPORTED, layer_shapes, read_config
+from tests.models import make_checkpoint, make_model
+from tests.unit.engine.rig import ask, collect, engine_of, reference
+
+SERVED = [
+    "llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "opt", "gpt2",
+    "gpt_neox", "phi", "phi3", "olmo2", "granite", "cohere", "smollm3", "starcoder2", "stablelm",
+    "mixtral", "qwen3_moe",
+]  # fmt: skip
+LENGTHS = (3, 40, 11, 1, 27)
+COUNT = 12
+
+
+@pytest.mark.parametrize("family", SERVED)
+async def test_tokens_equal_those_of_generate(tmp_path, family):
+    checkpoint = make_checkpoint(tmp_path, "m", family)
+    model = make_model(family)
+    numbers = random.Random(family)
+    prompts = [[numbers.randrange(4, 300) for _ in range(length)] for length in LENGTHS]
+    # Pieces of 16 tokens, and too few blocks for all at once: prompts are cut and sessions preempted.
+    config = {"max_step_tokens": 16, "block_tokens": 4}
+    async with engine_of(checkpoint, **config) as engine:
+        token_bytes = engine._parts.buffer.size // engine._parts.blocks.capacity_tokens
+    config["kv_cache_bytes"] = ByteSize(token_bytes * 4 * 24)
+    async with engine_of(checkpoint, **config) as engine:
+        generations = [engine.submit(ask(prompt, COUNT)) for prompt in prompts]
+        got = await asyncio.gather(*(collect(g) for g in generations))
+        preempted = engine._metrics.registry.get_sample_value(
+            "sllm_preemptions_total", {"model": "m"}
+        )
+    assert [tokens for _, tokens, _, _ in got] == [reference(model, p, COUNT) for p in prompts]
+    assert [finish for *_, finish in got] == ["length"] * len(prompts)
+    assert preempted
+
+
+def test_every_architecture_that_we_serve_is_compared():
+    compared = {type(make_model(family)).__name__ for family in SERVED}
+    assert compared == set(SUPPORTED)
+
+
+@pytest.mark.parametrize("family", SERVED)
+def test_kv_memory_is_known_from_the_config(tmp_path, family):
+    from sllm_node.engine.kv import bytes_per_token, token_bytes_from_config
+    from sllm_node.engine.skeleton import build_skeleton
+
+    path = make_checkpoint(tmp_path, "m", family).path
+    model = build_skeleton(path)
+    expected = bytes_per_token(layer_shapes(model), model.dtype)
+    assert token_bytes_from_config(read_config(path)) == expected
