@@ -406,6 +406,15 @@ def test_a_full_queue_refuses_with_the_expected_wait():
     assert error.retry_after_s == 3.0 + 4.0 + 10.0  # b's load, its own, a session's end
 
 
+def test_the_expected_wait_where_there_is_room_is_that_of_the_loads():
+    board = Board(capacity=12, max_queue=1)
+    board.serve(A)
+    board.request(B, load_s=3.0)
+    error = refused(board.request(C, load_s=4.0))[3]
+    assert isinstance(error, NodeFullError)
+    assert error.retry_after_s == 3.0 + 4.0
+
+
 def test_a_full_queue_does_not_keep_out_those_who_need_not_wait():
     board = Board(max_queue=1)
     board.serve(A)
