@@ -10,14 +10,14 @@ import typer
 
 from sllm_node.cli.output import print_json, print_table, say, tell
 from sllm_node.core.config import StoreConfig
-from sllm_node.core.errors import SllmError
+from sllm_node.core.errors import StoreFolderError
 from sllm_node.core.types import ModelId
 from sllm_node.core.units import MIB, format_size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sllm_node.checkpoint.catalog import Catalog
+    from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 
 StoreFolder = Annotated[
     Path,
@@ -87,7 +87,7 @@ def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = Fa
     if as_json:
         print_json({"checkpoints": found, "problems": problems})
         return
-    rows = [
+    rows: list[tuple[str, ...]] = [
         (d["name"], d["architecture"], d["dtype"], f"{d['parameters'] / 1e6:,.0f} M", format_size(d["bytes"]))
         for d in found
     ]  # fmt: skip
@@ -123,7 +123,11 @@ def inspect(
 def _shown(key: str, value: object) -> str:
     if isinstance(value, dict):
         return "\n".join(f"{k}: {_shown(key, v)}" for k, v in value.items())
-    if isinstance(value, int) and not isinstance(value, bool) and key.startswith(("bytes", "chunk")):
+    if (
+        isinstance(value, int)
+        and not isinstance(value, bool)
+        and key.startswith(("bytes", "chunk"))
+    ):
         return f"{format_size(value)} ({value:,})"
     return f"{value:,}" if isinstance(value, int) else str(value)
 
@@ -132,7 +136,7 @@ def verify(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = 
     """Read every byte again; exit status 1 and the place of each damaged chunk if one is wrong."""
     from sllm_node.checkpoint.verify import verify as run
 
-    checkpoint = _catalog(store).get(ModelId(name))
+    checkpoint = _open_damaged(store, name)
     with _progress(f"verifying {name}") as advance:
         damages = run(checkpoint, progress=advance)
     if as_json:
@@ -165,24 +169,24 @@ def remove(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = 
         say(f"{name}: removed from {store}")
 
 
+def _open_damaged(store: Path, name: str) -> "Checkpoint":
+    """Open a checkpoint whose shards may be missing or cut short: to find that is verify's work."""
+    from sllm_node.checkpoint.catalog import open_for_verify
+
+    catalog = _catalog(store)
+    if name in catalog.problems:
+        return open_for_verify(store / name)
+    return catalog.get(ModelId(name))
+
+
 def _catalog(store: Path) -> "Catalog":
     from sllm_node.checkpoint.catalog import Catalog
 
     if not store.is_dir():
-        raise StoreMissingError(store)
+        raise StoreFolderError(str(store), "is not there")
     catalog = Catalog(store)
     catalog.scan()
     return catalog
-
-
-class StoreMissingError(SllmError):
-    """The store folder named on the command line is not there."""
-
-    code = "store_missing"
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(f"there is no store folder {path}; name one with --store DIR")
-        self.path = path
 
 
 @contextmanager

@@ -41,9 +41,7 @@ def status(
         _show_status(report)
 
 
-def load(
-    model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None
-) -> None:
+def load(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
     """Bring a model onto the device and wait until it serves."""
     _act("load", model, (url, key, config))
 
@@ -65,9 +63,7 @@ def pin(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFil
     _act("pin", model, (url, key, config))
 
 
-def unpin(
-    model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None
-) -> None:
+def unpin(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
     """Let a pinned model be evicted again."""
     _act("unpin", model, (url, key, config))
 
@@ -136,15 +132,31 @@ async def _request(
 
 def _show_status(report: dict[str, Any]) -> None:
     node = report["node"]
-    say(f"node {node['id']}  version {node['version']}  {node['state']}  up {node['uptime_s']:.0f} s")
+    say(
+        f"node {node['id']}  version {node['version']}  {node['state']}  up {node['uptime_s']:.0f} s"
+    )
     rows = [_model_row(model) for model in report["models"]]
     print_table(
-        ("model", "state", "tier", ">size", ">on device", ">in DRAM", ">running", ">waiting", "notes"),
+        (
+            "model",
+            "state",
+            "tier",
+            ">size",
+            ">on device",
+            ">in DRAM",
+            ">running",
+            ">waiting",
+            "notes",
+        ),
         rows,
     )
     device, pool = report["device"], report["pool"]
-    say(f"device {device['name']}: {format_size(device['used'])} of {format_size(device['total'])} used")
-    say(f"pinned pool: {pool['used']} of {pool['chunks']} chunks of {format_size(pool['chunk_bytes'])}")
+    say(
+        f"device {device['name']}: {format_size(device['used'])} of {format_size(device['total'])} used"
+    )
+    say(
+        f"pinned pool: {pool['used']} of {pool['chunks']} chunks of {format_size(pool['chunk_bytes'])}"
+    )
     for tier, rate in report.get("bandwidth", {}).items():
         if rate:
             say(f"loads from {tier}: {format_rate(rate)} observed")
@@ -152,7 +164,14 @@ def _show_status(report: dict[str, Any]) -> None:
         print_table(
             ("session", "model", "state", ">prompt", ">generated", ">age s"),
             [
-                (s["session"], s["model"], s["state"], str(s["prompt_tokens"]), str(s["generated_tokens"]), f"{s['age_s']:.1f}")
+                (
+                    s["session"],
+                    s["model"],
+                    s["state"],
+                    str(s["prompt_tokens"]),
+                    str(s["generated_tokens"]),
+                    f"{s['age_s']:.1f}",
+                )
                 for s in report["sessions"]
             ],
         )

@@ -45,9 +45,7 @@ class PromptTooLongError(InvalidRequestError):
 
     code = "context_length_exceeded"
 
-    def __init__(
-        self, tokens: int, limit: int, reason: str, *, param: str = "max_tokens"
-    ) -> None:
+    def __init__(self, tokens: int, limit: int, reason: str, *, param: str = "max_tokens") -> None:
         super().__init__(
             f"the request needs {tokens} tokens but {reason} allows {limit}; "
             "shorten the prompt or lower max_tokens",
@@ -181,7 +179,9 @@ class InternalError(SllmError):
     code = "internal_error"
 
     def __init__(self, request_id: str) -> None:
-        super().__init__(f"the node failed on this request; its log has the reason under {request_id}")
+        super().__init__(
+            f"the node failed on this request; its log has the reason under {request_id}"
+        )
 
 
 # --- checkpoints --------------------------------------------------------------------------------
@@ -424,3 +424,14 @@ class ListenError(SllmError):
         super().__init__(f"can't listen on {host}:{port}: {problem}; see server.host, server.port")
         self.host = host
         self.port = port
+
+
+class StoreFolderError(SllmError):
+    """The store folder can't be read or made."""
+
+    fault = Fault.CALLER
+    code = "store_folder"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"the store folder {path}: {problem}; see store.path, or --store")
+        self.path = path

@@ -73,11 +73,15 @@ class NodeProcess:
         ended = os.pidfd_open(self.process.pid)
         try:
             while True:
-                readable, _, _ = select.select([self._socket, ended], [], [], START_LIMIT_S)
-                assert self._socket in readable, f"the node did not start:\n{self.tail()}"
+                readable, _, _ = select.select(
+                    [self._socket.fileno(), ended], [], [], START_LIMIT_S
+                )
+                assert self._socket.fileno() in readable, f"the node did not start:\n{self.tail()}"
                 self.messages.append(self._socket.recv(4096).decode())
                 if "READY=1" in self.messages[-1]:
-                    return re.search(r"http://[^\s,]+", self.messages[-1])[0]
+                    found = re.search(r"http://[^\s,]+", self.messages[-1])
+                    assert found is not None
+                    return found[0]
         finally:
             os.close(ended)
 

@@ -1,0 +1,211 @@
+"""One node: what it is made of, in which order it starts, and how it drains.
+
+Start: device, store (takes the pinned pool), service, server; then preloads, beside serving.
+Stop: no new requests, running sessions finish within `node.drain_s`, then everything is closed in
+the reverse order. A second signal ends the wait. The exit status after a drain is 0, also when
+sessions had to be ended.
+"""
+
+import asyncio
+import logging
+import signal
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import uvloop
+
+from sllm_node import __version__
+from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.core import log as logs
+from sllm_node.core.clock import Clock, MonotonicClock
+from sllm_node.core.config import Config
+from sllm_node.core.errors import StoreFolderError
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import Tier
+from sllm_node.core.units import format_size
+from sllm_node.device.cpu import CpuDevice
+from sllm_node.engine.engines import Engines
+from sllm_node.node.monitor import Monitor
+from sllm_node.node.systemd import Notifier
+from sllm_node.schedule.driver import Service
+from sllm_node.server.app import Edge, Server
+from sllm_node.store.store import Store
+
+log = logging.getLogger(__name__)
+
+STOP_SLACK_S = 15.0
+"""Seconds beyond the drain limit that systemd is asked for, to close what is open."""
+
+
+class Node:
+    """The parts of one node. `start`, then `stop` once."""
+
+    def __init__(self, config: Config, notifier: Notifier, clock: Clock) -> None:
+        self._config = config
+        self._notifier = notifier
+        self._clock = clock
+        self._started = clock.now()
+        self._metrics = Metrics()
+        self._catalog = Catalog(Path(config.store.path))
+        self._device = CpuDevice(config.device.memory_bytes, config.device.name)
+        self._store = Store(self._catalog, self._device, config.store, clock, self._metrics)
+        self._engines = Engines(self._device, config.engine, clock, self._metrics)
+        self._closing = AsyncExitStack()
+        self._service: Service[Any]
+        self.url = ""
+
+    async def start(self) -> None:
+        """Take memory, listen, tell systemd.
+
+        Raises:
+            SllmError: the store folder, the pool or the address can't be had.
+        """
+        self._open_store_folder()
+        self._closing.callback(self._device.close)
+        self._closing.callback(self._engines.close)
+        await self._store.start()
+        self._closing.push_async_callback(self._store.close)
+        self._service = Service(
+            self._config, self._catalog, self._store, self._engines, self._clock, self._metrics
+        )
+        self._closing.push_async_callback(self._service.close)
+        server = Server(
+            Edge(
+                service=self._service,
+                config=self._config.server,
+                clock=self._clock,
+                metrics=self._metrics,
+                stalled=self._engines.stalled,
+                overview=self._overview,
+            )
+        )
+        self.url = await server.start()
+        self._closing.push_async_callback(server.close)
+        self._watch()
+        self._metrics.ready.set(1)
+        self._notifier.ready(f"{self.url}, {self._describe()}")
+        log.info("serving", extra={"url": self.url, **self._sizes()})
+        self._service.preload()
+
+    async def stop(self, hurry: asyncio.Event) -> None:
+        """Drain within the limit, or until `hurry` is set; then close everything."""
+        limit_s = self._config.node.drain_s
+        self._metrics.ready.set(0)
+        self._notifier.stopping("draining", limit_s + STOP_SLACK_S)
+        self._service.drain()
+        hurrying = asyncio.create_task(hurry.wait())
+        draining = asyncio.create_task(self._service.drained(limit_s))
+        hurrying.add_done_callback(lambda _: draining.cancel())
+        try:
+            ended = await draining
+        except asyncio.CancelledError:
+            ended = 0  # told to hurry: closing the service ends the sessions
+        hurrying.cancel()
+        log.info("drained", extra={"sessions_ended": ended})
+        await self._closing.aclose()
+        log.info("stopped")
+
+    async def close(self) -> None:
+        """Close what a start that failed has opened."""
+        await self._closing.aclose()
+
+    def _open_store_folder(self) -> None:
+        folder = Path(self._config.store.path)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._catalog.scan()
+        except OSError as error:
+            raise StoreFolderError(str(folder), error.strerror or str(error)) from error
+        for name, problem in self._catalog.problems.items():
+            log.warning("checkpoint not usable", extra={"model": name, "problem": str(problem)})
+
+    def _watch(self) -> None:
+        monitor = Monitor(
+            self._clock, self._metrics, self._notifier, self._engines.stalled, self._describe
+        )
+        task = asyncio.create_task(monitor.run(), name="monitor")
+
+        async def end() -> None:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+        self._closing.push_async_callback(end)
+
+    # --- what is shown ------------------------------------------------------------------------
+
+    def _describe(self) -> str:
+        """Return one line for `systemctl status`."""
+        health = self._service.health()
+        state = "draining" if self._service.is_draining else "serving"
+        used, total = self._device.memory_used, self._device.memory_total
+        return (
+            f"{state} {len(self._catalog.models())} models, {health['running']} sessions run, "
+            f"{health['waiting']} wait, device {format_size(used)} of {format_size(total)}"
+        )
+
+    def _overview(self) -> dict[str, Any]:
+        """Return the node's own part of /admin/status."""
+        store, device = self._store, self._device
+        bandwidth = {t.value: store.bandwidth(t) for t in (Tier.NVME, Tier.DRAM)}
+        return {
+            "node": {
+                "id": self._config.node.id,
+                "version": __version__,
+                "state": "draining" if self._service.is_draining else "serving",
+                "uptime_s": self._clock.now() - self._started,
+            },
+            "device": {
+                "name": device.name,
+                "used": device.memory_used,
+                "total": device.memory_total,
+            },
+            "pool": {
+                "chunks": store.pool_chunks,
+                "used": store.pool_chunks_used,
+                "chunk_bytes": self._config.store.chunk_bytes,
+            },
+            "bandwidth": bandwidth,
+        }
+
+    def _sizes(self) -> dict[str, Any]:
+        return {
+            "node": self._config.node.id,
+            "version": __version__,
+            "models": len(self._catalog.models()),
+            "device": self._device.name,
+            "device_bytes": self._device.memory_total,
+            "pool_bytes": self._store.pool_chunks * self._config.store.chunk_bytes,
+        }
+
+
+async def _serve(config: Config) -> None:
+    loop = asyncio.get_running_loop()
+    stop, hurry = asyncio.Event(), asyncio.Event()
+
+    def on_signal() -> None:
+        if stop.is_set():
+            hurry.set()
+        stop.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    node = Node(config, Notifier(), MonotonicClock())
+    try:
+        await node.start()
+    except BaseException:
+        await node.close()
+        raise
+    await stop.wait()
+    await node.stop(hurry)
+
+
+def run(config: Config) -> None:
+    """Serve until SIGTERM or SIGINT; the caller's thread becomes the event loop's.
+
+    Raises:
+        SllmError: the node can't start.
+    """
+    logs.configure(config.log.level, config.log.format)
+    uvloop.run(_serve(config))

@@ -1,0 +1,46 @@
+import json
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+from sllm_node import __version__
+from sllm_node.cli.main import app, main
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_the_version_is_told():
+    assert run("--version").stdout == f"{__version__}\n"
+
+
+def test_a_good_config_has_no_problems(tmp_path):
+    file = tmp_path / "node.toml"
+    file.write_text("")
+    assert run("check-config", str(file)).stdout == f"{file}: no problems\n"
+    assert json.loads(run("check-config", str(file), "--json").stdout)["problems"] == []
+
+
+def test_all_problems_of_a_config_are_told_at_once(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "node.toml"
+    file.write_text("[node]\nx = 1\n[store]\ny = 2\n")
+    monkeypatch.setattr(sys, "argv", ["sllm-node", "check-config", str(file)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    told = capsys.readouterr().err
+    assert "2 problems" in told
+    assert "node.x" in told
+    assert "store.y" in told
+    as_json = run("check-config", str(file), "--json")
+    assert (as_json.exit_code, len(json.loads(as_json.stdout)["problems"])) == (1, 2)
+
+
+def test_the_schema_is_json():
+    assert "$defs" in json.loads(run("check-config", "--schema").stdout)
+
+
+def test_a_file_must_be_named():
+    assert run("check-config").exit_code == 1

@@ -1,0 +1,142 @@
+"""Commands to a running node, against a canned one on loopback."""
+
+import asyncio
+import json
+import threading
+
+import pytest
+from aiohttp import web
+from typer.testing import CliRunner
+
+from sllm_node.cli.main import app
+
+REPORT = {
+    "node": {"id": "n1", "version": "0.1.0", "state": "serving", "uptime_s": 12.0},
+    "models": [
+        {
+            "id": "alpha", "state": "loading", "tier": "nvme", "bytes": 4096, "pinned": True,
+            "bytes_by_tier": {"device": 0, "dram": 1024}, "running": 0, "waiting": 2,
+            "keep_alive_until_s": 30.0,
+            "progress": {"bytes_done": 1024, "bytes_total": 4096, "eta_s": 1.5},
+        }
+    ],
+    "device": {"name": "cpu", "used": 1 << 20, "total": 1 << 30},
+    "pool": {"used": 1, "chunks": 4, "chunk_bytes": 1 << 20},
+    "bandwidth": {"nvme": 1.5e9, "dram": None},
+    "sessions": [
+        {
+            "session": "r-1-0", "model": "alpha", "state": "waiting", "prompt_tokens": 7,
+            "generated_tokens": 0, "age_s": 0.5,
+        }
+    ],
+}  # fmt: skip
+
+
+class CannedNode:
+    """Answers every request with what it was given and remembers what came."""
+
+    def __init__(self):
+        self.seen = []
+        self.answer = (200, {})
+
+    async def handle(self, request):
+        body = await request.text()
+        self.seen.append((request.method, request.path, request.headers.get("Authorization"), body))
+        status, value = self.answer
+        return web.json_response(value, status=status)
+
+
+@pytest.fixture
+def node():
+    canned = CannedNode()
+    loop = asyncio.new_event_loop()
+    application = web.Application()
+    application.router.add_route("*", "/{tail:.*}", canned.handle)
+    runner = web.AppRunner(application)
+    loop.run_until_complete(runner.setup())
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    loop.run_until_complete(site.start())
+    canned.port = runner.addresses[0][1]
+    canned.url = f"http://127.0.0.1:{canned.port}"
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield canned
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, arguments)
+
+
+def test_status_shows_models_device_pool_and_sessions(node):
+    node.answer = (200, REPORT)
+    shown = run("status", "--url", node.url).stdout
+    for part in (
+        "n1",
+        "alpha",
+        "loading",
+        "pinned, 25 %, 1.5 s left",
+        "1 of 4 chunks",
+        "1.50 GB/s",
+        "r-1-0",
+    ):
+        assert part in shown
+
+
+def test_status_as_json_is_the_report(node):
+    node.answer = (200, REPORT)
+    assert json.loads(run("status", "--url", node.url, "--json").stdout) == REPORT
+
+
+@pytest.mark.parametrize("verb", ["load", "unload", "pin", "unpin"])
+def test_acts_on_a_model_are_posted_and_its_state_told(node, verb):
+    node.answer = (200, {"state": "ready"})
+    done = run(verb, "a/b", "--url", node.url, "--key", "k")
+    assert done.stdout == "a/b: ready\n"
+    method, path, key, _ = node.seen[0]
+    assert (method, path, key) == ("POST", f"/admin/models/a/b/{verb}", "Bearer k")
+
+
+def test_force_is_passed_on(node):
+    run("unload", "m", "--force", "--url", node.url)
+    assert json.loads(node.seen[0][3]) == {"force": True}
+
+
+def test_cancel_and_drain(node):
+    node.answer = (200, {"cancelled": 2})
+    assert "2 sessions" in run("cancel", "r-1", "--url", node.url).stdout
+    assert run("drain", "--url", node.url).stdout == "draining\n"
+
+
+def test_address_and_key_can_come_from_the_nodes_config(node, tmp_path):
+    config = tmp_path / "node.toml"
+    config.write_text(f'[server]\nport = {node.port}\napi_keys = ["a"]\nadmin_keys = ["b"]\n')
+    run("drain", "--config", str(config))
+    assert node.seen[0][2] == "Bearer b"
+
+
+def test_the_nodes_own_error_is_what_the_operator_reads(node):
+    node.answer = (404, {"error": {"message": "there is no model named 'x' here"}})
+    done = run("load", "x", "--url", node.url)
+    assert done.exit_code == 1
+    assert done.stderr == "sllm-node: there is no model named 'x' here\n"
+
+
+def test_something_else_that_answers_is_no_node(node):
+    node.answer = (200, "hello")
+    done = run("drain", "--url", node.url)
+    assert (done.exit_code, "no sllm_node" in done.stderr) == (1, True)
+
+
+def test_a_node_that_is_not_there_is_one_sentence():
+    done = run("status", "--url", "http://127.0.0.1:1")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("sllm-node: no node answers at http://127.0.0.1:1")
+
+
+def test_what_is_no_url_is_told():
+    done = run("status", "--url", "banana")
+    assert (done.exit_code, "no URL" in done.stderr) == (1, True)
