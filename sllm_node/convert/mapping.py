@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -26,6 +26,9 @@ from transformers.core_model_loading import (
 from sllm_node.convert.safetensors import few
 from sllm_node.convert.tensors import SourceTensor, load
 from sllm_node.core.errors import ConversionError
+
+_LEFTOVER: Final = re.compile(r"\.(attn|attention)\.masked_bias$")
+"""A constant that GPT-2 and its kin once stored; transformers ignores it with a warning."""
 
 
 @dataclass(slots=True)
@@ -111,7 +114,7 @@ def _not_ignorable(model: Any, unexpected: set[str]) -> list[str]:
     """Return what of `unexpected` transformers does not declare to be leftovers."""
     info = SimpleNamespace(missing_keys=set(), unexpected_keys=set(unexpected))
     model._adjust_missing_and_unexpected_keys(info)  # noqa: SLF001 - the rules have no other door
-    return sorted(info.unexpected_keys)
+    return sorted(name for name in info.unexpected_keys if not _LEFTOVER.search(name))
 
 
 def kept_in_fp32(model: Any, dtype: torch.dtype) -> re.Pattern[str] | None:

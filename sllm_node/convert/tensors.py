@@ -21,6 +21,9 @@ STORED_DTYPES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 COMPUTE_DTYPES: Final = frozenset({"F16", "BF16", "F32", "F64"})
 """What a forward pass can run in."""
 
+_CAST_TARGETS: Final = FLOAT_DTYPES - {"F8_E8M0"}
+"""Every float dtype but the one for scales, which has no sign."""
+
 
 class SourceTensor(Protocol):
     """A tensor that a source offers."""
@@ -79,8 +82,8 @@ def dtype_named(name: str) -> str:
         ConversionError: there is no such float dtype.
     """
     short = {"bf16": "BF16", "fp16": "F16", "half": "F16", "fp32": "F32", "float": "F32"}
-    names = {str(TORCH_DTYPES[stored]).removeprefix("torch."): stored for stored in FLOAT_DTYPES}
-    found = {**short, **names, **{s.lower(): s for s in FLOAT_DTYPES}}.get(name.lower())
+    names = {str(TORCH_DTYPES[stored]).removeprefix("torch."): stored for stored in _CAST_TARGETS}
+    found = {**short, **names, **{s.lower(): s for s in _CAST_TARGETS}}.get(name.lower())
     if found is None:
         raise ConversionError(f"dtype {name!r}", f"is none of {', '.join(sorted(names))}")
     return found
@@ -108,9 +111,17 @@ def cast_slice(view: memoryview, dtype: str, wanted: str, name: str) -> memoryvi
         return view
     before = torch.frombuffer(view, dtype=TORCH_DTYPES[dtype])
     after = before.to(TORCH_DTYPES[wanted])
-    if bool((_is_finite(before) & ~_is_finite(after)).any()):
+    if bool(_is_lost(before, after).any()):
         raise ConversionError(f"tensor {name}", f"has numbers too large for {wanted}")
     return as_bytes(after)
+
+
+def _is_lost(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Tell where a finite number became infinite, or the nearest that 8 bits can say."""
+    lost = _is_finite(before) & ~_is_finite(after)
+    if after.element_size() == 1:
+        lost |= before.float().abs() > torch.finfo(after.dtype).max
+    return lost
 
 
 def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
