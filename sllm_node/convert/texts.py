@@ -10,7 +10,7 @@ from typing import Any, Final
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
 from sllm_node.convert.tensors import TORCH_DTYPES
-from sllm_node.core.errors import ConversionError, UnsupportedArchitectureError
+from sllm_node.core.errors import ConversionError, SllmError, UnsupportedArchitectureError
 from sllm_node.engine.skeleton import SUPPORTED
 
 CONFIG_FILE: Final = "config.json"
@@ -25,10 +25,6 @@ _NOT_KEPT: Final = ("auto_map", "torch_dtype", "_name_or_path")
 """Code of the source's own, a name of old, and where it lay once."""
 _CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 _CONTEXT_DEFAULT: Final = 2048
-_LIBRARY_ERRORS: Final = (
-    OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, ImportError,
-)  # fmt: skip
-"""What transformers and tokenizers raise on files they don't like."""
 
 
 def copy_texts(source: Path, folder: Path, origin: str) -> None:
@@ -75,10 +71,15 @@ def context_tokens(config: Any) -> int:
 
 @contextmanager
 def library_errors_named(origin: str, what: str) -> Iterator[None]:
-    """Turn what transformers raises inside into a ConversionError that says `what` failed."""
+    """Turn what transformers raises inside into a ConversionError that says `what` failed.
+
+    Anything: its tokenizers raise plain `Exception`, its configs errors of other packages.
+    """
     try:
         yield
-    except _LIBRARY_ERRORS as error:
+    except SllmError:
+        raise
+    except Exception as error:
         raise ConversionError(origin, f"{what}: {error}") from error
 
 

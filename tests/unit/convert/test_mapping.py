@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import Chunk, Transpose, WeightConverter
 
+from sllm_node.checkpoint.layout import TensorSpec
 from sllm_node.convert.convert import ConvertOptions, convert
-from sllm_node.convert.mapping import GroupRunner, group_sources, kept_in_fp32
-from sllm_node.convert.plan import plan_tensors, tensor_bytes
+from sllm_node.convert.mapping import Group, GroupRunner, group_sources, kept_in_fp32
+from sllm_node.convert.plan import PlannedTensor, plan_tensors, tensor_bytes
 from sllm_node.convert.safetensors import open_weights
 from sllm_node.convert.sources import FolderSource
 from sllm_node.convert.tensors import TORCH_DTYPES, MemoryTensor
@@ -234,7 +236,7 @@ def test_a_conversion_from_one_tensor_to_several_runs_once(tmp_path):
             Counted.reads += 1
             super().read_into(view)
 
-    from transformers.core_model_loading import Chunk, WeightConverter
+    from transformers.core_model_loading import WeightConverter
 
     from sllm_node.convert.mapping import Group
 
@@ -256,3 +258,15 @@ def test_a_sharded_source_gives_the_same_checkpoint_as_a_single_file(tmp_path):
     found = [convert(str(f), f.name, tmp_path / "store", options).index for f in (one, many)]
     assert found[0].shards == found[1].shards
     assert found[0].tensors == found[1].tensors
+
+
+@pytest.mark.parametrize(
+    ("shape", "problem"),
+    [((2, 4), r"came out with shape \(2, 3\)"), ((4, 3), r"with 6 elements, not \(4, 3\)")],
+)
+def test_a_conversion_that_gives_another_shape_than_the_models_is_refused(shape, problem):
+    converter = WeightConverter("a", "b", operations=[Transpose()])
+    group = Group("b", converter, {"a": [MemoryTensor("a", torch.ones(3, 2))]})
+    planned = PlannedTensor(TensorSpec("b", "F32", shape), "F32", group)
+    with pytest.raises(ConversionError, match=problem):
+        list(tensor_bytes(planned, GroupRunner(make_model("llama"))))

@@ -1,0 +1,221 @@
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.verify import verify
+from sllm_node.convert.convert import ConvertOptions, Surroundings, convert
+from sllm_node.convert.tensors import as_bytes
+from sllm_node.core.clock import ManualClock
+from sllm_node.core.errors import ConversionError, StoreFullError, UnsupportedArchitectureError
+from tests.models import make_checkpoint, make_source
+from tests.unit.checkpoint.raw import FullDisk, ShortWrites
+
+ROOT = Path(__file__).parents[3]
+SMALL = ConvertOptions(chunk_bytes=4096, shard_bytes=64 * 1024)
+
+
+@pytest.fixture
+def source(tmp_path):
+    return make_source(tmp_path / "source")
+
+
+@pytest.fixture
+def store(tmp_path):
+    return tmp_path / "store"
+
+
+def names_in(store):
+    return sorted(path.name for path in store.iterdir()) if store.is_dir() else []
+
+
+def test_a_checkpoint_is_whole_and_in_the_order_of_the_forward_pass(source, store):
+    checkpoint = convert(str(source), "m", store, SMALL)
+    names = [entry.name for entry in checkpoint.index.tensors]
+    assert verify(checkpoint) == []
+    assert len(checkpoint.index.shards) > 1
+    assert names[0] == "model.embed_tokens.weight"
+    assert names[-2:] == ["model.norm.weight", "lm_head.weight"]
+    first, second = (i for i, name in enumerate(names) if "down_proj" in name)
+    assert all("layers.0" in name for name in names[1 : first + 1])
+    assert all("layers.1" in name for name in names[first + 1 : second + 1])
+
+
+def test_the_index_says_what_was_converted(source, store):
+    checkpoint = convert(
+        str(source), "m", store, SMALL, surroundings=Surroundings(clock=ManualClock(1234.5))
+    )
+    index = checkpoint.index
+    assert (index.model, index.architecture, index.dtype) == ("m", "LlamaForCausalLM", "F32")
+    assert (index.context_tokens, index.created, index.chunk_bytes) == (512, 1234, 4096)
+
+
+@pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", "BF16"), ("float16", "F16")])
+def test_a_cast_model_is_what_from_pretrained_loads_in_that_dtype(source, store, dtype, stored):
+    checkpoint = convert(str(source), "m", store, ConvertOptions(dtype))
+    assert {entry.dtype for entry in checkpoint.index.tensors} == {stored}
+    config = json.loads((checkpoint.path / "config.json").read_text())
+    assert config["dtype"] == dtype
+    wanted = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).state_dict()
+    shard = (checkpoint.path / "shard-00000.bin").read_bytes()
+    for entry in checkpoint.index.tensors:
+        assert shard[entry.offset : entry.offset + entry.size] == bytes(
+            as_bytes(wanted[entry.name])
+        )
+
+
+def test_a_config_that_names_another_dtype_is_put_right(source, store):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "dtype": "bfloat16"}))
+    checkpoint = convert(str(source), "m", store)
+    assert {entry.dtype for entry in checkpoint.index.tensors} == {"F32"}
+    assert json.loads((checkpoint.path / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_progress_reaches_the_end_and_names_each_tensor(source, store):
+    seen = []
+    checkpoint = convert(str(source), "m", store, SMALL, progress=seen.append)
+    total = sum(entry.size for entry in checkpoint.index.tensors)
+    assert (seen[-1].bytes_done, {p.bytes_total for p in seen}) == (total, {total})
+    assert [p.tensor for p in seen] == [entry.name for entry in checkpoint.index.tensors]
+
+
+def test_a_system_that_takes_few_bytes_a_call_gives_the_same_checkpoint(source, store):
+    short = Surroundings(files=ShortWrites(1000))
+    one = convert(str(source), "one", store, SMALL, surroundings=short)
+    other = convert(str(source), "other", store, SMALL)
+    assert one.index.shards == other.index.shards
+
+
+@pytest.mark.parametrize("name", ["../m", ".m", "", "a/b", "x" * 97])
+def test_a_name_that_is_no_plain_folder_name_is_refused(source, store, name):
+    with pytest.raises(ConversionError, match="is not allowed"):
+        convert(str(source), name, store)
+    assert names_in(store) == []
+
+
+def test_a_name_that_is_taken_is_refused_with_what_to_do(source, store):
+    before = convert(str(source), "m", store)
+    with pytest.raises(ConversionError, match=r"sllm-node rm m.*--force"):
+        convert(str(source), "m", store)
+    assert Catalog(store).get(before.model) == before
+
+
+def test_force_replaces_a_checkpoint(source, store):
+    convert(str(source), "m", store)
+    after = convert(str(source), "m", store, ConvertOptions("bfloat16", force=True))
+    assert after.index.dtype == "BF16"
+    assert names_in(store) == ["m"]
+
+
+def test_a_failed_replacement_leaves_the_old_checkpoint(source, store, tmp_path):
+    before = convert(str(source), "m", store)
+    (source / "tokenizer.json").write_text("")
+    with pytest.raises(ConversionError):
+        convert(str(source), "m", store, ConvertOptions(force=True))
+    assert Catalog(store).get(before.model) == before
+    assert names_in(store) == ["m"]
+
+
+@pytest.mark.parametrize("field", ["chunk_bytes", "shard_bytes"])
+@pytest.mark.parametrize("size", [0, 5000])
+def test_sizes_that_are_no_pages_are_refused(source, store, field, size):
+    with pytest.raises(ConversionError, match="is not a multiple of 4096"):
+        convert(str(source), "m", store, ConvertOptions(**{field: size}))
+
+
+def test_a_dtype_that_is_none_is_refused(source, store):
+    with pytest.raises(ConversionError, match="dtype 'int4': is none of"):
+        convert(str(source), "m", store, ConvertOptions("int4"))
+
+
+@pytest.mark.parametrize(
+    ("family", "name"), [("bloom", "BloomForCausalLM"), ("falcon", "FalconForCausalLM")]
+)
+def test_a_model_that_can_not_be_served_is_refused_by_name(tmp_path, store, family, name):
+    source = make_source(tmp_path, family)
+    with pytest.raises(UnsupportedArchitectureError) as caught:
+        convert(str(source), "m", store)
+    assert (caught.value.architecture, caught.value.source) == (name, str(source))
+    assert names_in(store) == []
+
+
+def test_an_encoder_decoder_is_refused_by_name(source, store):
+    config = {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedArchitectureError, match="T5ForConditionalGeneration"):
+        convert(str(source), "m", store)
+
+
+def test_a_config_no_model_can_be_built_from_is_refused(source, store):
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "hidden_act": "none-such"}))
+    with pytest.raises(ConversionError, match="no model can be built from its config"):
+        convert(str(source), "m", store)
+
+
+def test_a_conversion_that_fails_halfway_leaves_nothing(source, store):
+    stored = load_file(source / "model.safetensors")
+    stored["lm_head.weight"][0, 0] = 1e10
+    save_file(stored, source / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"lm_head.weight: has numbers too large for F16"):
+        convert(str(source), "m", store, ConvertOptions("float16"))
+    assert names_in(store) == []
+
+
+def test_a_disk_that_fills_up_says_how_much_is_needed_and_leaves_nothing(source, store):
+    size = convert(str(source), "m", store, SMALL).index.size
+    full = Surroundings(files=FullDisk(100_000, claimed=size))
+    with pytest.raises(StoreFullError) as caught:
+        convert(str(source), "other", store, SMALL, surroundings=full)
+    assert caught.value.needed == size
+    assert names_in(store) == ["m"]
+
+
+def test_a_disk_known_to_be_too_small_is_refused_before_writing(source, store):
+    small = Surroundings(files=FullDisk(0, claimed=100_000))
+    with pytest.raises(StoreFullError) as caught:
+        convert(str(source), "m", store, SMALL, surroundings=small)
+    assert caught.value.free == 100_000
+    assert names_in(store) == []
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from sllm_node.convert.convert import ConvertOptions, Surroundings, convert
+from tests.unit.checkpoint.raw import CountedFiles
+
+def at(count):
+    if count == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+convert(sys.argv[1], "m", Path(sys.argv[2]), ConvertOptions(chunk_bytes=4096, shard_bytes=65536),
+        surroundings=Surroundings(files=CountedFiles(at)))
+"""
+
+
+def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_the_next_one_sweeps(source, store):
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, str(source), str(store), "30"], check=False, cwd=ROOT
+    )
+    assert done.returncode == -signal.SIGKILL
+    assert [name[:7] for name in names_in(store)] == [".tmp-m-"]
+    catalog = Catalog(store)
+    catalog.scan()
+    assert (catalog.models(), catalog.problems) == ((), {})
+    convert(str(source), "m", store, SMALL)
+    assert names_in(store) == ["m"]
+
+
+def test_the_models_of_tests_come_in_several_shards_and_chunks(store):
+    index = make_checkpoint(store, "m", "qwen3").index
+    assert len(index.shards) > 1
+    assert max(len(shard.digests) for shard in index.shards) > 1
+    assert names_in(store) == ["m"]
