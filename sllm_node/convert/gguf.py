@@ -29,10 +29,10 @@ class GgufModel:
         config.architectures = [type(self.model).__name__]
         with library_errors_named(self.origin, "its config or tokenizer can't be used"):
             tokenizer = _load_tokenizer(self.path)
-            config.save_pretrained(folder)
             generation = self.model.generation_config
-            generation.eos_token_id = tokenizer.eos_token_id
-            generation.bos_token_id = tokenizer.bos_token_id
+            for kind in ("bos", "eos"):
+                _agree_on(kind, config, generation, tokenizer)
+            config.save_pretrained(folder)
             generation.save_pretrained(folder, GENERATION_FILE)
             tokenizer.save_pretrained(folder)
         check_tokenizer(folder, self.origin)
@@ -54,13 +54,13 @@ def load_gguf(path: Path, origin: str, dtype: str | None) -> GgufModel:
 
 
 def _load_model(path: Path, dtype: str) -> Any:
-    from transformers import AutoModelForCausalLM, GgufConfig
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(
-        str(path.parent),
-        gguf_file=path.name,
-        dtype=TORCH_DTYPES[dtype],
-        quantization_config=GgufConfig(dequantize=True),
+    # Releases without GgufConfig dequantise always.
+    config = getattr(transformers, "GgufConfig", None)
+    options = {} if config is None else {"quantization_config": config(dequantize=True)}
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent), gguf_file=path.name, dtype=TORCH_DTYPES[dtype], **options
     )
 
 
@@ -68,3 +68,18 @@ def _load_tokenizer(path: Path) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def _agree_on(kind: str, config: Any, generation: Any, tokenizer: Any) -> None:
+    """Let all three name one token as `bos` or `eos`: the file's, which the config has.
+
+    Some releases of transformers give the tokenizer the token of its class instead.
+    """
+    field = f"{kind}_token_id"
+    token = getattr(config, field, None)
+    if token is None:
+        token = getattr(tokenizer, field)
+    elif token != getattr(tokenizer, field):
+        setattr(tokenizer, f"{kind}_token", tokenizer.convert_ids_to_tokens(token))
+    setattr(config, field, token)
+    setattr(generation, field, token)

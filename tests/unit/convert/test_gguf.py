@@ -5,6 +5,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from sllm_node.convert.convert import ConvertOptions, convert
+from sllm_node.convert.gguf import _agree_on
 from sllm_node.convert.tensors import TORCH_DTYPES
 from sllm_node.core.errors import ConversionError
 from tests.models import CHAT_TEMPLATE
@@ -49,11 +50,34 @@ def test_config_tokenizer_and_template_come_out_of_a_gguf_file(tmp_path):
     text = "A text, ünd mehr."
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
     assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (316, 317)
     assert GenerationConfig.from_pretrained(checkpoint.path).eos_token_id == 317
     config = json.loads((checkpoint.path / "config.json").read_text())
     assert (config["architectures"], config["dtype"]) == (["LlamaForCausalLM"], "bfloat16")
     assert "quantization_config" not in config
     assert checkpoint.index.context_tokens == 512
+
+
+class Tokens:
+    """What a config, a generation config or a tokenizer knows of special tokens."""
+
+    def __init__(self, eos_token_id=None):
+        self.eos_token_id = eos_token_id
+        self.eos_token = ""
+
+    def convert_ids_to_tokens(self, token):
+        return f"<{token}>"
+
+
+@pytest.mark.parametrize(
+    ("in_config", "in_tokenizer", "wanted", "text"),
+    [(3, 4, 3, "<3>"), (None, 4, 4, ""), (4, 4, 4, "")],
+)
+def test_the_end_token_is_the_files_everywhere(in_config, in_tokenizer, wanted, text):
+    config, generation, tokenizer = Tokens(in_config), Tokens(9), Tokens(in_tokenizer)
+    _agree_on("eos", config, generation, tokenizer)
+    assert (config.eos_token_id, generation.eos_token_id) == (wanted, wanted)
+    assert tokenizer.eos_token == text
 
 
 def test_a_gguf_file_that_transformers_can_not_read_is_refused(tmp_path):
