@@ -71,8 +71,9 @@ class Engine:
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
         self._last_number = 0
+        self._broken: EngineError | None = None
         self._wake = asyncio.Event()
-        self._task = asyncio.create_task(self._run(), name=f"engine {parts.name}")
+        self._task = asyncio.create_task(self._live(), name=f"engine {parts.name}")
 
     # --- from outside -------------------------------------------------------------------------
 
@@ -100,6 +101,8 @@ class Engine:
             EngineError: the engine is closed.
         """
         parts = self._parts
+        if self._broken is not None:
+            raise self._broken
         if self._runner is None:
             raise EngineError(parts.name, "it is closed")
         check_request(request, parts.context_tokens, parts.codec.vocabulary_size)
@@ -137,6 +140,17 @@ class Engine:
         self._parts.buffer.close()
 
     # --- stepping -----------------------------------------------------------------------------
+
+    async def _live(self) -> None:
+        """Step until closed; a mistake of ours ends all sessions, and no later one hangs."""
+        try:
+            await self._run()
+        except Exception as error:
+            log.exception("engine failed", extra={"model": self._parts.name})
+            self._broken = EngineError(self._parts.name, f"{type(error).__name__}: {error}")
+            for generation in list(self._generations.values()):
+                generation.fail(self._broken)
+            self._generations.clear()
 
     async def _run(self) -> None:
         while (runner := self._runner) is not None:

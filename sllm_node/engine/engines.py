@@ -1,7 +1,9 @@
 """Makes engines: what the scheduler's driver asks for when a model comes onto the device."""
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +11,7 @@ from typing import Protocol
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
-from sllm_node.core.errors import CheckpointFormatError
+from sllm_node.core.errors import CheckpointFormatError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest
 from sllm_node.device.base import Device, DeviceBuffer
@@ -120,6 +122,12 @@ class Engines:
         )  # fmt: skip
         return Engine(parts, self._config, self._steps, self._clock, self._metrics)
 
+    async def warm(self, checkpoints: Sequence[Checkpoint]) -> None:
+        """Import what these models need before the first request: seconds, once per architecture."""
+        found = {checkpoint.index.architecture: checkpoint.path for checkpoint in checkpoints}
+        for path in found.values():
+            await self._steps.run(_import_for, path)
+
     def stalled(self) -> str | None:
         """Return why the engines don't move, or None."""
         busy_s = self._steps.busy_s()
@@ -139,6 +147,13 @@ class Engines:
 def _read_codec(directory: Path) -> tuple[TextCodec, int]:
 
     return load_codec(directory), token_bytes_from_config(read_config(directory))
+
+
+def _import_for(directory: Path) -> None:
+    """Import the model's and the tokenizer's modules; a checkpoint with problems tells them later."""
+    with suppress(SllmError, OSError, ValueError):
+        build_skeleton(directory)
+        load_codec(directory)
 
 
 def _build(directory: Path) -> Skeleton:

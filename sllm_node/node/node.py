@@ -20,7 +20,7 @@ from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.config import Config
-from sllm_node.core.errors import StoreFolderError
+from sllm_node.core.errors import SllmError, StoreFolderError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import Tier
 from sllm_node.core.units import format_size
@@ -70,6 +70,7 @@ class Node:
             self._config, self._catalog, self._store, self._engines, self._clock, self._metrics
         )
         self._closing.push_async_callback(self._service.close)
+        await self._warm()
         server = Server(
             Edge(
                 service=self._service,
@@ -119,6 +120,14 @@ class Node:
             raise StoreFolderError(str(folder), error.strerror or str(error)) from error
         for name, problem in self._catalog.problems.items():
             log.warning("checkpoint not usable", extra={"model": name, "problem": str(problem)})
+
+    async def _warm(self) -> None:
+        """Import what the models of the store need, so that no first request pays for it."""
+        checkpoints = []
+        for model in self._catalog.models():
+            with suppress(SllmError):  # gone since the scan
+                checkpoints.append(self._catalog.get(model))
+        await self._engines.warm(checkpoints)
 
     def _watch(self) -> None:
         monitor = Monitor(

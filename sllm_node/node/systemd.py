@@ -39,9 +39,10 @@ class Notifier:
         if not self._address:
             return
         address = "\0" + self._address[1:] if self._address.startswith("@") else self._address
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as out:
+        kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+        with socket.socket(socket.AF_UNIX, kind) as out:
             try:
                 out.connect(address)
-                out.sendall(message.encode())
+                out.send(message.encode())
             except OSError:
-                return  # a service manager that went away must not end the service
+                return  # a manager that went away, or reads too slowly, must not hold up the service

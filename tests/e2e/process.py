@@ -66,6 +66,7 @@ class NodeProcess:
         except BaseException:
             self.process.kill()
             self.process.wait()
+            self._socket.close()
             raise
         return self
 

@@ -37,6 +37,8 @@ class CannedNode:
 
     def __init__(self):
         self.seen = []
+        self.port = 0
+        self.url = ""
         self.answer = (200, {})
 
     async def handle(self, request):

@@ -36,7 +36,6 @@ async def engine_of(checkpoint, **config):
         codec = await engines.load_codec(checkpoint.path)
         skeleton = await engines.skeleton(checkpoint)
         engine = await engines.open(weights, skeleton, codec)
-        engine.codec, engine.made_by, engine.weights = codec, engines, weights
         try:
             yield engine
         finally:

@@ -4,10 +4,12 @@ import contextlib
 from sllm_node.core.clock import ManualClock
 from sllm_node.core.metrics import Metrics
 from sllm_node.node.monitor import Monitor
+from sllm_node.node.systemd import Notifier
 
 
-class RecordingNotifier:
+class RecordingNotifier(Notifier):
     def __init__(self, watchdog_s):
+        super().__init__({})
         self.watchdog_s = watchdog_s
         self.beats = 0
         self.lines = []

@@ -40,6 +40,13 @@ def test_a_manager_that_went_away_does_not_end_the_service(tmp_path):
     Notifier({"NOTIFY_SOCKET": str(tmp_path / "gone")}).ready("serving")
 
 
+def test_a_manager_that_does_not_read_holds_nobody_up(manager):
+    _, name = manager
+    notifier = Notifier({"NOTIFY_SOCKET": name})
+    for number in range(2000):  # more than any socket queues
+        notifier.status(f"status {number}")
+
+
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [

@@ -5,11 +5,6 @@ import pytest
 from scripts.bench import figures
 
 
-def test_readme_shows_the_recorded_figures_and_nothing_else():
-    text = figures.README.read_text(encoding="utf-8")
-    assert figures.readme_with_table(text) == text
-
-
 def test_every_recorded_figure_is_defined_and_complete():
     defined = figures.definitions()
     for name, figure in figures.measured().items():
