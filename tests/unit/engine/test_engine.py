@@ -1,0 +1,396 @@
+import asyncio
+import random
+import threading
+
+import pytest
+import torch
+
+from sllm_node.core.clock import ManualClock
+from sllm_node.core.config import ByteSize, EngineConfig
+from sllm_node.core.errors import (
+    CancelledByOperatorError,
+    CheckpointFormatError,
+    DeviceMemoryError,
+    EngineError,
+    InvalidRequestError,
+    PromptTooLongError,
+    UnsupportedArchitectureError,
+)
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import SamplingParameters
+from sllm_node.device.cpu import CpuDevice
+from sllm_node.engine.engines import Engines
+from sllm_node.engine.skeleton import build_skeleton, forward_order
+from sllm_node.engine.steps import StepThread
+from sllm_node.engine.weights import bind, unbind
+from tests.models import make_checkpoint, make_source
+from tests.unit.engine.rig import GREEDY, Weights, ask, collect, engine_of
+
+PROMPT = (20, 31, 45, 60, 72)
+SAMPLED = SamplingParameters(
+    temperature=0.9, top_p=0.95, top_k=50, repetition_penalty=1.2, presence_penalty=0.5,
+    frequency_penalty=0.3, seed=11,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return make_checkpoint(tmp_path_factory.mktemp("store"), "m")
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+async def test_a_session_resumed_from_its_tokens_goes_on_identically(checkpoint, sampling):
+    async with engine_of(checkpoint) as engine:
+        text, tokens, logprobs, finish = await collect(
+            engine.submit(ask(PROMPT, 20, sampling, logprobs=2))
+        )
+        shown = ""
+        generation = engine.submit(ask(PROMPT, 20, sampling))
+        per_token = []
+        async for chunk in generation:
+            per_token.append((len(chunk.tokens), chunk.text))
+        assert "".join(t for _, t in per_token) == text
+        for cut in random.Random(1).sample(range(1, 20), 6):
+            resumed = ask(PROMPT, 20, sampling, resumed=tokens[:cut], logprobs=2)
+            rest, more, logs, end = await collect(engine.submit(resumed))
+            assert tokens[:cut] + more == tokens
+            assert text.endswith(rest)
+            assert end == finish
+            assert [entry.token for entry in logs] == [e.token for e in logprobs[cut:]]
+        assert shown == ""
+
+
+async def test_what_is_sampled_does_not_depend_on_the_company(checkpoint):
+    async with engine_of(checkpoint, max_step_tokens=8, block_tokens=4) as engine:
+        alone = (await collect(engine.submit(ask(PROMPT, 16, SAMPLED))))[1]
+        numbers = random.Random(5)
+        crowd = [
+            ask([numbers.randrange(4, 300) for _ in range(numbers.randrange(1, 30))], 16)
+            for _ in range(12)
+        ]
+        crowd.insert(5, ask(PROMPT, 16, SAMPLED))
+        generations = [engine.submit(request) for request in crowd]
+        results = await asyncio.gather(*(collect(g) for g in generations))
+        assert results[5][1] == alone
+
+
+async def test_a_stop_string_ends_the_text_before_it(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        text, tokens, *_ = await collect(engine.submit(ask(PROMPT, 24, SAMPLED)))
+        middle = len(text) // 2
+        stop = text[middle : middle + 3]
+        generation = engine.submit(ask(PROMPT, 24, SAMPLED, stop=(stop,)))
+        chunks = [chunk async for chunk in generation]
+        assert "".join(chunk.text for chunk in chunks) == text[: text.index(stop)]
+        assert (chunks[-1].finish, chunks[-1].stop_text) == ("stop", stop)
+        assert len(generation.tokens) <= len(tokens)
+
+
+async def test_an_end_token_ends_the_text_unless_it_is_ignored(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        eos = next(iter(engine._parts.codec.eos_ids))
+        force = SamplingParameters(temperature=0.0, logit_bias=((eos, 100.0),))
+        text, tokens, _, finish = await collect(
+            engine.submit(ask(PROMPT, 5, force, ignore_eos=False))
+        )
+        assert (text, tokens, finish) == ("", (eos,), "stop")
+        _, tokens, _, finish = await collect(engine.submit(ask(PROMPT, 5, force)))
+        assert (tokens, finish) == ((eos,) * 5, "length")
+
+
+async def test_a_session_ends_at_the_models_context(tmp_path):
+    small = make_checkpoint(tmp_path, "m", max_position_embeddings=16)
+    async with engine_of(small) as engine:
+        _, tokens, _, finish = await collect(engine.submit(ask(PROMPT, 11)))
+        assert (len(tokens), finish) == (11, "length")
+        with pytest.raises(PromptTooLongError, match="the model's context allows 16"):
+            engine.submit(ask(PROMPT, 12))
+
+
+async def test_a_reader_that_lags_gets_its_tokens_joined(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        slow = engine.submit(ask(PROMPT, 16))
+        quick = engine.submit(ask(PROMPT, 16))
+        _, expected, _, _ = await collect(quick)
+        while not slow.is_ended:
+            await asyncio.sleep(0)
+        chunks = [chunk async for chunk in slow]
+        assert len(chunks) == 1
+        assert chunks[0].tokens == expected == slow.tokens
+
+
+@pytest.mark.parametrize(
+    ("request_", "error"),
+    [
+        (ask((), 4), InvalidRequestError),
+        (ask((5, 10_000), 4), InvalidRequestError),
+        (ask((5, -1), 4), InvalidRequestError),
+        (ask(PROMPT, 4, resumed=(1, 2, 3, 4)), InvalidRequestError),
+        (ask(PROMPT, 508), PromptTooLongError),
+    ],
+)
+async def test_a_wrong_request_is_refused_and_disturbs_nobody(checkpoint, request_, error):
+    async with engine_of(checkpoint) as engine:
+        running = engine.submit(ask(PROMPT, 12))
+        with pytest.raises(error):
+            engine.submit(request_)
+        assert len((await collect(running))[1]) == 12
+
+
+async def test_what_can_never_fit_the_kv_memory_is_refused(checkpoint):
+    async with engine_of(checkpoint, kv_cache_bytes=ByteSize(40 << 10)) as engine:
+        limit = engine._parts.blocks.capacity_tokens
+        assert limit < 512
+        with pytest.raises(PromptTooLongError, match="kv_cache_bytes"):
+            engine.submit(ask(PROMPT, limit))
+
+
+async def test_a_cancelled_session_gives_its_blocks_back_and_the_others_go_on(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        doomed, other = engine.submit(ask(PROMPT, 400)), engine.submit(ask(PROMPT, 12))
+        await anext(doomed)
+        doomed.cancel()
+        doomed.cancel()
+        with pytest.raises(StopAsyncIteration):
+            await anext(doomed)
+        assert len((await collect(other))[1]) == 12
+        assert (engine.running, engine.waiting) == (0, 0)
+
+
+# --- failures -------------------------------------------------------------------------------------
+
+
+async def test_a_step_that_fails_ends_its_sessions_and_the_engine_goes_on(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        step = engine._runner.step
+        engine._runner.step = lambda parts: 1 / 0
+        failing = engine.submit(ask(PROMPT, 8))
+        with pytest.raises(EngineError, match="ZeroDivisionError"):
+            await collect(failing)
+        engine._runner.step = step
+        assert len((await collect(engine.submit(ask(PROMPT, 8))))[1]) == 8
+
+
+async def test_logits_that_are_no_numbers_fail_one_session_only(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        poison = SamplingParameters(temperature=1.0, seed=99)
+        step = engine._runner.step
+
+        def spoil(parts):
+            from sllm_node.engine.sampling import Drawn
+
+            results = step(parts)
+            return [
+                Drawn(-1) if part.draw and part.draw.parameters.seed == 99 else drawn
+                for part, drawn in zip(parts, results, strict=True)
+            ]
+
+        engine._runner.step = spoil
+        bad, good = engine.submit(ask(PROMPT, 8, poison)), engine.submit(ask(PROMPT, 8))
+        results = await asyncio.gather(collect(bad), collect(good), return_exceptions=True)
+        assert isinstance(results[0], EngineError)
+        assert len(results[1][1]) == 8
+
+
+async def test_a_mistake_in_the_engine_itself_ends_all_sessions_and_refuses_new_ones(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        engine._batch.stepped = lambda parts: 1 / 0
+        waiting = engine.submit(ask(PROMPT, 8))
+        with pytest.raises(EngineError, match="ZeroDivisionError"):
+            await collect(waiting)
+        with pytest.raises(EngineError):
+            engine.submit(ask(PROMPT, 8))
+        engine._batch.blocks.give_back(waiting.session.table)
+
+
+async def test_closing_ends_running_sessions_with_a_typed_error(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        running = engine.submit(ask(PROMPT, 400))
+        await anext(running)
+        await engine.close()
+        await engine.close()
+        with pytest.raises(CancelledByOperatorError):
+            await collect(running)
+        with pytest.raises(EngineError, match="closed"):
+            engine.submit(ask(PROMPT, 4))
+        engine._batch.blocks.give_back(running.session.table)
+
+
+# --- weights and memory ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "gemma"])
+def test_every_stored_tensor_is_a_view_of_the_buffer(tmp_path, family):
+    checkpoint = make_checkpoint(tmp_path, "m", family)
+    with CpuDevice(1 << 30) as device:
+        weights = Weights(checkpoint, device)
+        model = build_skeleton(checkpoint.path)
+        bind(model, checkpoint.index, weights.buffer)
+        start = weights.buffer.array.ctypes.data
+        stored = {*(e.name for e in checkpoint.index.tensors), *dict(checkpoint.index.aliases)}
+        tensors = model.state_dict(keep_vars=True)
+        assert set(tensors) == stored
+        for tensor in tensors.values():
+            assert start <= tensor.data_ptr() < start + weights.buffer.size
+        for alias, name in checkpoint.index.aliases:
+            assert tensors[alias] is tensors[name]
+        assert all(not buffer.is_meta for buffer in model.buffers())
+        del tensors, tensor
+        unbind(model)
+        weights.buffer.close()
+
+
+def test_an_index_that_does_not_fit_the_module_is_refused(tmp_path):
+    llama, gpt = make_checkpoint(tmp_path, "a"), make_checkpoint(tmp_path, "b", "gpt2")
+    with CpuDevice(1 << 30) as device:
+        weights = Weights(gpt, device)
+        model = build_skeleton(llama.path)
+        with pytest.raises(CheckpointFormatError, match="no tensor of the module"):
+            bind(model, gpt.index, weights.buffer)
+        wide = make_checkpoint(tmp_path, "c", intermediate_size=256)
+        with pytest.raises(CheckpointFormatError, match="has shape"):
+            bind(build_skeleton(llama.path), wide.index, Weights(wide, device).buffer)
+        short = wide.index.__class__(
+            **{f: getattr(llama.index, f) for f in wide.index.__slots__} | {"tensors": ()}
+        )
+        with pytest.raises(CheckpointFormatError, match="no bytes for"):
+            bind(build_skeleton(llama.path), short, weights.buffer)
+        device._used = 0
+
+
+def test_the_forward_order_follows_the_forward_pass(tmp_path):
+    order = forward_order(build_skeleton(make_checkpoint(tmp_path, "m").path))
+    places = [
+        order.index(f"model.{name}.weight")
+        for name in (
+            "embed_tokens", "layers.0.input_layernorm", "layers.0.self_attn.q_proj",
+            "layers.0.mlp.down_proj", "layers.1.input_layernorm", "norm",
+        )
+    ]  # fmt: skip
+    assert places == sorted(places)
+    assert order[-1] == "lm_head.weight"
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon", "gpt_neo"])
+def test_an_architecture_that_is_not_served_is_named(tmp_path, family):
+    with pytest.raises(UnsupportedArchitectureError) as caught:
+        build_skeleton(make_source(tmp_path / "m", family))
+    assert caught.value.architecture in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}},
+            "dynamic",
+        ),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised"),
+    ],
+)
+def test_a_config_that_would_be_served_wrongly_is_refused(tmp_path, change, problem):
+    import json
+
+    folder = make_source(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(UnsupportedArchitectureError, match=problem):
+        build_skeleton(folder)
+
+
+async def open_with(checkpoint, device, **config):
+    engines = Engines(device, EngineConfig(**config), ManualClock(), Metrics())
+    try:
+        weights = Weights(checkpoint, device)
+        codec = await engines.load_codec(checkpoint.path)
+        try:
+            return await engines.open(weights, await engines.skeleton(checkpoint), codec)
+        finally:
+            weights.buffer.close()
+    finally:
+        engines.close()
+
+
+async def test_no_room_for_kv_memory_is_told_and_nothing_stays(checkpoint):
+    with CpuDevice(checkpoint.index.size + 4096) as device:
+        with pytest.raises(DeviceMemoryError):
+            await open_with(checkpoint, device)
+        with pytest.raises(CheckpointFormatError, match="one block of its KV cache"):
+            await open_with(checkpoint, device, kv_cache_bytes=ByteSize(100))
+        assert device.memory_used == 0
+
+
+async def test_weights_that_do_not_bind_leave_nothing_behind(checkpoint, tmp_path):
+    other = make_checkpoint(tmp_path, "m", "gpt2")
+    mixed = checkpoint.__class__(checkpoint.model, checkpoint.path, other.index, ())
+    with CpuDevice(1 << 30) as device:
+        engines = Engines(device, EngineConfig(), ManualClock(), Metrics())
+        weights = Weights(other, device)
+        weights.checkpoint = mixed
+        codec = await engines.load_codec(checkpoint.path)
+        with pytest.raises(CheckpointFormatError):
+            await engines.open(weights, await engines.skeleton(checkpoint), codec)
+        weights.buffer.close()
+        engines.close()
+        assert device.memory_used == 0
+
+
+async def test_warming_survives_a_checkpoint_with_problems(checkpoint, tmp_path):
+    engines = Engines(CpuDevice(1 << 20), EngineConfig(), ManualClock(), Metrics())
+    broken = checkpoint.__class__(checkpoint.model, tmp_path, checkpoint.index, ())
+    await engines.warm([broken])
+    await engines.warm([checkpoint])
+    engines.close()
+
+
+async def test_limits_are_known_before_a_load(checkpoint):
+    engines = Engines(CpuDevice(1 << 20), EngineConfig(), ManualClock(), Metrics())
+    config = EngineConfig()
+    assert engines.device_bytes(checkpoint) == checkpoint.index.size + config.kv_cache_bytes
+    assert engines.context_limit(checkpoint) == 512
+    engines.check_request(ask(PROMPT, 4), checkpoint)
+    with pytest.raises(PromptTooLongError):
+        engines.check_request(ask(PROMPT, 512), checkpoint)
+    small = Engines(
+        CpuDevice(1 << 20),
+        EngineConfig(kv_cache_bytes=ByteSize(40 << 10)),
+        ManualClock(),
+        Metrics(),
+    )
+    await small.load_codec(checkpoint.path)
+    assert small.context_limit(checkpoint) == 80  # 40 KiB over 512 bytes a token
+    engines.close()
+    small.close()
+
+
+async def test_a_step_that_hangs_is_told_as_a_stall():
+    clock = ManualClock()
+    engines = Engines(CpuDevice(1), EngineConfig(stall_s=5.0), clock, Metrics())
+    begun, go_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def hang():
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait()
+
+    task = asyncio.create_task(engines._steps.run(hang))
+    await begun.wait()
+    clock.advance(5.0)
+    assert engines.stalled() is None
+    clock.advance(1.0)
+    assert "6 s" in str(engines.stalled())
+    go_on.set()
+    await task
+    assert engines.stalled() is None
+    engines.close()
+
+
+async def test_the_step_thread_takes_its_number_of_torch_threads():
+    before = torch.get_num_threads()
+    steps = StepThread(ManualClock(), 1)
+    assert await steps.run(torch.get_num_threads) == 1
+    steps.close()
+    torch.set_num_threads(before)

@@ -1,0 +1,147 @@
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sllm_node.core.errors import CheckpointFormatError, InvalidRequestError
+from sllm_node.engine.text import Detokenizer, StopScanner, TextState, load_codec
+from tests.models import make_source, make_tokenizer
+
+
+@pytest.fixture(scope="module")
+def codec(tmp_path_factory):
+    return load_codec(make_source(tmp_path_factory.mktemp("codec") / "m"))
+
+
+def pieces(codec, tokens):
+    detokenizer = Detokenizer(codec.decode)
+    return [detokenizer.add(token) for token in tokens], detokenizer.flush()
+
+
+@pytest.mark.parametrize(
+    "text", ["Hello there", "naïve café", "日本語です", "👩‍👩‍👧 family", " spaces  here\n"]
+)
+def test_text_comes_back_piece_by_piece(codec, text):
+    shown, rest = pieces(codec, codec.encode(text, add_special_tokens=False))
+    assert "".join(shown) + rest == text
+    assert not any("\ufffd" in piece for piece in shown)
+
+
+@settings(deadline=None, derandomize=True)
+@given(text=st.text(max_size=200))
+def test_any_text_comes_back(codec, text):
+    shown, rest = pieces(codec, codec.encode(text, add_special_tokens=False))
+    assert "".join(shown) + rest == text
+
+
+def test_half_a_character_at_the_end_is_shown_as_replacement(codec):
+    tokens = codec.encode("日", add_special_tokens=False)
+    shown, rest = pieces(codec, tokens[:-1])
+    assert "".join(shown) == ""
+    assert set(rest) == {"\ufffd"}
+
+
+def test_tokens_that_never_become_a_character_are_not_held_for_ever(codec):
+    token = codec.encode("日", add_special_tokens=False)[0]
+    shown, _ = pieces(codec, [token] * 40)
+    assert len("".join(shown)) >= 30
+
+
+def test_special_tokens_end_but_do_not_show(codec):
+    eos = next(iter(codec.eos_ids))
+    assert codec.decode([eos]) == ""
+    assert codec.token_text(eos) == "<|im_end|>"
+
+
+def scan(stops, parts):
+    scanner = StopScanner(stops)
+    shown = ""
+    for part in parts:
+        shown += scanner.add(part)
+        if scanner.found:
+            return shown, scanner.found
+    return shown + scanner.flush(), None
+
+
+@pytest.mark.parametrize(
+    ("stops", "parts", "expected"),
+    [
+        (["END"], ["abcE", "N", "Dxyz"], ("abc", "END")),
+        (["END"], ["abcE", "NE", "ND"], ("abcE" + "N", "END")),
+        (["END"], ["abcE", "N"], ("abcEN", None)),
+        (["b", "ab"], ["xab"], ("x", "ab")),
+        (["bc", "b"], ["abc"], ("a", "bc")),
+        ([], ["abc"], ("abc", None)),
+        (["aab"], ["aa", "ab"], ("a", "aab")),
+    ],
+)
+def test_stop_strings_are_found_across_pieces(stops, parts, expected):
+    assert scan(stops, parts) == expected
+
+
+@settings(deadline=None, derandomize=True)
+@given(
+    st.text("ab", max_size=30),
+    st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    st.data(),
+)
+def test_how_text_is_cut_makes_no_difference(text, stops, data):
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=6)))
+    parts = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    shown, found = scan(stops, parts)
+    places = [(text.find(stop), -len(stop)) for stop in stops if stop in text]
+    assert shown == (text[: min(places)[0]] if places else text)
+    assert (found is not None) == bool(places)
+
+
+def test_a_resumed_session_goes_on_with_the_same_text(codec):
+    tokens = codec.encode("one two日本 three END four", add_special_tokens=False)
+    whole = TextState.begin(codec.decode, ["END"], ())
+    shown = [whole.add(token) for token in tokens]
+    for cut in range(len(tokens)):
+        resumed = TextState.begin(codec.decode, ["END"], tokens[:cut])
+        if resumed.scanner.found is None:
+            rest = [resumed.add(token) for token in tokens[cut:]]
+            assert rest == shown[cut:]
+
+
+def test_the_chat_template_is_rendered_up_to_the_assistant(codec):
+    tokens = codec.render_chat([{"role": "user", "content": "Hi"}])
+    assert "".join(codec.token_text(t) for t in tokens) == (
+        "<|bos|><|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_a_model_without_a_template_or_that_refuses_says_so(tmp_path):
+    folder = make_source(tmp_path / "m")
+    for file in ("chat_template.jinja", "tokenizer_config.json"):
+        path = folder / file
+        if path.suffix == ".jinja":
+            path.write_text("{{ raise_exception('no systems here') }}")
+    with pytest.raises(InvalidRequestError, match="no systems here"):
+        load_codec(folder).render_chat([{"role": "system", "content": "x"}])
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(InvalidRequestError, match="has no chat template") as caught:
+        load_codec(folder).render_chat([{"role": "user", "content": "x"}])
+    assert caught.value.param == "messages"
+
+
+@pytest.mark.parametrize(
+    ("generation", "expected"),
+    [({"eos_token_id": [5, 6]}, {5, 6, 317}), ({}, {317}), (None, {317})],
+)
+def test_end_tokens_are_those_of_the_generation_config(tmp_path, generation, expected):
+    folder = make_tokenizer(tmp_path)
+    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 317}')
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    codec = load_codec(folder)
+    assert codec.eos_ids == expected
+    assert codec.vocabulary_size == 320
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointFormatError, match="tokenizer"):
+        load_codec(tmp_path)
