@@ -28,7 +28,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.server.admin import Admin, Probes
-from sllm_node.server.completions import Completions
+from sllm_node.server.completions import Completions, current_job
 from sllm_node.server.faults import body_of, headers_of, status_of
 from sllm_node.server.models import Models, json_response
 from sllm_node.server.service import GenerationService
@@ -38,6 +38,8 @@ log = logging.getLogger(__name__)
 Access = Literal["open", "client", "admin"]
 Handler = Callable[[web.Request], Any]
 KEEPALIVE_S: Final = 75.0
+SHUTDOWN_S: Final = 1.0
+"""For connections that are still open when the server closes; sessions were drained before."""
 BACKLOG: Final = 1024
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -95,6 +97,7 @@ class Server:
             handler_cancellation=True,  # a client that goes away cancels its handler
             access_log=None,
             keepalive_timeout=KEEPALIVE_S,
+            shutdown_timeout=SHUTDOWN_S,
         )
         self._site: web.TCPSite | None = None
 
@@ -106,7 +109,7 @@ class Server:
         """
         host, port = self._config.host, self._config.port
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, host, port, backlog=BACKLOG, shutdown_timeout=1.0)
+        self._site = web.TCPSite(self._runner, host, port, backlog=BACKLOG)
         try:
             await self._site.start()
         except OSError as error:
@@ -162,9 +165,9 @@ def _ids_and_logs(edge: Edge) -> Any:
     async def middleware(http: web.Request, handler: Handler) -> web.StreamResponse:
         given = http.headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
-        http["request_id"] = request_id
         logs.request_id.set(request_id)
         logs.model_id.set(None)
+        current_job.set(None)
         start = edge.clock.now()
         status = 499  # the client went away
         try:
@@ -190,7 +193,7 @@ def _log_access(http: web.Request, route: str, status: int, seconds: float) -> N
         "seconds": round(seconds, 4),
         "remote": http.remote,
     }
-    job = http.get("job")
+    job = current_job.get()
     if job is not None:
         fields["prompt_tokens"] = job.usage.prompt
         fields["completion_tokens"] = job.usage.completion
@@ -215,7 +218,7 @@ def _errors(config: ServerConfig) -> Any:
             raise  # the client went away
         except Exception:
             log.exception("request failed", extra={"path": http.path})
-            found = InternalError(http["request_id"])
+            found = InternalError(logs.request_id.get() or "")
         else:
             return response
         answer = json_response(body_of(found), status_of(found))

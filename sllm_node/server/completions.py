@@ -5,6 +5,7 @@ import logging
 import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, TypeVar
 
@@ -57,6 +58,10 @@ class Job:
         """Take a chunk of choice `index` in."""
         self.choices[index].add(chunk)
         self.usage.completion += len(chunk.tokens)
+
+
+current_job: Final[ContextVar[Job | None]] = ContextVar("current_job", default=None)
+"""The job of the request under way: for the access log."""
 
 
 class Completions:
@@ -122,7 +127,7 @@ class Completions:
             max_choices=self._config.max_choices,
             vocabulary=codec.vocabulary_size,
         )
-        request_id = http["request_id"]
+        request_id = logs.request_id.get() or ""
         reply = Reply(
             f"{shape.prefix}{request_id}", request.model, int(self._clock.wall()),
             wish.logprobs is not None,
@@ -134,7 +139,7 @@ class Completions:
         ]
         usage = Usage(prompt=sum(len(prompt) for prompt in prompts))
         job = Job(request, shape, reply, choices, usage)
-        http["job"] = job
+        current_job.set(job)
         streams = self._open(request, wish, prompts, request_id)
         if request.stream:
             return await self._stream(http, job, streams)
@@ -212,7 +217,7 @@ class Completions:
     async def _begin(
         self, http: web.Request, response: web.StreamResponse, writer: EventWriter, job: Job
     ) -> None:
-        response.headers["x-request-id"] = http["request_id"]
+        response.headers["x-request-id"] = logs.request_id.get() or ""
         await response.prepare(http)
         for choice in job.choices:
             opening = job.shape.opening(job.reply, choice)

@@ -1,0 +1,157 @@
+"""A node without models: answers what it is told, and remembers what it was asked."""
+
+import asyncio
+
+from sllm_node.core.errors import InvalidRequestError, ModelNotFoundError
+from sllm_node.core.types import (
+    GenerationChunk,
+    LoadProgress,
+    ModelId,
+    ModelState,
+    ModelStatus,
+    SessionId,
+    SessionStatus,
+    Tier,
+    TokenLogprob,
+)
+
+
+class FakeCodec:
+    """One token a character."""
+
+    vocabulary_size = 0x110000
+
+    def encode(self, text, *, add_special_tokens=True):
+        return tuple(map(ord, text))
+
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
+
+    def render_chat(self, messages):
+        if any(m["content"] == "refuse" for m in messages):
+            raise InvalidRequestError("the template refuses", param="messages")
+        return self.encode("".join(f"{m['role']}:{m['content']};" for m in messages))
+
+
+class FakeStream:
+    """Gives the chunks it was made with; waits at a gate first, if there is one."""
+
+    def __init__(self, chunks, gate=None, status=None):
+        self._chunks = list(chunks)
+        self._gate = gate
+        self._status = status
+        self.cancelled = asyncio.Event()
+        self.is_ended = False
+
+    async def __anext__(self):
+        if self._gate is not None and not self._gate.is_set():
+            await self._gate.wait()
+        if not self._chunks:
+            self.is_ended = True
+            raise StopAsyncIteration
+        chunk = self._chunks.pop(0)
+        if isinstance(chunk, Exception):
+            self.is_ended = True
+            raise chunk
+        if isinstance(chunk, asyncio.Event):
+            await chunk.wait()
+            return await self.__anext__()
+        return chunk
+
+    def cancel(self):
+        if not self.is_ended:
+            self.cancelled.set()
+
+    def status(self):
+        waits = self._gate is not None and not self._gate.is_set()
+        return self._status if waits else None
+
+
+def chunks_of(text, finish="stop", logprobs=False):
+    made = [
+        GenerationChunk(
+            c, (ord(c),), (TokenLogprob(ord(c), c, -0.5, ((ord(c), c, -0.5),)),) if logprobs else ()
+        )
+        for c in text
+    ]
+    return [*made, GenerationChunk("", (0,), (), finish)]
+
+
+def status_of(model="m", **changes):
+    return ModelStatus(
+        **{
+            "model": ModelId(model), "state": ModelState.LOADING, "tier": Tier.NVME,
+            "bytes_total": 200, "bytes_by_tier": {Tier.NVME: 200, Tier.DRAM: 50}, "dtype": "BF16",
+            "architecture": "LlamaForCausalLM", "context_tokens": 100, "pinned": False,
+            "priority": 0, "running": 1, "waiting": 2, "keep_alive_until_s": 5.0,
+            "progress": LoadProgress(50, 200, 0.5, 1.5, Tier.NVME), "created": 7,
+            **changes,
+        }
+    )  # fmt: skip
+
+
+class FakeService:
+    """Serves the model "m"."""
+
+    def __init__(self):
+        self.codec = FakeCodec()
+        self.is_draining = False
+        self.requests = []
+        self.keep_alives = []
+        self.streams = []
+        self.acts = []
+        self.limit = 100
+        self.refuse = None
+        self.make_stream = lambda request: FakeStream(
+            chunks_of("Hello", logprobs=request.logprobs is not None)
+        )
+
+    async def prepare(self, model):
+        self._check(model)
+        return self.codec
+
+    def context_limit(self, model):
+        return self.limit
+
+    def open(self, request, *, keep_alive_s=None):
+        if self.refuse is not None and len(self.requests) >= self.refuse[0]:
+            raise self.refuse[1]
+        self.requests.append(request)
+        self.keep_alives.append(keep_alive_s)
+        stream = self.make_stream(request)
+        self.streams.append(stream)
+        return stream
+
+    def models(self):
+        return [status_of("m")]
+
+    def status(self, model):
+        self._check(model)
+        return status_of(model)
+
+    def sessions(self):
+        return [SessionStatus(SessionId("r-0"), ModelId("m"), "running", 3, 4, 1.5)]
+
+    def cancel_request(self, request_id):
+        self.acts.append(("cancel", request_id))
+        return 2
+
+    async def load(self, model):
+        self._check(model)
+        self.acts.append(("load", model))
+
+    async def unload(self, model, *, force=False):
+        self.acts.append(("unload", model, force))
+
+    async def pin(self, model):
+        self.acts.append(("pin", model))
+
+    async def unpin(self, model):
+        self.acts.append(("unpin", model))
+
+    def drain(self):
+        self.is_draining = True
+
+    def _check(self, model):
+        if model != "m":
+            raise ModelNotFoundError(model, ("m",))
