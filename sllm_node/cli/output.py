@@ -1,9 +1,12 @@
 """How commands speak: results on stdout, messages on stderr, JSON where it was asked for."""
 
 import sys
-from typing import Any, NoReturn
+from typing import Any, Final, Literal, NoReturn
 
 import orjson
+
+WIDE: Final = 500
+"""Columns of a table that goes into a file or a pipe."""
 
 
 def say(text: str) -> None:
@@ -28,7 +31,10 @@ def print_json(value: Any) -> None:
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Print rows under their columns; numbers are right-aligned by being given as such."""
+    """Print rows under their columns; a name that begins with ">" makes its column right-aligned.
+
+    On a terminal the last column folds and the others keep their width; elsewhere nothing folds.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table
@@ -36,7 +42,10 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         name, right = (column[1:], True) if column.startswith(">") else (column, False)
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        is_last = column == columns[-1]
+        justify: Literal["left", "right"] = "right" if right else "left"
+        table.add_column(name, justify=justify, no_wrap=not is_last, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(soft_wrap=not sys.stdout.isatty()).print(table)
+    width = None if sys.stdout.isatty() else WIDE
+    Console(width=width).print(table)

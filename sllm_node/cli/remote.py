@@ -118,7 +118,9 @@ async def _request(
             aiohttp.ClientSession(headers=headers) as session,
             session.request(method, url, json=body) as response,
         ):
-            answer: dict[str, Any] = await response.json(content_type=None)
+            answer = await response.json(content_type=None)
+            if not isinstance(answer, dict):
+                fail(f"what answers at {url} is no sllm_node")
             if response.status >= 400:
                 fail(str(answer.get("error", {}).get("message", response.reason)))
             return answer
@@ -136,20 +138,8 @@ def _show_status(report: dict[str, Any]) -> None:
         f"node {node['id']}  version {node['version']}  {node['state']}  up {node['uptime_s']:.0f} s"
     )
     rows = [_model_row(model) for model in report["models"]]
-    print_table(
-        (
-            "model",
-            "state",
-            "tier",
-            ">size",
-            ">on device",
-            ">in DRAM",
-            ">running",
-            ">waiting",
-            "notes",
-        ),
-        rows,
-    )
+    columns = ("model", "state", "tier", ">size", ">device", ">DRAM", ">run", ">wait", "notes")
+    print_table(columns, rows)
     device, pool = report["device"], report["pool"]
     say(
         f"device {device['name']}: {format_size(device['used'])} of {format_size(device['total'])} used"
