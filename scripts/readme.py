@@ -46,6 +46,7 @@ def modules() -> str:
     contracts = project["tool"]["importlinter"]["contracts"]
     pure = next(c for c in contracts if c["name"] == "decisions are pure")["source_modules"]
     rows = ["| module | | what |", "| --- | --- | --- |"]
+    rows.append(f"| `__main__.py` | | {_sentence(ROOT / 'sllm_node' / '__main__.py')} |")
     for layer in LAYERS:
         package = ROOT / "sllm_node" / layer
         rows.append(f"| **{layer}/** | | *{_sentence(package / '__init__.py')}* |")

@@ -54,7 +54,7 @@ def test_every_module_has_its_place_in_architecture():
 def test_every_command_is_in_readme():
     from sllm_node.cli.main import app
 
-    names = [str(command.name) for command in app.registered_commands]
+    names = [str(c.name or (c.callback and c.callback.__name__)) for c in app.registered_commands]
     names += [str(group.name) for group in app.registered_groups]
     missing = [name for name in names if f"`{name}" not in README]
     assert missing == []
