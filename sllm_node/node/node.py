@@ -22,7 +22,7 @@ from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.config import Config
 from sllm_node.core.errors import SllmError, StoreFolderError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import Tier
+from sllm_node.core.types import ModelId, ModelState, Tier
 from sllm_node.core.units import format_size
 from sllm_node.device.cpu import CpuDevice
 from sllm_node.engine.engines import Engines
@@ -106,6 +106,10 @@ class Node:
         log.info("drained", extra={"sessions_ended": ended})
         await self._closing.aclose()
         log.info("stopped")
+
+    def is_on_device(self, model: ModelId) -> bool:
+        """Tell whether `model` is on the device or coming there."""
+        return self._service.status(model).state is not ModelState.IDLE
 
     async def close(self) -> None:
         """Close what a start that failed has opened."""
