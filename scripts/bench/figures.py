@@ -107,8 +107,9 @@ def _measured(figure: dict[str, Any] | None) -> str:
     samples = figure["samples"]
     spread = f"{min(samples):.4g} to {max(samples):.4g} (n = {len(samples)})" if samples else ""
     ceiling = "" if figure["ceiling"] is None else f"{figure['ceiling']:.4g}"
+    note = f" ({figure['note']})" if figure["note"] else ""
     cells = (
-        f"**{figure['value']:.4g} {figure['unit']}**", spread, ceiling, figure["machine"],
+        f"**{figure['value']:.4g} {figure['unit']}**{note}", spread, ceiling, figure["machine"],
         f"`{figure['command']}`", figure["commit"], figure["date"],
     )  # fmt: skip
     return " | ".join(cells)

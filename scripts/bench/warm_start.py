@@ -67,8 +67,8 @@ async def measure(config: Config, requests: int) -> list[float]:
     try:
         async with aiohttp.ClientSession() as http:
             for number in range(requests + 5):  # the first ones warm up
-                while node.is_on_device(ModelId("tiny")):
-                    await asyncio.sleep(0)  # noqa: ASYNC110 - a benchmark may wait so
+                while node.is_on_device(ModelId("tiny")):  # noqa: ASYNC110 - a benchmark may wait so
+                    await asyncio.sleep(0)
                 first.reset()
                 start = time.perf_counter()
                 async with http.post(f"{node.url}/v1/completions", json=BODY) as response:
