@@ -65,7 +65,10 @@ class Engine:
         self._parts = parts
         self._steps = steps
         self._clock = clock
-        self._metrics = metrics
+        self._generated = metrics.generated_tokens.labels(parts.name)
+        self._prompted = metrics.prompt_tokens.labels(parts.name)
+        self._between_tokens = metrics.inter_token_seconds.labels(parts.name)
+        self._preempted = metrics.preemptions.labels(parts.name)
         self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens)
         self._runner: Runner | None = Runner(parts.model, parts.cache, parts.blocks.block_tokens)
         self._generations: dict[int, Generation] = {}
@@ -116,7 +119,7 @@ class Engine:
         generation = Generation(session, text, self._on_cancel)
         self._generations[session.number] = generation
         self._batch.add(session)
-        self._metrics.prompt_tokens.labels(parts.name).inc(len(request.prompt))
+        self._prompted.inc(len(request.prompt))
         self._wake.set()
         return generation
 
@@ -187,10 +190,10 @@ class Engine:
             generation.fail(error)
             return
         session.output.append(drawn.token)
-        self._metrics.generated_tokens.labels(name).inc()
+        self._generated.inc()
         if generation.last_token_at is not None:
             seconds = now - generation.last_token_at
-            self._metrics.inter_token_seconds.labels(name).observe(seconds)
+            self._between_tokens.observe(seconds)
         generation.last_token_at = now
         is_eos = drawn.token in self._parts.codec.eos_ids and not session.request.ignore_eos
         text = "" if is_eos else generation.text.add(drawn.token)
@@ -239,7 +242,7 @@ class Engine:
 
     def _count_preemptions(self) -> None:
         if self._batch.preemptions:
-            self._metrics.preemptions.labels(self._parts.name).inc(self._batch.preemptions)
+            self._preempted.inc(self._batch.preemptions)
             self._batch.preemptions = 0
 
 

@@ -33,9 +33,7 @@ async def test_tokens_equal_those_of_generate(tmp_path, family):
     async with engine_of(checkpoint, **config) as engine:
         generations = [engine.submit(ask(prompt, COUNT)) for prompt in prompts]
         got = await asyncio.gather(*(collect(g) for g in generations))
-        preempted = engine._metrics.registry.get_sample_value(
-            "sllm_preemptions_total", {"model": "m"}
-        )
+        preempted = engine._preempted._value.get()
     assert [tokens for _, tokens, _, _ in got] == [reference(model, p, COUNT) for p in prompts]
     assert [finish for *_, finish in got] == ["length"] * len(prompts)
     assert preempted
