@@ -208,6 +208,8 @@ def main() -> None:
         "--port", type=int, default=0, help="port on loopback (default: a free one)"
     )
     arguments = parser.parse_args()
+    for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell had them ignored
+        signal.signal(number, signal.default_int_handler)
     HOME.mkdir(exist_ok=True)
     print("[2/5] model: SmolLM2-135M-Instruct")
     source = fetch_model()
