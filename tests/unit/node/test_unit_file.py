@@ -36,7 +36,9 @@ def test_systemd_waits_for_a_drain():
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
 def test_systemd_accepts_the_unit(tmp_path):
     copy = tmp_path / UNIT.name
-    copy.write_text(UNIT.read_text().replace("/opt/sllm-node/bin/sllm-node", shutil.which("true")))
+    copy.write_text(
+        UNIT.read_text().replace("/opt/sllm-node/bin/sllm-node", str(shutil.which("true")))
+    )
     done = subprocess.run(
         ["systemd-analyze", "verify", copy], capture_output=True, text=True, check=False
     )
