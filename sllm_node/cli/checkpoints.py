@@ -122,12 +122,8 @@ def inspect(
 
 def _shown(key: str, value: object) -> str:
     if isinstance(value, dict):
-        return "\n".join(f"{k}: {_shown(key, v)}" for k, v in value.items())
-    if (
-        isinstance(value, int)
-        and not isinstance(value, bool)
-        and key.startswith(("bytes", "chunk"))
-    ):
+        return "\n".join(f"{k}: {_shown(key, v)}" for k, v in value.items()) or "none"
+    if isinstance(value, int) and "bytes" in key:
         return f"{format_size(value)} ({value:,})"
     return f"{value:,}" if isinstance(value, int) else str(value)
 

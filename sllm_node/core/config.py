@@ -152,12 +152,12 @@ def parse_config(text: str, origin: str = "config") -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(origin, (f"is no TOML: {error}",)) from error
     problems = list(_problems(Config, tree, ""))
-    if not problems:
-        config = msgspec.convert(tree, Config, dec_hook=_decode)
-        problems = list(_contradictions(config))
-        if not problems:
-            return config
-    raise ConfigError(origin, tuple(problems))
+    # What is right of a file with mistakes is checked as well, so that all of them are told at once.
+    config = msgspec.convert(_sound(Config, tree), Config, dec_hook=_decode)
+    problems += _contradictions(config)
+    if problems:
+        raise ConfigError(origin, tuple(problems))
+    return config
 
 
 def config_schema() -> dict[str, Any]:
@@ -189,6 +189,20 @@ def _problems(kind: type[msgspec.Struct], tree: object, at: str) -> Iterator[str
             yield from _problems(fields[key], value, where)
         else:
             yield from _value_problems(fields[key], value, where)
+
+
+def _sound(kind: type[msgspec.Struct], tree: object) -> dict[str, Any]:
+    """Return what of `tree` has no problem by itself."""
+    fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
+    kept: dict[str, Any] = {}
+    for key, value in tree.items() if isinstance(tree, dict) else ():
+        if key == "models" and isinstance(value, dict):
+            kept[key] = {name: _sound(ModelConfig, model) for name, model in value.items()}
+        elif isinstance(fields.get(key), type) and issubclass(fields[key], Section):
+            kept[key] = _sound(fields[key], value)
+        elif key in fields and not list(_value_problems(fields[key], value, key)):
+            kept[key] = value
+    return kept
 
 
 def _model_problems(tree: object) -> Iterator[str]:

@@ -39,6 +39,14 @@ def test_every_problem_is_reported_at_once_with_its_key():
     ]  # fmt: skip
 
 
+def test_contradictions_are_told_beside_mistakes():
+    found = problems(
+        '[server]\nhost = "0.0.0.0"\nport = "x"\n[models.a]\nkeep_alive_s = -2\nfoo = 1'
+    )
+    keys = [problem.split(" =")[0].split(":")[0] for problem in found]
+    assert keys == ["server.port", "models.a.foo", "server.host", "models.a.keep_alive_s"]
+
+
 def test_a_mistyped_key_is_answered_with_the_nearest_one():
     assert problems("[store]\npool_byte = 1")[0].endswith("did you mean 'pool_bytes'?")
 
