@@ -11,17 +11,17 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from types import TracebackType
-from typing import Self
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import StoreConfig
-from sllm_node.core.errors import ChecksumError, LoadFailedError, ModelBusyError, SllmError
+from sllm_node.core.errors import LoadFailedError, ModelBusyError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Tier
 from sllm_node.device.base import Device, DeviceBuffer, Stream
-from sllm_node.store.loader import Load, LoadCancelledError, Machinery
+from sllm_node.store.lease import Lease
+from sllm_node.store.loader import Load, Machinery
+from sllm_node.store.observed import Observed
 from sllm_node.store.pool import PinnedPool
 from sllm_node.store.reader import DirectFileSystem, FileSystem
 from sllm_node.store.residency import Residency, units_of
@@ -30,42 +30,6 @@ log = logging.getLogger(__name__)
 
 READS_PER_THREAD = 2
 """Reads under way for each reader thread: one at the disk and one queued behind it."""
-_NEWEST_WEIGHT = 0.3
-"""Of the newest observation in the moving average of a bandwidth."""
-
-
-class Lease:
-    """The right that a checkpoint stays on the device; give it back with `release` or `with`."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        buffer: DeviceBuffer,
-        report: LoadReport | None,
-        release: Callable[[], None],
-    ) -> None:
-        self.checkpoint = checkpoint
-        self.buffer = buffer
-        self.report = report
-        """What the load did; None: the model was on the device already."""
-        self._release: Callable[[], None] | None = release
-
-    def release(self) -> None:
-        """Give the right back; a second call does nothing."""
-        release, self._release = self._release, None
-        if release is not None:
-            release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.release()
 
 
 class _Resident:
@@ -95,7 +59,6 @@ class Store:
         self._device = device
         self._config = config
         self._clock = clock
-        self._metrics = metrics
         self._files = files or DirectFileSystem(direct=config.direct_io)
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
         self._opened: dict[ModelId, Checkpoint] = {}
@@ -107,7 +70,7 @@ class Store:
         self._active = 0
         self._chunk_queue: deque[Load] = deque()
         self._device_pins: set[ModelId] = set()
-        self._bandwidth: dict[Tier, float] = {}
+        self._observed = Observed(metrics, self._ledger, device)
         self._is_closing = False
         self._machinery: Machinery | None = None
         self._stream: Stream | None = None
@@ -137,10 +100,10 @@ class Store:
             max_reads=READS_PER_THREAD * config.reader_threads,
             wait_for_chunk=self._wait_for_chunk,
             chunk_given_back=self._wake_one,
-            on_eviction=self._count_dram_eviction,
+            on_eviction=self._observed.gave_way,
             on_ended=self._on_ended,
         )
-        self._show()
+        self._observed.show()
 
     def _take_pool(self) -> PinnedPool:
         config = self._config
@@ -192,7 +155,7 @@ class Store:
 
     def bandwidth(self, tier: Tier) -> float | None:
         """Return the bytes/s observed of loads from `tier`; None before the first."""
-        return self._bandwidth.get(tier)
+        return self._observed.bandwidth.get(tier)
 
     def device_free(self) -> int:
         """Return the bytes of device memory that are not allocated."""
@@ -291,7 +254,7 @@ class Store:
         load = Load(checkpoint, buffer, self._machinery, asked)
         self._loads[model] = load
         self._waiters[model] = 0
-        self._show()
+        self._observed.show()
         if self._active < self._config.max_concurrent_loads:
             self._active += 1
             load.start()
@@ -332,11 +295,12 @@ class Store:
                 resident = _Resident(load.checkpoint, load.buffer)
                 resident.leases = waiters
                 self._residents[model] = resident
-            self._observe(load, result)
+            self._observed.succeeded(load, result)
+            self.on_load(result)
         else:
-            self._count_failure(load, result)
+            self._observed.failed(load, result)
         self._start_next()
-        self._show()
+        self._observed.show()
 
     def _start_next(self) -> None:
         while self._slot_queue and self._active < self._config.max_concurrent_loads:
@@ -373,7 +337,7 @@ class Store:
             self._evict_from_device(model, reason)
         elif self._ledger.knows(model):
             self._evict_from_dram(model, reason)
-        self._show()
+        self._observed.show()
 
     def _evict_from_device(self, model: ModelId, reason: str) -> None:
         resident = self._residents.get(model)
@@ -385,7 +349,7 @@ class Store:
             raise ModelBusyError(model, "is pinned on the device")
         resident.buffer.close()
         del self._residents[model]
-        self._metrics.evictions.labels(Tier.DEVICE.value, reason).inc()
+        self._observed.evicted(Tier.DEVICE, reason)
 
     def _evict_from_dram(self, model: ModelId, reason: str) -> None:
         if model in self._loads:
@@ -393,7 +357,7 @@ class Store:
         if self._ledger.is_pinned(model):
             raise ModelBusyError(model, "is pinned in DRAM")
         if self._ledger.evict(model):
-            self._metrics.evictions.labels(Tier.DRAM.value, reason).inc()
+            self._observed.evicted(Tier.DRAM, reason)
         self._wake_one()
 
     def pin(self, model: ModelId, tier: Tier) -> None:
@@ -422,7 +386,7 @@ class Store:
             self._ledger.close(model)
             del self._opened[model]
             self._wake_one()
-            self._show()
+            self._observed.show()
 
     def _lease(self, resident: _Resident, report: LoadReport | None) -> Lease:
         checkpoint, buffer = resident.checkpoint, resident.buffer
@@ -431,44 +395,3 @@ class Store:
     def _give_back(self, resident: _Resident) -> None:
         assert resident.leases > 0
         resident.leases -= 1
-
-    # --- what was observed --------------------------------------------------------------------
-
-    def _observe(self, load: Load, report: LoadReport) -> None:
-        source = Tier.NVME if report.bytes_from_nvme else Tier.DRAM
-        self._metrics.loads.labels(source.value, "ok").inc()
-        self._metrics.load_seconds.labels(source.value).observe(report.elapsed_s)
-        for tier, size in (
-            (Tier.NVME, report.bytes_from_nvme), (Tier.DRAM, report.bytes_from_dram),
-        ):  # fmt: skip
-            self._metrics.load_bytes.labels(tier.value).inc(size)
-        if load.buffer is not None:
-            self._metrics.first_copy_seconds.observe(report.first_copy_s)
-            self._learn(source, report)
-        self.on_load(report)
-
-    def _learn(self, source: Tier, report: LoadReport) -> None:
-        if report.elapsed_s <= 0:
-            return
-        rate = report.bytes_total / report.elapsed_s
-        known = self._bandwidth.get(source)
-        mixed = rate if known is None else known + _NEWEST_WEIGHT * (rate - known)
-        self._bandwidth[source] = mixed
-        self._metrics.tier_bandwidth.labels(source.value).set(mixed)
-
-    def _count_failure(self, load: Load, error: BaseException) -> None:
-        outcome = "cancelled" if isinstance(error, LoadCancelledError) else "failed"
-        self._metrics.loads.labels(load.progress().source.value, outcome).inc()
-        if isinstance(error, ChecksumError):
-            self._metrics.checksum_failures.inc()
-
-    def _count_dram_eviction(self, victim: ModelId) -> None:
-        if not self._ledger.bytes_of(victim):
-            self._metrics.evictions.labels(Tier.DRAM.value, "room").inc()
-
-    def _show(self) -> None:
-        ledger, device = self._ledger, self._device
-        self._metrics.pool_chunks.labels("free").set(ledger.free)
-        self._metrics.pool_chunks.labels("used").set(ledger.chunks - ledger.free)
-        self._metrics.device_bytes.labels(device.name, "used").set(device.memory_used)
-        self._metrics.device_bytes.labels(device.name, "free").set(self.device_free())

@@ -1,0 +1,70 @@
+"""What the store has seen of its loads: metrics, and the bandwidth of each tier for the estimator."""
+
+from sllm_node.core.errors import ChecksumError
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import LoadReport, ModelId, Tier
+from sllm_node.device.base import Device
+from sllm_node.store.loader import Load, LoadCancelledError
+from sllm_node.store.residency import Residency
+
+_NEWEST_WEIGHT = 0.3
+"""Of the newest observation in the moving average of a bandwidth."""
+
+
+class Observed:
+    """Counts for one store."""
+
+    def __init__(self, metrics: Metrics, ledger: Residency, device: Device) -> None:
+        self.bandwidth: dict[Tier, float] = {}
+        """Bytes/s onto the device, by the slowest tier that a load read from."""
+        self._metrics = metrics
+        self._ledger = ledger
+        self._device = device
+
+    def succeeded(self, load: Load, report: LoadReport) -> None:
+        """Take note of a load that ended well."""
+        source = Tier.NVME if report.bytes_from_nvme else Tier.DRAM
+        self._metrics.loads.labels(source.value, "ok").inc()
+        if load.buffer is None:
+            return
+        self._metrics.load_seconds.labels(source.value).observe(report.elapsed_s)
+        self._metrics.first_copy_seconds.observe(report.first_copy_s)
+        for tier, size in (
+            (Tier.NVME, report.bytes_from_nvme), (Tier.DRAM, report.bytes_from_dram),
+        ):  # fmt: skip
+            self._metrics.load_bytes.labels(tier.value).inc(size)
+        self._learn(source, report)
+
+    def failed(self, load: Load, error: BaseException) -> None:
+        """Take note of a load that failed or was cancelled."""
+        outcome = "cancelled" if isinstance(error, LoadCancelledError) else "failed"
+        self._metrics.loads.labels(load.progress().source.value, outcome).inc()
+        if isinstance(error, ChecksumError):
+            self._metrics.checksum_failures.inc()
+
+    def evicted(self, tier: Tier, reason: str) -> None:
+        """Take note that a model left `tier`."""
+        self._metrics.evictions.labels(tier.value, reason).inc()
+
+    def gave_way(self, victim: ModelId) -> None:
+        """Take note that a chunk was taken from `victim`; its last one makes an eviction."""
+        if not self._ledger.bytes_of(victim):
+            self.evicted(Tier.DRAM, "room")
+
+    def show(self) -> None:
+        """Set the gauges of pool and device."""
+        ledger, device = self._ledger, self._device
+        free = device.memory_total - device.memory_used
+        self._metrics.pool_chunks.labels("free").set(ledger.free)
+        self._metrics.pool_chunks.labels("used").set(ledger.chunks - ledger.free)
+        self._metrics.device_bytes.labels(device.name, "used").set(device.memory_used)
+        self._metrics.device_bytes.labels(device.name, "free").set(free)
+
+    def _learn(self, source: Tier, report: LoadReport) -> None:
+        if report.elapsed_s <= 0:
+            return
+        rate = report.bytes_total / report.elapsed_s
+        known = self.bandwidth.get(source)
+        mixed = rate if known is None else known + _NEWEST_WEIGHT * (rate - known)
+        self.bandwidth[source] = mixed
+        self._metrics.tier_bandwidth.labels(source.value).set(mixed)
