@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
 import orjson
 import psutil
 
+from scripts.bench.figures import commit, describe_machine
 from tests.e2e.process import NodeProcess
 from tests.models import make_checkpoint
 
@@ -141,6 +143,11 @@ def main() -> int:
         "memory_first_mib": quarter[0],
         "memory_last_mib": quarter[-1],
         "memory_growth_mib": growth,
+        "machine": describe_machine(),
+        "command": f"python -m scripts.bench.soak --streams {arguments.streams} "
+        f"--minutes {arguments.minutes:g}",
+        "commit": commit(),
+        "date": datetime.now(UTC).date().isoformat(),
     }
     for name, value in result.items():
         print(f"{name:24} {value:.4g}" if isinstance(value, float) else f"{name:24} {value}")
