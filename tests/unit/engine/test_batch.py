@@ -83,6 +83,16 @@ def test_blocks_of_a_cancelled_session_stay_until_its_step_has_ended():
     assert made.blocks.free == 16
 
 
+def test_no_stream_starves_when_a_step_has_room_for_fewer_tokens_than_sessions():
+    made = batch(blocks=64, max_sessions=8, budget=3)
+    for number in range(6):
+        made.add(make(number, prompt=2, max_tokens=20))
+    for _ in range(30):
+        served = {part.session.number for part in step(made)}
+        running = {s.number for s in made.sessions() if s.state is SessionState.RUNNING}
+        assert served == running
+
+
 def test_an_impossible_event_is_a_programmers_error():
     session = make(1)
     with pytest.raises(AssertionError, match="preempted in state waiting"):

@@ -130,6 +130,19 @@ async def test_a_reader_that_lags_gets_its_tokens_joined(checkpoint):
         (ask((5, -1), 4), InvalidRequestError),
         (ask(PROMPT, 4, resumed=(1, 2, 3, 4)), InvalidRequestError),
         (ask(PROMPT, 508), PromptTooLongError),
+        (ask(PROMPT, 4, SamplingParameters(logit_bias=((320, 1.0),))), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(logit_bias=((-1, 1.0),))), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(logit_bias=((5, float("nan")),))), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(seed=1 << 64)), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(seed=-1)), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(temperature=float("nan"))), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(top_k=-1)), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(top_p=1.5)), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(min_p=-0.1)), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(repetition_penalty=0.0)), InvalidRequestError),
+        (ask(PROMPT, 4, SamplingParameters(presence_penalty=float("inf"))), InvalidRequestError),
+        (ask(PROMPT, 4, logprobs=-1), InvalidRequestError),
+        (ask(PROMPT, 4, stop=("",)), InvalidRequestError),
     ],
 )
 async def test_a_wrong_request_is_refused_and_disturbs_nobody(checkpoint, request_, error):
@@ -195,6 +208,22 @@ async def test_logits_that_are_no_numbers_fail_one_session_only(checkpoint):
         )
         assert isinstance(failed[0], EngineError)
         assert len(tokens) == 8
+
+
+async def test_values_that_are_no_numbers_stay_in_their_own_session(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        prompts = [range(5, 5 + length) for length in (3, 9, 20)]
+        clean = [(await collect(engine.submit(ask(prompt)))) for prompt in prompts]
+        embeddings = engine._parts.model.get_input_embeddings().weight
+        embeddings.data[99] = float("nan")
+        poisoned = engine.submit(ask((99,)))  # the first blocks are its own
+        others = [engine.submit(ask(prompt)) for prompt in prompts]
+        failed, *got = await asyncio.gather(
+            collect(poisoned), *(collect(other) for other in others), return_exceptions=True
+        )
+        assert isinstance(failed, EngineError)
+        assert got == clean
+        del embeddings
 
 
 async def test_a_mistake_in_the_engine_itself_ends_all_sessions_and_refuses_new_ones(checkpoint):

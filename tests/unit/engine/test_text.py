@@ -48,6 +48,75 @@ def test_tokens_that_never_become_a_character_are_not_held_for_ever(codec):
     assert len("".join(shown)) >= 30
 
 
+@pytest.fixture(scope="module")
+def sentences():
+    """A tokenizer like SentencePiece's: spaces inside the tokens, the first one stripped."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["<unk>", "<tool>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    words += ["▁", "▁▁", "▁Hello", "▁world", "a", "日", "!"]
+    tokenizer = Tokenizer(
+        models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True)
+    )  # fmt: skip
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )  # fmt: skip
+    tokenizer.add_special_tokens(["<unk>", "<tool>"])
+    return tokenizer
+
+
+_PIECES = st.sampled_from(
+    ["▁", "▁▁", "▁Hello", "▁world", "a", "日", "!", "<tool>", "<0xE6>", "<0x97>", "<0xA5>"]
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300)
+@given(st.lists(_PIECES, max_size=12))
+def test_spaces_between_words_are_kept_also_around_tokens_that_do_not_show(sentences, words):
+    tokens = [sentences.token_to_id(word) for word in words]
+    detokenizer = Detokenizer(sentences.decode)
+    shown = "".join(detokenizer.add(token) for token in tokens) + detokenizer.flush()
+    assert shown == sentences.decode(tokens)
+
+
+def test_the_text_goes_on_from_the_prompt_with_its_space(sentences):
+    prompt, token = [sentences.token_to_id(word) for word in ("▁Hello", "▁world")]
+    state = TextState.begin(sentences.decode, (), (), (prompt,))
+    assert state.add(token) + state.flush() == " world"
+
+
+def test_many_tokens_that_do_not_show_cost_no_more_than_a_few(sentences):
+    seen = []
+
+    def decode(tokens):
+        seen.append(len(tokens))
+        return sentences.decode(tokens)
+
+    detokenizer = Detokenizer(decode)
+    for _ in range(500):
+        assert detokenizer.add(sentences.token_to_id("<tool>")) == ""
+    assert max(seen) < 100
+    assert detokenizer.add(sentences.token_to_id("a")) == "a"
+
+
+def test_no_text_is_cut_or_padded_because_the_tokenizers_file_says_so(tmp_path):
+    folder = make_source(tmp_path / "m")
+    file = folder / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["truncation"] = {
+        "direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0,
+    }  # fmt: skip
+    content["padding"] = {
+        "strategy": {"Fixed": 16}, "direction": "Right", "pad_to_multiple_of": None,
+        "pad_id": 319, "pad_type_id": 0, "pad_token": "<|pad|>",
+    }  # fmt: skip
+    file.write_text(json.dumps(content))
+    codec = load_codec(folder)
+    for text in ("a", "much longer than eight tokens can be, and than sixteen"):
+        assert codec.decode(codec.encode(text)) == text
+        assert codec.encode(text)[-1] != 319
+
+
 def test_special_tokens_end_but_do_not_show(codec):
     eos = next(iter(codec.eos_ids))
     assert codec.decode([eos]) == ""
