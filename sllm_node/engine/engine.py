@@ -28,7 +28,7 @@ from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.generation import Generation
 from sllm_node.engine.kv import KvCache, KvPart
 from sllm_node.engine.runner import Runner, StepPart
-from sllm_node.engine.sampling import Drawn, SamplingRow, has_penalties
+from sllm_node.engine.sampling import Drawn, SamplingRow, check_parameters, has_penalties
 from sllm_node.engine.session import Session
 from sllm_node.engine.skeleton import Model
 from sllm_node.engine.steps import StepThread
@@ -99,7 +99,7 @@ class Engine:
         """Take a request.
 
         Raises:
-            InvalidRequestError: it has no tokens, or tokens that the model doesn't know.
+            InvalidRequestError: tokens or parameters that the model can't be given.
             PromptTooLongError: it can never fit the context or the KV memory.
             EngineError: the engine is closed.
         """
@@ -115,7 +115,7 @@ class Engine:
             raise PromptTooLongError(wanted, limit, "KV memory (engine.kv_cache_bytes)")
         self._last_number += 1
         session = Session(request, self._last_number)
-        text = TextState.begin(parts.codec.decode, request.stop, request.resumed)
+        text = TextState.begin(parts.codec.decode, request.stop, request.resumed, request.prompt)
         generation = Generation(session, text, self._on_cancel)
         self._generations[session.number] = generation
         self._batch.add(session)
@@ -250,11 +250,16 @@ def check_request(request: GenerationRequest, context_tokens: int, vocabulary: i
     """Refuse what can never be served.
 
     Raises:
-        InvalidRequestError: no prompt, or tokens outside the vocabulary.
+        InvalidRequestError: no prompt, tokens outside the vocabulary, parameters out of range.
         PromptTooLongError: prompt and output exceed the model's context.
     """
     if not request.prompt:
         raise InvalidRequestError("the prompt has no tokens", param="prompt")
+    check_parameters(request.sampling, vocabulary)
+    if request.logprobs is not None and request.logprobs < 0:
+        raise InvalidRequestError(f"logprobs = {request.logprobs} is negative", param="logprobs")
+    if not all(request.stop):
+        raise InvalidRequestError("a stop string is empty", param="stop")
     if len(request.resumed) >= request.max_tokens:
         raise InvalidRequestError("nothing is left to generate", param="max_tokens")
     wanted = len(request.prompt) + request.max_tokens

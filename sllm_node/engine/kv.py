@@ -164,8 +164,12 @@ def _group(members: list[tuple[int, torch.Tensor]]) -> _Decoders:
     device = members[0][1].device
     rows = torch.tensor([row for row, _ in members], device=device)
     lengths = torch.tensor([len(slots) for _, slots in members], device=device)
-    padded = torch.nn.utils.rnn.pad_sequence([slots for _, slots in members], batch_first=True)
-    return _Decoders(rows, lengths, padded)
+    slots = torch.nn.utils.rnn.pad_sequence(
+        [slots for _, slots in members], batch_first=True, padding_value=-1
+    )
+    # A session is padded with a slot of its own: what is masked still counts as 0 times its value,
+    # and another session's value may be infinite or no number.
+    return _Decoders(rows, lengths, torch.where(slots < 0, slots[:, :1], slots))
 
 
 def _prompt_mask(prompt: _Prompt, window: int | None) -> torch.Tensor | None:

@@ -5,6 +5,7 @@ Then the inverse of the cumulative distribution at one uniform number from (seed
 are computed independently, so a row's token does not depend on who shares the batch.
 """
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from sllm_node.core.errors import InvalidRequestError
 from sllm_node.core.types import SamplingParameters, TokenIds
 from sllm_node.engine.philox import uniforms
 
@@ -46,6 +48,33 @@ def has_penalties(parameters: SamplingParameters) -> bool:
         or parameters.presence_penalty != 0.0
         or parameters.frequency_penalty != 0.0
     )
+
+
+def check_parameters(parameters: SamplingParameters, vocabulary: int | None) -> None:
+    """Refuse what would fail the step of everybody; `vocabulary` None: its size is not known yet.
+
+    Raises:
+        InvalidRequestError: naming the parameter.
+    """
+    p = parameters
+    wrong = {
+        "temperature": not 0 <= p.temperature < math.inf,
+        "top_p": not 0 <= p.top_p <= 1,
+        "min_p": not 0 <= p.min_p <= 1,
+        "top_k": p.top_k < 0,
+        "repetition_penalty": not 0 < p.repetition_penalty < math.inf,
+        "presence_penalty": not math.isfinite(p.presence_penalty),
+        "frequency_penalty": not math.isfinite(p.frequency_penalty),
+        "seed": not 0 <= p.seed < 1 << 64,
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise InvalidRequestError(f"{name} = {getattr(p, name)} is out of range", param=name)
+    for token, bias in p.logit_bias:
+        if token < 0 or (vocabulary is not None and token >= vocabulary):
+            raise InvalidRequestError(f"{token} is no token id of this model", param="logit_bias")
+        if not math.isfinite(bias):
+            raise InvalidRequestError(f"a bias of {bias} is out of range", param="logit_bias")
 
 
 def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:

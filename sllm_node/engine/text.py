@@ -18,6 +18,10 @@ from sllm_node.core.types import TokenIds
 REPLACEMENT: Final = "\ufffd"
 _HELD_TOKENS_MAX: Final = 8
 """Tokens that may wait for the end of a character; no character is longer, so then it is none."""
+_WINDOW_MAX: Final = 64
+"""Tokens that are decoded again to get the text of the next one."""
+_PROMPT_TAIL: Final = 6
+"""Tokens of the prompt that the first window begins with."""
 
 
 class TextCodec:
@@ -85,6 +89,9 @@ def load_codec(directory: Path) -> TextCodec:
         ) from error
     if not tokenizer.is_fast:
         raise CheckpointFormatError(str(directory), "its tokenizer has no tokenizer.json")
+    # What training left in the file; it would cut or pad prompts without a word.
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
     known = len(tokenizer)
     size = _read_json(directory / "config.json").get("vocab_size", known)
     return TextCodec(tokenizer, _eos_ids(directory, tokenizer), int(size), directory.name)
@@ -110,14 +117,15 @@ class Detokenizer:
     """Turns tokens into text as they come; a character is emitted when it is whole.
 
     Decoding a window that begins before the new tokens keeps what tokenizers do between words right
-    (a space before a word, or none at the start), and costs the same however long the text is.
+    (a space before a word, or none at the start), and costs the same however long the text is. The
+    first window begins in the prompt, so that the text goes on from it.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+    def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._tokens: list[int] = []
+        self._tokens = list(prompt[-_PROMPT_TAIL:])
         self._prefix = 0
-        self._read = 0
+        self._read = len(self._tokens)
 
     def add(self, token: int) -> str:
         """Take a token and return the new whole characters."""
@@ -137,10 +145,11 @@ class Detokenizer:
         return text, self._decode(self._tokens[self._prefix : self._read])
 
     def _emit(self, text: str, before: str) -> str:
-        if len(text) <= len(before) and self._read == len(self._tokens):
-            return ""
-        self._prefix, self._read = self._read, len(self._tokens)
-        if self._prefix > 64:
+        # A window must begin with tokens that show, or what follows looks like the text's start.
+        if len(text) > len(before) or len(self._tokens) - self._prefix > _WINDOW_MAX:
+            self._prefix = self._read
+        self._read = len(self._tokens)
+        if self._prefix > _WINDOW_MAX:
             del self._tokens[: self._prefix]
             self._read -= self._prefix
             self._prefix = 0
@@ -198,10 +207,14 @@ class TextState:
 
     @classmethod
     def begin(
-        cls, decode: Callable[[Sequence[int]], str], stops: Sequence[str], resumed: TokenIds
+        cls,
+        decode: Callable[[Sequence[int]], str],
+        stops: Sequence[str],
+        resumed: TokenIds,
+        prompt: TokenIds = (),
     ) -> "TextState":
         """Start a session; the text of `resumed` has been shown already."""
-        state = cls(Detokenizer(decode), StopScanner(stops))
+        state = cls(Detokenizer(decode, prompt), StopScanner(stops))
         for token in resumed:
             state.add(token)
         return state

@@ -139,6 +139,8 @@ class Replicas(Generic[CodecT]):
             return await self._store.acquire(model)
         except asyncio.CancelledError:
             await self._store.settled(model)  # nobody may be promised its memory before
+            # A load that ended in the moment of the cancellation has left the weights there.
+            self._store.evict(model, Tier.DEVICE, "aborted")
             raise
 
     def _load_ended(

@@ -78,6 +78,16 @@ async def test_readers_that_go_away_at_any_moment_leave_nothing_behind(tmp_path)
         assert await node.ask("c") == "xxx"
 
 
+async def test_a_load_cancelled_in_the_moment_it_ends_leaves_its_memory_to_the_next(tmp_path):
+    async with real_node(tmp_path) as node:
+        stream = node.open("a", tokens=5)
+        node.store.on_load = lambda report: stream.cancel()
+        with contextlib.suppress(StopAsyncIteration):
+            await anext(stream)
+        node.store.on_load = lambda report: None
+        assert await node.ask("b") == "xxx"
+
+
 async def test_a_damaged_checkpoint_is_a_typed_error_and_the_others_are_served(tmp_path):
     async with real_node(tmp_path, models=2) as node:
         shard = tmp_path / "a" / "shard-00000.bin"
