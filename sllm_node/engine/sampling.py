@@ -61,7 +61,7 @@ def check_parameters(parameters: SamplingParameters, vocabulary: int | None) -> 
         "temperature": not 0 <= p.temperature < math.inf,
         "top_p": not 0 <= p.top_p <= 1,
         "min_p": not 0 <= p.min_p <= 1,
-        "top_k": p.top_k < 0,
+        "top_k": not 0 <= p.top_k < 1 << 31,
         "repetition_penalty": not 0 < p.repetition_penalty < math.inf,
         "presence_penalty": not math.isfinite(p.presence_penalty),
         "frequency_penalty": not math.isfinite(p.frequency_penalty),
@@ -155,7 +155,7 @@ def _filtered(probabilities: torch.Tensor, rows: Sequence[SamplingRow]) -> torch
     """Set what the filters exclude to 0; columns are sorted, most likely first."""
     size = probabilities.shape[-1]
     rank = torch.arange(size, device=probabilities.device)
-    top_k = _column(probabilities, [row.parameters.top_k or size for row in rows])
+    top_k = _column(probabilities, [min(row.parameters.top_k or size, size) for row in rows])
     kept = probabilities.masked_fill(rank >= top_k, 0.0)
     kept = kept / kept.sum(dim=-1, keepdim=True)
     before = kept.cumsum(dim=-1) - kept

@@ -68,9 +68,9 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Meta(ge=-1)] = 0
+    top_k: Annotated[int, Meta(ge=-1, le=(1 << 31) - 1)] = 0
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
-    repetition_penalty: Annotated[float, Meta(gt=0, le=10)] = 1.0
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=10)] = 1.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
     logit_bias: dict[str, Annotated[float, Meta(ge=-100, le=100)]] = {}
@@ -318,7 +318,7 @@ def _logit_bias(given: dict[str, float], vocabulary: int) -> tuple[tuple[int, fl
         raise InvalidRequestError(f"at most {LOGIT_BIAS_MAX} entries", param="logit_bias")
     biases = []
     for key, bias in given.items():
-        if not (key.isascii() and key.isdigit() and int(key) < vocabulary):
+        if not (len(key) <= 10 and key.isascii() and key.isdigit() and int(key) < vocabulary):
             raise InvalidRequestError(
                 f"{key!r} is no token id of this model (0 to {vocabulary - 1})", param="logit_bias"
             )

@@ -40,7 +40,7 @@ def refused(parse, body):
         ),
         ({"temperature": 2.1}, "temperature"), ({"temperature": -0.1}, "temperature"),
         ({"temperature": "hot"}, "temperature"),
-        ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_k": -2}, "top_k"),
+        ({"top_p": 0}, "top_p"), ({"top_p": 1.1}, "top_p"), ({"top_k": -2}, "top_k"), ({"top_k": 1 << 63}, "top_k"),
         ({"min_p": 2}, "min_p"), ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"presence_penalty": 3}, "presence_penalty"), ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"logit_bias": {"5": 101}}, "logit_bias"), ({"seed": 1 << 63}, "seed"), ({"seed": 0.5}, "seed"),
@@ -126,7 +126,7 @@ def wish(**change):
     [
         ({"n": 5}, "n"), ({"stop": ["x"] * 17}, "stop"), ({"stop": ""}, "stop"),
         ({"logit_bias": {"10": 1}}, "logit_bias"), ({"logit_bias": {"-1": 1}}, "logit_bias"),
-        ({"logit_bias": {"x": 1}}, "logit_bias"), ({"keep_alive": "soon"}, "keep_alive"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"), ({"keep_alive": "soon"}, "keep_alive"), ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
         ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
     ],
 )  # fmt: skip
