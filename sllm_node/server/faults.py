@@ -41,7 +41,7 @@ def body_of(error: SllmError) -> dict[str, Any]:
 def headers_of(error: SllmError) -> dict[str, str]:
     """Return what tells a client whether and when to try again."""
     headers: dict[str, str] = {}
-    if error.fault is Fault.CALLER:
+    if error.fault is Fault.CALLER or isinstance(error, errors.CancelledByOperatorError):
         headers["x-should-retry"] = "false"
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
