@@ -4,11 +4,14 @@ It is a device for machines without one, and the place where everything above th
 tested. Copies are real and asynchronous, so the store meets the same orders of events as on a GPU.
 """
 
+import ctypes
 import mmap
+import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +20,7 @@ from sllm_node.core.errors import DeviceError, DeviceMemoryError
 from sllm_node.core.units import MIB, PAGE, align_up
 from sllm_node.device.base import DeviceBuffer, Done
 
-_TOUCH_THREADS = 4
+_TOUCH_THREADS_MAX = 16
 _TOUCH_BYTES = 64 * MIB
 _POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE (Linux 5.14): fault pages in without writing to them one by one."""
@@ -61,7 +64,7 @@ class CpuPinnedBuffer:
         self._size = size
         region = _map(size, huge_pages=huge_pages)
         self._view = memoryview(region)[:size]
-        _touch(region, self._view)
+        _touch(self._view)
 
     @property
     def size(self) -> int:
@@ -181,19 +184,30 @@ class CpuDevice:
 def _map(size: int, *, huge_pages: bool) -> mmap.mmap:
     region = mmap.mmap(-1, align_up(size, PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge_pages:
-        region.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a kernel without them: small pages do, more slowly
+            region.madvise(mmap.MADV_HUGEPAGE)
     return region
 
 
-def _touch(region: mmap.mmap, view: memoryview) -> None:
+def _touch(view: memoryview) -> None:
     """Fault every page in, by several threads: one thread clears about 2 GB/s."""
+    threads_count = min(_TOUCH_THREADS_MAX, os.cpu_count() or 1)
+    pieces = [view[start : start + _TOUCH_BYTES] for start in range(0, len(view), _TOUCH_BYTES)]
+    with ThreadPoolExecutor(threads_count, "sllm-touch") as threads:
+        list(threads.map(_touch_piece, pieces))
 
-    def touch(start: int) -> None:
-        size = min(_TOUCH_BYTES, len(view) - start)
-        try:
-            region.madvise(_POPULATE_WRITE, start, size)
-        except OSError:  # an older kernel
-            np.frombuffer(view[start : start + size], np.uint8)[::PAGE] = 0
 
-    with ThreadPoolExecutor(_TOUCH_THREADS, "sllm-touch") as threads:
-        list(threads.map(touch, range(0, len(view), _TOUCH_BYTES)))
+def _touch_piece(piece: memoryview) -> None:
+    # Not mmap.madvise: that one keeps the GIL, and with it the event loop, for the whole time.
+    if _madvise(ctypes.addressof(ctypes.c_char.from_buffer(piece)), len(piece), _POPULATE_WRITE):
+        np.frombuffer(piece, np.uint8)[::PAGE] = 0  # an older kernel
+
+
+def _libc_madvise() -> Callable[[int, int, int], int]:
+    function = ctypes.CDLL(None).madvise
+    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    function.restype = ctypes.c_int
+    return cast("Callable[[int, int, int], int]", function)
+
+
+_madvise = _libc_madvise()

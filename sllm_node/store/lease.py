@@ -41,3 +41,21 @@ class Lease:
         trace: TracebackType | None,
     ) -> None:
         self.release()
+
+
+class Resident:
+    """A checkpoint on the device and how many hold it there."""
+
+    def __init__(self, checkpoint: Checkpoint, buffer: DeviceBuffer, leases: int) -> None:
+        self.checkpoint = checkpoint
+        self.buffer = buffer
+        self.leases = leases
+
+    def lease(self, report: LoadReport | None) -> Lease:
+        """Return a lease that has been counted."""
+        return Lease(self.checkpoint, self.buffer, report, self.give_back)
+
+    def give_back(self) -> None:
+        """One holder less."""
+        assert self.leases > 0
+        self.leases -= 1

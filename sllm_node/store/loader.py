@@ -1,15 +1,17 @@
 """One load: a bounded pipeline from files through chunks of the pinned pool to the device.
 
-Theory of operation. All state belongs to the event loop; three kinds of work run elsewhere and come
-back as calls on the loop: opening the shards, reading a unit (reader threads), copying a unit (the
-device's stream). Nothing waits for a whole phase:
+Theory of operation. All state belongs to the event loop; four kinds of work run elsewhere and come
+back as calls on the loop: opening the shards and reading a unit (reader threads), checking a unit's
+checksums (checker threads), copying a unit (the device's stream). Nothing waits for a whole phase:
 
-    missing unit:  take a chunk -> read + checksum -> copy -> done
-    unit in DRAM:                                     copy -> done     (all issued at once, first)
+    missing unit:  take a chunk -> read -> check -> copy -> done
+    unit in DRAM:                                   copy -> done     (first; checked if always)
 
-`pump` is called whenever something may go on: it starts reads while chunks can be had and fewer than
-`max_reads` are under way, so that every reader thread has its next job queued. A chunk stays with
-the ledger after its copy, for the next load, until somebody else needs it.
+`pump` is called whenever something may go on. It issues what comes from DRAM, MAX_ISSUED units at a
+time, since issuing thousands would hold up every token stream of the node. It starts reads while
+chunks can be had and fewer than `max_reads` are under way, so that every reader thread has its next
+job queued. A chunk stays with the ledger after its copy, for the next load, until somebody else
+needs it.
 
 A load ends once, in `_finish`, when nothing of it is in flight any more: only then do chunks and
 device memory change hands. So a cancelled or failed load takes back what is its own in every state.
@@ -40,6 +42,9 @@ from sllm_node.store.residency import Residency, Unit
 
 Verify = Literal["first", "always", "never"]
 
+MAX_ISSUED = 64
+"""Units from DRAM that are issued and not done, of one load: enough for any link to stay busy."""
+
 
 @dataclass(frozen=True, slots=True)
 class Machinery:
@@ -50,6 +55,7 @@ class Machinery:
     pool: PinnedPool
     ledger: Residency
     readers: ThreadPoolExecutor
+    checkers: ThreadPoolExecutor
     stream: Stream
     files: FileSystem
     verify: Verify
@@ -88,9 +94,12 @@ class Load:
         self._first_copy: float | None = None
         self._files: tuple[ShardFile, ...] = ()
         self._error: BaseException | None = None
+        self._cached: list[Unit] = []
+        """Units in DRAM that are still to be issued, the next one last."""
         self._missing: list[Unit] = []
         """Units still to be read, the next one last."""
         self._reading = 0
+        self._checking = 0
         self._copying = 0
         self._is_opening = False
         self._done_bytes = 0
@@ -101,19 +110,20 @@ class Load:
     # --- from outside -------------------------------------------------------------------------
 
     def start(self) -> None:
-        """Issue the copies of all units in DRAM, then begin to read the others."""
+        """Begin with the units in DRAM; open the shards if there are others."""
+        self._started = self._machinery.clock.now()
         self._ledger.begin_load(self.model)
-        missing = []
-        for unit in self._ledger.units(self.model):
+        for unit in reversed(self._ledger.units(self.model)):
             if self._ledger.chunk_of(self.model, unit.index) is None:
-                missing.append(unit)
+                self._missing.append(unit)
             else:
+                self._cached.append(unit)
                 self._dram_bytes += unit.size
-                self._take_from_dram(unit)
-        self._missing = missing[::-1]
-        if missing:
+        if self._missing:
             self._is_opening = True
-            self._run(self._on_opened, open_shards, self.checkpoint, self._machinery.files)
+            job = partial(open_shards, self.checkpoint, self._machinery.files)
+            self._run(self._machinery.readers, job, self._on_opened)
+        self.pump()
         self._finish_if_done()
 
     def cancel(self) -> None:
@@ -134,66 +144,64 @@ class Load:
 
     def progress(self) -> LoadProgress:
         """Return how far it has come."""
-        total = self.checkpoint.index.size
-        elapsed_s = self._machinery.clock.now() - self._asked
+        total, now = self.checkpoint.index.size, self._machinery.clock.now()
+        running_s = now - self._started
         eta_s = None
-        if self._done_bytes and elapsed_s > 0:
-            eta_s = (total - self._done_bytes) * elapsed_s / self._done_bytes
+        if self._done_bytes and running_s > 0:
+            eta_s = (total - self._done_bytes) * running_s / self._done_bytes
         source = Tier.DRAM if self._dram_bytes == total else Tier.NVME
-        return LoadProgress(self._done_bytes, total, elapsed_s, eta_s, source)
+        return LoadProgress(self._done_bytes, total, now - self._asked, eta_s, source)
 
     # --- the pipeline -------------------------------------------------------------------------
 
     def pump(self) -> None:
-        """Start as many reads as chunks and readers allow."""
-        while self._error is None and self._files and self._missing:
-            if self._reading >= self._machinery.max_reads:
-                return
-            unit = self._missing[-1]
-            taken = self._ledger.take(self.model, unit.index)
+        """Issue what DRAM has, and start as many reads as chunks and readers allow."""
+        while self._cached and self._checking + self._copying < MAX_ISSUED:
+            self._issue_cached(self._cached.pop())
+        while self._files and self._missing and self._reading < self._machinery.max_reads:
+            taken = self._ledger.take(self.model, self._missing[-1].index)
             if taken is None:
                 self._want_chunk()
                 return
             chunk, victim = taken
             if victim is not None:
                 self._machinery.on_eviction(victim)
-            self._missing.pop()
-            self._read(unit, chunk)
+            self._read(self._missing.pop(), chunk)
 
     def _want_chunk(self) -> None:
-        if self.buffer is None and not self._reading:
+        if self.buffer is None and not (self._reading or self._checking):
             self._missing.clear()  # a prefetch brings what fits
             self._finish_if_done()
         elif not self._machinery.wait_for_chunk(self):
             self._fail(PoolExhaustedError(self.model, self._ledger.chunks))
             self._finish_if_done()
 
+    def _issue_cached(self, unit: Unit) -> None:
+        if self._machinery.verify == "always":
+            chunk = self._ledger.hold(self.model, unit.index)
+            view = self._machinery.pool.view(chunk, unit.size)
+            self._check(unit, view, self._on_checked_again)
+        elif self.buffer is None:
+            self._done_bytes += unit.size
+        else:
+            self._copy(unit)
+
     def _read(self, unit: Unit, chunk: int) -> None:
-        machinery = self._machinery
-        verify = self._must_verify(unit)
-        view = machinery.pool.view(chunk, unit.size)
-        file = self._files[unit.shard]
-        job = partial(read_unit, self.checkpoint, file, unit, view, verify=verify)
+        view = self._machinery.pool.view(chunk, unit.size)
+        job = partial(read_unit, self.checkpoint, self._files[unit.shard], unit, view)
         self._reading += 1
-        self._run(partial(self._on_read, unit, 1 if verify else 0), job)
+        self._run(self._machinery.readers, job, partial(self._on_read, unit, view))
+
+    def _check(self, unit: Unit, view: memoryview, tell: "Callable[..., None]") -> None:
+        self._checking += 1
+        job = partial(check_unit, self.checkpoint, unit, view)
+        self._run(self._machinery.checkers, job, partial(tell, unit))
 
     def _must_verify(self, unit: Unit) -> bool:
         policy = self._machinery.verify
         if policy == "first":
             return not self._ledger.is_verified(self.model, unit.index)
         return policy == "always"
-
-    def _take_from_dram(self, unit: Unit) -> None:
-        if self._machinery.verify == "always":
-            chunk = self._ledger.hold(self.model, unit.index)
-            view = self._machinery.pool.view(chunk, unit.size)
-            self._reading += 1
-            job = partial(check_unit, self.checkpoint, unit, view)
-            self._run(partial(self._on_checked, unit), job)
-        elif self.buffer is None:
-            self._done_bytes += unit.size
-        else:
-            self._copy(unit)
 
     def _copy(self, unit: Unit) -> None:
         assert self.buffer is not None
@@ -211,11 +219,14 @@ class Load:
     # --- what comes back ----------------------------------------------------------------------
 
     def _run(
-        self, tell: "Callable[..., None]", job: "Callable[..., object]", *values: object
+        self,
+        threads: ThreadPoolExecutor,
+        job: "Callable[[], object]",
+        tell: "Callable[..., None]",
     ) -> None:
-        """Run `job` in a reader thread; `tell(error, result)` on the loop when it has ended."""
+        """Run `job` in one of `threads`; `tell(error, result)` on the loop when it has ended."""
         loop = self._machinery.loop
-        future = self._machinery.readers.submit(_attempt, job, *values)
+        future = threads.submit(_attempt, job)
         future.add_done_callback(lambda done: _call(loop, tell, *done.result()))
 
     def _on_opened(self, error: BaseException | None, files: object) -> None:
@@ -229,34 +240,48 @@ class Load:
         self._finish_if_done()
 
     def _on_read(
-        self, unit: Unit, verified: Literal[0, 1], error: BaseException | None, _: object
+        self, unit: Unit, view: memoryview, error: BaseException | None, _: object
     ) -> None:
         self._reading -= 1
+        if error is None and self._must_verify(unit):
+            self._check(unit, view, self._on_checked)
+            self.pump()
+        else:
+            self._settle(unit, error, verified=False)
+
+    def _on_checked(self, unit: Unit, error: BaseException | None, _: object) -> None:
+        self._checking -= 1
+        self._verified_bytes += unit.size
+        self._settle(unit, error, verified=True)
+
+    def _settle(self, unit: Unit, error: BaseException | None, *, verified: bool) -> None:
+        """The chunk of a unit that was missing is good, or useless."""
         if error is not None:
             self._ledger.failed(self.model, unit.index)
             self._fail(error)
         else:
-            self._ledger.filled(self.model, unit.index, verified=bool(verified))
+            self._ledger.filled(self.model, unit.index, verified=verified)
             self._read_bytes += unit.size
-            self._verified_bytes += unit.size if verified else 0
-            if self.buffer is None:
-                self._done_bytes += unit.size
-            elif self._error is None:
-                self._copy(unit)
+            self._deliver(unit)
         self._go_on()
 
-    def _on_checked(self, unit: Unit, error: BaseException | None, _: object) -> None:
-        self._reading -= 1
+    def _on_checked_again(self, unit: Unit, error: BaseException | None, _: object) -> None:
+        """A unit that was in DRAM has been checked."""
+        self._checking -= 1
         self._ledger.unhold(self.model, unit.index, copied=False)
         self._verified_bytes += unit.size
         if error is not None:
             self._ledger.drop(self.model, unit.index)
             self._fail(error)
-        elif self.buffer is None:
+        else:
+            self._deliver(unit)
+        self._go_on()
+
+    def _deliver(self, unit: Unit) -> None:
+        if self.buffer is None:
             self._done_bytes += unit.size
         elif self._error is None:
             self._copy(unit)
-        self._go_on()
 
     def _on_copied(self, unit: Unit, error: BaseException | None) -> None:
         self._copying -= 1
@@ -278,11 +303,12 @@ class Load:
         """Remember the first error and start nothing new."""
         if self._error is None and not self.ended.done():
             self._error = error
+            self._cached.clear()
             self._missing.clear()
 
     def _finish_if_done(self) -> None:
-        busy = self._reading or self._copying or self._is_opening
-        if not (busy or self._missing or self.ended.done()):
+        busy = self._is_opening or self._reading or self._checking or self._copying
+        if not (busy or self._cached or self._missing or self.ended.done()):
             self._finish()
 
     def _finish(self) -> None:
@@ -294,9 +320,11 @@ class Load:
         if self._error is not None and self.buffer is not None:
             self.buffer.close()
         result = self._error or self._report()
-        self._machinery.on_ended(self, result)
-        self.ended.set_result(result)
-        self._machinery.chunk_given_back()
+        try:
+            self._machinery.on_ended(self, result)
+        finally:
+            self.ended.set_result(result)
+            self._machinery.chunk_given_back()
 
     def _report(self) -> LoadReport:
         now = self._machinery.clock.now()
@@ -312,9 +340,9 @@ class Load:
         )
 
 
-def _attempt(job: "Callable[..., object]", *values: object) -> tuple[BaseException | None, object]:
+def _attempt(job: "Callable[[], object]") -> tuple[BaseException | None, object]:
     try:
-        return None, job(*values)
+        return None, job()
     except BaseException as error:  # noqa: BLE001 - the root of a thread's work: handed to the loop
         return error, None
 

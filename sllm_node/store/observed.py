@@ -16,7 +16,7 @@ class Observed:
 
     def __init__(self, metrics: Metrics, ledger: Residency, device: Device) -> None:
         self.bandwidth: dict[Tier, float] = {}
-        """Bytes/s onto the device, by the slowest tier that a load read from."""
+        """Bytes/s of a tier on the way to the device, from loads that it was the slowest part of."""
         self._metrics = metrics
         self._ledger = ledger
         self._device = device
@@ -61,9 +61,10 @@ class Observed:
         self._metrics.device_bytes.labels(device.name, "free").set(free)
 
     def _learn(self, source: Tier, report: LoadReport) -> None:
-        if report.elapsed_s <= 0:
-            return
-        rate = report.bytes_total / report.elapsed_s
+        size = report.bytes_from_nvme if source is Tier.NVME else report.bytes_total
+        if report.elapsed_s <= 0 or 2 * size < report.bytes_total:
+            return  # one that came from both tiers, mostly from DRAM, tells of neither
+        rate = size / report.elapsed_s
         known = self.bandwidth.get(source)
         mixed = rate if known is None else known + _NEWEST_WEIGHT * (rate - known)
         self.bandwidth[source] = mixed

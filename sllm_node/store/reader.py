@@ -1,14 +1,19 @@
 """From a shard to a chunk: direct I/O in reader threads, checksums on the way.
 
-Threads get values (a file, a range, a view) and return or raise; they touch no state of ours.
+Reading and checking are two jobs for two groups of threads: a reader that stopped to check would
+leave the disk with less to do. Threads get values (a file, a range, a view) and return or raise;
+they touch no state of ours.
+
 O_DIRECT wants file offset, size and address aligned to 4 KiB: shards are padded to it, chunks begin
 at it, and it is asserted here, because tmpfs would accept less and hide the mistake.
 """
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -55,46 +60,49 @@ class DirectFile:
     ) -> None:
         self._path = path
         self._refused = refused
-        self._descriptor = -1
-        if direct:
-            try:
-                self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-            except OSError as error:
-                if error.errno != errno.EINVAL:
-                    raise
-                refused(path, error)
-        self._is_direct = self._descriptor >= 0
-        if not self._is_direct:
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = self._open(os.O_DIRECT if direct else 0)
+
+    def _open(self, direct: int) -> int:
+        try:
+            return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | direct)
+        except OSError as error:
+            if error.errno != errno.EINVAL or not direct:
+                raise
+            self._refused(self._path, error)
+            return self._open(0)
 
     def read_into(self, view: memoryview, offset: int) -> int:
         _assert_aligned(view, offset)
         done = 0
-        while done < len(view):
-            count = self._read(view[done:], offset + done)
-            if count == 0:
-                break
+        while done < len(view) and (count := self._read(view[done:], offset + done)):
             done += count
-        if not self._is_direct:
+        if not self._is_direct():
             os.posix_fadvise(self._descriptor, offset, done, os.POSIX_FADV_DONTNEED)
         return done
 
     def _read(self, view: memoryview, offset: int) -> int:
         try:
-            return os.preadv(self._descriptor, [view], offset)
+            return self._preadv(view, offset)
         except OSError as error:
-            if error.errno != errno.EINVAL or not self._is_direct:
+            if error.errno != errno.EINVAL:
                 raise
-            return self._read_buffered(view, offset, error)
+            if offset % PAGE:
+                return 0  # behind the end of a file that was cut
+            self._go_buffered(error)
+        return self._preadv(view, offset)
 
-    def _read_buffered(self, view: memoryview, offset: int, error: OSError) -> int:
-        """Go on without O_DIRECT; the descriptor stays open, other threads may be using it."""
-        descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+    def _preadv(self, view: memoryview, offset: int) -> int:
+        return os.preadv(self._descriptor, [view], offset)
+
+    def _is_direct(self) -> bool:
+        return bool(fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+    def _go_buffered(self, error: OSError) -> None:
+        """Go on without O_DIRECT, on the same open file: the path may lead to another by now."""
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        if flags & os.O_DIRECT:  # else another thread was faster
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~os.O_DIRECT)
             self._refused(self._path, error)
-            return os.preadv(descriptor, [view], offset)
-        finally:
-            os.close(descriptor)
 
     def identity(self) -> ShardIdentity:
         return identity_of(os.fstat(self._descriptor))
@@ -109,14 +117,18 @@ class DirectFileSystem:
     def __init__(self, *, direct: bool = True) -> None:
         self._direct = direct
         self._warned: set[int] = set()
+        self._warning = threading.Lock()
 
     def open(self, path: Path) -> DirectFile:
         return DirectFile(path, self._warn, direct=self._direct)
 
     def _warn(self, path: Path, error: OSError) -> None:
-        device = path.stat().st_dev
-        if device not in self._warned:
+        """Tell the log; from any thread."""
+        device = path.parent.stat().st_dev
+        with self._warning:
+            is_known = device in self._warned
             self._warned.add(device)
+        if not is_known:
             fields = {"path": str(path), "reason": error.strerror}
             log.warning("no direct I/O here, reading through the page cache", extra=fields)
 
@@ -132,7 +144,7 @@ def open_shards(checkpoint: Checkpoint, files: FileSystem) -> tuple[ShardFile, .
     try:
         for shard, identity in zip(checkpoint.index.shards, checkpoint.identities, strict=True):
             opened.append(_open(checkpoint, shard.name, files))
-            _check_identity(checkpoint.model, shard.name, opened[-1], identity)
+            check_identity(checkpoint.model, shard.name, opened[-1], identity)
     except BaseException:
         close_shards(tuple(opened))
         raise
@@ -148,14 +160,26 @@ def _open(checkpoint: Checkpoint, shard: str, files: FileSystem) -> ShardFile:
         raise _read_error(checkpoint.model, shard, 0, error) from error
 
 
-def _check_identity(model: ModelId, shard: str, file: ShardFile, expected: ShardIdentity) -> None:
+def check_identity(model: ModelId, shard: str, file: ShardFile, expected: ShardIdentity) -> None:
+    """Make sure that `file` is the one whose index was read, and not written to since.
+
+    Raises:
+        CheckpointChangedError: it is not.
+        StorageReadError: the file system failed.
+    """
     try:
         found = file.identity()
     except OSError as error:
         raise _read_error(model, shard, 0, error) from error
     if found != expected:
-        problem = "was truncated" if found.size < expected.size else "was replaced"
-        raise CheckpointChangedError(model, shard, problem)
+        raise CheckpointChangedError(model, shard, _what_happened(found, expected))
+
+
+def _what_happened(found: ShardIdentity, expected: ShardIdentity) -> str:
+    if found.size < expected.size:
+        return "was truncated"
+    is_same_file = (found.device, found.inode) == (expected.device, expected.inode)
+    return "was written to" if is_same_file else "was replaced"
 
 
 def close_shards(files: tuple[ShardFile, ...]) -> None:
@@ -165,29 +189,27 @@ def close_shards(files: tuple[ShardFile, ...]) -> None:
             file.close()
 
 
-def read_unit(
-    checkpoint: Checkpoint, file: ShardFile, unit: Unit, view: memoryview, *, verify: bool
-) -> None:
+def read_unit(checkpoint: Checkpoint, file: ShardFile, unit: Unit, view: memoryview) -> None:
     """Fill `view` with `unit`; in a reader thread.
 
     Raises:
         StorageReadError: the file system failed.
-        CheckpointChangedError: the file is shorter than it was.
-        ChecksumError: the bytes are not those written.
+        CheckpointChangedError: the file was written to, or cut, since its index was read.
     """
-    shard = checkpoint.index.shards[unit.shard].name
+    model, shard = checkpoint.model, checkpoint.index.shards[unit.shard].name
     try:
         count = file.read_into(view, unit.offset)
     except OSError as error:
-        raise _read_error(checkpoint.model, shard, unit.offset, error) from error
+        raise _read_error(model, shard, unit.offset, error) from error
+    # After the read, so that what was changed before or during it is never taken for the old bytes.
+    check_identity(model, shard, file, checkpoint.identities[unit.shard])
     if count != unit.size:
-        _explain_short_read(checkpoint, file, unit, count)
-    if verify:
-        check_unit(checkpoint, unit, view)
+        problem = f"only {count} of {unit.size} bytes came"
+        raise StorageReadError(model, shard, unit.offset + count, problem)
 
 
 def check_unit(checkpoint: Checkpoint, unit: Unit, view: memoryview) -> None:
-    """Compare the checksum of each file chunk in `view` with the index; in a reader thread.
+    """Compare the checksum of each file chunk in `view` with the index; in a checker thread.
 
     Raises:
         ChecksumError: naming the first file chunk that differs.
@@ -200,15 +222,6 @@ def check_unit(checkpoint: Checkpoint, unit: Unit, view: memoryview) -> None:
         if xxhash.xxh3_64_intdigest(piece) != shard.digests[offset // index.chunk_bytes]:
             tensors = tuple(index.tensors_in(unit.shard, offset, len(piece)))
             raise ChecksumError(checkpoint.model, shard.name, offset, len(piece), tensors)
-
-
-def _explain_short_read(checkpoint: Checkpoint, file: ShardFile, unit: Unit, count: int) -> None:
-    shard = checkpoint.index.shards[unit.shard].name
-    with suppress(OSError):
-        if file.identity() != checkpoint.identities[unit.shard]:
-            raise CheckpointChangedError(checkpoint.model, shard, "was truncated")
-    problem = f"only {count} of {unit.size} bytes came"
-    raise StorageReadError(checkpoint.model, shard, unit.offset + count, problem)
 
 
 def _read_error(model: ModelId, shard: str, offset: int, error: OSError) -> StorageReadError:

@@ -18,8 +18,8 @@ from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import LoadFailedError, ModelBusyError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Tier
-from sllm_node.device.base import Device, DeviceBuffer, Stream
-from sllm_node.store.lease import Lease
+from sllm_node.device.base import Device
+from sllm_node.store.lease import Lease, Resident
 from sllm_node.store.loader import Load, Machinery
 from sllm_node.store.observed import Observed
 from sllm_node.store.pool import PinnedPool
@@ -30,15 +30,6 @@ log = logging.getLogger(__name__)
 
 READS_PER_THREAD = 2
 """Reads under way for each reader thread: one at the disk and one queued behind it."""
-
-
-class _Resident:
-    """A checkpoint on the device."""
-
-    def __init__(self, checkpoint: Checkpoint, buffer: DeviceBuffer) -> None:
-        self.checkpoint = checkpoint
-        self.buffer = buffer
-        self.leases = 0
 
 
 class Store:
@@ -63,17 +54,16 @@ class Store:
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
         self._opened: dict[ModelId, Checkpoint] = {}
         """What the ledger's rows were made of."""
-        self._residents: dict[ModelId, _Resident] = {}
+        self._residents: dict[ModelId, Resident] = {}
         self._loads: dict[ModelId, Load] = {}
         self._waiters: dict[ModelId, int] = {}
         self._slot_queue: deque[Load] = deque()
         self._active = 0
         self._chunk_queue: deque[Load] = deque()
-        self._device_pins: set[ModelId] = set()
+        self._pins: dict[Tier, set[ModelId]] = {Tier.DEVICE: set(), Tier.DRAM: set()}
         self._observed = Observed(metrics, self._ledger, device)
         self._is_closing = False
         self._machinery: Machinery | None = None
-        self._stream: Stream | None = None
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -86,15 +76,16 @@ class Store:
         loop = asyncio.get_running_loop()
         config = self._config
         readers = ThreadPoolExecutor(config.reader_threads, "sllm-read")
+        checkers = ThreadPoolExecutor(config.reader_threads, "sllm-check")
         pool = await loop.run_in_executor(readers, self._take_pool)
-        self._stream = self._device.stream()
         self._machinery = Machinery(
             loop=loop,
             clock=self._clock,
             pool=pool,
             ledger=self._ledger,
             readers=readers,
-            stream=self._stream,
+            checkers=checkers,
+            stream=self._device.stream(),
             files=self._files,
             verify=config.verify,
             max_reads=READS_PER_THREAD * config.reader_threads,
@@ -112,7 +103,11 @@ class Store:
         )
 
     async def close(self) -> None:
-        """Cancel what is under way, wait for it, give all memory back. Leases must be back."""
+        """Cancel what is under way, wait for it, give all memory back.
+
+        Raises:
+            ModelBusyError: a lease is still out; its device memory alone is not given back.
+        """
         if self._machinery is None:
             return
         self._is_closing = True
@@ -120,12 +115,17 @@ class Store:
             self._cancel(load)
         while self._loads:
             await next(iter(self._loads.values())).ended
-        for model in list(self._residents):
+        self._pins[Tier.DEVICE].clear()
+        leased = [model for model in self._residents if self.leases(model)]
+        for model in self._residents.keys() - leased:
             self.evict(model, Tier.DEVICE, "shutdown")
         machinery, self._machinery = self._machinery, None
         machinery.readers.shutdown(wait=True)
+        machinery.checkers.shutdown(wait=True)
         machinery.stream.close()
         machinery.pool.close()
+        if leased:
+            raise ModelBusyError(leased[0], "is in use while the store closes")
 
     # --- what is where ------------------------------------------------------------------------
 
@@ -189,7 +189,7 @@ class Store:
                 resident.leases += 1
                 if self._ledger.knows(model):
                     self._ledger.touch(model)
-                return self._lease(resident, None)
+                return resident.lease(None)
             load = self._loads.get(model)
             if load is None:
                 load = self._begin(model, asked, onto_device=True)
@@ -197,7 +197,7 @@ class Store:
                 await asyncio.shield(load.ended)
                 continue
             report = await self._wait(load)
-            return self._lease(self._residents[model], report)
+            return self._residents[model].lease(report)
 
     async def prefetch(self, model: ModelId) -> None:
         """Bring into DRAM what of `model` fits there and isn't there yet.
@@ -212,7 +212,7 @@ class Store:
             load = self._begin(model, self._clock.now(), onto_device=False)
         await self._wait(load)
         if load.buffer is not None:
-            self._give_back(self._residents[model])
+            self._residents[model].give_back()
 
     async def settled(self, model: ModelId) -> None:
         """Wait until no load of `model` is under way: a cancelled one holds memory to its end."""
@@ -239,7 +239,7 @@ class Store:
         if load.ended.done():
             resident = self._residents.get(load.model)
             if resident is not None and resident.buffer is load.buffer:
-                self._give_back(resident)
+                resident.give_back()
             return
         self._waiters[load.model] -= 1
         if not self._waiters[load.model]:
@@ -247,7 +247,8 @@ class Store:
 
     def _begin(self, model: ModelId, asked: float, *, onto_device: bool) -> Load:
         assert self._machinery is not None, "the store is not started"
-        assert not self._is_closing, "the store is closing"
+        if self._is_closing:
+            raise LoadFailedError(model, "the store is closing")
         checkpoint = self._catalog.get(model)
         self._know(checkpoint)
         buffer = self._device.allocate(checkpoint.index.size) if onto_device else None
@@ -255,7 +256,9 @@ class Store:
         self._loads[model] = load
         self._waiters[model] = 0
         self._observed.show()
-        if self._active < self._config.max_concurrent_loads:
+        is_warm = self._ledger.bytes_of(model) == checkpoint.index.size
+        if is_warm or self._active < self._config.max_concurrent_loads:
+            # A warm load needs neither disk nor chunks: it never waits for others.
             self._active += 1
             load.start()
         else:
@@ -272,6 +275,7 @@ class Store:
             if self._ledger.knows(model):
                 self._ledger.close(model)
             self._ledger.open(model, units)
+            self._ledger.pin(model, pinned=model in self._pins[Tier.DRAM])
         self._opened[model] = checkpoint
 
     def _cancel(self, load: Load) -> None:
@@ -292,18 +296,18 @@ class Store:
             self._chunk_queue.remove(load)
         if isinstance(result, LoadReport):
             if load.buffer is not None:
-                resident = _Resident(load.checkpoint, load.buffer)
-                resident.leases = waiters
-                self._residents[model] = resident
+                self._residents[model] = Resident(load.checkpoint, load.buffer, waiters)
             self._observed.succeeded(load, result)
-            self.on_load(result)
         else:
             self._observed.failed(load, result)
         self._start_next()
         self._observed.show()
+        if isinstance(result, LoadReport):
+            self.on_load(result)
 
     def _start_next(self) -> None:
-        while self._slot_queue and self._active < self._config.max_concurrent_loads:
+        limit = 0 if self._is_closing else self._config.max_concurrent_loads
+        while self._slot_queue and self._active < limit:
             self._active += 1
             self._slot_queue.popleft().start()
 
@@ -345,7 +349,7 @@ class Store:
             return
         if resident.leases:
             raise ModelBusyError(model, f"is in use on the device ({resident.leases} leases)")
-        if model in self._device_pins and reason != "shutdown":
+        if model in self._pins[Tier.DEVICE]:
             raise ModelBusyError(model, "is pinned on the device")
         resident.buffer.close()
         del self._residents[model]
@@ -366,18 +370,18 @@ class Store:
         Raises:
             ModelNotFoundError: there is no such checkpoint.
         """
-        if tier is Tier.DEVICE:
-            self._device_pins.add(model)
-        else:
-            self._know(self._catalog.get(model))
-            self._ledger.pin(model, pinned=True)
+        self._catalog.get(model)
+        self._pins[tier].add(model)
+        self._apply_pins(model)
 
     def unpin(self, model: ModelId, tier: Tier) -> None:
         """Let `model` be evicted from `tier` again."""
-        if tier is Tier.DEVICE:
-            self._device_pins.discard(model)
-        elif self._ledger.knows(model):
-            self._ledger.pin(model, pinned=False)
+        self._pins[tier].discard(model)
+        self._apply_pins(model)
+
+    def _apply_pins(self, model: ModelId) -> None:
+        if self._ledger.knows(model):
+            self._ledger.pin(model, pinned=model in self._pins[Tier.DRAM])
             self._wake_one()
 
     def forget(self, model: ModelId) -> None:
@@ -387,11 +391,3 @@ class Store:
             del self._opened[model]
             self._wake_one()
             self._observed.show()
-
-    def _lease(self, resident: _Resident, report: LoadReport | None) -> Lease:
-        checkpoint, buffer = resident.checkpoint, resident.buffer
-        return Lease(checkpoint, buffer, report, lambda: self._give_back(resident))
-
-    def _give_back(self, resident: _Resident) -> None:
-        assert resident.leases > 0
-        resident.leases -= 1

@@ -1,3 +1,4 @@
+import errno
 import logging
 import mmap
 import os
@@ -40,8 +41,10 @@ def test_a_misaligned_read_is_a_programmers_error(path, page_view, start, size, 
 class Refuses(DirectFile):
     """A file whose file system takes O_DIRECT at open and refuses it when read."""
 
-    def _read(self, view, offset):
-        return self._read_buffered(view, offset, OSError(22, "Invalid argument"))
+    def _preadv(self, view, offset):
+        if self._is_direct():
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return super()._preadv(view, offset)
 
 
 def test_a_file_system_that_refuses_direct_reads_is_read_through_the_page_cache(path, page_view):
