@@ -377,6 +377,12 @@ class DeviceError(SllmError):
         self.problem = problem
 
 
+class DeviceLostError(DeviceError):
+    """The device's context is poisoned: nothing on it works in this process any more."""
+
+    code = "device_lost"
+
+
 class LoadFailedError(SllmError):
     """A load ended in something that has no better name; the cause is chained."""
 

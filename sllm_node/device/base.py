@@ -1,13 +1,31 @@
-"""What the store asks of an accelerator, and nothing more. Two implementations: cpu, and cuda to come.
+"""What the store asks of an accelerator, and nothing more. Two implementations: cpu and cuda.
 
 Memory comes in two kinds: device memory, which models are served from, and pinned host memory,
-which copies start from. A stream carries out its items one after another, beside the caller; an
-event tells when everything enqueued before it is done.
+which copies start from. Device memory is *mapped* into ranges of addresses, piece by piece, and
+unmapped again; a range keeps its addresses for life, so that what points into it (a module's
+parameters, a CUDA graph) holds across an eviction and the next load.
+
+A stream carries out its items one after another, beside the caller; an event tells when everything
+enqueued before it is done. Mapping is such a sequence too: what is unmapped is there for what is
+mapped afterwards. Every method returns at once unless it says that it waits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import Protocol, Self
+
+Done = Callable[[BaseException | None], None]
+"""Called once when an event happens, with the failure if there was one.
+
+From any thread: hand over to the event loop at once.
+"""
+
+
+class Event(Protocol):
+    """A point in a sequence of work."""
+
+    def on_done(self, done: Done) -> None:
+        """Call `done` once, from any thread, when all items before this point have ended."""
 
 
 class DeviceBuffer(Protocol):
@@ -20,12 +38,34 @@ class DeviceBuffer(Protocol):
     def array(self) -> object:
         """The bytes as something `torch.as_tensor` takes without a copy: (size,) uint8.
 
-        A numpy array, or an object with `__cuda_array_interface__`. Views made of it must be gone
-        before `close`; the implementation may raise `BufferError` otherwise.
+        A numpy array, or an object with `__cuda_array_interface__`. Views made of it may outlive
+        the memory, but must not be looked at any more then.
         """
 
     def close(self) -> None:
         """Give the memory back; a second call does nothing."""
+
+
+class DeviceRange(DeviceBuffer, Protocol):
+    """A range of device addresses, with memory behind those of its pieces that are mapped."""
+
+    @property
+    def piece_bytes(self) -> int:
+        """Size of a piece; the last one of a range may be smaller."""
+
+    @property
+    def mapped(self) -> Collection[int]:
+        """The pieces that are mapped, or will be when the work enqueued is done."""
+
+    def map(self, pieces: Collection[int]) -> Event:
+        """Put memory behind `pieces`, none of which is mapped.
+
+        Raises:
+            DeviceMemoryError: there is no room; nothing was changed.
+        """
+
+    def unmap(self, pieces: Collection[int]) -> Event:
+        """Give the memory behind `pieces`, all of which are mapped, back to the system."""
 
 
 class PinnedBuffer(Protocol):
@@ -42,20 +82,6 @@ class PinnedBuffer(Protocol):
         """Give the memory back; a second call does nothing."""
 
 
-Done = Callable[[BaseException | None], None]
-"""Called once when an event happens, with the stream's failure if there was one.
-
-From any thread: hand over to the event loop at once.
-"""
-
-
-class Event(Protocol):
-    """A point in a stream."""
-
-    def on_done(self, done: Done) -> None:
-        """Call `done` once, from any thread, when all items before this point have ended."""
-
-
 class Stream(Protocol):
     """Copies in order, beside the caller."""
 
@@ -64,6 +90,15 @@ class Stream(Protocol):
 
         `source` must stay untouched until an event recorded afterwards happens.
         """
+
+    def copy_device(
+        self,
+        destination: DeviceBuffer,
+        offset: int,
+        source: DeviceBuffer,
+        source_range: tuple[int, int],
+    ) -> None:
+        """Enqueue a copy of bytes [start, end) of `source`, on this device or a sibling."""
 
     def record(self) -> Event:
         """Return an event that happens when everything enqueued so far has ended.
@@ -88,23 +123,49 @@ class Device(Protocol):
 
     @property
     def memory_used(self) -> int:
-        """Bytes allocated now."""
+        """Bytes mapped now."""
+
+    @property
+    def granularity(self) -> int:
+        """Every range and buffer takes a multiple of this many bytes."""
+
+    def reserve(self, size: int, piece_bytes: int) -> DeviceRange:
+        """Take a range of addresses for `size` bytes, in pieces, without memory yet.
+
+        `piece_bytes` is rounded up to the granularity.
+
+        Raises:
+            DeviceError: the system refuses.
+        """
 
     def allocate(self, size: int) -> DeviceBuffer:
-        """Take `size` bytes, which is positive.
+        """Take `size` bytes, which is positive; waits until they are there.
 
         Raises:
             DeviceMemoryError: there is no room.
         """
 
     def pin(self, size: int, *, huge_pages: bool) -> PinnedBuffer:
-        """Take `size` bytes of page-locked host memory, touched, so that no copy faults.
+        """Take `size` bytes of page-locked host memory; waits until they are touched.
+
+        Copies to any device of the process may start from it.
 
         Raises:
             DeviceError: the system refuses, with the remedy.
         """
 
-    def stream(self) -> Stream: ...
+    def stream(self) -> Stream:
+        """Return a stream of this device's own link."""
+
+    def relay(self, sibling: "Device") -> Stream:
+        """Return a stream to this device through the link of `sibling`, which passes bytes on.
+
+        Raises:
+            DeviceMemoryError: the sibling has no room for the relay's staging memory.
+        """
+
+    def can_reach(self, sibling: "Device") -> bool:
+        """Tell whether bytes go between the two without passing the host."""
 
     def close(self) -> None:
         """Free what is left. Streams and buffers must have been closed."""

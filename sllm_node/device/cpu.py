@@ -1,39 +1,50 @@
 """The CPU as an accelerator: ordinary memory, one thread a stream.
 
 It is a device for machines without one, and the place where everything above the Device protocol is
-tested. Copies are real and asynchronous, so the store meets the same orders of events as on a GPU.
+tested. Copies are real and asynchronous, and so are mapping and unmapping, so the store meets the
+same orders of events as on a GPU. There may be several, `cpu:0` and `cpu:1`.
 """
 
-import ctypes
-import mmap
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from types import TracebackType
-from typing import Self, cast
+from typing import Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from sllm_node.core.errors import DeviceError, DeviceMemoryError
-from sllm_node.core.units import MIB, PAGE, align_up
-from sllm_node.device.base import DeviceBuffer, Done
+from sllm_node.core.errors import DeviceError
+from sllm_node.core.units import PAGE, align_up
+from sllm_node.device.base import Device, DeviceBuffer, Done
+from sllm_node.device.host import discard, map_memory, touch
+from sllm_node.device.ledger import Ledger
 
-_TOUCH_THREADS_MAX = 16
-_TOUCH_BYTES = 64 * MIB
-_POPULATE_WRITE = 23
-"""MADV_POPULATE_WRITE (Linux 5.14): fault pages in without writing to them one by one."""
+MemoryT = TypeVar("MemoryT")
 
 
-class CpuBuffer:
-    """Anonymous memory that counts against its device."""
+class CpuEvent:
+    """A marker in a thread's queue."""
 
-    def __init__(self, size: int, give_back: Callable[[int], None]) -> None:
+    def __init__(self, marker: "Future[BaseException | None]") -> None:
+        self._marker = marker
+
+    def on_done(self, done: Done) -> None:
+        self._marker.add_done_callback(lambda marker: done(marker.result()))
+
+
+class CpuRange:
+    """Anonymous memory; pages come when they are written to, and go when they are unmapped."""
+
+    def __init__(
+        self, size: int, piece_bytes: int, ledger: Ledger, memory: ThreadPoolExecutor
+    ) -> None:
         self._size = size
-        self._give_back = give_back
-        self._region: mmap.mmap | None = _map(size, huge_pages=True)
-        self._array: npt.NDArray[np.uint8] | None = np.frombuffer(self._region, np.uint8, size)
+        self._piece_bytes = align_up(piece_bytes, PAGE)
+        self._ledger = ledger
+        self._memory = memory
+        self._view = memoryview(map_memory(size, huge_pages=True))
+        self._array: npt.NDArray[np.uint8] | None = np.frombuffer(self._view, np.uint8, size)
+        self._mapped: set[int] = set()
 
     @property
     def size(self) -> int:
@@ -41,20 +52,53 @@ class CpuBuffer:
 
     @property
     def array(self) -> npt.NDArray[np.uint8]:
-        assert self._array is not None, "the buffer is closed"
+        assert self._array is not None, "the range is closed"
         return self._array
 
+    @property
+    def piece_bytes(self) -> int:
+        return self._piece_bytes
+
+    @property
+    def mapped(self) -> Collection[int]:
+        return self._mapped
+
+    def map(self, pieces: Collection[int]) -> CpuEvent:
+        assert not self._mapped & set(pieces)
+        self._ledger.take(self._bytes(pieces))
+        self._mapped |= set(pieces)
+        return CpuEvent(self._memory.submit(_nothing))
+
+    def unmap(self, pieces: Collection[int]) -> CpuEvent:
+        assert self._mapped >= set(pieces)
+        self._ledger.give_back(self._bytes(pieces))
+        self._mapped -= set(pieces)
+        parts = [self._view[slice(*self._ends(piece))] for piece in pieces]
+        return CpuEvent(self._memory.submit(_discard, parts))
+
     def close(self) -> None:
-        if self._region is None:
+        if self._array is None:
             return
-        self._array = None
-        try:
-            self._region.close()
-        except BufferError:
-            self._array = np.frombuffer(self._region, np.uint8, self._size)
-            raise BufferError("views of this device buffer are still in use") from None
-        self._region = None
-        self._give_back(self._size)
+        self.unmap(set(self._mapped))
+        self._array = None  # the addresses go with the last view
+
+    def _bytes(self, pieces: Collection[int]) -> int:
+        return sum(end - start for start, end in map(self._ends, pieces))
+
+    def _ends(self, piece: int) -> tuple[int, int]:
+        start = piece * self._piece_bytes
+        assert 0 <= start < len(self._view)
+        return start, min(start + self._piece_bytes, len(self._view))
+
+
+def _nothing() -> BaseException | None:
+    return None
+
+
+def _discard(parts: list[memoryview]) -> BaseException | None:
+    for part in parts:
+        discard(part)
+    return None
 
 
 class CpuPinnedBuffer:
@@ -62,9 +106,8 @@ class CpuPinnedBuffer:
 
     def __init__(self, size: int, *, huge_pages: bool) -> None:
         self._size = size
-        region = _map(size, huge_pages=huge_pages)
-        self._view = memoryview(region)[:size]
-        _touch(self._view)
+        self._view = memoryview(map_memory(size, huge_pages=huge_pages))[:size]
+        touch(self._view)
 
     @property
     def size(self) -> int:
@@ -79,16 +122,6 @@ class CpuPinnedBuffer:
         self._view = memoryview(b"")
 
 
-class CpuEvent:
-    """A marker in a stream's queue."""
-
-    def __init__(self, marker: "Future[BaseException | None]") -> None:
-        self._marker = marker
-
-    def on_done(self, done: Done) -> None:
-        self._marker.add_done_callback(lambda marker: done(marker.result()))
-
-
 class CpuStream:
     """One thread that copies in order."""
 
@@ -97,7 +130,17 @@ class CpuStream:
         self._failure: BaseException | None = None
 
     def copy_in(self, destination: DeviceBuffer, offset: int, source: memoryview) -> None:
-        self._thread.submit(self._copy, destination, offset, source)
+        self._thread.submit(self._copy, destination, offset, np.frombuffer(source, np.uint8))
+
+    def copy_device(
+        self,
+        destination: DeviceBuffer,
+        offset: int,
+        source: DeviceBuffer,
+        source_range: tuple[int, int],
+    ) -> None:
+        assert isinstance(source, CpuRange)
+        self._thread.submit(self._copy, destination, offset, source.array[slice(*source_range)])
 
     def record(self) -> CpuEvent:
         return CpuEvent(self._thread.submit(self._mark))
@@ -105,11 +148,11 @@ class CpuStream:
     def close(self) -> None:
         self._thread.shutdown(wait=True)
 
-    def _copy(self, destination: DeviceBuffer, offset: int, source: memoryview) -> None:
+    def _copy(self, destination: DeviceBuffer, offset: int, source: npt.NDArray[np.uint8]) -> None:
         try:
-            assert isinstance(destination, CpuBuffer)
+            assert isinstance(destination, CpuRange)
             target = destination.array[offset : offset + len(source)]
-            np.copyto(target, np.frombuffer(source, np.uint8))  # releases the GIL
+            np.copyto(target, source)  # releases the GIL
         except Exception as error:  # noqa: BLE001 - the root of this thread's work: told to the event
             self._failure = self._failure or error
 
@@ -123,8 +166,8 @@ class CpuDevice:
 
     def __init__(self, memory_bytes: int, name: str = "cpu") -> None:
         self._name = name
-        self._total = memory_bytes
-        self._used = 0
+        self._ledger = Ledger(name, memory_bytes)
+        self._memory = ThreadPoolExecutor(1, "sllm-memory")
 
     @property
     def name(self) -> str:
@@ -132,38 +175,44 @@ class CpuDevice:
 
     @property
     def memory_total(self) -> int:
-        return self._total
+        return self._ledger.total
 
     @property
     def memory_used(self) -> int:
-        return self._used
+        return self._ledger.used
 
-    def allocate(self, size: int) -> CpuBuffer:
+    @property
+    def granularity(self) -> int:
+        return PAGE
+
+    def reserve(self, size: int, piece_bytes: int) -> CpuRange:
         assert size > 0
-        if size > self._total - self._used:
-            raise DeviceMemoryError(self._name, size, self._total - self._used, self._total)
-        self._used += size
-        try:
-            return CpuBuffer(size, self._give_back)
-        except OSError as error:
-            self._used -= size
-            raise DeviceError(self._name, f"the system refuses {size} bytes: {error}") from error
+        assert piece_bytes > 0
+        return self._take(
+            lambda: CpuRange(size, piece_bytes, self._ledger, self._memory), size, "device"
+        )
+
+    def allocate(self, size: int) -> CpuRange:
+        made = self.reserve(size, size)
+        made.map((0,))
+        return made
 
     def pin(self, size: int, *, huge_pages: bool) -> CpuPinnedBuffer:
-        try:
-            return CpuPinnedBuffer(size, huge_pages=huge_pages)
-        except OSError as error:
-            raise DeviceError(
-                self._name,
-                f"the system refuses {size} bytes of host memory ({error.strerror}); "
-                "lower store.pool_bytes or raise the memory limit of the service",
-            ) from error
+        return self._take(lambda: CpuPinnedBuffer(size, huge_pages=huge_pages), size, "host")
 
     def stream(self) -> CpuStream:
         return CpuStream()
 
+    def relay(self, sibling: Device) -> CpuStream:
+        assert sibling is not self
+        return CpuStream()
+
+    def can_reach(self, sibling: Device) -> bool:
+        return isinstance(sibling, CpuDevice)
+
     def close(self) -> None:
-        assert self._used == 0, f"{self._used} bytes of device memory are still allocated"
+        assert self._ledger.used == 0, f"{self._ledger.used} bytes of memory are still allocated"
+        self._memory.shutdown(wait=True)
 
     def __enter__(self) -> Self:
         return self
@@ -177,37 +226,12 @@ class CpuDevice:
         if error is None:
             self.close()
 
-    def _give_back(self, size: int) -> None:
-        self._used -= size
-
-
-def _map(size: int, *, huge_pages: bool) -> mmap.mmap:
-    region = mmap.mmap(-1, align_up(size, PAGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge_pages:
-        with suppress(OSError):  # a kernel without them: small pages do, more slowly
-            region.madvise(mmap.MADV_HUGEPAGE)
-    return region
-
-
-def _touch(view: memoryview) -> None:
-    """Fault every page in, by several threads: one thread clears about 2 GB/s."""
-    threads_count = min(_TOUCH_THREADS_MAX, os.cpu_count() or 1)
-    pieces = [view[start : start + _TOUCH_BYTES] for start in range(0, len(view), _TOUCH_BYTES)]
-    with ThreadPoolExecutor(threads_count, "sllm-touch") as threads:
-        list(threads.map(_touch_piece, pieces))
-
-
-def _touch_piece(piece: memoryview) -> None:
-    # Not mmap.madvise: that one keeps the GIL, and with it the event loop, for the whole time.
-    if _madvise(ctypes.addressof(ctypes.c_char.from_buffer(piece)), len(piece), _POPULATE_WRITE):
-        np.frombuffer(piece, np.uint8)[::PAGE] = 0  # an older kernel
-
-
-def _libc_madvise() -> Callable[[int, int, int], int]:
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    function.restype = ctypes.c_int
-    return cast("Callable[[int, int, int], int]", function)
-
-
-_madvise = _libc_madvise()
+    def _take(self, take: Callable[[], MemoryT], size: int, kind: str) -> MemoryT:
+        try:
+            return take()
+        except OSError as error:
+            raise DeviceError(
+                self._name,
+                f"the system refuses {size} bytes of {kind} memory ({error.strerror}); lower "
+                "store.pool_bytes or device.memory_bytes, or raise the service's memory limit",
+            ) from error
