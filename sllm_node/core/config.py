@@ -5,6 +5,7 @@ error, so that a typing mistake is never a silently ignored wish. `configs/node.
 with its default and one line of meaning; a test holds the two together.
 """
 
+import re
 import tomllib
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -21,6 +22,7 @@ Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
 Name = Annotated[str, Meta(min_length=1)]
+_DEVICE_NAME = re.compile(r"cpu(:\d+)?|cuda(:\d+)?")
 
 
 class ByteSize(int):
@@ -54,13 +56,17 @@ class StoreConfig(Section, frozen=True):
     max_concurrent_loads: Count = 2
     verify: Literal["first", "always", "never"] = "first"
     direct_io: bool = True
+    piece_bytes: ByteSize = _size("256MiB")
+    relay: bool = True
+    relay_max_sessions: NotNegative = 0
 
 
 class DeviceConfig(Section, frozen=True):
     """Table [device]."""
 
-    name: Name = "cpu"
-    memory_bytes: ByteSize = _size("8GiB")
+    names: Annotated[tuple[Name, ...], Meta(min_length=1)] = ("cpu",)
+    memory_bytes: ByteSize = _size("0")
+    reserve_bytes: ByteSize = _size("2GiB")
 
 
 class EngineConfig(Section, frozen=True):
@@ -275,12 +281,18 @@ def _check_keep_alive(config: Config) -> str | None:
 
 
 def _check_device(config: Config) -> str | None:
-    if config.device.name != "cpu":
-        return f'device.name = {config.device.name!r}: this version serves on "cpu" only'
-    if config.engine.kv_cache_bytes >= config.device.memory_bytes:
+    device = config.device
+    for name in device.names:
+        if not _DEVICE_NAME.fullmatch(name):
+            return f'device.names: {name!r} is no device; write "cpu", "cuda:0" or "cuda" for all'
+    if len({name.partition(":")[0] for name in device.names}) > 1:
+        return "device.names mixes kinds of devices; a node serves on CPUs or on GPUs"
+    if len(set(device.names)) < len(device.names) or ("cuda" in device.names[1:]):
+        return f"device.names = {list(device.names)}: names a device twice"
+    if 0 < device.memory_bytes <= config.engine.kv_cache_bytes:
         return (
             f"engine.kv_cache_bytes = {config.engine.kv_cache_bytes}: leaves no room for weights "
-            f"in device.memory_bytes = {config.device.memory_bytes}"
+            f"in device.memory_bytes = {device.memory_bytes}"
         )
     return None
 

@@ -37,6 +37,19 @@ class ModelState(Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """Bytes [start, end) of a checkpoint, its shards one after another, and where they go."""
+
+    device: str
+    start: int
+    end: int
+
+
+Placement = tuple[Part, ...]
+"""Where a replica lies: one part on one device, or parts in order on several."""
+
+
+@dataclass(frozen=True, slots=True)
 class LoadProgress:
     """How far a load under way has come."""
 
@@ -57,6 +70,12 @@ class LoadReport:
     bytes_total: int
     bytes_from_nvme: int
     bytes_from_dram: int
+    bytes_from_sibling: int
+    """Cloned from another device."""
+    bytes_kept: int
+    """On the device already, from an earlier replica."""
+    bytes_relayed: int
+    """Of all that moved: over the links of siblings."""
     elapsed_s: float
     first_copy_s: float
     """From the call to the first chunk copy issued."""

@@ -60,6 +60,8 @@ class DeviceRange(DeviceBuffer, Protocol):
     def map(self, pieces: Collection[int]) -> Event:
         """Put memory behind `pieces`, none of which is mapped.
 
+        If the event tells of a failure, they are to be unmapped all the same.
+
         Raises:
             DeviceMemoryError: there is no room; nothing was changed.
         """

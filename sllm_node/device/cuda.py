@@ -147,6 +147,8 @@ class CudaRange:
                 )
             )
         self._mapped: set[int] = set()
+        self._behind: set[int] = set()
+        """Pieces with memory behind them; the memory thread's own."""
         self._is_open = True
 
     @property
@@ -172,7 +174,7 @@ class CudaRange:
         size = sum(self._bytes(piece) for piece in wanted)
         self._device.ledger.take(size)
         self._mapped |= set(wanted)
-        return _FutureEvent(self._device.memory.submit(self._map_all, wanted, size))
+        return _FutureEvent(self._device.memory.submit(self._map_all, wanted))
 
     def unmap(self, pieces: Collection[int]) -> _FutureEvent:
         given = sorted(pieces)
@@ -190,19 +192,13 @@ class CudaRange:
 
     # --- on the memory thread -----------------------------------------------------------------
 
-    def _map_all(self, pieces: Sequence[int], size: int) -> BaseException | None:
-        done: list[int] = []
+    def _map_all(self, pieces: Sequence[int]) -> BaseException | None:
         try:
             for piece in pieces:
                 self._map_one(piece)
-                done.append(piece)
             for first, last in _runs(pieces):
                 self._give_access(first, last)
         except DeviceError as error:
-            self._mapped -= set(pieces)
-            self._device.ledger.give_back(size)
-            for piece in done:
-                driver.cuMemUnmap(self._at(piece), self._bytes(piece))
             return error
         return None
 
@@ -216,6 +212,7 @@ class CudaRange:
             cuda.check("map", driver.cuMemMap(self._at(piece), size, 0, memory, 0))
         finally:
             driver.cuMemRelease(memory)  # the mapping keeps it
+        self._behind.add(piece)
 
     def _give_access(self, first: int, last: int) -> None:
         size = self._at(last) + self._bytes(last) - self._at(first)
@@ -225,7 +222,9 @@ class CudaRange:
 
     def _unmap_all(self, pieces: Sequence[int]) -> BaseException | None:
         error: BaseException | None = None
-        for first, last in _runs(pieces):
+        given = [piece for piece in pieces if piece in self._behind]
+        self._behind.difference_update(given)
+        for first, last in _runs(given):
             size = self._at(last) + self._bytes(last) - self._at(first)
             (code,) = driver.cuMemUnmap(self._at(first), size)
             error = error or self._device.cuda.error("unmap", code)

@@ -66,8 +66,8 @@ async def bench_load(
     catalog = Catalog(checkpoint.path.parent)
     catalog.scan()
     with CpuDevice(index.size + DEVICE_SLACK) as device:
-        verified = Store(catalog, device, _with(config, "always"), clock, Metrics())
-        unverified = Store(catalog, device, _with(config, "never"), clock, Metrics())
+        verified = Store(catalog, [device], _with(config, "always"), clock, Metrics())
+        unverified = Store(catalog, [device], _with(config, "never"), clock, Metrics())
         plain = _PlainReader(checkpoint, config, device)
         await verified.start()
         await unverified.start()

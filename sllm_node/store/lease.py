@@ -1,26 +1,36 @@
-"""The right that a checkpoint stays on the device: what `Store.acquire` gives."""
+"""The right that a checkpoint stays on devices: what `Store.acquire` gives."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.core.types import LoadReport
+from sllm_node.core.types import LoadReport, Part
 from sllm_node.device.base import DeviceBuffer
+from sllm_node.store.loader import Load
+
+
+@dataclass(frozen=True, slots=True)
+class LeasedPart:
+    """Bytes of a checkpoint and the device memory that they lie in."""
+
+    part: Part
+    buffer: DeviceBuffer
 
 
 class Lease:
-    """The right that a checkpoint stays on the device; give it back with `release` or `with`."""
+    """The right that a checkpoint stays on devices; give it back with `release` or `with`."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        buffer: DeviceBuffer,
+        parts: tuple[LeasedPart, ...],
         report: LoadReport | None,
         release: Callable[[], None],
     ) -> None:
         self.checkpoint = checkpoint
-        self.buffer = buffer
+        self.parts = parts
         self.report = report
         """What the load did; None: the model was on the device already."""
         self._release: Callable[[], None] | None = release
@@ -44,16 +54,16 @@ class Lease:
 
 
 class Resident:
-    """A checkpoint on the device and how many hold it there."""
+    """A checkpoint on devices and how many hold it there."""
 
-    def __init__(self, checkpoint: Checkpoint, buffer: DeviceBuffer, leases: int) -> None:
-        self.checkpoint = checkpoint
-        self.buffer = buffer
+    def __init__(self, load: Load, leases: int) -> None:
+        self.load = load
         self.leases = leases
+        self._parts = tuple(LeasedPart(target.part, target.buffer) for target in load.targets)
 
     def lease(self, report: LoadReport | None) -> Lease:
         """Return a lease that has been counted."""
-        return Lease(self.checkpoint, self.buffer, report, self.give_back)
+        return Lease(self.load.checkpoint, self._parts, report, self.give_back)
 
     def give_back(self) -> None:
         """One holder less."""

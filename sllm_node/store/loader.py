@@ -1,8 +1,9 @@
-"""One load: a bounded pipeline from files through chunks of the pinned pool to the device.
+"""One load: a bounded pipeline from files through chunks of the pinned pool to devices.
 
-Theory of operation. All state belongs to the event loop; four kinds of work run elsewhere and come
-back as calls on the loop: opening the shards and reading a unit (reader threads), checking a unit's
-checksums (checker threads), copying a unit (the device's stream). Nothing waits for a whole phase:
+Theory of operation. All state belongs to the event loop; five kinds of work run elsewhere and come
+back as calls on the loop: mapping device memory (the device's memory thread), opening the shards and
+reading a unit (reader threads), checking a unit's checksums (checker threads), copying (streams).
+Nothing waits for a whole phase:
 
     missing unit:  take a chunk -> read -> check -> copy -> done
     unit in DRAM:                                   copy -> done     (first; checked if always)
@@ -13,80 +14,55 @@ chunks can be had and fewer than `max_reads` are under way, so that every reader
 job queued. A chunk stays with the ledger after its copy, for the next load, until somebody else
 needs it.
 
+Memory is mapped in growing steps, so that the first copy does not wait for the last piece; a unit
+whose place isn't mapped yet is parked. A target that kept pieces from an earlier replica wants only
+the rest. A model that lies on a sibling device is cloned from there instead.
+
 A load ends once, in `_finish`, when nothing of it is in flight any more: only then do chunks and
 device memory change hands. So a cancelled or failed load takes back what is its own in every state.
 """
 
 import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.core.clock import Clock
 from sllm_node.core.errors import CheckpointChangedError, PoolExhaustedError
-from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Tier
-from sllm_node.device.base import DeviceBuffer, Stream
-from sllm_node.store.pool import PinnedPool
-from sllm_node.store.reader import (
-    FileSystem,
-    ShardFile,
-    check_unit,
-    close_shards,
-    open_shards,
-    read_unit,
+from sllm_node.core.types import LoadProgress, LoadReport, Tier
+from sllm_node.store.pipeline import (
+    CLONE_BYTES,
+    MAX_ISSUED,
+    LoadCancelledError,
+    Machinery,
+    Moved,
+    Slice,
+    Source,
+    Target,
+    call_on,
+    run_in,
 )
-from sllm_node.store.residency import Residency, Unit
-
-Verify = Literal["first", "always", "never"]
-
-MAX_ISSUED = 64
-"""Units from DRAM that are issued and not done, of one load: enough for any link to stay busy."""
-
-
-@dataclass(frozen=True, slots=True)
-class Machinery:
-    """What all loads of a store share."""
-
-    loop: asyncio.AbstractEventLoop
-    clock: Clock
-    pool: PinnedPool
-    ledger: Residency
-    readers: ThreadPoolExecutor
-    checkers: ThreadPoolExecutor
-    stream: Stream
-    files: FileSystem
-    verify: Verify
-    max_reads: int
-    wait_for_chunk: "Callable[[Load], bool]"
-    """Call `pump` of the load when a chunk may have become free; False: none ever will."""
-    chunk_given_back: Callable[[], None]
-    on_eviction: Callable[[ModelId], None]
-    on_ended: "Callable[[Load, LoadReport | BaseException], None]"
-    """Called once for each load, before those who wait for it go on."""
-
-
-class LoadCancelledError(Exception):
-    """Nobody waits for the load any more. Never leaves the store."""
+from sllm_node.store.reader import ShardFile, check_unit, close_shards, open_shards, read_unit
+from sllm_node.store.residency import Unit
+from sllm_node.store.tier import Link
 
 
 class Load:
-    """One checkpoint on its way into DRAM (`buffer` is None) or onto the device."""
+    """One checkpoint on its way into DRAM (no targets) or onto devices."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
-        buffer: DeviceBuffer | None,
+        targets: tuple[Target, ...],
+        source: Source | None,
         machinery: Machinery,
         asked: float,
     ) -> None:
         self.checkpoint = checkpoint
         self.model = checkpoint.model
-        self.buffer = buffer
+        self.targets = targets
         self.ended: asyncio.Future[LoadReport | BaseException] = machinery.loop.create_future()
         """What became of it; set when nothing of it is in flight any more."""
+        self._source = source
         self._machinery = machinery
         self._ledger = machinery.ledger
         self._asked = asked
@@ -94,18 +70,20 @@ class Load:
         self._first_copy: float | None = None
         self._files: tuple[ShardFile, ...] = ()
         self._error: BaseException | None = None
+        self._slices: dict[int, tuple[Slice, ...]] = {}
+        """By the number of the unit."""
         self._cached: list[Unit] = []
         """Units in DRAM that are still to be issued, the next one last."""
         self._missing: list[Unit] = []
         """Units still to be read, the next one last."""
+        self._parked: list[Unit] = []
+        """Units in DRAM, held, whose place on a device is not mapped yet."""
+        self._mapping = 0
         self._reading = 0
         self._checking = 0
         self._copying = 0
         self._is_opening = False
-        self._done_bytes = 0
-        self._read_bytes = 0
-        self._verified_bytes = 0
-        self._dram_bytes = 0
+        self._moved = Moved()
 
     # --- from outside -------------------------------------------------------------------------
 
@@ -113,18 +91,42 @@ class Load:
         """Begin with the units in DRAM; open the shards if there are others."""
         self._started = self._machinery.clock.now()
         self._ledger.begin_load(self.model)
+        for target in self.targets:
+            self._watch(target)
+        if self._source is not None:
+            self._clone(self._source)
+        else:
+            self._sort_units()
+        if self._missing:
+            self._is_opening = True
+            job = partial(open_shards, self.checkpoint, self._machinery.files)
+            run_in(self._machinery.readers, self._machinery.loop, job, self._on_opened)
+        self.pump()
+        # Not at once: whoever began it is still to say that it waits.
+        self._machinery.loop.call_soon(self._finish_if_done)
+
+    def _sort_units(self) -> None:
         for unit in reversed(self._ledger.units(self.model)):
+            slices = self._slices_of(unit)
+            if self.targets and not slices:
+                continue  # kept on the device
+            self._slices[unit.index] = slices
+            size = sum(piece.end - piece.start for piece in slices) if slices else unit.size
+            self._moved.wanted += size
             if self._ledger.chunk_of(self.model, unit.index) is None:
                 self._missing.append(unit)
             else:
                 self._cached.append(unit)
-                self._dram_bytes += unit.size
-        if self._missing:
-            self._is_opening = True
-            job = partial(open_shards, self.checkpoint, self._machinery.files)
-            self._run(self._machinery.readers, job, self._on_opened)
-        self.pump()
-        self._finish_if_done()
+                self._moved.dram += size
+
+    def _slices_of(self, unit: Unit) -> tuple[Slice, ...]:
+        start, end = unit.device_offset, unit.device_offset + unit.size
+        cuts = (
+            Slice(target, max(start, low), min(end, high))
+            for target in self.targets
+            for low, high in target.wants
+        )
+        return tuple(cut for cut in cuts if cut.start < cut.end)
 
     def cancel(self) -> None:
         """Stop; `ended` is set when nothing is in flight any more."""
@@ -142,22 +144,34 @@ class Load:
         """Whether it has failed or was cancelled, so that nobody may join it."""
         return self._error is not None
 
+    @property
+    def is_onto_device(self) -> bool:
+        """Whether it ends with a replica's weights, not only in DRAM."""
+        return bool(self.targets)
+
     def progress(self) -> LoadProgress:
         """Return how far it has come."""
-        total, now = self.checkpoint.index.size, self._machinery.clock.now()
+        moved, now = self._moved, self._machinery.clock.now()
         running_s = now - self._started
         eta_s = None
-        if self._done_bytes and running_s > 0:
-            eta_s = (total - self._done_bytes) * running_s / self._done_bytes
-        source = Tier.DRAM if self._dram_bytes == total else Tier.NVME
-        return LoadProgress(self._done_bytes, total, now - self._asked, eta_s, source)
+        if moved.done and running_s > 0:
+            eta_s = (moved.wanted - moved.done) * running_s / moved.done
+        kept = self.checkpoint.index.size - moved.wanted if self.targets else 0
+        total = self.checkpoint.index.size
+        return LoadProgress(kept + moved.done, total, now - self._asked, eta_s, self._slowest())
+
+    def _slowest(self) -> Tier:
+        if self._source is not None or not self._moved.wanted:
+            return Tier.DEVICE
+        return Tier.DRAM if self._moved.dram == self._moved.wanted else Tier.NVME
 
     # --- the pipeline -------------------------------------------------------------------------
 
     def pump(self) -> None:
         """Issue what DRAM has, and start as many reads as chunks and readers allow."""
         while self._cached and self._checking + self._copying < MAX_ISSUED:
-            self._issue_cached(self._cached.pop())
+            if not self._issue_cached(self._cached[-1]):
+                break
         while self._files and self._missing and self._reading < self._machinery.max_reads:
             taken = self._ledger.take(self.model, self._missing[-1].index)
             if taken is None:
@@ -169,33 +183,45 @@ class Load:
             self._read(self._missing.pop(), chunk)
 
     def _want_chunk(self) -> None:
-        if self.buffer is None and not (self._reading or self._checking):
+        if self._mapping:
+            return  # chunks of ours come free when what they hold can be copied
+        if not (self.targets or self._reading or self._checking):
             self._missing.clear()  # a prefetch brings what fits
             self._finish_if_done()
         elif not self._machinery.wait_for_chunk(self):
             self._fail(PoolExhaustedError(self.model, self._ledger.chunks))
             self._finish_if_done()
 
-    def _issue_cached(self, unit: Unit) -> None:
+    def _issue_cached(self, unit: Unit) -> bool:
+        """Issue the next unit from DRAM; False if its place isn't mapped yet."""
+        if not self._is_mapped(unit):
+            return False
+        self._cached.pop()
         if self._machinery.verify == "always":
             chunk = self._ledger.hold(self.model, unit.index)
             view = self._machinery.pool.view(chunk, unit.size)
             self._check(unit, view, self._on_checked_again)
-        elif self.buffer is None:
-            self._done_bytes += unit.size
-        else:
+        elif self.targets:
             self._copy(unit)
+        else:
+            self._moved.done += unit.size
+        return True
+
+    def _is_mapped(self, unit: Unit) -> bool:
+        return all(cut.end <= cut.target.ready_to for cut in self._slices[unit.index])
 
     def _read(self, unit: Unit, chunk: int) -> None:
         view = self._machinery.pool.view(chunk, unit.size)
         job = partial(read_unit, self.checkpoint, self._files[unit.shard], unit, view)
         self._reading += 1
-        self._run(self._machinery.readers, job, partial(self._on_read, unit, view))
+        run_in(
+            self._machinery.readers, self._machinery.loop, job, partial(self._on_read, unit, view)
+        )
 
     def _check(self, unit: Unit, view: memoryview, tell: "Callable[..., None]") -> None:
         self._checking += 1
         job = partial(check_unit, self.checkpoint, unit, view)
-        self._run(self._machinery.checkers, job, partial(tell, unit))
+        run_in(self._machinery.checkers, self._machinery.loop, job, partial(tell, unit))
 
     def _must_verify(self, unit: Unit) -> bool:
         policy = self._machinery.verify
@@ -204,30 +230,48 @@ class Load:
         return policy == "always"
 
     def _copy(self, unit: Unit) -> None:
-        assert self.buffer is not None
-        machinery = self._machinery
+        """Send a unit that is in DRAM to every target that wants of it."""
+        for cut in self._slices[unit.index]:
+            chunk = self._ledger.hold(self.model, unit.index)
+            view = self._machinery.pool.view(chunk, unit.size)
+            view = view[cut.start - unit.device_offset : cut.end - unit.device_offset]
+            link = cut.target.tier.link()
+            link.stream.copy_in(cut.target.buffer, cut.start - cut.target.part.start, view)
+            self._copied_by(link, len(view), partial(self._on_copied, unit))
+
+    def _clone(self, source: Source) -> None:
+        """Send everything from a sibling device, once its places are mapped."""
+        self._moved.wanted = sum(high - low for t in self.targets for low, high in t.wants)
+        if self._mapping:
+            return
+        for target in self.targets:
+            for low, high in target.wants:
+                for start in range(low, high, CLONE_BYTES):
+                    end, link = min(start + CLONE_BYTES, high), target.tier.own
+                    place = start - target.part.start
+                    link.stream.copy_device(target.buffer, place, source.buffer, (start, end))
+                    self._copied_by(link, end - start, self._on_cloned)
+
+    def _copied_by(self, link: Link, size: int, tell: "Callable[..., None]") -> None:
         if self._first_copy is None:
-            self._first_copy = machinery.clock.now()
-        chunk = self._ledger.hold(self.model, unit.index)
-        view = machinery.pool.view(chunk, unit.size)
-        machinery.stream.copy_in(self.buffer, unit.device_offset, view)
+            self._first_copy = self._machinery.clock.now()
         self._copying += 1
-        event = machinery.stream.record()
-        tell = partial(self._on_copied, unit)
-        event.on_done(lambda error: _call(machinery.loop, tell, error))
+        link.outstanding += size
+        link.carried += size
+        if link.through is not None:
+            self._moved.relayed += size
+        done, loop = partial(self._link_done, link, size, tell), self._machinery.loop
+        link.stream.record().on_done(lambda error: call_on(loop, done, error))
+
+    def _watch(self, target: Target) -> None:
+        """Be told when memory is mapped."""
+        loop = self._machinery.loop
+        for ready_to, event in target.mappings:
+            self._mapping += 1
+            tell = partial(self._on_mapped, target, ready_to)
+            event.on_done(partial(call_on, loop, tell))
 
     # --- what comes back ----------------------------------------------------------------------
-
-    def _run(
-        self,
-        threads: ThreadPoolExecutor,
-        job: "Callable[[], object]",
-        tell: "Callable[..., None]",
-    ) -> None:
-        """Run `job` in one of `threads`; `tell(error, result)` on the loop when it has ended."""
-        loop = self._machinery.loop
-        future = threads.submit(_attempt, job)
-        future.add_done_callback(lambda done: _call(loop, tell, *done.result()))
 
     def _on_opened(self, error: BaseException | None, files: object) -> None:
         self._is_opening = False
@@ -251,7 +295,7 @@ class Load:
 
     def _on_checked(self, unit: Unit, error: BaseException | None, _: object) -> None:
         self._checking -= 1
-        self._verified_bytes += unit.size
+        self._moved.verified += unit.size
         self._settle(unit, error, verified=True)
 
     def _settle(self, unit: Unit, error: BaseException | None, *, verified: bool) -> None:
@@ -261,7 +305,7 @@ class Load:
             self._fail(error)
         else:
             self._ledger.filled(self.model, unit.index, verified=verified)
-            self._read_bytes += unit.size
+            self._moved.nvme += unit.size
             self._deliver(unit)
         self._go_on()
 
@@ -269,7 +313,7 @@ class Load:
         """A unit that was in DRAM has been checked."""
         self._checking -= 1
         self._ledger.unhold(self.model, unit.index, copied=False)
-        self._verified_bytes += unit.size
+        self._moved.verified += unit.size
         if error is not None:
             self._ledger.drop(self.model, unit.index)
             self._fail(error)
@@ -278,19 +322,55 @@ class Load:
         self._go_on()
 
     def _deliver(self, unit: Unit) -> None:
-        if self.buffer is None:
-            self._done_bytes += unit.size
-        elif self._error is None:
+        if self._error is not None:
+            return
+        if not self.targets:
+            self._moved.done += unit.size
+        elif self._is_mapped(unit):
             self._copy(unit)
+        else:
+            self._ledger.hold(self.model, unit.index)
+            self._parked.append(unit)
 
-    def _on_copied(self, unit: Unit, error: BaseException | None) -> None:
+    def _on_mapped(self, target: Target, ready_to: int, error: BaseException | None) -> None:
+        self._mapping -= 1
+        if error is not None:
+            self._fail(error)
+        elif self._error is None:
+            target.ready_to = ready_to
+            self._unpark()
+            if self._source is not None and not self._mapping:
+                self._clone(self._source)
+        self._go_on()
+
+    def _unpark(self) -> None:
+        parked, self._parked = self._parked, []
+        for unit in parked:
+            if self._error is None and not self._is_mapped(unit):
+                self._parked.append(unit)
+                continue
+            if self._error is None:
+                self._copy(unit)
+            self._ledger.unhold(self.model, unit.index, copied=False)
+
+    def _link_done(
+        self, link: Link, size: int, tell: "Callable[..., None]", error: BaseException | None
+    ) -> None:
+        link.outstanding -= size
         self._copying -= 1
-        self._ledger.unhold(self.model, unit.index, copied=error is None)
         if error is not None:
             self._fail(error)
         else:
-            self._done_bytes += unit.size
+            self._moved.done += size
+        tell(error)
         self._go_on()
+
+    def _on_copied(self, unit: Unit, error: BaseException | None) -> None:
+        self._ledger.unhold(self.model, unit.index, copied=error is None)
+
+    def _on_cloned(self, error: BaseException | None) -> None:
+        if error is None:
+            self._moved.sibling = self._moved.done
 
     def _go_on(self) -> None:
         self.pump()
@@ -305,10 +385,12 @@ class Load:
             self._error = error
             self._cached.clear()
             self._missing.clear()
+            self._unpark()
 
     def _finish_if_done(self) -> None:
-        busy = self._is_opening or self._reading or self._checking or self._copying
-        if not (busy or self._cached or self._missing or self.ended.done()):
+        flights = self._mapping or self._reading or self._checking or self._copying
+        queued = self._cached or self._missing or self._parked
+        if not (self._is_opening or flights or queued or self.ended.done()):
             self._finish()
 
     def _finish(self) -> None:
@@ -317,8 +399,8 @@ class Load:
         self._files = ()
         if isinstance(self._error, CheckpointChangedError):
             self._ledger.evict(self.model)
-        if self._error is not None and self.buffer is not None:
-            self.buffer.close()
+        if self._source is not None:
+            self._source.done()
         result = self._error or self._report()
         try:
             self._machinery.on_ended(self, result)
@@ -327,27 +409,18 @@ class Load:
             self._machinery.chunk_given_back()
 
     def _report(self) -> LoadReport:
-        now = self._machinery.clock.now()
+        now, moved = self._machinery.clock.now(), self._moved
         first_copy = self._first_copy if self._first_copy is not None else now
+        size = self.checkpoint.index.size
         return LoadReport(
             model=self.model,
-            bytes_total=self.checkpoint.index.size,
-            bytes_from_nvme=self._read_bytes,
-            bytes_from_dram=self._dram_bytes,
+            bytes_total=size,
+            bytes_from_nvme=moved.nvme,
+            bytes_from_dram=moved.dram,
+            bytes_from_sibling=moved.sibling,
+            bytes_kept=size - moved.wanted if self.targets else 0,
+            bytes_relayed=moved.relayed,
             elapsed_s=now - self._started,
             first_copy_s=first_copy - self._asked,
-            verified_bytes=self._verified_bytes,
+            verified_bytes=moved.verified,
         )
-
-
-def _attempt(job: "Callable[[], object]") -> tuple[BaseException | None, object]:
-    try:
-        return None, job()
-    except BaseException as error:  # noqa: BLE001 - the root of a thread's work: handed to the loop
-        return error, None
-
-
-def _call(loop: asyncio.AbstractEventLoop, tell: "Callable[..., None]", *values: object) -> None:
-    """Call `tell` on the loop, from any thread; a loop that is gone has nobody to tell."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(tell, *values)

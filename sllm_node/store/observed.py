@@ -3,9 +3,10 @@
 from sllm_node.core.errors import ChecksumError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadReport, ModelId, Tier
-from sllm_node.device.base import Device
-from sllm_node.store.loader import Load, LoadCancelledError
+from sllm_node.store.loader import Load
+from sllm_node.store.pipeline import LoadCancelledError
 from sllm_node.store.residency import Residency
+from sllm_node.store.tier import DeviceTier
 
 _NEWEST_WEIGHT = 0.3
 """Of the newest observation in the moving average of a bandwidth."""
@@ -14,23 +15,28 @@ _NEWEST_WEIGHT = 0.3
 class Observed:
     """Counts for one store."""
 
-    def __init__(self, metrics: Metrics, ledger: Residency, device: Device) -> None:
+    def __init__(self, metrics: Metrics, ledger: Residency) -> None:
         self.bandwidth: dict[Tier, float] = {}
         """Bytes/s of a tier on the way to the device, from loads that it was the slowest part of."""
         self._metrics = metrics
         self._ledger = ledger
-        self._device = device
+        self._tiers: tuple[DeviceTier, ...] = ()
+
+    def watch(self, tiers: tuple[DeviceTier, ...]) -> None:
+        """Show these devices from now on."""
+        self._tiers = tiers
 
     def succeeded(self, load: Load, report: LoadReport) -> None:
         """Take note of a load that ended well."""
-        source = Tier.NVME if report.bytes_from_nvme else Tier.DRAM
+        source = _source_of(report)
         self._metrics.loads.labels(source.value, "ok").inc()
-        if load.buffer is None:
+        if not load.is_onto_device:
             return
         self._metrics.load_seconds.labels(source.value).observe(report.elapsed_s)
         self._metrics.first_copy_seconds.observe(report.first_copy_s)
         for tier, size in (
             (Tier.NVME, report.bytes_from_nvme), (Tier.DRAM, report.bytes_from_dram),
+            (Tier.DEVICE, report.bytes_from_sibling),
         ):  # fmt: skip
             self._metrics.load_bytes.labels(tier.value).inc(size)
         self._learn(source, report)
@@ -53,15 +59,20 @@ class Observed:
 
     def show(self) -> None:
         """Set the gauges of pool and device."""
-        ledger, device = self._ledger, self._device
-        free = device.memory_total - device.memory_used
+        ledger = self._ledger
         self._metrics.pool_chunks.labels("free").set(ledger.free)
         self._metrics.pool_chunks.labels("used").set(ledger.chunks - ledger.free)
-        self._metrics.device_bytes.labels(device.name, "used").set(device.memory_used)
-        self._metrics.device_bytes.labels(device.name, "free").set(free)
+        for tier in self._tiers:
+            device, cached = tier.device, tier.arena.cached_bytes
+            for state, size in (
+                ("used", device.memory_used - cached), ("cached", cached),
+                ("free", device.memory_total - device.memory_used),
+            ):  # fmt: skip
+                self._metrics.device_bytes.labels(device.name, state).set(size)
 
     def _learn(self, source: Tier, report: LoadReport) -> None:
-        size = report.bytes_from_nvme if source is Tier.NVME else report.bytes_total
+        moved = report.bytes_total - report.bytes_kept
+        size = report.bytes_from_nvme if source is Tier.NVME else moved
         if report.elapsed_s <= 0 or 2 * size < report.bytes_total:
             return  # one that came from both tiers, mostly from DRAM, tells of neither
         rate = size / report.elapsed_s
@@ -69,3 +80,9 @@ class Observed:
         mixed = rate if known is None else known + _NEWEST_WEIGHT * (rate - known)
         self.bandwidth[source] = mixed
         self._metrics.tier_bandwidth.labels(source.value).set(mixed)
+
+
+def _source_of(report: LoadReport) -> Tier:
+    if report.bytes_from_nvme:
+        return Tier.NVME
+    return Tier.DRAM if report.bytes_from_dram else Tier.DEVICE

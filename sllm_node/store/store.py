@@ -1,30 +1,34 @@
-"""Which checkpoint is on which tier, and the way up: `acquire` gives a lease on the device.
+"""Which checkpoint is on which tier, and the way up: `acquire` gives a lease on device memory.
 
 Everything here runs on the event loop. One load per model is under way at a time (single flight):
 whoever else wants the model waits for it. A caller that is cancelled leaves the others waiting; the
-last one takes the load with it. A model stays on the device when its last lease is given back, until
-`evict`; what of it is in DRAM stays until another load needs the chunks.
+last one takes the load with it. A replica's weights stay on their devices when the last lease is
+given back, until `evict`. What is evicted to make room stays as a cache until the memory is really
+needed; what of a model is in DRAM stays until another load needs the chunks.
 """
 
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import LoadFailedError, ModelBusyError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Tier
-from sllm_node.device.base import Device
+from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Part, Placement, Tier
+from sllm_node.device.base import Device, DeviceBuffer
 from sllm_node.store.lease import Lease, Resident
-from sllm_node.store.loader import Load, Machinery
+from sllm_node.store.loader import Load
 from sllm_node.store.observed import Observed
+from sllm_node.store.pipeline import Machinery, Source, Target, call_on
 from sllm_node.store.pool import PinnedPool
 from sllm_node.store.reader import DirectFileSystem, FileSystem
 from sllm_node.store.residency import Residency, units_of
+from sllm_node.store.tier import DeviceTier
 
 log = logging.getLogger(__name__)
 
@@ -33,51 +37,60 @@ READS_PER_THREAD = 2
 
 
 class Store:
-    """The tiers of one node with one device."""
+    """The tiers of one node."""
 
     def __init__(
         self,
         catalog: Catalog,
-        device: Device,
+        devices: Sequence[Device],
         config: StoreConfig,
         clock: Clock,
         metrics: Metrics,
         *,
         files: FileSystem | None = None,
     ) -> None:
+        assert devices
         self.on_load: Callable[[LoadReport], None] = lambda report: None
         self._catalog = catalog
-        self._device = device
+        self._devices = tuple(devices)
         self._config = config
         self._clock = clock
         self._files = files or DirectFileSystem(direct=config.direct_io)
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
         self._opened: dict[ModelId, Checkpoint] = {}
-        """What the ledger's rows were made of."""
-        self._residents: dict[ModelId, Resident] = {}
+        """What the ledgers' rows were made of."""
+        self._tiers: dict[str, DeviceTier] = {}
+        self._residents: dict[ModelId, dict[Placement, Resident]] = {}
         self._loads: dict[ModelId, Load] = {}
         self._waiters: dict[ModelId, int] = {}
         self._slot_queue: deque[Load] = deque()
         self._active = 0
         self._chunk_queue: deque[Load] = deque()
         self._pins: dict[Tier, set[ModelId]] = {Tier.DEVICE: set(), Tier.DRAM: set()}
-        self._observed = Observed(metrics, self._ledger, device)
+        self._observed = Observed(metrics, self._ledger)
         self._is_closing = False
         self._machinery: Machinery | None = None
 
     # --- life ---------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Take the pinned pool, start reader threads and the copy stream.
+        """Take the pinned pool, start reader threads, open the links to the devices.
 
         Raises:
             DeviceError: the system refuses the pool.
+            DeviceMemoryError: a device has no room for a relay's staging memory.
         """
         loop = asyncio.get_running_loop()
         config = self._config
         readers = ThreadPoolExecutor(config.reader_threads, "sllm-read")
         checkers = ThreadPoolExecutor(config.reader_threads, "sllm-check")
         pool = await loop.run_in_executor(readers, self._take_pool)
+        for device in self._devices:
+            self._tiers[device.name] = DeviceTier(device, config.piece_bytes)
+        if config.relay:
+            for tier in self._tiers.values():
+                tier.relay_through(tuple(self._tiers.values()))
+        self._observed.watch(tuple(self._tiers.values()))
         self._machinery = Machinery(
             loop=loop,
             clock=self._clock,
@@ -85,7 +98,6 @@ class Store:
             ledger=self._ledger,
             readers=readers,
             checkers=checkers,
-            stream=self._device.stream(),
             files=self._files,
             verify=config.verify,
             max_reads=READS_PER_THREAD * config.reader_threads,
@@ -99,8 +111,13 @@ class Store:
     def _take_pool(self) -> PinnedPool:
         config = self._config
         return PinnedPool(
-            self._device, config.pool_bytes, config.chunk_bytes, huge_pages=config.huge_pages
+            self._devices[0], config.pool_bytes, config.chunk_bytes, huge_pages=config.huge_pages
         )
+
+    def lend_links(self, is_busy: Callable[[str], bool]) -> None:
+        """Let `is_busy(device)` say when a device's link must not serve its siblings."""
+        for name, tier in self._tiers.items():
+            tier.is_busy = partial(is_busy, name)
 
     async def close(self) -> None:
         """Cancel what is under way, wait for it, give all memory back.
@@ -122,31 +139,37 @@ class Store:
         machinery, self._machinery = self._machinery, None
         machinery.readers.shutdown(wait=True)
         machinery.checkers.shutdown(wait=True)
-        machinery.stream.close()
-        machinery.pool.close()
         if leased:
             raise ModelBusyError(leased[0], "is in use while the store closes")
+        for tier in self._tiers.values():
+            tier.close()
+        machinery.pool.close()
 
     # --- what is where ------------------------------------------------------------------------
 
     def is_on_device(self, model: ModelId) -> bool:
-        """Tell whether all of `model` is on the device."""
-        return model in self._residents
+        """Tell whether all of `model` is on a device, or on several together."""
+        return bool(self._residents.get(model))
 
     def residency(self, model: ModelId) -> dict[Tier, int]:
         """Return the bytes of `model` on each tier; NVME has what the catalogue has."""
-        resident = self._residents.get(model)
         opened = self._opened.get(model)
+        size = opened.index.size if opened else self._catalog.get(model).index.size
+        cached = sum(tier.arena.filled_bytes(model) for tier in self._tiers.values())
         return {
-            Tier.DEVICE: resident.checkpoint.index.size if resident else 0,
+            Tier.DEVICE: size if self.is_on_device(model) else min(cached, size),
             Tier.DRAM: self._ledger.bytes_of(model),
-            Tier.NVME: opened.index.size if opened else self._catalog.get(model).index.size,
+            Tier.NVME: size,
         }
 
+    def on_devices(self, model: ModelId) -> dict[str, int]:
+        """Return the bytes of `model` in the memory of each device that has any."""
+        found = {name: tier.arena.filled_bytes(model) for name, tier in self._tiers.items()}
+        return {name: size for name, size in found.items() if size}
+
     def leases(self, model: ModelId) -> int:
-        """Return how many hold `model` on the device."""
-        resident = self._residents.get(model)
-        return resident.leases if resident else 0
+        """Return how many hold `model` on devices."""
+        return sum(resident.leases for resident in self._residents.get(model, {}).values())
 
     def progress(self, model: ModelId) -> LoadProgress | None:
         """Return how far the load of `model` is, if one is under way."""
@@ -157,9 +180,13 @@ class Store:
         """Return the bytes/s observed of loads from `tier`; None before the first."""
         return self._observed.bandwidth.get(tier)
 
-    def device_free(self) -> int:
-        """Return the bytes of device memory that are not allocated."""
-        return self._device.memory_total - self._device.memory_used
+    def capacity(self, device: str) -> int:
+        """Return the bytes of a device that models and their KV memory may share."""
+        return self._tiers[device].capacity
+
+    def cached_bytes(self, device: str) -> int:
+        """Return the bytes of a device that evicted models keep until somebody needs them."""
+        return self._tiers[device].arena.cached_bytes
 
     @property
     def pool_chunks(self) -> int:
@@ -173,18 +200,30 @@ class Store:
 
     # --- the way up ---------------------------------------------------------------------------
 
-    async def acquire(self, model: ModelId) -> Lease:
-        """Return a lease on `model`, loading it onto the device if it is not there.
+    def whole(self, model: ModelId, device: str | None = None) -> Placement:
+        """Return the placement of all of `model` on one device, the first one by default.
+
+        Raises:
+            ModelNotFoundError: there is no such checkpoint.
+        """
+        name = device or self._devices[0].name
+        return (Part(name, 0, self._catalog.get(model).index.size),)
+
+    async def acquire(self, model: ModelId, placement: Placement | None = None) -> Lease:
+        """Return a lease on `model`, loading it where `placement` says if it is not there.
 
         Raises:
             ModelNotFoundError: there is no such checkpoint.
             CheckpointError: its files are damaged, changed or unreadable.
-            DeviceMemoryError: no room on the device.
+            DeviceMemoryError: no room on a device.
+            ModelBusyError: another part of it is in use on a device.
             PoolExhaustedError: no chunk of the pool can be freed.
         """
         asked = self._clock.now()
+        if placement is None:
+            placement = self.whole(model)
         while True:
-            resident = self._residents.get(model)
+            resident = self._residents.get(model, {}).get(placement)
             if resident is not None:
                 resident.leases += 1
                 if self._ledger.knows(model):
@@ -192,12 +231,12 @@ class Store:
                 return resident.lease(None)
             load = self._loads.get(model)
             if load is None:
-                load = self._begin(model, asked, onto_device=True)
-            if load.is_ending or load.buffer is None:
+                load = self._begin(model, asked, placement)
+            if load.is_ending or tuple(target.part for target in load.targets) != placement:
                 await asyncio.shield(load.ended)
                 continue
             report = await self._wait(load)
-            return self._residents[model].lease(report)
+            return self._residents[model][placement].lease(report)
 
     async def prefetch(self, model: ModelId) -> None:
         """Bring into DRAM what of `model` fits there and isn't there yet.
@@ -209,10 +248,27 @@ class Store:
         while (load := self._loads.get(model)) is not None and load.is_ending:
             await asyncio.shield(load.ended)
         if load is None:
-            load = self._begin(model, self._clock.now(), onto_device=False)
+            load = self._begin(model, self._clock.now(), ())
         await self._wait(load)
-        if load.buffer is not None:
-            self._residents[model].give_back()
+        if (resident := self._resident_of(load)) is not None:
+            resident.give_back()
+
+    async def allocate(self, device: str, size: int) -> DeviceBuffer:
+        """Take device memory for something that is no checkpoint; caches give way to it.
+
+        Raises:
+            DeviceMemoryError: there is no room.
+        """
+        place, event = self._tiers[device].allocate(size)
+        loop = asyncio.get_running_loop()
+        mapped: asyncio.Future[None] = loop.create_future()
+        event.on_done(partial(call_on, loop, partial(_settle, mapped)))
+        try:
+            await asyncio.shield(mapped)
+        except BaseException:
+            place.close()
+            raise
+        return place
 
     async def settled(self, model: ModelId) -> None:
         """Wait until no load of `model` is under way: a cancelled one holds memory to its end."""
@@ -237,26 +293,32 @@ class Store:
     def _leave(self, load: Load) -> None:
         """A waiter was cancelled; the last one cancels the load."""
         if load.ended.done():
-            resident = self._residents.get(load.model)
-            if resident is not None and resident.buffer is load.buffer:
+            if (resident := self._resident_of(load)) is not None:
                 resident.give_back()
             return
         self._waiters[load.model] -= 1
         if not self._waiters[load.model]:
             self._cancel(load)
 
-    def _begin(self, model: ModelId, asked: float, *, onto_device: bool) -> Load:
+    def _resident_of(self, load: Load) -> Resident | None:
+        """Return what `load` made, if it is still there."""
+        placement = tuple(target.part for target in load.targets)
+        resident = self._residents.get(load.model, {}).get(placement)
+        return resident if resident is not None and resident.load is load else None
+
+    def _begin(self, model: ModelId, asked: float, placement: Placement) -> Load:
         assert self._machinery is not None, "the store is not started"
         if self._is_closing:
             raise LoadFailedError(model, "the store is closing")
         checkpoint = self._catalog.get(model)
         self._know(checkpoint)
-        buffer = self._device.allocate(checkpoint.index.size) if onto_device else None
-        load = Load(checkpoint, buffer, self._machinery, asked)
+        targets = self._targets(model, placement)
+        source = self._source(model, placement)
+        load = Load(checkpoint, targets, source, self._machinery, asked)
         self._loads[model] = load
         self._waiters[model] = 0
         self._observed.show()
-        is_warm = self._ledger.bytes_of(model) == checkpoint.index.size
+        is_warm = self._ledger.bytes_of(model) == checkpoint.index.size or source is not None
         if is_warm or self._active < self._config.max_concurrent_loads:
             # A warm load needs neither disk nor chunks: it never waits for others.
             self._active += 1
@@ -265,6 +327,41 @@ class Store:
             self._slot_queue.append(load)
         return load
 
+    def _targets(self, model: ModelId, placement: Placement) -> tuple[Target, ...]:
+        """Hold the rows of all parts and put memory behind them.
+
+        Raises:
+            DeviceMemoryError: a device has no room; nothing was taken.
+        """
+        tiers = [self._tiers[part.device] for part in placement]
+        wanted = [tier.prepare(model, part) for tier, part in zip(tiers, placement, strict=True)]
+        for tier in tiers:
+            tier.arena.hold(model)
+        try:
+            for tier, size in zip(tiers, wanted, strict=True):
+                tier.check_room(size)
+        except SllmError:
+            for tier in tiers:
+                tier.arena.release(model)
+            raise
+        return tuple(self._target(model, tier, p) for tier, p in zip(tiers, placement, strict=True))
+
+    def _target(self, model: ModelId, tier: DeviceTier, part: Part) -> Target:
+        wants, ready_to = tier.arena.wants(model), tier.ready_to(model)
+        tier.loads += 1
+        return Target(tier, part, wants, tier.buffer(model), ready_to, tier.map(model))
+
+    def _source(self, model: ModelId, placement: Placement) -> Source | None:
+        """Borrow a replica on one device from which all of `placement` can be cloned."""
+        wanted = [self._tiers[part.device].device for part in placement]
+        for there, resident in self._residents.get(model, {}).items():
+            origin = self._tiers[there[0].device]
+            reachable = all(device.can_reach(origin.device) for device in wanted)
+            if wanted and reachable and len(there) == 1:
+                resident.leases += 1
+                return Source(origin, origin.buffer(model), resident.give_back)
+        return None
+
     def _know(self, checkpoint: Checkpoint) -> None:
         """Open the ledger's row of `checkpoint`; another checkpoint of that name is forgotten."""
         model = checkpoint.model
@@ -272,6 +369,8 @@ class Store:
             return
         if self._opened.get(model) != checkpoint:
             units = units_of(checkpoint.index, self._config.chunk_bytes)
+            for tier in self._tiers.values():
+                tier.forget(model)
             if self._ledger.knows(model):
                 self._ledger.close(model)
             self._ledger.open(model, units)
@@ -294,11 +393,20 @@ class Store:
         self._active -= 1
         if load in self._chunk_queue:
             self._chunk_queue.remove(load)
+        placement = tuple(target.part for target in load.targets)
+        for target in load.targets:
+            target.tier.loads -= 1
         if isinstance(result, LoadReport):
-            if load.buffer is not None:
-                self._residents[model] = Resident(load.checkpoint, load.buffer, waiters)
+            for target in load.targets:
+                target.tier.arena.filled(model)
+            if placement:
+                made = Resident(load, waiters)
+                self._residents.setdefault(model, {})[placement] = made
             self._observed.succeeded(load, result)
         else:
+            for target in load.targets:
+                target.tier.arena.release(model)
+                target.tier.drop_unfilled(model)
             self._observed.failed(load, result)
         self._start_next()
         self._observed.show()
@@ -330,34 +438,50 @@ class Store:
 
     # --- the way down -------------------------------------------------------------------------
 
-    def evict(self, model: ModelId, tier: Tier, reason: str) -> None:
+    def evict(
+        self, model: ModelId, tier: Tier, reason: str, placement: Placement | None = None
+    ) -> None:
         """Give up what `tier` (DEVICE or DRAM) has of `model`; without it, do nothing.
+
+        On devices, `placement` names one of several replicas; None means all. What is evicted for
+        `room` stays as a cache until the memory is needed.
 
         Raises:
             ModelBusyError: it is leased, pinned or loading there.
         """
         assert tier is not Tier.NVME, "a checkpoint is removed from NVMe through the catalogue"
         if tier is Tier.DEVICE:
-            self._evict_from_device(model, reason)
+            self._evict_from_devices(model, reason, placement)
         elif self._ledger.knows(model):
             self._evict_from_dram(model, reason)
         self._observed.show()
 
-    def _evict_from_device(self, model: ModelId, reason: str) -> None:
-        resident = self._residents.get(model)
-        if resident is None:
-            return
-        if resident.leases:
-            raise ModelBusyError(model, f"is in use on the device ({resident.leases} leases)")
-        if model in self._pins[Tier.DEVICE]:
+    def _evict_from_devices(self, model: ModelId, reason: str, placement: Placement | None) -> None:
+        residents = self._residents.get(model, {})
+        chosen = list(residents) if placement is None else [p for p in residents if p == placement]
+        leases = sum(residents[one].leases for one in chosen)
+        if leases:
+            raise ModelBusyError(model, f"is in use on the device ({leases} leases)")
+        if chosen and model in self._pins[Tier.DEVICE] and reason != "shutdown":
             raise ModelBusyError(model, "is pinned on the device")
-        resident.buffer.close()
-        del self._residents[model]
-        self._observed.evicted(Tier.DEVICE, reason)
+        for one in chosen:
+            del residents[one]
+            for part in one:
+                self._tiers[part.device].arena.release(model)
+            self._observed.evicted(Tier.DEVICE, reason)
+        if not residents:
+            self._residents.pop(model, None)
+        if reason != "room":
+            self._drop_caches(model)
+
+    def _drop_caches(self, model: ModelId) -> None:
+        for tier in self._tiers.values():
+            if tier.arena.knows(model) and not tier.arena.is_held(model):
+                tier.drop(model)
 
     def _evict_from_dram(self, model: ModelId, reason: str) -> None:
         if model in self._loads:
-            raise ModelBusyError(model, "is loading")
+            raise ModelBusyError(model, "is being loaded")
         if self._ledger.is_pinned(model):
             raise ModelBusyError(model, "is pinned in DRAM")
         if self._ledger.evict(model):
@@ -385,9 +509,23 @@ class Store:
             self._wake_one()
 
     def forget(self, model: ModelId) -> None:
-        """Drop what DRAM has of a checkpoint that was removed; a load under way keeps its own."""
-        if model not in self._loads and self._ledger.knows(model):
-            self._ledger.close(model)
-            del self._opened[model]
-            self._wake_one()
-            self._observed.show()
+        """Drop what is known of a checkpoint that was removed; a load under way keeps its own."""
+        if model in self._loads or not self._ledger.knows(model):
+            return
+        self._ledger.close(model)
+        del self._opened[model]
+        for tier in self._tiers.values():
+            if not tier.arena.is_held(model):
+                tier.forget(model)
+        self._wake_one()
+        self._observed.show()
+
+
+def _settle(mapped: "asyncio.Future[None]", error: BaseException | None) -> None:
+    """Tell who waits for memory."""
+    if mapped.done():
+        return
+    if error is None:
+        mapped.set_result(None)
+    else:
+        mapped.set_exception(error)

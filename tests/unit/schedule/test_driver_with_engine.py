@@ -61,7 +61,7 @@ async def node(root, room=2):
         schedule=ScheduleConfig(max_wait_s=0.05),
     )
     device = CpuDevice(config.device.memory_bytes)
-    store = Store(catalog, device, config.store, clock, metrics)
+    store = Store(catalog, [device], config.store, clock, metrics)
     await store.start()
     engines = Engines(device, config.engine, clock, metrics)
     service = Service(config, catalog, store, engines, clock, metrics)

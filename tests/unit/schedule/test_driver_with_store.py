@@ -39,7 +39,7 @@ async def real_node(root, models=1):
     )
     device = CpuDevice(config.device.memory_bytes)
     catalog, clock, metrics = Catalog(root), MonotonicClock(), Metrics()
-    store = Store(catalog, device, config.store, clock, metrics)
+    store = Store(catalog, [device], config.store, clock, metrics)
     await store.start()
     engines = FakeEngines()
     engines.pace = 0.0

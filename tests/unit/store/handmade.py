@@ -22,10 +22,13 @@ from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId
 from sllm_node.device.cpu import CpuDevice
+from sllm_node.store.arena import PieceState
 from sllm_node.store.reader import DirectFileSystem
 from sllm_node.store.store import Store
 
 CHUNK = 8192
+PIECE = 12288
+"""No multiple of a chunk: units straddle pieces."""
 
 
 def write_checkpoint(root: Path, name: str, shards=(5 * CHUNK, 2 * CHUNK + 4096), seed=0) -> bytes:
@@ -90,20 +93,24 @@ class FaultyFileSystem:
 class Rig:
     """A store over handmade checkpoints `a`, `b` and `c`, and what must be true when it is quiet."""
 
-    def __init__(self, root: Path, *, chunks=16, memory=1 << 20, names="abc", **config):
+    def __init__(self, root: Path, *, chunks=16, memory=1 << 20, names="abc", devices=1, **config):
         self.bytes = {ModelId(name): write_checkpoint(root, name) for name in names}
         self.root = root
         self.catalog = Catalog(root)
         self.catalog.scan()
-        self.device = CpuDevice(memory)
+        self.devices = [CpuDevice(memory, f"cpu:{number}") for number in range(devices)]
+        self.device = self.devices[0]
         self.metrics = Metrics()
         self.files = FaultyFileSystem()
         settings = {"reader_threads": 2, "huge_pages": False, **config}
         self.store = Store(
             self.catalog,
-            self.device,
+            self.devices,
             StoreConfig(
-                pool_bytes=ByteSize(chunks * CHUNK), chunk_bytes=ByteSize(CHUNK), **settings
+                pool_bytes=ByteSize(chunks * CHUNK),
+                chunk_bytes=ByteSize(CHUNK),
+                piece_bytes=ByteSize(PIECE),
+                **settings,
             ),
             MonotonicClock(),
             self.metrics,
@@ -118,15 +125,15 @@ class Rig:
 
     async def __aexit__(self, *_):
         await self.store.close()
-        assert self.device.memory_used == 0
+        assert [device.memory_used for device in self.devices] == [0] * len(self.devices)
         assert self.files.open_files == 0
 
-    async def check(self, model: str) -> None:
+    async def check(self, model: str, placement=None, reason="test") -> None:
         """Load `model`, compare every byte, take it off the device again."""
-        lease = await self.store.acquire(ModelId(model))
-        delivered = bytes(np.asarray(lease.buffer.array))
+        lease = await self.store.acquire(ModelId(model), placement)
+        delivered = delivered_by(lease)
         lease.release()
-        self.store.evict(ModelId(model), self.TIER_DEVICE, "test")
+        self.store.evict(ModelId(model), self.TIER_DEVICE, reason, placement)
         assert delivered == self.bytes[ModelId(model)]
 
     def assert_quiet(self) -> None:
@@ -137,14 +144,25 @@ class Rig:
         held = sum(slot.chunk >= 0 for row in ledger._rows.values() for slot in row.slots)
         assert held + ledger.free == ledger.chunks
         assert self.files.open_files == 0
-        residents = self.store._residents.values()
-        assert all(resident.leases == 0 for resident in residents)
-        assert self.device.memory_used == sum(r.checkpoint.index.size for r in residents)
+        assert all(self.store.leases(model) == 0 for model in self.bytes)
+        for device in self.devices:
+            arena = self.store._tiers[device.name].arena
+            rows = arena._rows.values()
+            assert device.memory_used == sum(arena._memory_of(row) for row in rows)
+            assert not any(PieceState.MAPPED in row.states for row in rows)
+            placements = [p for there in self.store._residents.values() for p in there]
+            here = [part for p in placements for part in p if part.device == device.name]
+            assert sum(row.holds for row in rows) == len(here)
 
     from sllm_node.core.types import Tier
 
     TIER_DEVICE = Tier.DEVICE
     TIER_DRAM = Tier.DRAM
+
+
+def delivered_by(lease) -> bytes:
+    """Return all bytes that the parts of a lease hold."""
+    return b"".join(bytes(np.asarray(part.buffer.array)) for part in lease.parts)
 
 
 def replace_file(path: Path, data: bytes) -> None:

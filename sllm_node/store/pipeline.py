@@ -1,0 +1,123 @@
+"""What a load is made of: what all loads share, where bytes go, where they come from, the counts."""
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final, Literal
+
+from sllm_node.core.clock import Clock
+from sllm_node.core.types import LoadReport, ModelId, Part
+from sllm_node.core.units import MIB
+from sllm_node.device.base import DeviceBuffer, Event
+from sllm_node.store.pool import PinnedPool
+from sllm_node.store.reader import FileSystem
+from sllm_node.store.residency import Residency
+from sllm_node.store.tier import DeviceTier
+
+if TYPE_CHECKING:
+    from sllm_node.store.loader import Load
+
+Verify = Literal["first", "always", "never"]
+
+MAX_ISSUED: Final = 64
+"""Units from DRAM that are issued and not done, of one load: enough for any link to stay busy."""
+CLONE_BYTES: Final = 256 * MIB
+"""One copy between devices."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machinery:
+    """What all loads of a store share."""
+
+    loop: asyncio.AbstractEventLoop
+    clock: Clock
+    pool: PinnedPool
+    ledger: Residency
+    readers: ThreadPoolExecutor
+    checkers: ThreadPoolExecutor
+    files: FileSystem
+    verify: Verify
+    max_reads: int
+    wait_for_chunk: "Callable[[Load], bool]"
+    """Call `pump` of the load when a chunk may have become free; False: none ever will."""
+    chunk_given_back: Callable[[], None]
+    on_eviction: Callable[[ModelId], None]
+    on_ended: "Callable[[Load, LoadReport | BaseException], None]"
+    """Called once for each load, before those who wait for it go on."""
+
+
+class LoadCancelledError(Exception):
+    """Nobody waits for the load any more. Never leaves the store."""
+
+
+@dataclass(slots=True)
+class Target:
+    """A device that the load fills, and what it wants there."""
+
+    tier: DeviceTier
+    part: Part
+    wants: tuple[tuple[int, int], ...]
+    """Bytes [start, end) of the checkpoint, in order."""
+    buffer: DeviceBuffer
+    ready_to: int
+    """Memory is mapped for all bytes of the checkpoint before this one."""
+    mappings: tuple[tuple[int, Event], ...]
+    """(ready_to, when)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A replica to clone from: all of the checkpoint on one device."""
+
+    tier: DeviceTier
+    buffer: DeviceBuffer
+    done: Callable[[], None]
+    """To be called when nothing is read from it any more."""
+
+
+@dataclass(slots=True)
+class Moved:
+    """Bytes, by where they came from."""
+
+    wanted: int = 0
+    done: int = 0
+    nvme: int = 0
+    dram: int = 0
+    sibling: int = 0
+    relayed: int = 0
+    verified: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Bytes [start, end) of the checkpoint, of one unit, for one target."""
+
+    target: Target
+    start: int
+    end: int
+
+
+def attempt(job: "Callable[[], object]") -> tuple[BaseException | None, object]:
+    """Run `job` and return its error, or its result; in a thread."""
+    try:
+        return None, job()
+    except BaseException as error:  # noqa: BLE001 - the root of a thread's work: handed to the loop
+        return error, None
+
+
+def call_on(loop: asyncio.AbstractEventLoop, tell: "Callable[..., None]", *values: object) -> None:
+    """Call `tell` on the loop, from any thread; a loop that is gone has nobody to tell."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(tell, *values)
+
+
+def run_in(
+    threads: ThreadPoolExecutor,
+    loop: asyncio.AbstractEventLoop,
+    job: Callable[[], object],
+    tell: Callable[..., None],
+) -> None:
+    """Run `job` in one of `threads`; `tell(error, result)` on the loop when it has ended."""
+    future = threads.submit(attempt, job)
+    future.add_done_callback(lambda done: call_on(loop, tell, *done.result()))

@@ -1,0 +1,189 @@
+"""One device as the top tier: its arena carried out on real memory, and the links that lead to it.
+
+The arena decides which pieces are mapped and given up; this shell maps and unmaps them. A *link* is
+a way for bytes to come: the device's own stream, or a relay through a sibling that is idle. Copies
+go to the link with the fewest bytes under way, so each gets as many as it can carry.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from sllm_node.core.errors import DeviceMemoryError, ModelBusyError
+from sllm_node.core.types import ModelId, Part
+from sllm_node.core.units import align_up
+from sllm_node.device.base import Device, DeviceBuffer, DeviceRange, Event, Stream
+from sllm_node.store.arena import Arena
+
+
+@dataclass(slots=True)
+class Link:
+    """A way to the device, and how many bytes are under way on it."""
+
+    stream: Stream
+    through: "DeviceTier | None" = None
+    """The sibling whose link it is; None: the device's own."""
+    outstanding: int = 0
+    carried: int = 0
+
+
+@dataclass(slots=True)
+class DeviceTier:
+    """The memory of one device. All methods belong to the event loop."""
+
+    device: Device
+    piece_bytes: int
+    arena: Arena = field(init=False)
+    own: Link = field(init=False)
+    relays: list[Link] = field(default_factory=list)
+    lent: int = 0
+    """Bytes of staging memory for the relays of siblings."""
+    loads: int = 0
+    """Loads under way that end here: while there are any, the link is not lent."""
+    is_busy: Callable[[], bool] = lambda: False
+    """Whether its replicas work so much that its link must not be lent."""
+    _ranges: dict[ModelId, DeviceRange] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.arena = Arena(self.device.granularity)
+        self.own = Link(self.device.stream())
+
+    # --- links --------------------------------------------------------------------------------
+
+    def relay_through(self, siblings: Sequence["DeviceTier"]) -> None:
+        """Make links through `siblings` that can reach this device.
+
+        Raises:
+            DeviceMemoryError: one has no room for a relay's staging memory.
+        """
+        for sibling in siblings:
+            if sibling is not self and self.device.can_reach(sibling.device):
+                before = sibling.device.memory_used
+                self.relays.append(Link(self.device.relay(sibling.device), sibling))
+                sibling.lent += sibling.device.memory_used - before
+
+    def link(self) -> Link:
+        """Return the link that the next copy should take."""
+        best = self.own
+        for relay in self.relays:
+            sibling = relay.through
+            assert sibling is not None
+            if relay.outstanding < best.outstanding and not (sibling.loads or sibling.is_busy()):
+                best = relay
+        return best
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of the device that are not staging memory of relays."""
+        return self.device.memory_total - self.lent
+
+    # --- memory -------------------------------------------------------------------------------
+
+    def check_room(self, size: int) -> None:
+        """Make sure that `size` bytes are free or cached.
+
+        Raises:
+            DeviceMemoryError: they are not.
+        """
+        free = self._free() + self.arena.cached_bytes
+        if size > free:
+            raise DeviceMemoryError(self.device.name, size, free, self.device.memory_total)
+
+    def prepare(self, model: ModelId, part: Part) -> int:
+        """Open or re-use the row of `part` and return the memory that it still needs.
+
+        Raises:
+            ModelBusyError: another part of the model is in use here.
+        """
+        if not self.arena.is_row(model, part.start, part.end):
+            self.forget(model)
+            place = self.device.reserve(part.end - part.start, self.piece_bytes)
+            self._ranges[model] = place
+            self.arena.open(model, (part.start, part.end), place.piece_bytes)
+        return self.arena.memory_of(model, self.arena.missing(model))
+
+    def map(self, model: ModelId) -> tuple[tuple[int, Event], ...]:
+        """Put memory behind all of the row, giving up caches.
+
+        In growing steps, so that copies begin before the last piece is there: returns (byte of the
+        checkpoint up to which memory is mapped, when) of each. The row must be held.
+
+        Raises:
+            DeviceMemoryError: no room.
+        """
+        pieces = self.arena.missing(model)
+        if not pieces:
+            return ()
+        self._make_room(self.arena.memory_of(model, pieces))
+        self.arena.mapped(model, pieces)
+        place, steps, first, count = self._ranges[model], [], 0, 1
+        while first < len(pieces):
+            event = place.map(pieces[first : first + count])
+            first, count = first + count, 4 * count
+            following = pieces[first] if first < len(pieces) else None
+            steps.append((self.arena.start_of(model, following), event))
+        return tuple(steps)
+
+    def ready_to(self, model: ModelId) -> int:
+        """Return the byte of the checkpoint up to which the row has memory."""
+        missing = self.arena.missing(model)
+        return self.arena.start_of(model, missing[0] if missing else None)
+
+    def buffer(self, model: ModelId) -> DeviceBuffer:
+        """Return the range of `model`."""
+        return self._ranges[model]
+
+    def drop(self, model: ModelId) -> None:
+        """Give the memory of a row that nobody holds back at once; its addresses stay."""
+        self._unmap(model, self.arena.empty(model))
+
+    def drop_unfilled(self, model: ModelId) -> None:
+        """Give the memory back whose bytes did not arrive."""
+        self._unmap(model, self.arena.unfilled(model))
+
+    def forget(self, model: ModelId) -> None:
+        """Drop the row of `model`, its addresses too.
+
+        Raises:
+            ModelBusyError: it is in use.
+        """
+        if not self.arena.knows(model):
+            return
+        if self.arena.is_held(model):
+            raise ModelBusyError(model, f"is in use on {self.device.name}")
+        self.drop(model)
+        self.arena.close(model)
+        self._ranges.pop(model).close()
+
+    def allocate(self, size: int) -> tuple[DeviceRange, Event]:
+        """Take memory for something that is no checkpoint; it is there when the event happens.
+
+        Raises:
+            DeviceMemoryError: no room.
+        """
+        place = self.device.reserve(size, self.piece_bytes)
+        try:
+            self._make_room(align_up(size, self.device.granularity))
+            event = place.map(range(-(-size // place.piece_bytes)))
+        except DeviceMemoryError:
+            place.close()
+            raise
+        return place, event
+
+    def close(self) -> None:
+        """Give everything back; nothing may be held."""
+        for model in list(self._ranges):
+            self.forget(model)
+        for link in (self.own, *self.relays):
+            link.stream.close()
+
+    def _make_room(self, size: int) -> None:
+        self.check_room(size)
+        for model, pieces in self.arena.give_up(size - self._free()):
+            self._unmap(model, pieces)
+
+    def _unmap(self, model: ModelId, pieces: tuple[int, ...]) -> None:
+        if pieces:
+            self._ranges[model].unmap(pieces)
+
+    def _free(self) -> int:
+        return self.device.memory_total - self.device.memory_used

@@ -1,0 +1,210 @@
+"""Several devices, parts of models, and what stays in device memory between two replicas."""
+
+import asyncio
+import random
+
+import pytest
+
+from sllm_node.core.errors import DeviceMemoryError, ModelBusyError
+from sllm_node.core.types import ModelId, Part, Tier
+from tests.unit.store.handmade import PIECE, Rig, delivered_by
+
+A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
+
+
+def on(rig, model, device):
+    return (Part(f"cpu:{device}", 0, len(rig.bytes[ModelId(model)])),)
+
+
+def halves(rig, model):
+    size = len(rig.bytes[ModelId(model)])
+    middle = 5 * 4096 + 256
+    return (Part("cpu:0", 0, middle), Part("cpu:1", middle, size))
+
+
+async def test_what_was_evicted_for_room_is_there_again_without_a_copy(tmp_path):
+    async with Rig(tmp_path) as rig:
+        await rig.check("a", reason="room")
+        assert rig.store.residency(A)[Tier.DEVICE] == len(rig.bytes[A])
+        assert rig.store.cached_bytes("cpu:0") > 0
+        assert not rig.store.is_on_device(A)
+        await rig.check("a", reason="room")
+        assert rig.reports[1].bytes_kept == len(rig.bytes[A])
+        rig.assert_quiet()
+
+
+async def test_what_an_operator_evicts_leaves_the_memory_at_once(tmp_path):
+    async with Rig(tmp_path) as rig:
+        await rig.check("a", reason="operator")
+        assert rig.device.memory_used == 0
+        await rig.check("a", reason="room")
+        rig.store.evict(A, Tier.DEVICE, "operator")
+        assert rig.device.memory_used == 0
+
+
+async def test_only_the_part_that_was_given_up_is_loaded_again(tmp_path):
+    size = 7 * 8192 + 4096
+    async with Rig(tmp_path, memory=2 * size + 2 * 4096) as rig:
+        await rig.check("a", reason="room")
+        await rig.check("b", reason="room")
+        await rig.check("c", reason="room")  # takes all of a
+        assert rig.store.on_devices(A) == {}
+        one = await rig.store.allocate("cpu:0", PIECE)
+        assert 0 < rig.store.on_devices(B)["cpu:0"] < size
+        kept = rig.store.on_devices(B)["cpu:0"]
+        one.close()
+        await rig.check("b", reason="room")
+        report = rig.reports[-1]
+        assert report.bytes_kept == kept
+        assert report.bytes_from_dram + report.bytes_from_nvme >= size - kept
+        assert report.bytes_from_dram < size
+        rig.assert_quiet()
+
+
+async def test_addresses_stay_the_same_from_load_to_load(tmp_path):
+    async with Rig(tmp_path) as rig:
+        with await rig.store.acquire(A) as lease:
+            view = lease.parts[0].buffer.array
+        rig.store.evict(A, Tier.DEVICE, "operator")
+        with await rig.store.acquire(A) as lease:
+            assert lease.parts[0].buffer.array is view
+            assert bytes(view) == rig.bytes[A]
+
+
+async def test_a_model_is_split_over_two_devices(tmp_path):
+    async with Rig(tmp_path, devices=2) as rig:
+        placement = halves(rig, "a")
+        await rig.check("a", placement)
+        with await rig.store.acquire(A, placement) as lease:
+            assert [part.buffer.size for part in lease.parts] == [
+                part.end - part.start for part in placement
+            ]
+        rig.assert_quiet()
+
+
+async def test_a_part_that_stayed_is_not_loaded_again_beside_one_that_went(tmp_path):
+    async with Rig(tmp_path, devices=2, memory=12 * 8192) as rig:
+        placement = halves(rig, "a")
+        await rig.check("a", placement, reason="room")
+        await rig.check("b", on(rig, "b", 1), reason="room")
+        await rig.check("c", on(rig, "c", 1), reason="room")
+        await rig.check("a", placement, reason="room")
+        assert rig.reports[-1].bytes_kept >= placement[0].end
+        rig.assert_quiet()
+
+
+async def test_another_part_of_a_model_in_use_is_refused(tmp_path):
+    async with Rig(tmp_path, devices=2) as rig:
+        with await rig.store.acquire(A, on(rig, "a", 0)):
+            with pytest.raises(ModelBusyError, match="cpu:0"):
+                await rig.store.acquire(A, halves(rig, "a"))
+        rig.store.evict(A, Tier.DEVICE, "test")
+        await rig.check("a", halves(rig, "a"))
+        rig.assert_quiet()
+
+
+async def test_a_model_on_a_sibling_is_cloned_from_there(tmp_path):
+    async with Rig(tmp_path, devices=2) as rig:
+        with await rig.store.acquire(A, on(rig, "a", 0)):
+            rig.store.evict(A, Tier.DRAM, "test")
+            with await rig.store.acquire(A, on(rig, "a", 1)) as lease:
+                assert delivered_by(lease) == rig.bytes[A]
+                assert rig.reports[-1].bytes_from_sibling == len(rig.bytes[A])
+            assert rig.store.leases(A) == 1
+            rig.store.evict(A, Tier.DEVICE, "test", on(rig, "a", 1))
+        rig.assert_quiet()
+
+
+async def test_the_source_of_a_clone_stays_until_it_has_ended(tmp_path):
+    async with Rig(tmp_path, devices=2) as rig:
+        (await rig.store.acquire(A, on(rig, "a", 0))).release()
+        cloning = asyncio.create_task(rig.store.acquire(A, on(rig, "a", 1)))
+        await asyncio.sleep(0)
+        with pytest.raises(ModelBusyError):
+            rig.store.evict(A, Tier.DEVICE, "test", on(rig, "a", 0))
+        cloning.cancel()
+        await asyncio.gather(cloning, return_exceptions=True)
+        await rig.store.settled(A)
+        rig.store.evict(A, Tier.DEVICE, "test")
+        rig.assert_quiet()
+
+
+async def test_an_idle_sibling_lends_its_link(tmp_path):
+    async with Rig(tmp_path, devices=2) as rig:
+        await rig.store.prefetch(A)
+        await rig.check("a")
+        assert 0 < rig.reports[-1].bytes_relayed < len(rig.bytes[A])
+
+
+async def test_a_busy_sibling_lends_nothing(tmp_path):
+    async with Rig(tmp_path, devices=2) as rig:
+        rig.store.lend_links(lambda device: device == "cpu:1")
+        await rig.store.prefetch(A)
+        await rig.check("a")
+        assert rig.reports[-1].bytes_relayed == 0
+
+
+async def test_without_relays_every_device_has_its_own_link(tmp_path):
+    async with Rig(tmp_path, devices=2, relay=False) as rig:
+        await rig.store.prefetch(A)
+        await rig.check("a")
+        assert rig.reports[-1].bytes_relayed == 0
+
+
+async def test_no_room_on_one_of_two_devices_takes_nothing_on_the_other(tmp_path):
+    async with Rig(tmp_path, devices=2, memory=12 * 8192) as rig:
+        with await rig.store.acquire(B, on(rig, "b", 1)):
+            used = rig.devices[0].memory_used
+            with pytest.raises(DeviceMemoryError):
+                await rig.store.acquire(A, (Part("cpu:0", 0, 256), Part("cpu:1", 256, 61440)))
+            assert rig.devices[0].memory_used == used
+        rig.assert_quiet()
+
+
+async def test_caches_give_way_to_other_memory(tmp_path):
+    async with Rig(tmp_path, memory=8 * 8192) as rig:
+        await rig.check("a", reason="room")
+        buffer = await rig.store.allocate("cpu:0", 7 * 8192)
+        assert rig.store.residency(A)[Tier.DEVICE] < len(rig.bytes[A])
+        with pytest.raises(DeviceMemoryError):
+            await rig.store.allocate("cpu:0", 2 * 8192)
+        buffer.close()
+        assert rig.device.memory_used == rig.store.cached_bytes("cpu:0")
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_random_loads_over_two_devices_leave_nothing_behind(tmp_path, seed):
+    numbers = random.Random(seed)
+    chunks, memory = numbers.choice([2, 5, 20]), numbers.choice([9, 18, 30]) * 8192
+    async with Rig(tmp_path, devices=2, chunks=chunks, memory=memory) as rig:
+        tasks = []
+        for _ in range(125):
+            model = numbers.choice("abc")
+            places = [on(rig, model, 0), on(rig, model, 1), halves(rig, model)]
+            act = numbers.random()
+            if act < 0.5:
+                tasks.append(asyncio.create_task(use(rig, model, numbers.choice(places))))
+            elif act < 0.7 and tasks:
+                numbers.choice(tasks).cancel()
+            else:
+                await asyncio.sleep(0)
+                if not (rig.store.leases(ModelId(model)) or model in rig.store._loads):
+                    reason = numbers.choice(["room", "operator"])
+                    rig.store.evict(ModelId(model), Tier.DEVICE, reason)
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+        while rig.store._loads:
+            await next(iter(rig.store._loads.values())).ended
+        rig.assert_quiet()
+        wanted = (type(None), DeviceMemoryError, ModelBusyError, asyncio.CancelledError)
+        assert [one for one in ended if not isinstance(one, wanted)] == []
+        for model in "abc":
+            rig.store.evict(ModelId(model), Tier.DEVICE, "operator")
+        assert [device.memory_used for device in rig.devices] == [0, 0]
+        for model in "abc":
+            await rig.check(model)
+
+
+async def use(rig, model, placement):
+    with await rig.store.acquire(ModelId(model), placement) as lease:
+        await asyncio.sleep(0)
+        assert delivered_by(lease) == rig.bytes[ModelId(model)]
