@@ -11,7 +11,7 @@ LIGHT = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in ("core", "checkpoint", "device", "store", "schedule", "server", "cli", "node")
     for path in sorted((ROOT / "sllm_node" / folder).glob("*.py"))
-    if path.name != "__init__.py"
+    if path.name != "__init__.py" and path.parts[-2:] != ("device", "cuda.py")
 ]
 HEAVY = ("torch", "transformers", "cuda")
 

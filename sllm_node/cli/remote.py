@@ -140,10 +140,10 @@ def _show_status(report: dict[str, Any]) -> None:
     rows = [_model_row(model) for model in report["models"]]
     columns = ("model", "state", "tier", ">size", ">device", ">DRAM", ">run", ">wait", "notes")
     print_table(columns, rows)
-    device, pool = report["device"], report["pool"]
-    say(
-        f"device {device['name']}: {format_size(device['used'])} of {format_size(device['total'])} used"
-    )
+    pool = report["pool"]
+    for device in report["devices"]:
+        used, cached, total = (format_size(device[key]) for key in ("used", "cached", "total"))
+        say(f"device {device['name']}: {used} of {total} used, {cached} cached")
     say(
         f"pinned pool: {pool['used']} of {pool['chunks']} chunks of {format_size(pool['chunk_bytes'])}"
     )
@@ -175,6 +175,8 @@ def _model_row(model: dict[str, Any]) -> tuple[str, ...]:
         notes.append(f"{100 * progress['bytes_done'] / max(1, progress['bytes_total']):.0f} %")
         if progress["eta_s"] is not None:
             notes.append(f"{progress['eta_s']:.1f} s left")
+    if model["devices"]:
+        notes.append("on " + " + ".join(model["devices"]))
     if (left := model.get("keep_alive_until_s")) is not None:
         notes.append(f"leaves in {left:.0f} s")
     by_tier = model["bytes_by_tier"]

@@ -34,6 +34,10 @@ def _size(text: str) -> Any:
     return msgspec.field(default_factory=lambda: ByteSize(parse_size(text)))
 
 
+CPU_MEMORY_BYTES = ByteSize(8 << 30)
+"""Of a CPU as a device, whose device.memory_bytes is 0."""
+
+
 class Section(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """A table of the file."""
 
@@ -289,10 +293,13 @@ def _check_device(config: Config) -> str | None:
         return "device.names mixes kinds of devices; a node serves on CPUs or on GPUs"
     if len(set(device.names)) < len(device.names) or ("cuda" in device.names[1:]):
         return f"device.names = {list(device.names)}: names a device twice"
-    if 0 < device.memory_bytes <= config.engine.kv_cache_bytes:
+    size = device.memory_bytes
+    if not size and device.names[0].startswith("cpu"):
+        size = CPU_MEMORY_BYTES
+    if 0 < size <= config.engine.kv_cache_bytes:
         return (
             f"engine.kv_cache_bytes = {config.engine.kv_cache_bytes}: leaves no room for weights "
-            f"in device.memory_bytes = {device.memory_bytes}"
+            f"in device.memory_bytes = {size}"
         )
     return None
 

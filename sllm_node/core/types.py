@@ -45,6 +45,19 @@ class Part:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """What a replica takes of one device."""
+
+    device: str | None
+    """None: whichever has room."""
+    start: int
+    end: int
+    """Bytes [start, end) of the checkpoint."""
+    size: int
+    """Memory in all: weights and KV."""
+
+
 Placement = tuple[Part, ...]
 """Where a replica lies: one part on one device, or parts in order on several."""
 
@@ -170,6 +183,8 @@ class ModelStatus:
     progress: LoadProgress | None
     created: int
     """Unix time of the conversion."""
+    devices: tuple[str, ...] = ()
+    """Where it is, or is coming."""
 
 
 @dataclass(frozen=True, slots=True)

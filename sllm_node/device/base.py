@@ -169,6 +169,13 @@ class Device(Protocol):
     def can_reach(self, sibling: "Device") -> bool:
         """Tell whether bytes go between the two without passing the host."""
 
+    def check(self) -> None:
+        """Wait for what is under way and make sure that the device still works.
+
+        Raises:
+            DeviceLostError: nothing works on it any more in this process.
+        """
+
     def close(self) -> None:
         """Free what is left. Streams and buffers must have been closed."""
 

@@ -533,6 +533,13 @@ class CudaDevice:
     def can_reach(self, sibling: Device) -> bool:
         return isinstance(sibling, CudaDevice) and sibling.ordinal in self._reachable
 
+    def check(self) -> None:
+        with self.cuda:
+            (code,) = driver.cuCtxSynchronize()
+        error = self.cuda.error("check the device", code)
+        if isinstance(error, DeviceLostError):
+            raise error
+
     def close(self) -> None:
         assert self.ledger.used == 0, f"{self.ledger.used} bytes of memory are still allocated"
         self.memory.shutdown(wait=True)

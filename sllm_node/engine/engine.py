@@ -8,7 +8,7 @@ the sessions that were in it, and no other.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sllm_node.core.clock import Clock
@@ -33,22 +33,25 @@ from sllm_node.engine.session import Session
 from sllm_node.engine.skeleton import Model
 from sllm_node.engine.steps import StepThread
 from sllm_node.engine.text import TextCodec, TextState
-from sllm_node.engine.weights import unbind
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an engine is made of; it owns model, cache and buffer and gives them up in `close`."""
+    """What an engine is made of; it owns model, cache and buffers and gives them up in `close`."""
 
     name: ModelId
     model: Model
     cache: KvCache
-    buffer: DeviceBuffer
+    buffers: tuple[DeviceBuffer, ...]
     blocks: Blocks
     context_tokens: int
     codec: TextCodec
+    check: Callable[[], None]
+    """Makes sure that the devices still work."""
+    keep: Callable[[], None]
+    """Called when the module is free for the next replica."""
 
 
 class Engine:
@@ -136,11 +139,12 @@ class Engine:
         self._generations.clear()
         # On the step thread, where the last step's tensors were made and freed.
         await self._steps.run(self._let_go)
+        self._parts.keep()
 
     def _let_go(self) -> None:
-        unbind(self._parts.model)
         self._parts.cache.close()
-        self._parts.buffer.close()
+        for buffer in self._parts.buffers:
+            buffer.close()
 
     # --- stepping -----------------------------------------------------------------------------
 
@@ -167,6 +171,7 @@ class Engine:
                 drawn = await self._steps.run(runner.step, [_step_part(part) for part in plan])
             except Exception as error:
                 log.exception("step failed", extra={"model": self._parts.name, "parts": len(plan)})
+                await self._steps.run(self._parts.check)  # ends the process if the device is lost
                 self._fail(plan, EngineError(self._parts.name, f"{type(error).__name__}: {error}"))
             else:
                 self._take(plan, drawn)

@@ -1,27 +1,34 @@
 """Makes engines: what the scheduler's driver asks for when a model comes onto the device."""
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Final, Protocol
 
 from sllm_node.checkpoint.catalog import Checkpoint
+from sllm_node.checkpoint.split import Cut, layer_starts, split
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
 from sllm_node.core.errors import CheckpointFormatError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import GenerationRequest
+from sllm_node.core.types import GenerationRequest, Share
+from sllm_node.core.units import align_up
 from sllm_node.device.base import Device, DeviceBuffer
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.engine import Engine, Parts, check_request
-from sllm_node.engine.kv import KvCache, bytes_per_token, token_bytes_from_config
+from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
 from sllm_node.engine.skeleton import LayerShape, Model, build_skeleton, layer_shapes, read_config
-from sllm_node.engine.steps import StepThread
+from sllm_node.engine.spread import spread
+from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.text import TextCodec, load_codec
-from sllm_node.engine.weights import bind, unbind
+from sllm_node.engine.weights import WeightPart, bind, unbind
+
+KEPT_MODULES_MAX: Final = 64
+"""Modules that wait for their model to come back; each takes a few MiB of host memory."""
 
 
 class WeightSource(Protocol):
@@ -31,36 +38,86 @@ class WeightSource(Protocol):
     def checkpoint(self) -> Checkpoint: ...
 
     @property
-    def buffer(self) -> DeviceBuffer: ...
+    def parts(self) -> Sequence[WeightPart]: ...
 
 
-@dataclass(frozen=True, slots=True)
+class Memory(Protocol):
+    """Where KV memory comes from; the store satisfies it."""
+
+    def capacity(self, device: str) -> int:
+        """Return the bytes that weights and KV memory may share."""
+
+    async def allocate(self, device: str, size: int) -> DeviceBuffer:
+        """Take memory, or raise DeviceMemoryError."""
+
+
+@dataclass(slots=True)
 class Skeleton:
-    """A module without weights, and what its layers keep of a token."""
+    """A module, and what its layers keep of a token.
+
+    Without weights at first. `bound_to` are the buffers that its parameters are views of: they keep
+    their addresses for life, so a module that comes back to the same ones needs no binding.
+    """
 
     model: Model
     shapes: tuple[LayerShape, ...]
     token_bytes: int
+    bound_to: tuple[DeviceBuffer, ...] = ()
 
 
 class Engines:
-    """Makes the engines of one device; owns its step thread."""
+    """Makes the engines of a node's devices; owns their step threads."""
 
     def __init__(
-        self, device: Device, config: EngineConfig, clock: Clock, metrics: Metrics
+        self,
+        devices: Sequence[Device],
+        memory: Memory,
+        config: EngineConfig,
+        clock: Clock,
+        metrics: Metrics,
     ) -> None:
-        self._device = device
+        self._grain = {device.name: device.granularity for device in devices}
+        self._devices = tuple(devices)
+        self._memory = memory
         self._config = config
         self._clock = clock
         self._metrics = metrics
-        self._steps = StepThread(clock, config.torch_threads)
+        gate = Gate()
+        self._steps = {d.name: StepThread(clock, gate, config.torch_threads) for d in devices}
+        self._builder = StepThread(clock, gate, config.torch_threads)
         self._readers = ThreadPoolExecutor(2, "sllm-codec")
         self._capacity: dict[Path, int] = {}
         """Tokens that the KV memory of a model holds, by its folder; known from its config."""
+        self._kept: OrderedDict[Path, tuple[Checkpoint, Skeleton]] = OrderedDict()
+        """Modules of models that left their device, used longest ago first."""
 
-    def device_bytes(self, checkpoint: Checkpoint) -> int:
-        """Return what a replica takes: weights and KV memory."""
-        return checkpoint.index.size + self._config.kv_cache_bytes
+    def shares(self, checkpoint: Checkpoint) -> tuple[Share, ...]:
+        """Return what a replica takes of each device: weights and KV memory.
+
+        One share for any device if one can hold it, else one for each of as few as can.
+        """
+        index, kv_bytes = checkpoint.index, self._config.kv_cache_bytes
+        grain = max(self._grain.values())
+        rooms = {name: self._memory.capacity(name) for name in self._grain}
+        size = align_up(index.size, grain) + align_up(kv_bytes, grain)
+        names = sorted(rooms, key=lambda name: -rooms[name])
+        if size <= rooms[names[0]]:
+            return (Share(None, 0, index.size, size),)
+        for count in range(2, len(names) + 1):
+            # Each part's weights and KV memory are rounded up by themselves.
+            usable = [max(0, rooms[name] - 2 * grain) for name in names[:count]]
+            cuts = split(index, kv_bytes, usable) if all(usable) else None
+            if cuts is not None:
+                return tuple(
+                    Share(name, cut.start, cut.end, self._size_of(cut, cuts, grain))
+                    for name, cut in zip(names, cuts, strict=False)
+                )
+        return (Share(None, 0, index.size, size),)
+
+    def _size_of(self, cut: Cut, cuts: Sequence[Cut], grain: int) -> int:
+        layers = sum(one.layers for one in cuts)
+        kv_bytes = self._config.kv_cache_bytes * cut.layers // layers
+        return align_up(cut.end - cut.start, grain) + align_up(kv_bytes, grain)
 
     def context_limit(self, checkpoint: Checkpoint) -> int:
         """Return how many tokens, prompt and output, one session can have."""
@@ -88,12 +145,15 @@ class Engines:
         return codec
 
     async def skeleton(self, checkpoint: Checkpoint) -> Skeleton:
-        """Build the module without weights, on the step thread.
+        """Return the module, kept from an earlier replica or built without weights.
 
         Raises:
             UnsupportedArchitectureError: the step loop can't serve it.
         """
-        return await self._steps.run(_build, checkpoint.path)
+        kept = self._kept.pop(checkpoint.path, None)
+        if kept is not None and kept[0] == checkpoint:
+            return kept[1]
+        return await self._builder.run_alone(_build, checkpoint.path)
 
     async def open(self, lease: WeightSource, skeleton: Skeleton, codec: TextCodec) -> Engine:
         """Bind the weights of `lease` and take KV memory.
@@ -111,33 +171,81 @@ class Engines:
                 f"bytes, more than engine.kv_cache_bytes = {self._config.kv_cache_bytes}",
             )
         blocks = Blocks(count, self._config.block_tokens)
-        buffer = self._device.allocate(blocks.capacity_tokens * skeleton.token_bytes)
+        steps = self._steps[lease.parts[0].part.device]
+        memory: list[KvMemory] = []
         try:
-            cache = await self._steps.run(_bind, skeleton, lease, blocks, buffer)
+            for device, layers in self._layers_on(lease, skeleton):
+                size = _layers_bytes(skeleton, layers) * blocks.capacity_tokens
+                buffer = await self._memory.allocate(device, size)
+                memory.append(KvMemory(device, len(layers), buffer))
+            if skeleton.bound_to != tuple(part.buffer for part in lease.parts):
+                skeleton = await self._bind(steps, skeleton, lease)
+            dtype, slots = skeleton.model.dtype, blocks.capacity_tokens
+            cache = await steps.run(KvCache, skeleton.shapes, slots, dtype, tuple(memory))
         except BaseException:
-            await asyncio.shield(self._steps.run(_undo, skeleton, buffer))
+            for one in memory:
+                one.buffer.close()
             raise
+
+        def keep() -> None:
+            self._keep(lease.checkpoint, skeleton)
+
         parts = Parts(
-            lease.checkpoint.model, skeleton.model, cache, buffer, blocks, index.context_tokens, codec
+            lease.checkpoint.model, skeleton.model, cache, tuple(m.buffer for m in memory), blocks,
+            index.context_tokens, codec, self._check, keep,
         )  # fmt: skip
-        return Engine(parts, self._config, self._steps, self._clock, self._metrics)
+        return Engine(parts, self._config, steps, self._clock, self._metrics)
+
+    async def _bind(self, steps: StepThread, skeleton: Skeleton, lease: WeightSource) -> Skeleton:
+        """Return a module whose parameters lie in the memory of `lease`."""
+        if skeleton.bound_to:  # somewhere else
+            skeleton = await self._builder.run_alone(_build, lease.checkpoint.path)
+        await steps.run_alone(_bind, skeleton, lease)
+        skeleton.bound_to = tuple(part.buffer for part in lease.parts)
+        return skeleton
+
+    def _check(self) -> None:
+        for device in self._devices:
+            device.check()
+
+    def _keep(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+        self._kept[checkpoint.path] = (checkpoint, skeleton)
+        while len(self._kept) > KEPT_MODULES_MAX:
+            self._kept.popitem(last=False)
+
+    def _layers_on(
+        self, lease: WeightSource, skeleton: Skeleton
+    ) -> list[tuple[str, tuple[LayerShape, ...]]]:
+        """Return the device of each part and the shapes of the layers there."""
+        if len(lease.parts) == 1:
+            return [(lease.parts[0].part.device, skeleton.shapes)]
+        starts = layer_starts(lease.checkpoint.index)
+        found = []
+        for one in lease.parts:
+            inside = [n for n, start in enumerate(starts) if one.part.start <= start < one.part.end]
+            layers = tuple(skeleton.shapes[number] for number in inside)
+            found.append((one.part.device, layers))
+        return found
 
     async def warm(self, checkpoints: Sequence[Checkpoint]) -> None:
         """Import what these models need before the first request: seconds, once per architecture."""
         found = {checkpoint.index.architecture: checkpoint.path for checkpoint in checkpoints}
         for path in found.values():
-            await self._steps.run(_import_for, path)
+            await self._builder.run_alone(_import_for, path)
 
     def stalled(self) -> str | None:
         """Return why the engines don't move, or None."""
-        busy_s = self._steps.busy_s()
-        if busy_s <= self._config.stall_s:
-            return None
-        return f"a step has been running for {busy_s:.0f} s (engine.stall_s)"
+        for name, steps in self._steps.items():
+            busy_s = steps.busy_s()
+            if busy_s > self._config.stall_s:
+                return f"a step on {name} has been running for {busy_s:.0f} s (engine.stall_s)"
+        return None
 
     def close(self) -> None:
         """Stop the threads; engines must be closed."""
-        self._steps.close()
+        self._kept.clear()
+        for steps in (*self._steps.values(), self._builder):
+            steps.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
     def _blocks_for(self, token_bytes: int) -> int:
@@ -145,7 +253,6 @@ class Engines:
 
 
 def _read_codec(directory: Path) -> tuple[TextCodec, int]:
-
     return load_codec(directory), token_bytes_from_config(read_config(directory))
 
 
@@ -157,19 +264,21 @@ def _import_for(directory: Path) -> None:
 
 
 def _build(directory: Path) -> Skeleton:
-
     model = build_skeleton(directory)
     shapes = layer_shapes(model)
     return Skeleton(model, shapes, bytes_per_token(shapes, model.dtype))
 
 
-def _bind(skeleton: Skeleton, lease: WeightSource, blocks: Blocks, buffer: DeviceBuffer) -> KvCache:
+def _layers_bytes(skeleton: Skeleton, shapes: tuple[LayerShape, ...]) -> int:
+    """Return the KV memory of one token in these layers."""
+    return bytes_per_token(shapes, skeleton.model.dtype)
 
-    bind(skeleton.model, lease.checkpoint.index, lease.buffer)
-    return KvCache(skeleton.shapes, blocks.capacity_tokens, skeleton.model.dtype, buffer)
 
-
-def _undo(skeleton: Skeleton, buffer: DeviceBuffer) -> None:
-
-    unbind(skeleton.model)
-    buffer.close()
+def _bind(skeleton: Skeleton, lease: WeightSource) -> None:
+    try:
+        bind(skeleton.model, lease.checkpoint.index, lease.parts)
+    except BaseException:
+        unbind(skeleton.model)
+        raise
+    if len(lease.parts) > 1:
+        spread(skeleton.model)

@@ -1,6 +1,6 @@
 """The paged KV cache and attention over it, with torch's scaled_dot_product_attention.
 
-Each layer has two tensors, (slots, kv heads, size), in one buffer of device memory; a slot is one
+Each layer has two tensors, (slots, kv heads, size), in device memory beside its weights; a slot is one
 token's place, `block * block_tokens + offset`. A step first writes its tokens' keys and values to
 their slots, then reads: a prompt's piece attends alone over its own slots; sessions that decode are
 gathered by their block tables in groups of similar length, one call a group, so that many short
@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sllm_node.device.base import DeviceBuffer
 from sllm_node.engine.attention import AttentionCall
 from sllm_node.engine.skeleton import LayerShape
+from sllm_node.engine.weights import torch_name
 
 _ALIGNMENT: Final = 256
 _PADDING_MAX: Final = 2
@@ -39,15 +40,37 @@ def token_bytes_from_config(config: Any) -> int:
     return int(config.num_hidden_layers * kv_heads * 2 * size * dtype.itemsize)
 
 
+@dataclass(frozen=True, slots=True)
+class KvMemory:
+    """Device memory for the KV cache of a run of layers."""
+
+    device: str
+    layers: int
+    buffer: DeviceBuffer
+
+
 class KvCache:
-    """Keys and values of all layers, as views of one buffer."""
+    """Keys and values of all layers, as views of one buffer a device."""
 
     def __init__(
-        self, shapes: Sequence[LayerShape], slots: int, dtype: torch.dtype, buffer: DeviceBuffer
+        self,
+        shapes: Sequence[LayerShape],
+        slots: int,
+        dtype: torch.dtype,
+        memory: Sequence[KvMemory],
     ) -> None:
         self.keys: list[torch.Tensor] = []
         self.values: list[torch.Tensor] = []
-        flat = torch.as_tensor(buffer.array)
+        first = 0
+        for one in memory:
+            self._take(shapes[first : first + one.layers], slots, dtype, one)
+            first += one.layers
+        assert first == len(shapes)
+
+    def _take(
+        self, shapes: Sequence[LayerShape], slots: int, dtype: torch.dtype, memory: KvMemory
+    ) -> None:
+        flat = torch.as_tensor(memory.buffer.array, device=torch_name(memory.device))
         offset = 0
         for shape in shapes:
             for kept, size in ((self.keys, shape.key_size), (self.values, shape.value_size)):
@@ -57,7 +80,7 @@ class KvCache:
                 offset += count
 
     def close(self) -> None:
-        """Drop all views, so that the buffer can be closed."""
+        """Drop all views."""
         self.keys.clear()
         self.values.clear()
 
@@ -96,9 +119,42 @@ class PagedStep:
 
     def __init__(self, cache: KvCache, parts: Sequence[KvPart], block_tokens: int) -> None:
         self._cache = cache
-        device = cache.keys[0].device
+        self._parts = parts
+        self._block_tokens = block_tokens
+        self._places: dict[torch.device, _Places] = {}
+
+    def attend(self, call: AttentionCall) -> torch.Tensor:
+        """Return (tokens, heads, value head)."""
+        keys, values = self._cache.keys[call.layer], self._cache.values[call.layer]
+        places = self._places.get(keys.device)
+        if places is None:
+            places = _Places(self._parts, self._block_tokens, keys.device)
+            self._places[keys.device] = places
+        keys.index_copy_(0, places.written, call.key)
+        values.index_copy_(0, places.written, call.value)
+        tokens, heads, _ = call.query.shape
+        out = call.query.new_empty(tokens, heads, call.value.shape[-1])
+        for prompt in places.prompts:
+            query = call.query[prompt.rows].transpose(0, 1)[None]
+            key = keys[prompt.slots].transpose(0, 1)[None]
+            value = values[prompt.slots].transpose(0, 1)[None]
+            mask = _prompt_mask(prompt, call.window)
+            out[prompt.rows] = _attend(call, query, key, value, mask)[0].transpose(0, 1)
+        for group in places.groups:
+            query = call.query[group.rows][:, :, None]
+            key = keys[group.slots].transpose(1, 2)
+            value = values[group.slots].transpose(1, 2)
+            mask = _decode_mask(group, call.window)
+            out[group.rows] = _attend(call, query, key, value, mask)[:, :, 0]
+        return out
+
+
+class _Places:
+    """Where the tokens of a step lie in the cache, on one device."""
+
+    def __init__(self, parts: Sequence[KvPart], block_tokens: int, device: torch.device) -> None:
         written: list[torch.Tensor] = []
-        self._prompts: list[_Prompt] = []
+        self.prompts: list[_Prompt] = []
         decoders: list[tuple[int, torch.Tensor]] = []
         row = 0
         for part in parts:
@@ -107,31 +163,11 @@ class PagedStep:
             if part.count == 1:
                 decoders.append((row, slots))
             else:
-                self._prompts.append(_Prompt(slice(row, row + part.count), part.start, slots))
+                rows = slice(row, row + part.count)
+                self.prompts.append(_Prompt(rows, part.start, slots))
             row += part.count
-        self._written = torch.cat(written)
-        self._groups = [_group(members) for members in _similar(decoders)]
-
-    def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Return (tokens, heads, value head)."""
-        keys, values = self._cache.keys[call.layer], self._cache.values[call.layer]
-        keys.index_copy_(0, self._written, call.key)
-        values.index_copy_(0, self._written, call.value)
-        tokens, heads, _ = call.query.shape
-        out = call.query.new_empty(tokens, heads, call.value.shape[-1])
-        for prompt in self._prompts:
-            query = call.query[prompt.rows].transpose(0, 1)[None]
-            key = keys[prompt.slots].transpose(0, 1)[None]
-            value = values[prompt.slots].transpose(0, 1)[None]
-            mask = _prompt_mask(prompt, call.window)
-            out[prompt.rows] = _attend(call, query, key, value, mask)[0].transpose(0, 1)
-        for group in self._groups:
-            query = call.query[group.rows][:, :, None]
-            key = keys[group.slots].transpose(1, 2)
-            value = values[group.slots].transpose(1, 2)
-            mask = _decode_mask(group, call.window)
-            out[group.rows] = _attend(call, query, key, value, mask)[:, :, 0]
-        return out
+        self.written = torch.cat(written)
+        self.groups = [_group(members) for members in _similar(decoders)]
 
 
 def _slots(part: KvPart, block_tokens: int) -> torch.Tensor:

@@ -1,11 +1,13 @@
 """Puts a checkpoint's bytes into a module: every parameter a view of device memory, none copied."""
 
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, Protocol
 
 import torch
 
 from sllm_node.checkpoint.index import TensorIndex
 from sllm_node.core.errors import CheckpointFormatError
+from sllm_node.core.types import Part
 from sllm_node.device.base import DeviceBuffer
 
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
@@ -17,8 +19,23 @@ TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
 }  # fmt: skip
 
 
-def bind(model: Any, index: TensorIndex, buffer: DeviceBuffer) -> None:
-    """Make every parameter and persistent buffer of `model` a view of `buffer`.
+class WeightPart(Protocol):
+    """Bytes of a checkpoint and the device memory that they lie in."""
+
+    @property
+    def part(self) -> Part: ...
+
+    @property
+    def buffer(self) -> DeviceBuffer: ...
+
+
+def torch_name(device: str) -> str:
+    """Return what torch calls a device of the config: it knows one CPU only."""
+    return "cpu" if device.startswith("cpu") else device
+
+
+def bind(model: Any, index: TensorIndex, parts: Sequence[WeightPart]) -> None:
+    """Make every parameter and persistent buffer of `model` a view of the memory of `parts`.
 
     Buffers that are not stored (rotary frequencies, embedding scales) are computed anew. Changes
     torch's random state: never beside a step.
@@ -26,19 +43,19 @@ def bind(model: Any, index: TensorIndex, buffer: DeviceBuffer) -> None:
     Raises:
         CheckpointFormatError: the index and the module do not have the same tensors.
     """
-    flat = torch.as_tensor(buffer.array)
+    flats = [torch.as_tensor(p.buffer.array, device=torch_name(p.part.device)) for p in parts]
     bases = [index.shard_base(number) for number in range(len(index.shards))]
     views: dict[str, torch.Tensor] = {}
     for entry in index.tensors:
         start = bases[entry.shard] + entry.offset
-        raw = flat[start : start + entry.size]
+        raw = _bytes_of(start, start + entry.size, parts, flats, index)
         views[entry.name] = raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
     for alias, name in index.aliases:
         views[alias] = views[name]
     parameters: dict[int, torch.nn.Parameter] = {}
     for name, view in views.items():
         _set(model, name, view, parameters, index)
-    _compute_rest(model, flat.device)
+    _compute_rest(model, flats[0].device)
     left = [name for name, t in _all_tensors(model) if t.is_meta]
     if left:
         raise CheckpointFormatError(index.model, f"has no bytes for {', '.join(left[:5])}")
@@ -51,6 +68,19 @@ def unbind(model: Any) -> None:
             module._parameters[name] = None  # noqa: SLF001
         for name in module._buffers:  # noqa: SLF001
             module._buffers[name] = None  # noqa: SLF001
+
+
+def _bytes_of(
+    start: int,
+    end: int,
+    parts: Sequence[WeightPart],
+    flats: Sequence[torch.Tensor],
+    index: TensorIndex,
+) -> torch.Tensor:
+    for one, flat in zip(parts, flats, strict=True):
+        if one.part.start <= start and end <= one.part.end:
+            return flat[start - one.part.start : end - one.part.start]
+    raise CheckpointFormatError(index.model, f"bytes {start} to {end} lie on no device")
 
 
 def _set(
@@ -86,8 +116,9 @@ def _compute_rest(model: Any, device: torch.device) -> None:
     """
     for module in model.modules():
         names = [name for name in module._non_persistent_buffers_set if _is_meta(module, name)]  # noqa: SLF001
+        own = next((p.device for p in module.parameters()), device)
         for name in names:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)  # noqa: SLF001
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=own)  # noqa: SLF001
         if names:
             with torch.no_grad():
                 model._init_weights(module)  # noqa: SLF001 - where transformers computes them

@@ -24,8 +24,9 @@ from sllm_node.core.errors import SllmError, StoreFolderError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, ModelState, Tier
 from sllm_node.core.units import format_size
-from sllm_node.device.cpu import CpuDevice
+from sllm_node.device.base import Device
 from sllm_node.engine.engines import Engines
+from sllm_node.node.devices import open_devices
 from sllm_node.node.monitor import Monitor
 from sllm_node.node.systemd import Notifier
 from sllm_node.schedule.driver import Service
@@ -48,9 +49,9 @@ class Node:
         self._started = clock.now()
         self._metrics = Metrics()
         self._catalog = Catalog(Path(config.store.path))
-        self._device = CpuDevice(config.device.memory_bytes, config.device.name)
-        self._store = Store(self._catalog, self._device, config.store, clock, self._metrics)
-        self._engines = Engines(self._device, config.engine, clock, self._metrics)
+        self._devices: tuple[Device, ...] = ()
+        self._store: Store
+        self._engines: Engines
         self._closing = AsyncExitStack()
         self._service: Service[Any]
         self.url = ""
@@ -62,14 +63,15 @@ class Node:
             SllmError: the store folder, the pool or the address can't be had.
         """
         self._open_store_folder()
-        self._closing.callback(self._device.close)
-        self._closing.callback(self._engines.close)
+        self._open_devices()
         await self._store.start()
         self._closing.push_async_callback(self._store.close)
         self._service = Service(
             self._config, self._catalog, self._store, self._engines, self._clock, self._metrics
         )
         self._closing.push_async_callback(self._service.close)
+        limit = self._config.store.relay_max_sessions
+        self._store.lend_links(lambda device: self._service.running_on(device) > limit)
         await self._warm()
         server = Server(
             Edge(
@@ -125,6 +127,15 @@ class Node:
         for name, problem in self._catalog.problems.items():
             log.warning("checkpoint not usable", extra={"model": name, "problem": str(problem)})
 
+    def _open_devices(self) -> None:
+        config, clock, metrics = self._config, self._clock, self._metrics
+        self._devices = open_devices(config.device, self._notifier)
+        for device in self._devices:
+            self._closing.callback(device.close)
+        self._store = Store(self._catalog, self._devices, config.store, clock, metrics)
+        self._engines = Engines(self._devices, self._store, config.engine, clock, metrics)
+        self._closing.callback(self._engines.close)
+
     async def _warm(self) -> None:
         """Import what the models of the store need, so that no first request pays for it."""
         checkpoints = []
@@ -152,7 +163,8 @@ class Node:
         """Return one line for `systemctl status`."""
         health = self._service.health()
         state = "draining" if self._service.is_draining else "serving"
-        used, total = self._device.memory_used, self._device.memory_total
+        used = sum(device.memory_used for device in self._devices)
+        total = sum(device.memory_total for device in self._devices)
         return (
             f"{state} {len(self._catalog.models())} models, {health['running']} sessions run, "
             f"{health['waiting']} wait, device {format_size(used)} of {format_size(total)}"
@@ -160,7 +172,7 @@ class Node:
 
     def _overview(self) -> dict[str, Any]:
         """Return the node's own part of /admin/status."""
-        store, device = self._store, self._device
+        store = self._store
         bandwidth = {t.value: store.bandwidth(t) for t in (Tier.NVME, Tier.DRAM)}
         return {
             "node": {
@@ -169,11 +181,7 @@ class Node:
                 "state": "draining" if self._service.is_draining else "serving",
                 "uptime_s": self._clock.now() - self._started,
             },
-            "device": {
-                "name": device.name,
-                "used": device.memory_used,
-                "total": device.memory_total,
-            },
+            "devices": [self._device_overview(device) for device in self._devices],
             "pool": {
                 "chunks": store.pool_chunks,
                 "used": store.pool_chunks_used,
@@ -182,13 +190,23 @@ class Node:
             "bandwidth": bandwidth,
         }
 
+    def _device_overview(self, device: Device) -> dict[str, Any]:
+        cached = self._store.cached_bytes(device.name)
+        return {
+            "name": device.name,
+            "used": device.memory_used - cached,
+            "cached": cached,
+            "total": device.memory_total,
+            "sessions": self._service.running_on(device.name),
+        }
+
     def _sizes(self) -> dict[str, Any]:
         return {
             "node": self._config.node.id,
             "version": __version__,
             "models": len(self._catalog.models()),
-            "device": self._device.name,
-            "device_bytes": self._device.memory_total,
+            "devices": [device.name for device in self._devices],
+            "device_bytes": sum(device.memory_total for device in self._devices),
             "pool_bytes": self._store.pool_chunks * self._config.store.chunk_bytes,
         }
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NewType
 
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import ModelId, ModelState
+from sllm_node.core.types import ModelId, ModelState, Share
 
 TicketId = NewType("TicketId", int)
 """A request's place with the scheduler; later requests have higher numbers."""
@@ -20,8 +20,8 @@ class Ticket:
 
     number: TicketId
     model: ModelId
-    device_bytes: int
-    """Weights and KV memory: what the model takes while it is on the device."""
+    shares: tuple[Share, ...]
+    """What the model takes while it is on its device, or devices."""
     load_s: float
     """Expected seconds of a load from where the model's bytes are now."""
     priority: int = 0
@@ -30,12 +30,18 @@ class Ticket:
     """For the model, from this session's grant on: 0 evicts when idle, -1 never, None the default."""
     is_session: bool = True
 
+    @property
+    def device_bytes(self) -> int:
+        """Weights and KV memory on all devices."""
+        return sum(share.size for share in self.shares)
+
 
 @dataclass(frozen=True, slots=True)
 class StartLoad:
-    """Bring `model` to the device; answer with on_loaded or on_load_failed."""
+    """Bring `model` to `devices`, one a share; answer with on_loaded or on_load_failed."""
 
     model: ModelId
+    devices: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,3 +98,5 @@ class ModelView:
     waiting: int
     keep_alive_until: float | None
     """On the clock of the events' `now`."""
+    devices: tuple[str, ...] = ()
+    """Where it is, or is coming."""

@@ -69,6 +69,7 @@ class Service(Generic[CodecT]):
         metrics: Metrics,
     ) -> None:
         self._config = config
+        self._capacities = store.capacities()
         self._catalog = catalog
         self._store = store
         self._engines = engines
@@ -79,7 +80,7 @@ class Service(Generic[CodecT]):
         self._scheduler = Scheduler(
             config.schedule,
             config.models,
-            capacity=config.device.memory_bytes,
+            capacities=self._capacities,
             max_sessions=config.engine.max_sessions,
             drain_s=config.node.drain_s,
         )
@@ -140,6 +141,11 @@ class Service(Generic[CodecT]):
     def cancel_request(self, request_id: str) -> int:
         """End the sessions of a request and return how many there were."""
         return self._sessions.stop_request(request_id)
+
+    def running_on(self, device: str) -> int:
+        """Return how many sessions run on `device` now."""
+        views = (self._scheduler.view(name) for name in self._scheduler.models())
+        return sum(view.running for view in views if device in view.devices)
 
     # --- models -------------------------------------------------------------------------------
 
@@ -223,7 +229,7 @@ class Service(Generic[CodecT]):
             "running": self._scheduler.running,
             "waiting": self._scheduler.waiting,
             "device_bytes": self._scheduler.device_bytes,
-            "device_bytes_total": self._config.device.memory_bytes,
+            "device_bytes_total": sum(self._capacities.values()),
         }
 
     def drain(self) -> None:
@@ -307,8 +313,8 @@ class Service(Generic[CodecT]):
 
     def _act(self, action: Action) -> None:
         match action:
-            case StartLoad(model):
-                self._replicas.start_load(model, self)
+            case StartLoad(model, devices):
+                self._replicas.start_load(model, devices, self)
             case AbortLoad(model):
                 self._replicas.abort_load(model)
             case Evict(model, reason):
@@ -376,13 +382,14 @@ class Service(Generic[CodecT]):
         model = checkpoint.model
         self._telemetry.watch(model)
         self._last_ticket += 1
-        bytes_total = checkpoint.index.size
-        from_nvme = max(0, bytes_total - self._store.residency(model).get(Tier.DRAM, 0))
+        residency = self._store.residency(model)
+        bytes_moved = max(0, checkpoint.index.size - residency.get(Tier.DEVICE, 0))
+        from_nvme = max(0, bytes_moved - residency.get(Tier.DRAM, 0))
         return Ticket(
             TicketId(self._last_ticket),
             model,
-            self._engines.device_bytes(checkpoint),
-            self._estimator.load_s(bytes_total, from_nvme),
+            self._engines.shares(checkpoint),
+            self._estimator.load_s(bytes_moved, from_nvme),
             priority,
             keep_alive_s,
             is_session,

@@ -45,11 +45,12 @@ class LoadEstimator:
 
     def observe(self, report: LoadReport) -> None:
         """Learn from a finished load: it tells the bandwidth of the tier that held it up."""
-        if report.bytes_total <= 0 or report.elapsed_s <= 0:
+        moved = report.bytes_total - report.bytes_kept
+        if moved <= 0 or report.elapsed_s <= 0 or report.bytes_from_sibling:
             return
-        parts = self._parts(report.bytes_total, report.bytes_from_nvme)
+        parts = self._parts(moved, report.bytes_from_nvme)
         slowest = max(parts, key=lambda tier: parts[tier])
-        size = report.bytes_from_nvme if slowest is Tier.NVME else report.bytes_total
+        size = report.bytes_from_nvme if slowest is Tier.NVME else moved
         self._bandwidth[slowest].observe(size / report.elapsed_s)
 
     def _parts(self, bytes_total: int, bytes_from_nvme: int) -> dict[Tier, float]:

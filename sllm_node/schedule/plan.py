@@ -1,4 +1,4 @@
-"""Who gets device memory next: which models to load, to evict, and to close. A pure function.
+"""Who gets device memory next: which models to load where, to evict, to close. A pure function.
 
 Waiting models are looked at one after another: first those with a ticket overdue (waiting for
 `max_wait_s` or longer), oldest first, then by priority, then by age. Each takes what it needs from,
@@ -8,13 +8,18 @@ they are idle and are evicted. An overdue ticket may close any model that isn't 
 only models of lower priority. So a stream of requests for a resident model is served as a group,
 but for `max_wait_s` at most while another model waits.
 
+With several devices, a model that fits on one goes where least is disturbed: where it is free of
+victims, else where they are idle, else where they were used longest ago; of equal ones to where it
+was last (part of it may still lie there), else to the one with most room. One that is split has its
+devices given.
+
 What a model was promised is not given to those behind it. A model that finds no way now is passed
 over, unless it is overdue: then those behind it wait too, or they would take its room for ever.
 Nothing is remembered between two plans but which models are closed, and those are preferred as
 victims, so that a plan doesn't waver while it is carried out.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sllm_node.core.types import ModelState
@@ -25,21 +30,45 @@ from sllm_node.schedule.record import ModelRecord
 class Plan:
     """What is to be done now; `closed` is the whole set, not a change."""
 
-    loads: list[ModelRecord] = field(default_factory=list)
+    loads: list[tuple[ModelRecord, tuple[str, ...]]] = field(default_factory=list)
+    """Each with the devices of its shares."""
     evictions: list[ModelRecord] = field(default_factory=list)
     closed: list[ModelRecord] = field(default_factory=list)
 
 
-def make_plan(records: Iterable[ModelRecord], capacity: int, now: float, max_wait_s: float) -> Plan:
-    """Return the plan for `capacity` bytes of device memory."""
+_Cost = tuple[bool, bool, bool, float, bool, int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """One way to place a model."""
+
+    devices: tuple[str, ...]
+    victims: list[ModelRecord]
+    cost: _Cost
+
+
+def make_plan(
+    records: Iterable[ModelRecord], capacities: Mapping[str, int], now: float, max_wait_s: float
+) -> Plan:
+    """Return the plan for devices of so many bytes each."""
     records = list(records)
-    room = _Room(records, capacity)
+    room = _Room(records, capacities)
     queued = [record for record in records if record.state is ModelState.QUEUED]
     for record in sorted(queued, key=lambda record: _rank(record, now, max_wait_s)):
         is_overdue = record.is_overdue(now, max_wait_s)
         if not room.place(record, is_overdue=is_overdue) and is_overdue:
             break
     return room.plan
+
+
+def choices(record: ModelRecord, capacities: Mapping[str, int]) -> list[tuple[str, ...]]:
+    """Return every set of devices that the record's shares could ever lie on."""
+    fixed = tuple(share.device for share in record.shares if share.device is not None)
+    if fixed:
+        sizes = dict(zip(fixed, (share.size for share in record.shares), strict=True))
+        return [fixed] if all(sizes[name] <= capacities.get(name, 0) for name in fixed) else []
+    return [(name,) for name, size in capacities.items() if record.device_bytes <= size]
 
 
 def _rank(record: ModelRecord, now: float, max_wait_s: float) -> tuple[bool, int, float, int]:
@@ -62,12 +91,17 @@ def _busy_order(record: ModelRecord) -> tuple[bool, int, float, str]:
 class _Room:
     """Device memory while a plan is made."""
 
-    def __init__(self, records: Sequence[ModelRecord], capacity: int) -> None:
+    def __init__(self, records: Sequence[ModelRecord], capacities: Mapping[str, int]) -> None:
         self.plan = Plan()
-        self._free = capacity - sum(r.device_bytes for r in records if r.is_on_device)
-        assert self._free >= 0
-        leaving = sum(r.device_bytes for r in records if r.state is ModelState.EVICTING)
-        self._promisable = self._free + leaving
+        self._capacities = capacities
+        self._free = {
+            name: size - sum(r.bytes_on(name) for r in records) for name, size in capacities.items()
+        }
+        assert all(size >= 0 for size in self._free.values())
+        leaving = [r for r in records if r.state is ModelState.EVICTING]
+        self._promisable = {
+            name: size + sum(r.bytes_on(name) for r in leaving) for name, size in self._free.items()
+        }
         """Bytes free now or by evictions under way, less those promised."""
         ready = [r for r in records if r.state is ModelState.READY and not r.pinned]
         self._idle = sorted((r for r in ready if r.is_idle), key=_idle_order)
@@ -75,43 +109,71 @@ class _Room:
 
     def place(self, record: ModelRecord, *, is_overdue: bool) -> bool:
         """Plan for `record` and tell whether there was a way."""
-        needed = record.device_bytes
-        shortage = needed - self._promisable
-        if shortage > 0:
-            victims = self._victims(record, shortage, is_overdue=is_overdue)
-            if not victims:
-                return False
-            self._give_up(victims)
-        elif needed <= self._free:
-            self._free -= needed
-            self.plan.loads.append(record)
-        self._promisable -= needed
+        ways = self._ways(record, is_overdue=is_overdue)
+        best = min(ways, key=lambda way: way.cost, default=None)
+        if best is None:
+            return False
+        needs = self._needs(record, best.devices)
+        if best.victims:
+            self._give_up(best.victims)
+        elif all(size <= self._free[name] for name, size in needs.items()):
+            for name, size in needs.items():
+                self._free[name] -= size
+            self.plan.loads.append((record, best.devices))
+        for name, size in needs.items():
+            self._promisable[name] -= size
         return True
 
+    def _needs(self, record: ModelRecord, devices: tuple[str, ...]) -> dict[str, int]:
+        return dict(zip(devices, (share.size for share in record.shares), strict=True))
+
+    def _ways(self, record: ModelRecord, *, is_overdue: bool) -> Iterator[_Way]:
+        for devices in choices(record, self._capacities):
+            needs = self._needs(record, devices)
+            short = {
+                name: size - self._promisable[name]
+                for name, size in needs.items()
+                if size > self._promisable[name]
+            }
+            victims = self._victims(record, short, is_overdue=is_overdue)
+            if victims is not None:
+                yield _Way(devices, victims, self._cost(record, devices, victims))
+
+    def _cost(
+        self, record: ModelRecord, devices: tuple[str, ...], victims: list[ModelRecord]
+    ) -> _Cost:
+        busy = [victim for victim in victims if not victim.is_idle]
+        is_new = any(not victim.is_closed for victim in busy)  # else the plan goes on as it was
+        newest = max((victim.last_used for victim in victims), default=0.0)
+        room = sum(self._promisable[name] for name in devices)
+        return (is_new, bool(busy), bool(victims), newest, devices != record.devices, -room)
+
     def _victims(
-        self, record: ModelRecord, shortage: int, *, is_overdue: bool
-    ) -> list[ModelRecord]:
-        """Return models that together hold `shortage` bytes, no more of them than needed."""
+        self, record: ModelRecord, short: Mapping[str, int], *, is_overdue: bool
+    ) -> list[ModelRecord] | None:
+        """Return models that together hold what is short, no more of them than needed."""
+        if not short:
+            return []
         priority = record.waiting_priority
         closable = [r for r in self._busy if is_overdue or r.highest_priority < priority]
+        left = dict(short)
         chosen: list[ModelRecord] = []
-        gained = 0
         for victim in [*self._idle, *closable]:
-            if gained >= shortage:
-                break
-            chosen.append(victim)
-            gained += victim.device_bytes
-        if gained < shortage:
-            return []
+            if any(size > 0 and victim.bytes_on(name) for name, size in left.items()):
+                chosen.append(victim)
+                left = {name: size - victim.bytes_on(name) for name, size in left.items()}
+        if any(size > 0 for size in left.values()):
+            return None
         for victim in reversed(chosen.copy()):
-            if gained - victim.device_bytes >= shortage:
+            if all(left[name] + victim.bytes_on(name) <= 0 for name in left):
                 chosen.remove(victim)
-                gained -= victim.device_bytes
+                left = {name: size + victim.bytes_on(name) for name, size in left.items()}
         return chosen
 
     def _give_up(self, victims: list[ModelRecord]) -> None:
         for victim in victims:
-            self._promisable += victim.device_bytes
+            for name in self._promisable:
+                self._promisable[name] += victim.bytes_on(name)
             if victim.is_idle:
                 self._idle.remove(victim)
                 self.plan.evictions.append(victim)

@@ -1,5 +1,6 @@
 """What the driver asks of the layers below; the store and the engine satisfy it by shape."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -10,9 +11,10 @@ from sllm_node.core.types import (
     LoadProgress,
     LoadReport,
     ModelId,
+    Placement,
+    Share,
     Tier,
 )
-from sllm_node.device.base import DeviceBuffer
 
 CodecT = TypeVar("CodecT")
 """A model's tokenizer and chat template: handed from the engines to the server, unseen here."""
@@ -25,7 +27,8 @@ class WeightLease(Protocol):
     def checkpoint(self) -> Checkpoint: ...
 
     @property
-    def buffer(self) -> DeviceBuffer: ...
+    def parts(self) -> Sequence[Any]:
+        """Which bytes lie in which device memory; for `Engines.open`."""
 
     @property
     def report(self) -> LoadReport | None:
@@ -38,8 +41,11 @@ class WeightLease(Protocol):
 class WeightStore(Protocol):
     """Where weights are, and the way to the device."""
 
-    async def acquire(self, model: ModelId) -> WeightLease:
-        """Bring the weights to the device. Cancelled: everything is given back, in time."""
+    async def acquire(self, model: ModelId, placement: Placement) -> WeightLease:
+        """Bring the weights to their devices. Cancelled: everything is given back, in time."""
+
+    def capacities(self) -> dict[str, int]:
+        """Return the bytes of each device that replicas may take."""
 
     async def settled(self, model: ModelId) -> None:
         """Wait until a cancelled load holds nothing any more."""
@@ -78,8 +84,8 @@ class Replica(Protocol):
 class Engines(Protocol[CodecT]):
     """Makes replicas."""
 
-    def device_bytes(self, checkpoint: Checkpoint) -> int:
-        """Return what a replica takes: weights and KV memory."""
+    def shares(self, checkpoint: Checkpoint) -> tuple[Share, ...]:
+        """Return what a replica takes of each device: weights and KV memory."""
 
     def context_limit(self, checkpoint: Checkpoint) -> int:
         """Return how many tokens, prompt and output, one session can have."""

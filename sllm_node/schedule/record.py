@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from sllm_node.core.types import ModelId, ModelState
+from sllm_node.core.types import ModelId, ModelState, Share
 from sllm_node.schedule.actions import ModelView, Ticket, TicketId
 from sllm_node.schedule.estimate import MovingAverage
 
@@ -78,7 +78,9 @@ class ModelRecord:
         self.priority = priority
         self.pinned = pinned
         self.state = ModelState.IDLE
-        self.device_bytes = 0
+        self.shares: tuple[Share, ...] = ()
+        self.devices: tuple[str, ...] = ()
+        """Where its shares are, or were when it was on devices last."""
         self.load_s = 0.0
         self.running: dict[TicketId, Running] = {}
         self.is_closed = False
@@ -99,6 +101,18 @@ class ModelRecord:
         following = TRANSITIONS[self.state].get(event)
         assert following is not None, f"{self.model}: {event.value} in state {self.state.value}"
         self.state = following
+
+    @property
+    def device_bytes(self) -> int:
+        """Memory that it takes, or would take, on all devices."""
+        return sum(share.size for share in self.shares)
+
+    def bytes_on(self, device: str) -> int:
+        """Return the memory that it takes of `device` now."""
+        if not self.is_on_device:
+            return 0
+        taken = zip(self.devices, self.shares, strict=True)
+        return sum(share.size for name, share in taken if name == device)
 
     @property
     def is_on_device(self) -> bool:
@@ -176,7 +190,7 @@ class ModelRecord:
             self._take_size(next(reversed(self._arrivals.values())).ticket)
 
     def _take_size(self, ticket: Ticket) -> None:
-        self.device_bytes = ticket.device_bytes
+        self.shares = ticket.shares
         self.load_s = ticket.load_s
 
     # --- use ----------------------------------------------------------------------------------
@@ -213,4 +227,5 @@ class ModelRecord:
         return ModelView(
             self.state, self.pinned, self.priority, len(self.running), self.waiting,
             self.deadline if self.is_idle and not self.pinned else None,
+            self.devices if self.is_on_device else (),
         )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import CheckpointChangedError, LoadFailedError, SllmError
-from sllm_node.core.types import ModelId, Tier
+from sllm_node.core.types import ModelId, Part, Placement, Tier
 from sllm_node.schedule.codecs import CodecCache
 from sllm_node.schedule.ports import CodecT, Engines, Replica, WeightLease, WeightStore
 
@@ -73,11 +73,11 @@ class Replicas(Generic[CodecT]):
         """Return the replica of `model` if it can serve."""
         return self._hosted.get(model)
 
-    def start_load(self, model: ModelId, listener: Listener) -> None:
-        """Begin to bring `model` to the device."""
+    def start_load(self, model: ModelId, devices: tuple[str, ...], listener: Listener) -> None:
+        """Begin to bring `model` to its devices."""
         assert model not in self._loads
-        log.info("load started", extra={"model": model})
-        task = asyncio.create_task(self._bring_up(model), name=f"load {model}")
+        log.info("load started", extra={"model": model, "devices": list(devices)})
+        task = asyncio.create_task(self._bring_up(model, devices), name=f"load {model}")
         self._loads[model] = task
         task.add_done_callback(partial(self._load_ended, model, listener, self._clock.now()))
 
@@ -106,9 +106,9 @@ class Replicas(Generic[CodecT]):
 
     # --- loads --------------------------------------------------------------------------------
 
-    async def _bring_up(self, model: ModelId) -> Hosted:
+    async def _bring_up(self, model: ModelId, devices: tuple[str, ...]) -> Hosted:
         checkpoint = self._catalog.get(model)
-        parts = await self._parts(checkpoint)
+        parts = await self._parts(checkpoint, self._placement(checkpoint, devices))
         try:
             _check_same(checkpoint, parts.lease.checkpoint)
             replica = await self._engines.open(parts.lease, parts.skeleton, parts.codec)
@@ -117,13 +117,23 @@ class Replicas(Generic[CodecT]):
             raise
         return Hosted(replica, parts.lease)
 
-    async def _parts(self, checkpoint: Checkpoint) -> _Parts[CodecT]:
+    def _placement(self, checkpoint: Checkpoint, devices: tuple[str, ...]) -> Placement:
+        shares = self._engines.shares(checkpoint)
+        if len(shares) != len(devices):
+            shard = checkpoint.index.shards[0].name
+            raise CheckpointChangedError(checkpoint.model, shard, "was replaced")
+        return tuple(
+            Part(device, share.start, share.end)
+            for device, share in zip(devices, shares, strict=True)
+        )
+
+    async def _parts(self, checkpoint: Checkpoint, placement: Placement) -> _Parts[CodecT]:
         """Bring weights, module and codec at the same time."""
         model = checkpoint.model
         acquiring: asyncio.Task[WeightLease] | None = None
         try:
             async with asyncio.TaskGroup() as group:
-                acquiring = group.create_task(self._acquire(model))
+                acquiring = group.create_task(self._acquire(model, placement))
                 skeleton = group.create_task(self._engines.skeleton(checkpoint))
                 codec = group.create_task(self.codecs.get(checkpoint))
         except BaseException as error:
@@ -134,9 +144,9 @@ class Replicas(Generic[CodecT]):
             raise
         return _Parts(acquiring.result(), skeleton.result(), codec.result())
 
-    async def _acquire(self, model: ModelId) -> WeightLease:
+    async def _acquire(self, model: ModelId, placement: Placement) -> WeightLease:
         try:
-            return await self._store.acquire(model)
+            return await self._store.acquire(model, placement)
         except asyncio.CancelledError:
             await self._store.settled(model)  # nobody may be promised its memory before
             # A load that ended in the moment of the cancellation has left the weights there.
@@ -171,6 +181,8 @@ class Replicas(Generic[CodecT]):
                 "bytes_total": report.bytes_total,
                 "bytes_from_nvme": report.bytes_from_nvme,
                 "bytes_from_dram": report.bytes_from_dram,
+                "bytes_from_sibling": report.bytes_from_sibling,
+                "bytes_kept": report.bytes_kept,
             }
         log.info("load finished", extra=fields)
 

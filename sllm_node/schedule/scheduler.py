@@ -43,27 +43,27 @@ from sllm_node.schedule.actions import (
     Ticket,
     TicketId,
 )
-from sllm_node.schedule.plan import make_plan
+from sllm_node.schedule.plan import choices, make_plan
 from sllm_node.schedule.record import ModelEvent, ModelRecord
 
 _LOADS: Final = (ModelState.QUEUED, ModelState.LOADING)
 
 
 class Scheduler:
-    """The models of one node on one device of `capacity` bytes."""
+    """The models of one node on devices of so many bytes each."""
 
     def __init__(
         self,
         config: ScheduleConfig,
         models: Mapping[str, ModelConfig],
         *,
-        capacity: int,
+        capacities: Mapping[str, int],
         max_sessions: int,
         drain_s: float,
     ) -> None:
         self._config = config
         self._models = models
-        self._capacity = capacity
+        self._capacities = capacities
         self._max_sessions = max_sessions
         self._drain_s = drain_s
         self._records: dict[ModelId, ModelRecord] = {}
@@ -92,6 +92,10 @@ class Scheduler:
     def running(self) -> int:
         """Granted sessions of all models."""
         return len(self._tickets) - self.waiting
+
+    def models(self) -> tuple[ModelId, ...]:
+        """Return the models that were asked for so far."""
+        return tuple(self._records)
 
     def view(self, model: ModelId) -> ModelView:
         """Return how `model` stands."""
@@ -268,14 +272,15 @@ class Scheduler:
 
     def _follow_plan(self) -> Iterator[Action]:
         records = self._records.values()
-        plan = make_plan(records, self._capacity, self._now, self._config.max_wait_s)
+        plan = make_plan(records, self._capacities, self._now, self._config.max_wait_s)
         for record in records:
             record.is_closed = record in plan.closed
         for record in plan.evictions:
             yield self._evict(record, "room")
-        for record in plan.loads:
+        for record, devices in plan.loads:
+            record.devices = devices
             record.happen(ModelEvent.LOAD_STARTED)
-            yield StartLoad(record.model)
+            yield StartLoad(record.model, devices)
 
     def _evict(self, record: ModelRecord, reason: str) -> Action:
         assert record.is_idle
@@ -288,12 +293,18 @@ class Scheduler:
         """Return why a new ticket is refused, or None."""
         if self._is_draining:
             return DrainingError(self._drain_s)
-        if ticket.device_bytes > self._capacity:
-            return ModelTooLargeError(ticket.model, ticket.device_bytes, self._capacity)
+        if self._is_too_large(ticket):
+            room = sum(self._capacities.values())
+            return ModelTooLargeError(ticket.model, ticket.device_bytes, room)
         if self._is_open(record) or self.waiting < self._config.max_queue:
             return None
         wait_s = self._expected_wait_s(record, ticket.device_bytes, ticket.load_s)
         return NodeFullError(self.waiting, self._config.max_queue, wait_s)
+
+    def _is_too_large(self, ticket: Ticket) -> bool:
+        largest = max(self._capacities.values())
+        rooms = (self._capacities.get(s.device, 0) if s.device else largest for s in ticket.shares)
+        return any(share.size > room for share, room in zip(ticket.shares, rooms, strict=True))
 
     def _is_open(self, record: ModelRecord) -> bool:
         """Tell whether a session of this model would be granted at once."""
@@ -315,11 +326,15 @@ class Scheduler:
     def _refuse_hopeless(self) -> Iterator[Action]:
         """Refuse those whose model can't fit beside the pinned ones."""
         pins = [r for r in self._records.values() if r.is_held]
-        left = self._capacity - sum(record.device_bytes for record in pins)
+        left = {
+            name: size - sum(pin.bytes_on(name) for pin in pins)
+            for name, size in self._capacities.items()
+        }
         for record in self._records.values():
-            if record.state is ModelState.QUEUED and record.device_bytes > left:
+            if record.state is ModelState.QUEUED and not choices(record, left):
                 names = tuple(pin.model for pin in pins)
-                error = PinnedMemoryError(record.model, record.device_bytes, left, names)
+                most = max(left.values())
+                error = PinnedMemoryError(record.model, record.device_bytes, most, names)
                 yield from self._refuse_all(record, error)
                 record.happen(ModelEvent.UNWANTED)
 
@@ -373,7 +388,7 @@ class Scheduler:
             return max(1.0, wait_s + record.service_s.value / self._max_sessions)
         others = [r for r in self._records.values() if r.state in _LOADS and r is not record]
         queue_s = sum(other.load_s for other in others)
-        if self.device_bytes + size > self._capacity:
+        if self.device_bytes + size > sum(self._capacities.values()):
             busy = (r.service_s.value for r in self._records.values() if r.running)
             queue_s += min(busy, default=0.0)
         return max(1.0, wait_s + queue_s + load_s)

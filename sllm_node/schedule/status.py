@@ -31,6 +31,7 @@ def model_status(
         keep_alive_until_s=None if until is None else max(0.0, until - now),
         progress=progress,
         created=index.created,
+        devices=view.devices,
     )
 
 

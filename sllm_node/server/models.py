@@ -46,6 +46,7 @@ def described(status: ModelStatus) -> dict[str, Any]:
     return {
         "state": status.state.value,
         "tier": status.tier.value,
+        "devices": list(status.devices),
         "bytes": status.bytes_total,
         "bytes_by_tier": {tier.value: size for tier, size in status.bytes_by_tier.items()},
         "dtype": status.dtype,

@@ -20,6 +20,7 @@ from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadReport, ModelId, Tier
 from sllm_node.core.units import MIB, align_up
+from sllm_node.device.base import Device
 from sllm_node.device.cpu import CpuDevice
 from sllm_node.store.reader import DirectFileSystem, ShardFile, close_shards, open_shards
 from sllm_node.store.residency import Unit, units_of
@@ -68,7 +69,7 @@ async def bench_load(
     with CpuDevice(index.size + DEVICE_SLACK) as device:
         verified = Store(catalog, [device], _with(config, "always"), clock, Metrics())
         unverified = Store(catalog, [device], _with(config, "never"), clock, Metrics())
-        plain = _PlainReader(checkpoint, config, device)
+        plain = PlainReader(checkpoint, config, device)
         await verified.start()
         await unverified.start()
         result = LoadBench(index.size, (), (), (), (), ())
@@ -125,10 +126,10 @@ async def _warm(result: LoadBench, store: Store, model: ModelId, loads: int) -> 
     )
 
 
-class _PlainReader:
+class PlainReader:
     """Threads that read a checkpoint's units, each into its own place, and nothing else."""
 
-    def __init__(self, checkpoint: Checkpoint, config: StoreConfig, device: CpuDevice) -> None:
+    def __init__(self, checkpoint: Checkpoint, config: StoreConfig, device: Device) -> None:
         self._units = units_of(checkpoint.index, config.chunk_bytes)
         self._chunk_bytes = config.chunk_bytes
         self._memory = device.pin(

@@ -184,6 +184,10 @@ class Store:
         """Return the bytes of a device that models and their KV memory may share."""
         return self._tiers[device].capacity
 
+    def capacities(self) -> dict[str, int]:
+        """Return the capacity of every device."""
+        return {name: tier.capacity for name, tier in self._tiers.items()}
+
     def cached_bytes(self, device: str) -> int:
         """Return the bytes of a device that evicted models keep until somebody needs them."""
         return self._tiers[device].arena.cached_bytes

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count
 
 from sllm_node.core.config import ModelConfig, ScheduleConfig
-from sllm_node.core.types import ModelId
+from sllm_node.core.types import ModelId, Share
 from sllm_node.schedule.actions import (
     AbortLoad,
     Action,
@@ -61,7 +61,11 @@ class World:
         max_sessions: int = 8,
     ) -> None:
         self.scheduler = Scheduler(
-            config, models or {}, capacity=capacity, max_sessions=max_sessions, drain_s=1.0
+            config,
+            models or {},
+            capacities={"cpu": capacity},
+            max_sessions=max_sessions,
+            drain_s=1.0,
         )
         self.sizes = sizes
         self.capacity = capacity
@@ -97,14 +101,16 @@ class World:
     def _request(self, ticket: TicketId, now: float) -> list[Action]:
         arrival = self._arrivals[ticket]
         size = self.sizes[arrival.model]
-        wish = Ticket(ticket, arrival.model, size, self.load_s, arrival.priority)
+        wish = Ticket(
+            ticket, arrival.model, (Share(None, 0, size, size),), self.load_s, arrival.priority
+        )
         return self.scheduler.on_request(wish, now)
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             self.outcome.log.append(f"{self.now:.6f} {action}")
             match action:
-                case StartLoad(model):
+                case StartLoad(model, _):
                     self.outcome.loads += 1
                     self._on_device.add(model)
                     self._at(self.now + self.load_s, partial(self.scheduler.on_loaded, model))

@@ -16,11 +16,11 @@ REPORT = {
         {
             "id": "alpha", "state": "loading", "tier": "nvme", "bytes": 4096, "pinned": True,
             "bytes_by_tier": {"device": 0, "dram": 1024}, "running": 0, "waiting": 2,
-            "keep_alive_until_s": 30.0,
+            "keep_alive_until_s": 30.0, "devices": ["cpu"],
             "progress": {"bytes_done": 1024, "bytes_total": 4096, "eta_s": 1.5},
         }
     ],
-    "device": {"name": "cpu", "used": 1 << 20, "total": 1 << 30},
+    "devices": [{"name": "cpu", "used": 1 << 20, "cached": 1 << 10, "total": 1 << 30}],
     "pool": {"used": 1, "chunks": 4, "chunk_bytes": 1 << 20},
     "bandwidth": {"nvme": 1.5e9, "dram": None},
     "sessions": [
@@ -80,7 +80,8 @@ def test_status_shows_models_device_pool_and_sessions(node):
         "n1",
         "alpha",
         "loading",
-        "pinned, 25 %, 1.5 s left",
+        "pinned, 25 %, 1.5 s left, on cpu",
+        "1.0 MiB of 1.0 GiB used, 1.0 KiB cached",
         "1 of 4 chunks",
         "1.50 GB/s",
         "r-1-0",

@@ -1,6 +1,7 @@
 """An engine over a checkpoint on disk, without store and scheduler, and the oracle beside it."""
 
 import contextlib
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,7 +9,8 @@ import torch
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, EngineConfig
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import GenerationRequest, ModelId, SamplingParameters, SessionId
+from sllm_node.core.types import GenerationRequest, ModelId, Part, SamplingParameters, SessionId
+from sllm_node.device.base import DeviceBuffer
 from sllm_node.device.cpu import CpuDevice
 from sllm_node.engine.engines import Engines
 
@@ -22,8 +24,32 @@ class Weights:
         self.checkpoint = checkpoint
         index = checkpoint.index
         self.buffer = device.allocate(index.size)
+        self.parts = (WeightsPart(Part(device.name, 0, index.size), self.buffer),)
         whole = b"".join((checkpoint.path / shard.name).read_bytes() for shard in index.shards)
         np.copyto(self.buffer.array, np.frombuffer(whole, np.uint8))
+
+
+@dataclass(frozen=True)
+class WeightsPart:
+    part: Part
+    buffer: DeviceBuffer
+
+
+class DeviceMemory:
+    """KV memory straight from the devices."""
+
+    def __init__(self, *devices):
+        self.devices = {device.name: device for device in devices}
+
+    def capacity(self, device):
+        return self.devices[device].memory_total
+
+    async def allocate(self, device, size):
+        return self.devices[device].allocate(size)
+
+
+def engines_of(device, config, clock=None):
+    return Engines([device], DeviceMemory(device), config, clock or MonotonicClock(), Metrics())
 
 
 @contextlib.asynccontextmanager
@@ -31,7 +57,7 @@ async def engine_of(checkpoint, **config):
     """Yield an engine; on leaving, everything it took must be given back."""
     settings = {"kv_cache_bytes": ByteSize(8 << 20), "torch_threads": 1, **config}
     with CpuDevice(1 << 30) as device:
-        engines = Engines(device, EngineConfig(**settings), MonotonicClock(), Metrics())
+        engines = engines_of(device, EngineConfig(**settings))
         weights = Weights(checkpoint, device)
         codec = await engines.load_codec(checkpoint.path)
         skeleton = await engines.skeleton(checkpoint)

@@ -16,15 +16,13 @@ from sllm_node.core.errors import (
     PromptTooLongError,
     UnsupportedArchitectureError,
 )
-from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import SamplingParameters
 from sllm_node.device.cpu import CpuDevice
-from sllm_node.engine.engines import Engines
 from sllm_node.engine.skeleton import build_skeleton, forward_order
-from sllm_node.engine.steps import StepThread
+from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.weights import bind, unbind
 from tests.models import make_checkpoint, make_source
-from tests.unit.engine.rig import GREEDY, Weights, ask, collect, engine_of
+from tests.unit.engine.rig import GREEDY, Weights, ask, collect, engine_of, engines_of
 
 PROMPT = (20, 31, 45, 60, 72)
 SAMPLED = SamplingParameters(
@@ -261,7 +259,7 @@ def test_every_stored_tensor_is_a_view_of_the_buffer(tmp_path, family):
     with CpuDevice(1 << 30) as device:
         weights = Weights(checkpoint, device)
         model = build_skeleton(checkpoint.path)
-        bind(model, checkpoint.index, weights.buffer)
+        bind(model, checkpoint.index, weights.parts)
         start = weights.buffer.array.ctypes.data
         stored = {*(e.name for e in checkpoint.index.tensors), *dict(checkpoint.index.aliases)}
         tensors = model.state_dict(keep_vars=True)
@@ -282,16 +280,16 @@ def test_an_index_that_does_not_fit_the_module_is_refused(tmp_path):
         weights = Weights(gpt, device)
         model = build_skeleton(llama.path)
         with pytest.raises(CheckpointFormatError, match="no tensor of the module"):
-            bind(model, gpt.index, weights.buffer)
+            bind(model, gpt.index, weights.parts)
         wide = make_checkpoint(tmp_path, "c", intermediate_size=256)
         with pytest.raises(CheckpointFormatError, match="has shape"):
-            bind(build_skeleton(llama.path), wide.index, Weights(wide, device).buffer)
+            bind(build_skeleton(llama.path), wide.index, Weights(wide, device).parts)
         short = wide.index.__class__(
             **{f: getattr(llama.index, f) for f in wide.index.__slots__} | {"tensors": ()}
         )
         with pytest.raises(CheckpointFormatError, match="no bytes for"):
-            bind(build_skeleton(llama.path), short, weights.buffer)
-        device._used = 0
+            bind(build_skeleton(llama.path), short, weights.parts)
+        device._ledger._used = 0
 
 
 def test_the_forward_order_follows_the_forward_pass(tmp_path):
@@ -335,7 +333,7 @@ def test_a_config_that_would_be_served_wrongly_is_refused(tmp_path, change, prob
 
 
 async def open_with(checkpoint, device, **config):
-    engines = Engines(device, EngineConfig(**config), ManualClock(), Metrics())
+    engines = engines_of(device, EngineConfig(**config), ManualClock())
     try:
         weights = Weights(checkpoint, device)
         codec = await engines.load_codec(checkpoint.path)
@@ -360,7 +358,7 @@ async def test_weights_that_do_not_bind_leave_nothing_behind(checkpoint, tmp_pat
     other = make_checkpoint(tmp_path, "m", "gpt2")
     mixed = checkpoint.__class__(checkpoint.model, checkpoint.path, other.index, ())
     with CpuDevice(1 << 30) as device:
-        engines = Engines(device, EngineConfig(), ManualClock(), Metrics())
+        engines = engines_of(device, EngineConfig(), ManualClock())
         weights = Weights(other, device)
         weights.checkpoint = mixed
         codec = await engines.load_codec(checkpoint.path)
@@ -372,7 +370,7 @@ async def test_weights_that_do_not_bind_leave_nothing_behind(checkpoint, tmp_pat
 
 
 async def test_warming_survives_a_checkpoint_with_problems(checkpoint, tmp_path):
-    engines = Engines(CpuDevice(1 << 20), EngineConfig(), ManualClock(), Metrics())
+    engines = engines_of(CpuDevice(1 << 20), EngineConfig(), ManualClock())
     broken = checkpoint.__class__(checkpoint.model, tmp_path, checkpoint.index, ())
     await engines.warm([broken])
     await engines.warm([checkpoint])
@@ -380,19 +378,15 @@ async def test_warming_survives_a_checkpoint_with_problems(checkpoint, tmp_path)
 
 
 async def test_limits_are_known_before_a_load(checkpoint):
-    engines = Engines(CpuDevice(1 << 20), EngineConfig(), ManualClock(), Metrics())
+    engines = engines_of(CpuDevice(1 << 20), EngineConfig(), ManualClock())
     config = EngineConfig()
-    assert engines.device_bytes(checkpoint) == checkpoint.index.size + config.kv_cache_bytes
+    assert engines.shares(checkpoint)[0].size == checkpoint.index.size + config.kv_cache_bytes
     assert engines.context_limit(checkpoint) == 512
     engines.check_request(ask(PROMPT, 4), checkpoint)
     with pytest.raises(PromptTooLongError):
         engines.check_request(ask(PROMPT, 512), checkpoint)
-    small = Engines(
-        CpuDevice(1 << 20),
-        EngineConfig(kv_cache_bytes=ByteSize(40 << 10)),
-        ManualClock(),
-        Metrics(),
-    )
+    config = EngineConfig(kv_cache_bytes=ByteSize(40 << 10))
+    small = engines_of(CpuDevice(1 << 20), config, ManualClock())
     await small.load_codec(checkpoint.path)
     assert small.context_limit(checkpoint) == 80  # 40 KiB over 512 bytes a token
     engines.close()
@@ -401,7 +395,7 @@ async def test_limits_are_known_before_a_load(checkpoint):
 
 async def test_a_step_that_hangs_is_told_as_a_stall():
     clock = ManualClock()
-    engines = Engines(CpuDevice(1), EngineConfig(stall_s=5.0), clock, Metrics())
+    engines = engines_of(CpuDevice(4096), EngineConfig(stall_s=5.0), clock)
     begun, go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -409,7 +403,7 @@ async def test_a_step_that_hangs_is_told_as_a_stall():
         loop.call_soon_threadsafe(begun.set)
         go_on.wait()
 
-    task = asyncio.create_task(engines._steps.run(hang))
+    task = asyncio.create_task(engines._steps["cpu"].run(hang))
     await begun.wait()
     clock.advance(5.0)
     assert engines.stalled() is None
@@ -423,7 +417,32 @@ async def test_a_step_that_hangs_is_told_as_a_stall():
 
 async def test_the_step_thread_takes_its_number_of_torch_threads():
     before = torch.get_num_threads()
-    steps = StepThread(ManualClock(), 1)
+    steps = StepThread(ManualClock(), Gate(), 1)
     assert await steps.run(torch.get_num_threads) == 1
     steps.close()
     torch.set_num_threads(before)
+
+
+async def test_a_job_that_runs_alone_runs_beside_no_step():
+    gate = Gate()
+    one, two = (StepThread(ManualClock(), gate, 1) for _ in range(2))
+    inside, together, proceed = [], [], threading.Event()
+
+    def step():
+        inside.append(1)
+        proceed.wait(10)
+        inside.pop()
+
+    def alone():
+        together.append(len(inside))
+
+    stepping = asyncio.create_task(one.run(step))
+    building = asyncio.create_task(two.run_alone(alone))
+    while not inside:
+        await asyncio.sleep(0)
+    later = asyncio.create_task(one.run(alone))
+    proceed.set()
+    await asyncio.gather(stepping, building, later)
+    assert together == [0, 0]
+    one.close()
+    two.close()

@@ -28,7 +28,7 @@ async def test_tokens_equal_those_of_generate(tmp_path, family):
     # Pieces of 16 tokens, and too few blocks for all at once: prompts are cut and sessions preempted.
     config = {"max_step_tokens": 16, "block_tokens": 4}
     async with engine_of(checkpoint, **config) as engine:
-        token_bytes = engine._parts.buffer.size // engine._parts.blocks.capacity_tokens
+        token_bytes = engine._parts.buffers[0].size // engine._parts.blocks.capacity_tokens
     config["kv_cache_bytes"] = ByteSize(token_bytes * 4 * 24)
     async with engine_of(checkpoint, **config) as engine:
         generations = [engine.submit(ask(prompt, COUNT)) for prompt in prompts]

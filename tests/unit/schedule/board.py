@@ -2,8 +2,8 @@
 
 from sllm_node.core.config import ModelConfig, ScheduleConfig
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import ModelId, ModelState
-from sllm_node.schedule.actions import Action, Grant, Refuse, Stop, Ticket, TicketId
+from sllm_node.core.types import ModelId, ModelState, Share
+from sllm_node.schedule.actions import Action, Grant, Refuse, StartLoad, Stop, Ticket, TicketId
 from sllm_node.schedule.scheduler import Scheduler
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
@@ -16,7 +16,7 @@ class Board:
         self.scheduler = Scheduler(
             ScheduleConfig(**config),
             models or {},
-            capacity=capacity,
+            capacities=capacity if isinstance(capacity, dict) else {"cpu": capacity},
             max_sessions=max_sessions,
             drain_s=30.0,
         )
@@ -27,7 +27,7 @@ class Board:
         """Ask for `model`; returns the actions. The ticket is `self.tickets`."""
         self.tickets += 1
         ticket = Ticket(
-            TicketId(self.tickets), model, size, load_s, priority, keep_alive_s, session
+            TicketId(self.tickets), model, shares(size), load_s, priority, keep_alive_s, session
         )
         return self.scheduler.on_request(ticket, self.now)
 
@@ -66,9 +66,26 @@ class Board:
         assert granted(self.loaded(model)) == [ticket]
         return ticket
 
+    def serve_again(self, model, **wish):
+        """Let a session run on a model that is ready; returns its ticket."""
+        assert granted(self.request(model, **wish)) == [self.tickets]
+        return self.tickets
+
     def rest(self, model, **wish):
         """Bring `model` to the device and leave it idle."""
         return self.finish(self.serve(model, **wish))
+
+
+def shares(size) -> tuple[Share, ...]:
+    """Return one share of `size` bytes for any device; a dict gives each device its share."""
+    if isinstance(size, dict):
+        return tuple(Share(name, 0, part, part) for name, part in size.items())
+    return (Share(None, 0, size, size),)
+
+
+def start(model, *devices) -> StartLoad:
+    """Return the action that brings `model` to `devices`, the only one there is by default."""
+    return StartLoad(model, devices or ("cpu",))
 
 
 def grant(ticket: int, model):

@@ -25,6 +25,7 @@ from sllm_node.core.types import (
     ModelId,
     SamplingParameters,
     SessionId,
+    Share,
     Tier,
 )
 from sllm_node.core.units import PAGE
@@ -53,11 +54,11 @@ class FakeLease:
     def __init__(self, store: "FakeStore", checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         size = checkpoint.index.size
-        self.report = LoadReport(checkpoint.model, size, size, 0, LOAD_S, 0.0, size)
+        self.report = LoadReport(checkpoint.model, size, size, 0, 0, 0, 0, LOAD_S, 0.0, size)
         self._store = store
 
     @property
-    def buffer(self):
+    def parts(self):
         raise NotImplementedError
 
     def release(self):
@@ -78,7 +79,12 @@ class FakeStore:
         self.error: BaseException | None = None
         self.on_acquired = lambda: None
 
-    async def acquire(self, model):
+    def capacities(self):
+        return {"cpu": self.room * PAGE}
+
+    async def acquire(self, model, placement):
+        (part,) = placement
+        assert (part.device, part.start, part.end) == ("cpu", 0, PAGE)
         self.loads.append(model)
         if len(self.on_device | self.loading) >= self.room:
             raise DeviceMemoryError("cpu", PAGE, 0, self.room * PAGE)
@@ -189,8 +195,9 @@ class FakeEngines:
         self.submit_error: Exception | None = None
         self.close_error: Exception | None = None
 
-    def device_bytes(self, checkpoint):
-        return checkpoint.index.size
+    def shares(self, checkpoint):
+        size = checkpoint.index.size
+        return (Share(None, 0, size, size),)
 
     def context_limit(self, checkpoint):
         return checkpoint.index.context_tokens

@@ -63,7 +63,7 @@ async def node(root, room=2):
     device = CpuDevice(config.device.memory_bytes)
     store = Store(catalog, [device], config.store, clock, metrics)
     await store.start()
-    engines = Engines(device, config.engine, clock, metrics)
+    engines = Engines([device], store, config.engine, clock, metrics)
     service = Service(config, catalog, store, engines, clock, metrics)
     try:
         async with asyncio.timeout(60):

@@ -5,7 +5,7 @@ from sllm_node.schedule.estimate import LoadEstimator, MovingAverage
 
 
 def report(total, from_nvme, elapsed_s):
-    return LoadReport(ModelId("a"), total, from_nvme, total - from_nvme, elapsed_s, 0.0, 0)
+    return LoadReport(ModelId("a"), total, from_nvme, total - from_nvme, 0, 0, 0, elapsed_s, 0.0, 0)
 
 
 def test_the_first_sample_replaces_the_guess_and_later_ones_move_the_mean():

@@ -11,7 +11,7 @@ from sllm_node.core.errors import (
     QueueTimeoutError,
 )
 from sllm_node.core.types import ModelId, ModelState
-from sllm_node.schedule.actions import AbortLoad, Evict, Refuse, StartLoad, Stop
+from sllm_node.schedule.actions import AbortLoad, Evict, Refuse, Stop
 from sllm_node.schedule.record import TRANSITIONS
 from tests.unit.schedule.board import (
     A,
@@ -23,13 +23,14 @@ from tests.unit.schedule.board import (
     granted,
     refuse,
     refused,
+    start,
 )
 
 # --- loads ----------------------------------------------------------------------------------------
 
 
 def test_a_request_for_a_model_that_is_not_on_the_device_starts_its_load():
-    assert Board().request(A) == [StartLoad(A)]
+    assert Board().request(A) == [start(A)]
 
 
 def test_a_second_request_joins_the_load_under_way():
@@ -47,7 +48,7 @@ def test_a_request_for_a_ready_model_is_granted_at_once():
 
 def test_two_models_load_at_once_where_both_fit():
     board = Board(capacity=8)
-    assert board.request(A) + board.request(B) == [StartLoad(A), StartLoad(B)]
+    assert board.request(A) + board.request(B) == [start(A), start(B)]
 
 
 def test_a_failed_load_refuses_all_who_waited_and_the_next_request_tries_again():
@@ -56,14 +57,14 @@ def test_a_failed_load_refuses_all_who_waited_and_the_next_request_tries_again()
     board.request(A)
     error = LoadFailedError(A, "no reason")
     assert board.load_failed(A, error) == [refuse(1, error), refuse(2, error)]
-    assert board.request(A) == [StartLoad(A)]
+    assert board.request(A) == [start(A)]
 
 
 def test_a_failed_load_gives_its_room_to_the_next_model():
     board = Board()
     board.request(A)
     board.request(B)
-    assert board.load_failed(A, LoadFailedError(A, "no reason"))[-1] == StartLoad(B)
+    assert board.load_failed(A, LoadFailedError(A, "no reason"))[-1] == start(B)
 
 
 def test_an_event_that_the_state_does_not_know_is_an_assertion():
@@ -111,7 +112,7 @@ def test_an_idle_model_is_evicted_for_a_waiting_one_and_the_load_follows_the_evi
     board = Board()
     board.rest(A)
     assert board.request(B) == [Evict(A, "room")]
-    assert board.evicted(A) == [StartLoad(B)]
+    assert board.evicted(A) == [start(B)]
 
 
 def test_a_running_model_is_not_evicted_before_its_last_session_has_ended():
@@ -157,7 +158,7 @@ def test_several_idle_models_are_evicted_for_one_that_needs_their_room():
     board.rest(B)
     assert board.request(C, size=8) == [Evict(A, "room"), Evict(B, "room")]
     assert board.evicted(A) == []
-    assert board.evicted(B) == [StartLoad(C)]
+    assert board.evicted(B) == [start(C)]
 
 
 def test_a_request_for_a_model_that_is_being_evicted_loads_it_anew():
@@ -165,14 +166,14 @@ def test_a_request_for_a_model_that_is_being_evicted_loads_it_anew():
     board.rest(A, keep_alive_s=0)
     assert board.state(A) is ModelState.EVICTING
     assert board.request(A) == []
-    assert board.evicted(A) == [StartLoad(A)]
+    assert board.evicted(A) == [start(A)]
 
 
 def test_a_small_model_starts_in_the_free_room_while_a_large_one_waits():
     board = Board(capacity=10)
     board.serve(A, size=6)
     assert board.request(B, size=8) == []
-    assert board.request(C, size=3) == [StartLoad(C)]
+    assert board.request(C, size=3) == [start(C)]
 
 
 def test_nothing_starts_in_the_room_of_an_overdue_model():
@@ -182,7 +183,7 @@ def test_nothing_starts_in_the_room_of_an_overdue_model():
     board.wait(5.0)
     assert board.request(C, size=3) == []
     assert board.finish(1) == [Evict(A, "room")]
-    assert board.evicted(A) == [StartLoad(B)]
+    assert board.evicted(A) == [start(B)]
 
 
 def test_an_overdue_model_that_only_loads_keep_out_stops_those_behind_it():
@@ -196,9 +197,9 @@ def test_an_overdue_model_that_only_loads_keep_out_stops_those_behind_it():
 def test_room_that_is_still_being_evicted_is_not_given_away():
     board = Board(capacity=8)
     board.rest(A, keep_alive_s=0)  # leaves, 4 are free
-    assert board.request(B) == [StartLoad(B)]
+    assert board.request(B) == [start(B)]
     assert board.request(C) == []
-    assert board.evicted(A) == [StartLoad(C)]
+    assert board.evicted(A) == [start(C)]
 
 
 def test_two_that_wait_for_two_evictions_do_not_both_start_after_the_first():
@@ -207,8 +208,8 @@ def test_two_that_wait_for_two_evictions_do_not_both_start_after_the_first():
         board.rest(model, keep_alive_s=0)
     board.request(C)
     board.request(ModelId("d"))
-    assert board.evicted(A) == [StartLoad(C)]
-    assert board.evicted(B) == [StartLoad(ModelId("d"))]
+    assert board.evicted(A) == [start(C)]
+    assert board.evicted(B) == [start(ModelId("d"))]
 
 
 def test_no_second_model_is_evicted_for_room_that_is_coming_already():
@@ -239,7 +240,7 @@ def test_after_the_maximum_wait_the_resident_model_is_closed_and_changes_places(
     board.wait(10.0)
     assert board.request(A) == []
     assert board.finish(1) == [Evict(A, "room")]
-    assert board.evicted(A) == [StartLoad(B)]
+    assert board.evicted(A) == [start(B)]
     assert board.loaded(B) == [grant(2, B)]
     assert board.request(B) == [grant(4, B)]
     board.wait(10.0)
@@ -299,7 +300,7 @@ def test_the_higher_priority_is_loaded_first():
     board.request(B)
     board.request(C, priority=1)
     board.finish(1)
-    assert board.evicted(A) == [StartLoad(C)]
+    assert board.evicted(A) == [start(C)]
 
 
 def test_the_one_who_came_first_is_loaded_first_among_equals():
@@ -308,7 +309,7 @@ def test_the_one_who_came_first_is_loaded_first_among_equals():
     board.request(C)
     board.request(B)
     board.finish(1)
-    assert board.evicted(A) == [StartLoad(C)]
+    assert board.evicted(A) == [start(C)]
 
 
 # --- keep-alive -----------------------------------------------------------------------------------
@@ -387,7 +388,7 @@ def test_a_pin_on_a_model_elsewhere_changes_nothing_for_the_others():
     board = Board()
     board.scheduler.on_pin(A, 0.0)
     assert board.scheduler.on_unpin(A, 0.0) == []
-    assert board.request(B) == [StartLoad(B)]
+    assert board.request(B) == [start(B)]
 
 
 # --- limits ---------------------------------------------------------------------------------------
@@ -452,7 +453,7 @@ def test_a_load_that_nobody_waits_for_any_more_is_aborted():
     board.request(A)
     assert board.cancel(1) == [AbortLoad(A)]
     assert board.request(B) == []
-    assert board.evicted(A) == [StartLoad(B)]
+    assert board.evicted(A) == [start(B)]
 
 
 def test_a_load_that_others_wait_for_goes_on():
@@ -565,7 +566,7 @@ def test_a_replica_that_failed_last_is_evicted_and_the_next_request_gets_a_new_o
     assert board.scheduler.on_failed(A, 0.0) == [Evict(A, "failed")]
     assert board.scheduler.on_failed(A, 0.0) == []
     board.request(A)
-    assert board.evicted(A) == [StartLoad(A)]
+    assert board.evicted(A) == [start(A)]
 
 
 def test_a_replica_that_failed_one_session_is_left_to_the_others():
@@ -584,7 +585,7 @@ def test_a_replaced_checkpoint_serves_only_the_sessions_that_run():
     assert board.request(A) == []
     assert board.request(A, session=False) == []
     assert board.finish(1) == [Evict(A, "replaced")]
-    assert board.evicted(A) == [StartLoad(A)]
+    assert board.evicted(A) == [start(A)]
 
 
 def test_a_checkpoint_replaced_by_a_larger_one_is_loaded_by_its_new_size():
@@ -594,7 +595,7 @@ def test_a_checkpoint_replaced_by_a_larger_one_is_loaded_by_its_new_size():
     assert board.scheduler.on_replaced(A, 0.0) == [Evict(A, "replaced")]
     board.request(A, size=6)
     assert board.evicted(A) == [Evict(B, "room")]
-    assert board.evicted(B) == [StartLoad(A)]
+    assert board.evicted(B) == [start(A)]
     assert board.scheduler.device_bytes == 6
 
 

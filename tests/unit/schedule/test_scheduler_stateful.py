@@ -19,6 +19,7 @@ from sllm_node.schedule.actions import (
     TicketId,
 )
 from sllm_node.schedule.scheduler import Scheduler
+from tests.unit.schedule.board import shares
 
 SIZES = {ModelId("a"): 3, ModelId("b"): 5, ModelId("c"): 8, ModelId("d"): 2, ModelId("huge"): 11}
 CAPACITY = 10
@@ -34,7 +35,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             ScheduleConfig(max_queue=MAX_QUEUE, max_wait_s=10.0, queue_timeout_s=QUEUE_TIMEOUT_S),
             {"a": ModelConfig(pinned=True), "d": ModelConfig(priority=1, keep_alive_s=0)},
-            capacity=CAPACITY,
+            capacities={"cpu": CAPACITY},
             max_sessions=MAX_SESSIONS,
             drain_s=1.0,
         )
@@ -51,7 +52,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def carry_out(self, actions):
         for action in actions:
             match action:
-                case StartLoad(model):
+                case StartLoad(model, _):
                     assert model not in self.loading | self.ready | self.evicting
                     self.loading.add(model)
                 case AbortLoad(model):
@@ -88,7 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.waiting[number] = (model, self.now)
         if not session:
             self.loads_only.add(number)
-        ticket = Ticket(number, model, SIZES[model], 1.0, priority, keep_alive_s, session)
+        ticket = Ticket(number, model, shares(SIZES[model]), 1.0, priority, keep_alive_s, session)
         self.carry_out(self.scheduler.on_request(ticket, self.now))
 
     @precondition(lambda self: self.waiting)

@@ -3,7 +3,7 @@
 import random
 from pathlib import Path
 
-import numpy as np
+import torch
 import xxhash
 
 from sllm_node.checkpoint.catalog import Catalog
@@ -22,6 +22,7 @@ from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId
 from sllm_node.device.cpu import CpuDevice
+from sllm_node.engine.weights import torch_name
 from sllm_node.store.arena import PieceState
 from sllm_node.store.reader import DirectFileSystem
 from sllm_node.store.store import Store
@@ -93,12 +94,17 @@ class FaultyFileSystem:
 class Rig:
     """A store over handmade checkpoints `a`, `b` and `c`, and what must be true when it is quiet."""
 
-    def __init__(self, root: Path, *, chunks=16, memory=1 << 20, names="abc", devices=1, **config):
-        self.bytes = {ModelId(name): write_checkpoint(root, name) for name in names}
+    def __init__(
+        self, root: Path, *, chunks=16, memory=1 << 20, names="abc", devices=1, shards=(), **config
+    ):
+        sizes = {"shards": shards} if shards else {}
+        self.bytes = {ModelId(name): write_checkpoint(root, name, **sizes) for name in names}
         self.root = root
         self.catalog = Catalog(root)
         self.catalog.scan()
-        self.devices = [CpuDevice(memory, f"cpu:{number}") for number in range(devices)]
+        if isinstance(devices, int):
+            devices = [CpuDevice(memory, f"cpu:{number}") for number in range(devices)]
+        self.devices = devices
         self.device = self.devices[0]
         self.metrics = Metrics()
         self.files = FaultyFileSystem()
@@ -109,8 +115,7 @@ class Rig:
             StoreConfig(
                 pool_bytes=ByteSize(chunks * CHUNK),
                 chunk_bytes=ByteSize(CHUNK),
-                piece_bytes=ByteSize(PIECE),
-                **settings,
+                **{"piece_bytes": ByteSize(PIECE), **settings},
             ),
             MonotonicClock(),
             self.metrics,
@@ -162,7 +167,12 @@ class Rig:
 
 def delivered_by(lease) -> bytes:
     """Return all bytes that the parts of a lease hold."""
-    return b"".join(bytes(np.asarray(part.buffer.array)) for part in lease.parts)
+    return b"".join(_bytes_of(part) for part in lease.parts)
+
+
+def _bytes_of(part) -> bytes:
+    flat = torch.as_tensor(part.buffer.array, device=torch_name(part.part.device))
+    return bytes(flat.cpu().numpy())
 
 
 def replace_file(path: Path, data: bytes) -> None:

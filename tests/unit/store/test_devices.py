@@ -95,9 +95,10 @@ async def test_a_part_that_stayed_is_not_loaded_again_beside_one_that_went(tmp_p
 
 async def test_another_part_of_a_model_in_use_is_refused(tmp_path):
     async with Rig(tmp_path, devices=2) as rig:
-        with await rig.store.acquire(A, on(rig, "a", 0)):
-            with pytest.raises(ModelBusyError, match="cpu:0"):
-                await rig.store.acquire(A, halves(rig, "a"))
+        lease = await rig.store.acquire(A, on(rig, "a", 0))
+        with pytest.raises(ModelBusyError, match="cpu:0"):
+            await rig.store.acquire(A, halves(rig, "a"))
+        lease.release()
         rig.store.evict(A, Tier.DEVICE, "test")
         await rig.check("a", halves(rig, "a"))
         rig.assert_quiet()

@@ -1,0 +1,296 @@
+r"""Loads onto GPUs against the ceilings of the same run: what the loader adds to copying bytes.
+
+    python -m scripts.bench.gpu_load --shape llama-3.1-8b --store /dev/shm/store \
+        --devices cuda:0,cuda:1 --scenarios dram,disk,relay,clone,small-pool --out result.json
+
+Contestants are interleaved round by round: `copy` is nothing but one long copy from pinned memory,
+`reader` nothing but threads that read the files by direct I/O. Every scenario compares every byte
+on the device once, against bytes made again from their seeds.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scripts.bench import shapes
+from scripts.bench.device import open_device, wait
+from sllm_node.checkpoint.catalog import Catalog, Checkpoint
+from sllm_node.core.clock import MonotonicClock
+from sllm_node.core.config import ByteSize, StoreConfig
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import LoadReport, ModelId, Part, Placement, Tier
+from sllm_node.core.units import GIB, MIB, align_up
+from sllm_node.device.base import Device
+from sllm_node.engine.weights import torch_name
+from sllm_node.store.bench import PlainReader
+from sllm_node.store.lease import Lease
+from sllm_node.store.store import Store
+
+
+@dataclass
+class Run:
+    """What all scenarios share."""
+
+    checkpoint: Checkpoint
+    devices: Sequence[Device]
+    config: StoreConfig
+    rounds: int
+    seed: int
+    samples: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds, by contestant."""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def model(self) -> ModelId:
+        """The model that is loaded."""
+        return self.checkpoint.model
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.checkpoint.index.size
+
+    def whole(self, device: int) -> Placement:
+        """All of it on one device."""
+        return (Part(self.devices[device].name, 0, self.size),)
+
+    def note(self, name: str, seconds: float) -> None:
+        """Keep a sample."""
+        self.samples.setdefault(name, []).append(seconds)
+
+    async def rounds_of(self, *contestants: tuple[str, Callable[[], Awaitable[float]]]) -> None:
+        """Run everyone once a round; the first round does not count."""
+        for number in range(self.rounds + 1):
+            for name, contestant in contestants:
+                seconds = await contestant()
+                if number:
+                    self.note(name, seconds)
+
+
+def same_bytes(run: Run, lease: Lease) -> bool:
+    """Compare every byte on the device."""
+    (part,) = lease.parts
+    flat = torch.as_tensor(part.buffer.array, device=torch_name(part.part.device))
+    for place, seed, size in shapes.chunks(run.checkpoint.index, run.seed):
+        wanted = torch.frombuffer(bytearray(shapes.chunk_bytes(seed, size)), dtype=torch.uint8)
+        if not torch.equal(flat[place : place + size], wanted.to(flat.device)):
+            return False
+    return True
+
+
+async def store_of(run: Run, **config: Any) -> Store:
+    """Start a store on the run's devices."""
+    catalog = Catalog(run.checkpoint.path.parent)
+    catalog.scan()
+    values = {f: getattr(run.config, f) for f in run.config.__struct_fields__} | config
+    store = Store(catalog, run.devices, StoreConfig(**values), MonotonicClock(), Metrics())
+    await store.start()
+    return store
+
+
+def loader(run: Run, store: Store, placement: Placement, reason: str, *, cold: bool) -> Any:
+    """Return a contestant: load, give back, evict."""
+    reports: list[LoadReport] = []
+    store.on_load = reports.append
+    checked: list[bool] = []
+
+    async def load() -> float:
+        start = time.perf_counter()
+        lease = await store.acquire(run.model, placement)
+        seconds = time.perf_counter() - start
+        if not checked:
+            checked.append(same_bytes(run, lease))
+            assert checked[0], "the bytes on the device are not those of the checkpoint"
+        run.extra.setdefault("first_copy_ms", []).append(1e3 * reports[-1].first_copy_s)
+        run.extra["relayed_share"] = reports[-1].bytes_relayed / run.size
+        lease.release()
+        store.evict(run.model, Tier.DEVICE, reason, placement)
+        if cold:
+            store.evict(run.model, Tier.DRAM, reason)
+        await asyncio.sleep(0.05)  # the memory thread unmaps
+        return seconds
+
+    return load
+
+
+def copier(run: Run) -> tuple[Callable[[], Awaitable[float]], Callable[[], None]]:
+    """Return the ceiling: one long copy of 4 GiB, as seconds for the whole size; and its end."""
+    size = min(4 * GIB, align_up(run.size, MIB))
+    device = run.devices[0]
+    pinned, target, stream = (
+        device.pin(size, huge_pages=True),
+        device.allocate(size),
+        device.stream(),
+    )
+
+    async def copy() -> float:
+        start = time.perf_counter()
+        for at in range(0, size, 256 * MIB):
+            end = min(at + 256 * MIB, size)
+            stream.copy_in(target, at, pinned.view[at:end])
+        wait(stream.record())
+        return (time.perf_counter() - start) * run.size / size
+
+    def close() -> None:
+        stream.close()
+        target.close()
+        pinned.close()
+
+    return copy, close
+
+
+async def dram(run: Run) -> None:
+    """From the pinned pool to one device."""
+    store = await store_of(run, relay=False)
+    copy, close = copier(run)
+    await store.prefetch(run.model)
+    assert store.residency(run.model)[Tier.DRAM] == run.size
+    await run.rounds_of(
+        ("copy", copy), ("ours", loader(run, store, run.whole(0), "operator", cold=False))
+    )
+    close()
+    await store.close()
+
+
+async def disk(run: Run) -> None:
+    """From storage to one device."""
+    store = await store_of(run, relay=False)
+    reader = PlainReader(run.checkpoint, run.config, run.devices[0])
+    clock = MonotonicClock()
+
+    async def read() -> float:
+        return await asyncio.to_thread(reader.read, clock)
+
+    ours = loader(run, store, run.whole(0), "operator", cold=True)
+    await run.rounds_of(("reader", read), ("ours", ours))
+    reader.close()
+    await store.close()
+
+
+async def relay(run: Run) -> None:
+    """From the pinned pool to one device over the links of all."""
+    store = await store_of(run, relay=True)
+    await store.prefetch(run.model)
+    load = loader(run, store, run.whole(0), "operator", cold=False)
+
+    async def one() -> float:
+        store.lend_links(lambda device: True)
+        return float(await load())
+
+    async def several() -> float:
+        store.lend_links(lambda device: False)
+        return float(await load())
+
+    await run.rounds_of(("one link", one), (f"{len(run.devices)} links", several))
+    await store.close()
+
+
+async def clone(run: Run) -> None:
+    """From one device to another."""
+    store = await store_of(run, relay=False)
+    lease = await store.acquire(run.model, run.whole(0))
+    ours = loader(run, store, run.whole(1), "operator", cold=False)
+    await run.rounds_of(("clone", ours))
+    lease.release()
+    await store.close()
+
+
+async def small_pool(run: Run) -> None:
+    """From storage through a pool of 1 GiB."""
+    store = await store_of(run, relay=False, pool_bytes=ByteSize(GIB))
+    ours = loader(run, store, run.whole(0), "operator", cold=True)
+    await run.rounds_of(("1 GiB pool", ours))
+    await store.close()
+
+
+SCENARIOS = {"dram": dram, "disk": disk, "relay": relay, "clone": clone, "small-pool": small_pool}
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """Return medians and rates."""
+    found: dict[str, Any] = {"bytes": run.size, "extra": run.extra, "samples_s": run.samples}
+    for name, seconds in run.samples.items():
+        middle = statistics.median(seconds)
+        found[name] = {
+            "median_s": middle, "gbps": run.size / middle / 1e9,
+            "worst_s": max(seconds), "best_s": min(seconds), "rounds": len(seconds),
+        }  # fmt: skip
+    return found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=list(shapes.configs()))
+    parser.add_argument("--store", type=Path, required=True)
+    parser.add_argument("--devices", default="cuda:0")
+    parser.add_argument("--scenarios", default="dram,disk")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--chunk", type=int, default=16, help="MiB")
+    parser.add_argument("--threads", type=int, default=8)
+    parser.add_argument("--verify", default="first")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    if not (options.store / options.shape).exists():
+        start = time.perf_counter()
+        size = shapes.write(options.store, options.shape)
+        print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
+    catalog = Catalog(options.store)
+    catalog.scan()
+    checkpoint = catalog.get(ModelId(options.shape))
+    results = {}
+    for scenario in options.scenarios.split(","):
+        devices = _devices(options.devices.split(","), checkpoint.index.size)
+        chunk = options.chunk * MIB
+        config = StoreConfig(
+            path=str(options.store),
+            pool_bytes=ByteSize(align_up(checkpoint.index.size, chunk) + 8 * chunk),
+            chunk_bytes=ByteSize(chunk),
+            reader_threads=options.threads,
+            verify=options.verify,
+        )
+        run = Run(checkpoint, devices, config, options.rounds, 0)
+        start = time.perf_counter()
+        asyncio.run(SCENARIOS[scenario](run))
+        for device in devices:
+            device.close()
+        results[scenario] = summary(run)
+        for name in run.samples:
+            line = results[scenario][name]
+            print(
+                f"{options.shape} {scenario:10} {name:10} {line['median_s']:8.4f} s "
+                f"({line['best_s']:.4f} to {line['worst_s']:.4f})  {line['gbps']:7.2f} GB/s",
+                flush=True,
+            )
+        extra = {
+            key: value if isinstance(value, float) else max(value)
+            for key, value in run.extra.items()
+        }
+        print(f"  worst {extra}, scenario took {time.perf_counter() - start:.0f} s", flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1))
+
+
+def _devices(names: Sequence[str], size: int) -> list[Device]:
+    """Open the devices; each may reach the others."""
+    if not names[0].startswith("cuda"):
+        return [open_device(name, 2 * size + GIB) for name in names]
+    from sllm_node.device.cuda import CudaDevice
+
+    numbers = [int(name.partition(":")[2]) for name in names]
+    return [
+        CudaDevice(n, reserve_bytes=2 * GIB, siblings=[o for o in numbers if o != n])
+        for n in numbers
+    ]
+
+
+if __name__ == "__main__":
+    main()
