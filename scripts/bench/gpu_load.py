@@ -250,9 +250,10 @@ def main() -> None:
     for scenario in options.scenarios.split(","):
         devices = _devices(options.devices.split(","), checkpoint.index.size)
         chunk = options.chunk * MIB
+        spare = len(checkpoint.index.shards) + 8
         config = StoreConfig(
             path=str(options.store),
-            pool_bytes=ByteSize(align_up(checkpoint.index.size, chunk) + 8 * chunk),
+            pool_bytes=ByteSize(align_up(checkpoint.index.size, chunk) + spare * chunk),
             chunk_bytes=ByteSize(chunk),
             reader_threads=options.threads,
             verify=options.verify,

@@ -54,7 +54,7 @@ class StoreConfig(Section, frozen=True):
 
     path: Name = "/var/lib/sllm-node/models"
     pool_bytes: ByteSize = _size("4GiB")
-    chunk_bytes: ByteSize = _size("16MiB")
+    chunk_bytes: ByteSize = _size("32MiB")
     huge_pages: bool = True
     reader_threads: Count = 4
     max_concurrent_loads: Count = 2

@@ -70,8 +70,6 @@ class Load:
         self._first_copy: float | None = None
         self._files: tuple[ShardFile, ...] = ()
         self._error: BaseException | None = None
-        self._slices: dict[int, tuple[Slice, ...]] = {}
-        """By the number of the unit."""
         self._cached: list[Unit] = []
         """Units in DRAM that are still to be issued, the next one last."""
         self._missing: list[Unit] = []
@@ -106,27 +104,25 @@ class Load:
         self._machinery.loop.call_soon(self._finish_if_done)
 
     def _sort_units(self) -> None:
-        for unit in reversed(self._ledger.units(self.model)):
-            slices = self._slices_of(unit)
-            if self.targets and not slices:
-                continue  # kept on the device
-            self._slices[unit.index] = slices
-            size = sum(piece.end - piece.start for piece in slices) if slices else unit.size
-            self._moved.wanted += size
-            if self._ledger.chunk_of(self.model, unit.index) is None:
-                self._missing.append(unit)
-            else:
-                self._cached.append(unit)
-                self._moved.dram += size
+        """Tell what DRAM has from what is to be read; quickly, the first copy waits for it."""
+        self._cached, self._missing = self._ledger.sorted_units(self.model)
+        size = self.checkpoint.index.size
+        wanted = sum(high - low for target in self.targets for low, high in target.wants)
+        if self.targets and wanted < size:  # the devices kept something
+            self._cached = [unit for unit in self._cached if self._slices_of(unit)]
+            self._missing = [unit for unit in self._missing if self._slices_of(unit)]
+        self._moved.wanted = wanted if self.targets else size
+        read = sum(unit.size for unit in self._missing)
+        self._moved.dram = max(0, self._moved.wanted - read)
 
-    def _slices_of(self, unit: Unit) -> tuple[Slice, ...]:
+    def _slices_of(self, unit: Unit) -> list[Slice]:
         start, end = unit.device_offset, unit.device_offset + unit.size
-        cuts = (
-            Slice(target, max(start, low), min(end, high))
-            for target in self.targets
-            for low, high in target.wants
-        )
-        return tuple(cut for cut in cuts if cut.start < cut.end)
+        slices = []
+        for target in self.targets:
+            for low, high in target.wants:
+                if low < end and start < high:
+                    slices.append(Slice(target, max(start, low), min(end, high)))
+        return slices
 
     def cancel(self) -> None:
         """Stop; `ended` is set when nothing is in flight any more."""
@@ -208,7 +204,7 @@ class Load:
         return True
 
     def _is_mapped(self, unit: Unit) -> bool:
-        return all(cut.end <= cut.target.ready_to for cut in self._slices[unit.index])
+        return all(cut.end <= cut.target.ready_to for cut in self._slices_of(unit))
 
     def _read(self, unit: Unit, chunk: int) -> None:
         view = self._machinery.pool.view(chunk, unit.size)
@@ -231,7 +227,7 @@ class Load:
 
     def _copy(self, unit: Unit) -> None:
         """Send a unit that is in DRAM to every target that wants of it."""
-        for cut in self._slices[unit.index]:
+        for cut in self._slices_of(unit):
             chunk = self._ledger.hold(self.model, unit.index)
             view = self._machinery.pool.view(chunk, unit.size)
             view = view[cut.start - unit.device_offset : cut.end - unit.device_offset]

@@ -68,8 +68,6 @@ class _Slot:
     state: UnitState = UnitState.EMPTY
     chunk: int = -1
     holds: int = 0
-    is_copied: bool = False
-    """The load under way has copied it: it may be given up for a later unit of the same model."""
 
 
 @dataclass(slots=True)
@@ -82,6 +80,8 @@ class _Row:
     tail: int = -1
     """No unit behind this one is filled: where the search for a victim begins."""
     verified: set[int] = field(default_factory=set)
+    copied: set[int] = field(default_factory=set)
+    """The load under way has copied them: they may be given up for later units of the model."""
 
 
 class Residency:
@@ -123,6 +123,15 @@ class Residency:
         """Return how many bytes of `model` are in DRAM."""
         row = self._rows.get(model)
         return row.filled_bytes if row else 0
+
+    def sorted_units(self, model: ModelId) -> tuple[list[Unit], list[Unit]]:
+        """Return the units that are in DRAM and those that are not, last ones first."""
+        row = self._rows[model]
+        cached: list[Unit] = []
+        missing: list[Unit] = []
+        for slot, unit in zip(reversed(row.slots), reversed(row.units), strict=True):
+            (cached if slot.state is UnitState.FILLED else missing).append(unit)
+        return cached, missing
 
     def chunk_of(self, model: ModelId, unit: int) -> int | None:
         """Return the chunk that holds `unit`, or None."""
@@ -179,8 +188,7 @@ class Residency:
         self.touch(model)
         row = self._rows[model]
         row.loads += 1
-        for slot in row.slots:
-            slot.is_copied = False
+        row.copied.clear()
 
     def end_load(self, model: ModelId) -> None:
         """The load is over, however it ended; nothing of it is in flight."""
@@ -241,11 +249,13 @@ class Residency:
 
     def unhold(self, model: ModelId, unit: int, *, copied: bool) -> None:
         """The copy of `unit` has ended."""
-        slot = self._rows[model].slots[unit]
+        row = self._rows[model]
+        slot = row.slots[unit]
         assert slot.holds > 0
         slot.holds -= 1
         self._in_flight -= slot.holds == 0
-        slot.is_copied = slot.is_copied or copied
+        if copied:
+            row.copied.add(unit)
 
     def drop(self, model: ModelId, unit: int) -> None:
         """Give `unit` up: what DRAM has of it is damaged."""
@@ -266,7 +276,7 @@ class Residency:
 
     def _recycle(self, row: _Row) -> None:
         for unit in self._given_up_in_order(row):
-            if row.slots[unit].is_copied:
+            if unit in row.copied:
                 self._empty(row, unit)
                 return
 
@@ -283,5 +293,6 @@ class Residency:
         assert slot.state is UnitState.FILLED
         assert not slot.holds
         row.filled_bytes -= row.units[unit].size
+        row.copied.discard(unit)
         self._free.append(slot.chunk)
         row.slots[unit] = _Slot()

@@ -153,7 +153,8 @@ class Rig:
         for device in self.devices:
             arena = self.store._tiers[device.name].arena
             rows = arena._rows.values()
-            assert device.memory_used == sum(arena._memory_of(row) for row in rows)
+            lent = self.store._tiers[device.name].lent
+            assert device.memory_used == sum(arena._memory_of(row) for row in rows) + lent
             assert not any(PieceState.MAPPED in row.states for row in rows)
             placements = [p for there in self.store._residents.values() for p in there]
             here = [part for p in placements for part in p if part.device == device.name]
