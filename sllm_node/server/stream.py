@@ -23,6 +23,12 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+
+
+class SlowClientError(Exception):
+    """A client takes no bytes; nothing more can be told to it."""
+
+
 Item = tuple[int, GenerationChunk | BaseException | None]
 """Choice, and its next chunk; None: it has ended; an error: it has failed."""
 
@@ -47,8 +53,11 @@ class EventWriter:
         await self._write(b"data: [DONE]\n\n")
 
     async def _write(self, data: bytes) -> None:
-        async with asyncio.timeout(self.timeout_s):
-            await self._response.write(data)
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await self._response.write(data)
+        except TimeoutError as error:
+            raise SlowClientError from error
 
 
 @asynccontextmanager
