@@ -37,7 +37,9 @@ class TextCodec:
         """Tokens that end a generation."""
         self.vocabulary_size = vocabulary_size
         """Of the model: tokens that it can be given."""
-        self._token_characters = max(map(len, self._core.get_vocab()), default=1)
+        # One by one: get_vocab would hold the GIL for a tenth of a second.
+        names = (self._core.id_to_token(token) or "" for token in range(vocabulary_size))
+        self._token_characters = max(map(len, names), default=1)
         """Characters of text that one token stands for, at most: those of the longest one's name."""
 
     def encode(
