@@ -2,7 +2,7 @@
 
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
@@ -188,7 +188,8 @@ class Completions:
         async with merged(streams) as queue:
             async for item in items(queue, streams, self._config.progress_interval_s):
                 if not isinstance(item, ModelStatus):
-                    job.add(*item)
+                    for index, chunk in item:
+                        job.add(index, chunk)
         whole = job.shape.whole(job.reply, job.choices, job.usage)
         return web.Response(body=orjson.dumps(whole), content_type="application/json")
 
@@ -233,7 +234,7 @@ class Completions:
                 if isinstance(item, ModelStatus):
                     await writer.comment(progress_text(item))
                 else:
-                    await self._piece(writer, job, *item)
+                    await writer.data(*_pieces(job, item))
         await self._end(writer, job)
 
     async def _begin(
@@ -244,14 +245,6 @@ class Completions:
             opening = job.shape.opening(job.reply, choice)
             if opening is not None:
                 await writer.data(_with_usage_slot(job, opening))
-
-    async def _piece(
-        self, writer: EventWriter, job: Job, index: int, chunk: GenerationChunk
-    ) -> None:
-        job.add(index, chunk)
-        if chunk.text or chunk.finish is not None or (chunk.logprobs and job.reply.with_logprobs):
-            piece = job.shape.piece(job.reply, job.choices[index], chunk.text, chunk)
-            await writer.data(_with_usage_slot(job, piece))
 
     async def _end(self, writer: EventWriter, job: Job) -> None:
         if _wants_usage(job):
@@ -269,6 +262,15 @@ def _told(error: Exception, http: web.Request) -> SllmError:
         return error
     log.error("request failed", exc_info=error, extra={"path": http.path})
     return InternalError(_request_id())
+
+
+def _pieces(job: Job, chunks: Sequence[tuple[int, GenerationChunk]]) -> Iterator[dict[str, Any]]:
+    """Take chunks in and yield the event of each that has something to show."""
+    for index, chunk in chunks:
+        job.add(index, chunk)
+        if chunk.text or chunk.finish is not None or (chunk.logprobs and job.reply.with_logprobs):
+            piece = job.shape.piece(job.reply, job.choices[index], chunk.text, chunk)
+            yield _with_usage_slot(job, piece)
 
 
 def _wants_usage(job: Job) -> bool:
