@@ -204,7 +204,7 @@ class Completions:
         before that is answered with its own status, one after it as an event.
         """
         response = web.StreamResponse(headers=HEADERS)
-        writer = EventWriter(response, self._config.write_timeout_s)
+        writer = EventWriter(http, response, self._config.write_timeout_s)
         try:
             try:
                 await self._send(http, response, writer, job, streams)
