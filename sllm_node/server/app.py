@@ -266,13 +266,14 @@ def _entrance(config: ServerConfig) -> Any:
 
     @web.middleware
     async def middleware(http: web.Request, handler: Handler) -> web.StreamResponse:
-        wanted = access.get(_route_of(http), "open")
+        route = _route_of(http)
+        wanted = access.get(route, "open")
         keys = {"open": [], "client": client_keys, "admin": admin_keys}[wanted]
         if keys:
             _check_key(http, keys)
         elif is_loopback(config.host) and not client_keys:
             _check_origin(http)
-        if http.method == "POST":
+        if http.method == "POST" and route in access:
             await receive(http, config)
         response: web.StreamResponse = await handler(http)
         return response

@@ -392,6 +392,11 @@ async def test_a_body_that_does_not_come_is_not_waited_for_for_ever():
         assert b"server.read_timeout_s" in answer
 
 
+async def test_the_body_of_a_request_that_goes_nowhere_is_not_waited_for(rig):
+    answer = await talk(rig, head_of(99).replace(CHATS.encode(), b"/nowhere"))
+    assert answer.startswith(b"HTTP/1.1 404 ")
+
+
 async def test_what_is_no_http_is_answered_like_everything_else(rig):
     for sent in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/9.x\r\n\r\n"):
         answer = await talk(rig, sent)
