@@ -104,6 +104,7 @@ class ServerConfig(Section, frozen=True):
     max_body_bytes: ByteSize = _size("8MiB")
     max_choices: Count = 16
     progress_interval_s: Annotated[float, Meta(gt=0)] = 2.0
+    read_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
     write_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
 
 

@@ -4,6 +4,7 @@ An error says what was wrong, where, and what to do. HTTP knows nothing here: `s
 `Fault` and class to a status in one table.
 """
 
+import math
 from enum import Enum
 from typing import ClassVar
 
@@ -45,10 +46,20 @@ class PromptTooLongError(InvalidRequestError):
 
     code = "context_length_exceeded"
 
-    def __init__(self, tokens: int, limit: int, reason: str, *, param: str = "max_tokens") -> None:
+    def __init__(
+        self,
+        tokens: int,
+        limit: int,
+        reason: str,
+        *,
+        param: str = "max_tokens",
+        is_least: bool = False,
+    ) -> None:
+        needed = f"at least {tokens}" if is_least else str(tokens)
+        remedy = f" or lower {param}" if param.startswith("max_") else ""
         super().__init__(
-            f"the request needs {tokens} tokens but {reason} allows {limit}; "
-            "shorten the prompt or lower max_tokens",
+            f"the request needs {needed} tokens but {reason} allows {limit}; "
+            f"shorten the prompt{remedy}",
             param=param,
         )
         self.tokens = tokens
@@ -60,6 +71,7 @@ class ModelNotFoundError(SllmError):
 
     fault = Fault.CALLER
     code = "model_not_found"
+    param = "model"
 
     def __init__(self, model: str, known: tuple[str, ...] = ()) -> None:
         listing = f"; there are: {', '.join(known[:20])}" if known else ""
@@ -76,7 +88,7 @@ class NodeFullError(SllmError):
     def __init__(self, queued: int, limit: int, retry_after_s: float) -> None:
         super().__init__(
             f"{queued} requests wait already and the limit is {limit}; "
-            f"try again in {retry_after_s:.0f} s"
+            f"try again in {math.ceil(retry_after_s)} s"
         )
         self.retry_after_s = retry_after_s
 
@@ -95,18 +107,19 @@ class QueueTimeoutError(SllmError):
 
 
 class DrainingError(SllmError):
-    """The node is stopping and takes no new requests."""
+    """The node is stopping: it takes no new requests, and ends what runs after its limit."""
 
     fault = Fault.BUSY
     code = "draining"
 
-    def __init__(self, retry_after_s: float) -> None:
-        super().__init__("this node is draining and takes no new requests")
+    def __init__(self, retry_after_s: float, *, was_running: bool = False) -> None:
+        what = "ended what still ran" if was_running else "takes no new requests"
+        super().__init__(f"this node is draining and {what}; send the request to another one")
         self.retry_after_s = retry_after_s
 
 
 class CancelledByOperatorError(SllmError):
-    """A session was ended through the admin interface, or by the end of a drain."""
+    """A session was ended through the admin interface, or its model was."""
 
     fault = Fault.NODE
     code = "cancelled"
@@ -162,15 +175,53 @@ class BodyTooLargeError(SllmError):
         super().__init__(f"the request body is larger than {limit} bytes (server.max_body_bytes)")
 
 
+class MalformedRequestError(SllmError):
+    """Bytes that are no HTTP request, or a body that is not what its headers say."""
+
+    fault = Fault.CALLER
+    code = "malformed_request"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"the request can't be read: {problem}")
+
+
+class UnsupportedEncodingError(SllmError):
+    """A request body in an encoding that the node can't undo."""
+
+    fault = Fault.CALLER
+    code = "unsupported_encoding"
+
+    def __init__(self, encoding: str, supported: tuple[str, ...]) -> None:
+        super().__init__(
+            f"Content-Encoding {encoding!r} is not known here; send {', '.join(supported)}, or none"
+        )
+        self.supported = supported
+
+
+class SlowRequestError(SllmError):
+    """A request whose body did not come in time."""
+
+    fault = Fault.BUSY
+    code = "request_timeout"
+
+    def __init__(self, limit_s: float) -> None:
+        super().__init__(
+            f"the request body was not whole after {limit_s:g} s (server.read_timeout_s)"
+        )
+
+
 class RouteError(SllmError):
     """No such path, or not with this method."""
 
     fault = Fault.CALLER
     code = "no_such_route"
 
-    def __init__(self, method: str, path: str, status: int) -> None:
-        super().__init__(f"there is no {method} {path} here; README lists the endpoints")
+    def __init__(self, method: str, path: str, status: int, allowed: str | None = None) -> None:
+        hint = "README lists the endpoints" if allowed is None else f"it takes {allowed}"
+        super().__init__(f"there is no {method} {path} here; {hint}")
         self.status = status
+        self.allowed = allowed
+        """What the path takes, as the header Allow lists it."""
 
 
 class InternalError(SllmError):

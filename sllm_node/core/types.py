@@ -145,6 +145,8 @@ class TokenLogprob:
     logprob: float
     top: tuple[tuple[int, str, float], ...] = ()
     """(token, text, logprob) of the most likely ones, best first."""
+    offset: int = 0
+    """Where its text begins in the session's: parts of one character begin where that begins."""
 
 
 @dataclass(frozen=True, slots=True)

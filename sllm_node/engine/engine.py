@@ -201,6 +201,7 @@ class Engine:
             self._between_tokens.observe(seconds)
         generation.last_token_at = now
         is_eos = drawn.token in self._parts.codec.eos_ids and not session.request.ignore_eos
+        offset = generation.text.detokenizer.characters
         text = "" if is_eos else generation.text.add(drawn.token)
         finish = self._finish(generation, is_eos=is_eos)
         if finish is not None:
@@ -209,7 +210,7 @@ class Engine:
             if generation.text.scanner.found is not None:
                 finish = "stop"
             self._end(generation)
-        generation.give(text, drawn.token, self._logprob(session.request, drawn), finish)
+        generation.give(text, drawn.token, self._logprob(session.request, drawn, offset), finish)
 
     def _finish(self, generation: Generation, *, is_eos: bool) -> FinishReason | None:
         session = generation.session
@@ -220,12 +221,14 @@ class Engine:
             return "length"
         return None
 
-    def _logprob(self, request: GenerationRequest, drawn: Drawn) -> TokenLogprob | None:
+    def _logprob(
+        self, request: GenerationRequest, drawn: Drawn, offset: int
+    ) -> TokenLogprob | None:
         if request.logprobs is None:
             return None
         name = self._parts.codec.token_text
         top = tuple((token, name(token), value) for token, value in drawn.top)
-        return TokenLogprob(drawn.token, name(drawn.token), drawn.logprob, top)
+        return TokenLogprob(drawn.token, name(drawn.token), drawn.logprob, top, offset)
 
     # --- ends ---------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sllm_node.core.errors import CheckpointFormatError, InvalidRequestError
+from sllm_node.core.errors import CheckpointFormatError, InvalidRequestError, PromptTooLongError
 from sllm_node.core.types import TokenIds
 
 REPLACEMENT: Final = "\ufffd"
@@ -37,10 +37,24 @@ class TextCodec:
         """Tokens that end a generation."""
         self.vocabulary_size = vocabulary_size
         """Of the model: tokens that it can be given."""
+        # One by one: get_vocab would hold the GIL for a tenth of a second.
+        names = (self._core.id_to_token(token) or "" for token in range(vocabulary_size))
+        self._token_characters = max(map(len, names), default=1)
+        """Characters of text that one token stands for, at most: those of the longest one's name."""
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
-        """Return the tokens of `text`."""
-        return tuple(self._core.encode(text, add_special_tokens=add_special_tokens).ids)
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, limit: int | None = None
+    ) -> TokenIds:
+        """Return the tokens of `text`.
+
+        Raises:
+            PromptTooLongError: they are more than `limit`, told by the text's length alone.
+        """
+        self._check_length(text, limit, "prompt")
+        # A batch, because that is computed without the GIL; the fast one, because it makes no
+        # offsets: they take half of the time, and freeing them takes long with the GIL held.
+        batch = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        return tuple(batch[0].ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of `tokens`, special ones left out."""
@@ -50,11 +64,14 @@ class TextCodec:
         """Return one token by itself, special or not; for log probabilities."""
         return str(self._core.decode([token], skip_special_tokens=False))
 
-    def render_chat(self, messages: Sequence[dict[str, Any]]) -> TokenIds:
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, limit: int | None = None
+    ) -> TokenIds:
         """Return the tokens of the conversation, up to where the assistant speaks.
 
         Raises:
             InvalidRequestError: the model has no chat template, or it refuses the messages.
+            PromptTooLongError: they are more than `limit`, told by the text's length alone.
         """
         from jinja2 import TemplateError
 
@@ -70,7 +87,13 @@ class TextCodec:
             raise InvalidRequestError(
                 f"the model's chat template refuses the messages: {error}", param="messages"
             ) from error
+        self._check_length(text, limit, "messages")
         return self.encode(text, add_special_tokens=False)
+
+    def _check_length(self, text: str, limit: int | None, param: str) -> None:
+        if limit is not None and len(text) > limit * self._token_characters:
+            least = -(-len(text) // self._token_characters)
+            raise PromptTooLongError(least, limit, "this node", param=param, is_least=True)
 
 
 def load_codec(directory: Path) -> TextCodec:
@@ -126,6 +149,8 @@ class Detokenizer:
         self._tokens = list(prompt[-_PROMPT_TAIL:])
         self._prefix = 0
         self._read = len(self._tokens)
+        self.characters = 0
+        """Emitted so far."""
 
     def add(self, token: int) -> str:
         """Take a token and return the new whole characters."""
@@ -153,7 +178,9 @@ class Detokenizer:
             del self._tokens[: self._prefix]
             self._read -= self._prefix
             self._prefix = 0
-        return text[len(before) :]
+        emitted = text[len(before) :]
+        self.characters += len(emitted)
+        return emitted
 
 
 class StopScanner:

@@ -18,7 +18,7 @@ from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
 from sllm_node.core.errors import (
-    CancelledByOperatorError,
+    DrainingError,
     EngineError,
     ModelNotFoundError,
     SllmError,
@@ -91,6 +91,8 @@ class Service(Generic[CodecT]):
         self._actions: deque[Action] = deque()
         self._is_acting = False
         self._alarm = Alarm(clock, self._on_timer)
+        self._drain_end = Alarm(clock, self._on_drain_end)
+        self._ended_by_drain = 0
         self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
 
     # --- sessions -----------------------------------------------------------------------------
@@ -111,6 +113,12 @@ class Service(Generic[CodecT]):
             ModelNotFoundError: there is no such checkpoint.
         """
         return self._engines.context_limit(self._checkpoint(ModelId(model)))
+
+    def session_limit(self, model: str) -> int:
+        """Return how many sessions of `model` could be taken now if nobody else had any."""
+        is_ready = self._scheduler.view(ModelId(model)).state is ModelState.READY
+        slots = self._config.engine.max_sessions if is_ready else 0
+        return self._config.schedule.max_queue + slots
 
     def open(self, request: GenerationRequest, *, keep_alive_s: float | None = None) -> Stream:
         """Take a request: its session runs at once or when its turn comes.
@@ -233,27 +241,33 @@ class Service(Generic[CodecT]):
         }
 
     def drain(self) -> None:
-        """Refuse new requests from now on; what runs goes on."""
+        """Refuse new requests from now on; what runs has `node.drain_s`. A second call does nothing."""
+        if self.is_draining:
+            return
         log.info("drain started", extra=self.health())
+        self._telemetry.draining()
+        self._drain_end.set(self._clock.now() + self._config.node.drain_s)
         self._do(self._scheduler.on_drain(self._clock.now()))
 
     async def drained(self, limit_s: float) -> int:
         """Wait until no session is left; end those that are left after `limit_s`.
 
-        Returns how many had to be ended.
+        Returns how many had to be ended since the drain began.
         """
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._sessions.quiet()
-        return self._sessions.stop_all("the node stops")
+        self._on_drain_end()
+        return self._ended_by_drain
 
     async def close(self) -> None:
         """End all sessions, loads and replicas."""
         self._do(self._scheduler.on_drain(self._clock.now()))
-        self._sessions.stop_all("the node stops")
+        self._drain_end.set(None)
+        self._on_drain_end()
         self._alarm.set(None)
         await self._replicas.close()
-        error = CancelledByOperatorError("the node stops")
+        error = self._drain_error()
         for waiter in self._load_waiters.values():
             if not waiter.done():
                 waiter.set_exception(error)
@@ -283,6 +297,12 @@ class Service(Generic[CodecT]):
 
     def _on_timer(self) -> None:
         self._do(self._scheduler.on_timer(self._clock.now()))
+
+    def _on_drain_end(self) -> None:
+        self._ended_by_drain += self._sessions.stop_all(self._drain_error())
+
+    def _drain_error(self) -> DrainingError:
+        return DrainingError(self._config.node.drain_s, was_running=True)
 
     def _stream_ended(self, stream: Stream, outcome: Outcome) -> None:
         self._telemetry.ended(stream, outcome, self._clock.now())

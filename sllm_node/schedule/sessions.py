@@ -2,7 +2,7 @@
 
 import asyncio
 
-from sllm_node.core.errors import CancelledByOperatorError
+from sllm_node.core.errors import CancelledByOperatorError, SllmError
 from sllm_node.core.types import SessionStatus
 from sllm_node.schedule.actions import TicketId
 from sllm_node.schedule.stream import Outcome, Stream, request_of
@@ -39,21 +39,21 @@ class Sessions:
     def stop_request(self, request_id: str) -> int:
         """End the sessions of a request for an operator; return how many there were."""
         mine = [s for s in self._streams.values() if request_of(s.request.session) == request_id]
-        return self._stop(mine, "an operator ended it")
+        return self._stop(mine, CancelledByOperatorError("an operator ended it"))
 
-    def stop_all(self, reason: str) -> int:
-        """End all sessions; return how many there were."""
-        return self._stop(list(self._streams.values()), reason)
+    def stop_all(self, error: SllmError) -> int:
+        """End all sessions with `error`; return how many there were."""
+        return self._stop(list(self._streams.values()), error)
 
     async def quiet(self) -> None:
         """Wait until there is none."""
         await self._quiet.wait()
 
-    def _stop(self, streams: list[Stream], reason: str) -> int:
+    def _stop(self, streams: list[Stream], error: SllmError) -> int:
         """End those that wait first, so that none is granted in between."""
         stopped = 0
         for stream in sorted(streams, key=lambda stream: stream.is_granted):
             if stream.ticket in self._streams:  # the end of one may have refused another
-                stream.fail(CancelledByOperatorError(reason), Outcome.STOPPED)
+                stream.fail(error, Outcome.STOPPED)
                 stopped += 1
         return stopped

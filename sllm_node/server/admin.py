@@ -8,6 +8,7 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
+from sllm_node.core.errors import SllmError
 from sllm_node.server.models import described, json_response
 from sllm_node.server.openai import RequestT, convert_object, decode_object
 from sllm_node.server.service import GenerationService
@@ -50,11 +51,17 @@ class Admin:
         return self._state_of(http)
 
     async def pin(self, http: web.Request) -> web.Response:
-        """Keep a model on the device, and bring it there."""
+        """Keep a model on the device, and bring it there; if it can't come, it is not pinned."""
         await _body(http, NoFields)
         model = http.match_info["id"]
+        was_pinned = self._service.status(model).pinned
         await self._service.pin(model)
-        await self._service.load(model)
+        try:
+            await self._service.load(model)
+        except SllmError:
+            if not was_pinned:
+                await self._service.unpin(model)
+            raise
         return self._state_of(http)
 
     async def unpin(self, http: web.Request) -> web.Response:
@@ -69,7 +76,7 @@ class Admin:
         return json_response({"cancelled": self._service.cancel_request(http.match_info["id"])})
 
     async def drain(self, http: web.Request) -> web.Response:
-        """Take no new requests."""
+        """Take no new requests; what runs is ended after `node.drain_s`."""
         await _body(http, NoFields)
         self._service.drain()
         return json_response({"draining": True})

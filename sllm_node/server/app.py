@@ -1,13 +1,16 @@
 """The HTTP server: routes, who may use them, and how errors leave.
 
 Middlewares, outermost first: the request id and the access log; errors to statuses; who may come in.
+What fails before there is a request (bytes that are no HTTP) is answered by `connection`.
 """
 
+import asyncio
 import hmac
 import logging
 import re
 import secrets
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 from urllib.parse import urlsplit
@@ -22,15 +25,17 @@ from sllm_node.core.errors import (
     ForbiddenOriginError,
     InternalError,
     ListenError,
+    MalformedRequestError,
     RouteError,
     SllmError,
     UnauthorizedError,
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.server.admin import Admin, Probes
+from sllm_node.server.bodies import expect, receive
 from sllm_node.server.completions import Completions, current_job
-from sllm_node.server.faults import body_of, headers_of, status_of
-from sllm_node.server.models import Models, json_response
+from sllm_node.server.connection import Connection, error_response
+from sllm_node.server.models import Models
 from sllm_node.server.service import GenerationService
 
 log = logging.getLogger(__name__)
@@ -42,6 +47,8 @@ SHUTDOWN_S: Final = 1.0
 """For connections that are still open when the server closes; sessions were drained before."""
 BACKLOG: Final = 1024
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+_shown_id: Final[ContextVar[str]] = ContextVar("shown_id", default="")
+"""The request's id as its client is told: its own, if it sent one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,11 +102,9 @@ class Server:
         self._runner = web.AppRunner(
             make_app(edge, self._completions),
             handler_cancellation=True,  # a client that goes away cancels its handler
-            access_log=None,
-            keepalive_timeout=KEEPALIVE_S,
             shutdown_timeout=SHUTDOWN_S,
         )
-        self._site: web.TCPSite | None = None
+        self._listener: asyncio.Server | None = None
 
     async def start(self) -> str:
         """Listen and return the URL.
@@ -108,18 +113,31 @@ class Server:
             ListenError: the address can't be had.
         """
         host, port = self._config.host, self._config.port
+        loop = asyncio.get_running_loop()
         await self._runner.setup()
-        self._site = web.TCPSite(self._runner, host, port, backlog=BACKLOG)
+        manager = self._runner.server
+        assert manager is not None
+
+        def connection() -> Connection:
+            return Connection(
+                manager,
+                loop=loop,
+                access_log=None,  # type: ignore[arg-type] # none, as for AppRunner
+                keepalive_timeout=KEEPALIVE_S,
+            )
+
         try:
-            await self._site.start()
+            self._listener = await loop.create_server(connection, host, port, backlog=BACKLOG)
         except OSError as error:
             await self.close()
             raise ListenError(host, port, error.strerror or str(error)) from error
-        bound = self._runner.addresses[0][1]
+        bound = self._listener.sockets[0].getsockname()[1]
         return f"http://{f'[{host}]' if ':' in host else host}:{bound}"
 
     async def close(self) -> None:
         """Stop listening and drop the connections that are left."""
+        if self._listener is not None:
+            self._listener.close()
         await self._runner.cleanup()
         self._completions.close()
 
@@ -134,8 +152,16 @@ def make_app(edge: Edge, completions: Completions) -> web.Application:
     for route in ROUTES:
         # aiohttp's {id} stops at a slash; names of models may be asked for with one.
         path = route.path.replace("{id}", "{id:.+?}")
-        app.router.add_route(route.method, path, handlers[route.method, route.path])
+        handler = handlers[route.method, route.path]
+        methods = ("GET", "HEAD") if route.method == "GET" else (route.method,)
+        for method in methods:
+            app.router.add_route(method, path, handler, expect_handler=expect(edge.config))
+    app.on_response_prepare.append(_name)
     return app
+
+
+async def _name(_: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = _shown_id.get()
 
 
 def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Handler]:
@@ -164,7 +190,13 @@ def _ids_and_logs(edge: Edge) -> Any:
     @web.middleware
     async def middleware(http: web.Request, handler: Handler) -> web.StreamResponse:
         given = http.headers.get("x-request-id", "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
+        if _REQUEST_ID.fullmatch(given):
+            # Two requests may come with the same id; a cancel must not hit both.
+            request_id = f"{given}-{secrets.token_hex(4)}"
+            _shown_id.set(given)
+        else:
+            request_id = secrets.token_hex(8)
+            _shown_id.set(request_id)
         logs.request_id.set(request_id)
         logs.model_id.set(None)
         current_job.set(None)
@@ -173,8 +205,6 @@ def _ids_and_logs(edge: Edge) -> Any:
         try:
             response: web.StreamResponse = await handler(http)
             status = response.status
-            if not response.prepared:
-                response.headers["x-request-id"] = request_id
             return response
         finally:
             route = _route_of(http)
@@ -213,7 +243,10 @@ def _errors(config: ServerConfig) -> Any:
         except web.HTTPRequestEntityTooLarge:
             found = BodyTooLargeError(config.max_body_bytes)
         except web.HTTPException as error:
-            found = RouteError(http.method, http.path, error.status)
+            allowed = error.headers.get("Allow")
+            found = RouteError(http.method, http.path, error.status, allowed)
+        except web.RequestPayloadError as error:
+            found = MalformedRequestError(str(error))
         except ConnectionError:
             raise  # the client went away
         except Exception:
@@ -221,9 +254,7 @@ def _errors(config: ServerConfig) -> Any:
             found = InternalError(logs.request_id.get() or "")
         else:
             return response
-        answer = json_response(body_of(found), status_of(found))
-        answer.headers.update(headers_of(found))
-        return answer
+        return error_response(found)
 
     return middleware
 
@@ -235,12 +266,15 @@ def _entrance(config: ServerConfig) -> Any:
 
     @web.middleware
     async def middleware(http: web.Request, handler: Handler) -> web.StreamResponse:
-        wanted = access.get(_route_of(http), "open")
+        route = _route_of(http)
+        wanted = access.get(route, "open")
         keys = {"open": [], "client": client_keys, "admin": admin_keys}[wanted]
         if keys:
             _check_key(http, keys)
         elif is_loopback(config.host) and not client_keys:
             _check_origin(http)
+        if http.method == "POST" and route in access:
+            await receive(http, config)
         response: web.StreamResponse = await handler(http)
         return response
 

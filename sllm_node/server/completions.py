@@ -1,13 +1,11 @@
 """POST /v1/chat/completions and /v1/completions: from a body to sessions, from chunks to an answer."""
 
-import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 import orjson
 from aiohttp import web
@@ -15,7 +13,12 @@ from aiohttp import web
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import ServerConfig
-from sllm_node.core.errors import PromptTooLongError, SllmError
+from sllm_node.core.errors import (
+    InternalError,
+    InvalidRequestError,
+    PromptTooLongError,
+    SllmError,
+)
 from sllm_node.core.types import (
     GenerationChunk,
     GenerationRequest,
@@ -29,19 +32,26 @@ from sllm_node.server.openai import (
     ChatRequest,
     CompletionRequest,
     Wish,
+    limit_name,
     parse_chat,
     parse_completion,
     prompts_of,
     wish_of,
 )
+from sllm_node.server.prompts import Prompts
 from sllm_node.server.responses import ChatShape, Choice, CompletionShape, Reply, Usage
 from sllm_node.server.service import GenerationService, Stream, TextCodec
-from sllm_node.server.stream import HEADERS, EventWriter, abort, items, merged, progress_text
+from sllm_node.server.stream import (
+    HEADERS,
+    EventWriter,
+    SlowClientError,
+    abort,
+    items,
+    merged,
+    progress_text,
+)
 
 log = logging.getLogger(__name__)
-ResultT = TypeVar("ResultT")
-TOKENIZER_THREADS: Final = 2
-"""Prompts that are made into tokens at once; others wait."""
 
 
 @dataclass(slots=True)
@@ -78,94 +88,93 @@ class Completions:
         self._config = config
         self._clock = clock
         self._draw_seed = draw_seed
-        self._workers = ThreadPoolExecutor(TOKENIZER_THREADS, "sllm-tokenize")
+        self._prompts = Prompts()
 
     def close(self) -> None:
         """Stop the worker threads."""
-        self._workers.shutdown(wait=False, cancel_futures=True)
+        self._prompts.close()
 
     async def chat(self, http: web.Request) -> web.StreamResponse:
         """Answer a chat request."""
-        request = parse_chat(await http.read())
-        codec = await self._prepare(request.model)
-        messages = [message.as_template_input() for message in request.messages]
-        prompt = await self._in_worker(codec.render_chat, messages)
-        return await self._answer(http, request, ChatShape(), codec, [prompt])
+        return await self._answer(http, parse_chat(await http.read()), ChatShape())
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
         """Answer a completion request."""
-        request = parse_completion(await http.read())
-        codec = await self._prepare(request.model)
-        prompts = [await self._tokens(codec, prompt) for prompt in prompts_of(request)]
-        return await self._answer(http, request, CompletionShape(), codec, prompts)
+        return await self._answer(http, parse_completion(await http.read()), CompletionShape())
 
     # --- what both do -------------------------------------------------------------------------
-
-    async def _prepare(self, model: str) -> TextCodec:
-        logs.model_id.set(model)
-        return await self._service.prepare(model)
-
-    async def _tokens(self, codec: TextCodec, prompt: str | list[int]) -> TokenIds:
-        if isinstance(prompt, str):
-            return await self._in_worker(codec.encode, prompt)
-        return tuple(prompt)
-
-    async def _in_worker(self, work: Callable[..., ResultT], *values: object) -> ResultT:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work, *values)
 
     async def _answer(
         self,
         http: web.Request,
         request: ChatRequest | CompletionRequest,
         shape: ChatShape | CompletionShape,
-        codec: TextCodec,
-        prompts: Sequence[TokenIds],
     ) -> web.StreamResponse:
+        logs.model_id.set(request.model)
+        codec = await self._service.prepare(request.model)
         wish = wish_of(
             request,
             random_seed=self._draw_seed(),
             max_choices=self._config.max_choices,
             vocabulary=codec.vocabulary_size,
         )
-        request_id = logs.request_id.get() or ""
-        reply = Reply(
-            f"{shape.prefix}{request_id}", request.model, int(self._clock.wall()),
-            wish.logprobs is not None,
-        )  # fmt: skip
-        choices = [
-            Choice(i * request.n + j, await self._echo(request, codec, prompt))
-            for i, prompt in enumerate(prompts)
-            for j in range(request.n)
-        ]
-        usage = Usage(prompt=sum(len(prompt) for prompt in prompts))
-        job = Job(request, shape, reply, choices, usage)
+        self._check_choices(request)
+        limit = self._service.context_limit(request.model)
+        prompts = await self._prompts.of(request, codec, limit)
+        job = await self._job(request, wish, shape, codec, prompts)
         current_job.set(job)
-        streams = self._open(request, wish, prompts, request_id)
+        streams = self._open(request, wish, prompts, limit)
         if request.stream:
             return await self._stream(http, job, streams)
         return await self._collect(job, streams)
 
-    async def _echo(
-        self, request: ChatRequest | CompletionRequest, codec: TextCodec, prompt: TokenIds
-    ) -> str:
-        if isinstance(request, CompletionRequest) and request.echo:
-            return await self._in_worker(codec.decode, prompt)
-        return ""
+    def _check_choices(self, request: ChatRequest | CompletionRequest) -> None:
+        """Refuse a request whose sessions would never be taken all together."""
+        prompts = 1 if isinstance(request, ChatRequest) else len(prompts_of(request))
+        sessions, limit = request.n * prompts, self._service.session_limit(request.model)
+        if sessions > limit:
+            raise InvalidRequestError(
+                f"the request asks for {sessions} choices and this node takes {limit} of this model "
+                "at once (schedule.max_queue, and engine.max_sessions once it is on the device); "
+                "send fewer in a request",
+                param="n" if request.n > 1 else "prompt",
+            )
+
+    async def _job(
+        self,
+        request: ChatRequest | CompletionRequest,
+        wish: Wish,
+        shape: ChatShape | CompletionShape,
+        codec: TextCodec,
+        prompts: Sequence[TokenIds],
+    ) -> Job:
+        reply = Reply(
+            f"{shape.prefix}{_request_id()}", request.model, int(self._clock.wall()),
+            wish.logprobs is not None,
+        )  # fmt: skip
+        echoes = isinstance(request, CompletionRequest) and request.echo
+        texts = [await self._prompts.text(codec, prompt) if echoes else "" for prompt in prompts]
+        choices = [
+            Choice(i * request.n + j, text)
+            for i, text in enumerate(texts)
+            for j in range(request.n)
+        ]
+        usage = Usage(prompt=sum(len(prompt) for prompt in prompts))
+        return Job(request, shape, reply, choices, usage)
 
     def _open(
         self,
         request: ChatRequest | CompletionRequest,
         wish: Wish,
         prompts: Sequence[TokenIds],
-        request_id: str,
+        limit: int,
     ) -> list[Stream]:
         """Open a session for each choice; if one is refused, none is left."""
-        limit = self._service.context_limit(request.model)
         streams: list[Stream] = []
         try:
             for i, prompt in enumerate(prompts):
                 for j in range(request.n):
-                    session = SessionId(f"{request_id}-{i * request.n + j}")
+                    session = SessionId(f"{_request_id()}-{i * request.n + j}")
                     asked = _generation(request, wish, prompt, session, j, limit)
                     streams.append(self._service.open(asked, keep_alive_s=wish.keep_alive_s))
         except BaseException:
@@ -179,7 +188,8 @@ class Completions:
         async with merged(streams) as queue:
             async for item in items(queue, streams, self._config.progress_interval_s):
                 if not isinstance(item, ModelStatus):
-                    job.add(*item)
+                    for index, chunk in item:
+                        job.add(index, chunk)
         whole = job.shape.whole(job.reply, job.choices, job.usage)
         return web.Response(body=orjson.dumps(whole), content_type="application/json")
 
@@ -194,48 +204,73 @@ class Completions:
         before that is answered with its own status, one after it as an event.
         """
         response = web.StreamResponse(headers=HEADERS)
-        writer = EventWriter(response, self._config.write_timeout_s)
+        writer = EventWriter(http, response, self._config.write_timeout_s)
         try:
-            async with merged(streams) as queue:
-                async for item in items(queue, streams, self._config.progress_interval_s):
-                    if not response.prepared:
-                        await self._begin(http, response, writer, job)
-                    if isinstance(item, ModelStatus):
-                        await writer.comment(progress_text(item))
-                    else:
-                        await self._piece(writer, job, *item)
-            await self._end(writer, job)
-        except SllmError as error:
-            if not response.prepared:
+            try:
+                await self._send(http, response, writer, job, streams)
+            except (SlowClientError, ConnectionError):
                 raise
-            await writer.data(body_of(error))
-        except TimeoutError:
+            except Exception as error:
+                if not response.prepared:
+                    raise
+                await writer.data(body_of(_told(error, http)))
+        except SlowClientError:
             log.warning("client takes no bytes, dropped", extra={"limit_s": writer.timeout_s})
             abort(http)
         return response
 
+    async def _send(
+        self,
+        http: web.Request,
+        response: web.StreamResponse,
+        writer: EventWriter,
+        job: Job,
+        streams: Sequence[Stream],
+    ) -> None:
+        async with merged(streams) as queue:
+            async for item in items(queue, streams, self._config.progress_interval_s):
+                if not response.prepared:
+                    await self._begin(http, response, writer, job)
+                if isinstance(item, ModelStatus):
+                    await writer.comment(progress_text(item))
+                else:
+                    await writer.data(*_pieces(job, item))
+        await self._end(writer, job)
+
     async def _begin(
         self, http: web.Request, response: web.StreamResponse, writer: EventWriter, job: Job
     ) -> None:
-        response.headers["x-request-id"] = logs.request_id.get() or ""
         await response.prepare(http)
         for choice in job.choices:
             opening = job.shape.opening(job.reply, choice)
             if opening is not None:
                 await writer.data(_with_usage_slot(job, opening))
 
-    async def _piece(
-        self, writer: EventWriter, job: Job, index: int, chunk: GenerationChunk
-    ) -> None:
-        job.add(index, chunk)
-        if chunk.text or chunk.finish is not None or (chunk.logprobs and job.reply.with_logprobs):
-            piece = job.shape.piece(job.reply, job.choices[index], chunk.text, chunk)
-            await writer.data(_with_usage_slot(job, piece))
-
     async def _end(self, writer: EventWriter, job: Job) -> None:
         if _wants_usage(job):
             await writer.data(job.shape.usage(job.reply, job.usage))
         await writer.done()
+
+
+def _request_id() -> str:
+    return logs.request_id.get() or ""
+
+
+def _told(error: Exception, http: web.Request) -> SllmError:
+    """Return what the client is told of a failure in the middle of a stream."""
+    if isinstance(error, SllmError):
+        return error
+    log.error("request failed", exc_info=error, extra={"path": http.path})
+    return InternalError(_request_id())
+
+
+def _pieces(job: Job, chunks: Sequence[tuple[int, GenerationChunk]]) -> Iterator[dict[str, Any]]:
+    """Take chunks in and yield the event of each that has something to show."""
+    for index, chunk in chunks:
+        job.add(index, chunk)
+        if chunk.text or chunk.finish is not None or (chunk.logprobs and job.reply.with_logprobs):
+            piece = job.shape.piece(job.reply, job.choices[index], chunk.text, chunk)
+            yield _with_usage_slot(job, piece)
 
 
 def _wants_usage(job: Job) -> bool:
@@ -257,12 +292,9 @@ def _generation(
     limit: int,
 ) -> GenerationRequest:  # fmt: skip
     left = limit - len(prompt)
-    if left < 1:
-        param = "messages" if isinstance(request, ChatRequest) else "prompt"
-        raise PromptTooLongError(len(prompt) + 1, limit, "this node", param=param)
     if wish.max_tokens is not None and wish.max_tokens > left:
         raise PromptTooLongError(
-            len(prompt) + wish.max_tokens, limit, "this node", param="max_tokens"
+            len(prompt) + wish.max_tokens, limit, "this node", param=limit_name(request)
         )
     return GenerationRequest(
         session=session,

@@ -12,9 +12,13 @@ _STATUS: Final[dict[type[SllmError], int]] = {
     errors.ModelBusyError: 409,
     errors.ModelNotFoundError: 404,
     errors.RouteError: 404,
+    errors.SlowRequestError: 408,
     errors.UnauthorizedError: 401,
+    errors.UnsupportedEncodingError: 415,
 }
 _STATUS_BY_FAULT: Final = {Fault.CALLER: 400, Fault.BUSY: 503, Fault.NODE: 500}
+_FINAL: Final = (errors.CancelledByOperatorError, errors.PinnedMemoryError)
+"""Only an operator can make these succeed: asking again would undo what one did, or be in vain."""
 _TYPE: Final = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
 
 
@@ -41,12 +45,17 @@ def body_of(error: SllmError) -> dict[str, Any]:
 def headers_of(error: SllmError) -> dict[str, str]:
     """Return what tells a client whether and when to try again."""
     headers: dict[str, str] = {}
-    if error.fault is Fault.CALLER or isinstance(error, errors.CancelledByOperatorError):
+    if error.fault is Fault.CALLER or isinstance(error, _FINAL):
         headers["x-should-retry"] = "false"
     retry_after_s = getattr(error, "retry_after_s", None)
     if retry_after_s is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-        headers["retry-after-ms"] = str(max(1, round(1000 * retry_after_s)))
+        milliseconds = max(1, round(1000 * retry_after_s))
+        headers["Retry-After"] = str(math.ceil(milliseconds / 1000))
+        headers["retry-after-ms"] = str(milliseconds)
     if isinstance(error, errors.UnauthorizedError):
         headers["WWW-Authenticate"] = "Bearer"
+    if isinstance(error, errors.UnsupportedEncodingError):
+        headers["Accept-Encoding"] = ", ".join(error.supported)
+    if isinstance(error, errors.RouteError) and error.allowed is not None:
+        headers["Allow"] = error.allowed
     return headers

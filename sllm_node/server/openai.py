@@ -26,6 +26,7 @@ SEEDS: Final = 1 << 64
 _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Odd, so that the seeds of a request's choices differ (2^64 over the golden ratio)."""
 
+Nothing = Annotated[list[Any], Meta(max_length=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0)]
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
@@ -35,6 +36,8 @@ class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
     """`stream_options`."""
 
     include_usage: bool = False
+    include_obfuscation: bool = False
+    """Padding that hides the lengths of tokens on the wire; not served, but it can be declined."""
 
 
 class TextPart(msgspec.Struct, forbid_unknown_fields=True, tag_field="type", tag="text"):
@@ -47,13 +50,21 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: str | list[TextPart] | None
+    """None: an answer without text."""
     name: str | None = None
+    # What our own answers carry, so that they can be sent back as they are; we fill none of it.
+    refusal: None = None
+    tool_calls: Nothing | None = None
+    function_call: None = None
+    audio: None = None
+    annotations: Nothing | None = None
 
     def as_template_input(self) -> dict[str, str]:
         """Return the message as chat templates take it; `developer` is what was called `system`."""
         content = self.content
-        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        parts = [] if content is None or isinstance(content, str) else content
+        text = content if isinstance(content, str) else "".join(part.text for part in parts)
         made = {"role": "system" if self.role == "developer" else self.role, "content": text}
         return made if self.name is None else {**made, "name": self.name}
 
@@ -142,6 +153,10 @@ def parse_chat(body: bytes) -> ChatRequest:
         InvalidRequestError: naming the parameter.
     """
     request = _parse(body, ChatRequest)
+    for i, message in enumerate(request.messages):
+        if message.content is None and message.role != "assistant":
+            where = f"messages[{i}].content"
+            raise InvalidRequestError(f"{where}: only an assistant's may be null", param=where)
     if request.top_logprobs and not request.logprobs:
         raise InvalidRequestError("top_logprobs needs logprobs = true", param="top_logprobs")
     if request.max_tokens is not None and request.max_completion_tokens is not None:
@@ -219,6 +234,9 @@ def _parse(body: bytes, kind: type[RequestT]) -> RequestT:
     assert isinstance(request, _Common)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequestError("stream_options needs stream = true", param="stream_options")
+    if request.stream_options is not None and request.stream_options.include_obfuscation:
+        where = "stream_options.include_obfuscation"
+        raise InvalidRequestError(f"{where} is not served by this node", param=where)
     return request
 
 
@@ -293,6 +311,13 @@ def _max_tokens(request: ChatRequest | CompletionRequest) -> int | None:
     if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
         return request.max_completion_tokens
     return request.max_tokens
+
+
+def limit_name(request: ChatRequest | CompletionRequest) -> str:
+    """Return which parameter limits the request's tokens."""
+    if isinstance(request, ChatRequest) and request.max_completion_tokens is not None:
+        return "max_completion_tokens"
+    return "max_tokens"
 
 
 def _logprobs(request: ChatRequest | CompletionRequest) -> int | None:

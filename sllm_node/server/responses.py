@@ -117,7 +117,7 @@ class CompletionShape:
             {
                 "index": choice.index,
                 "text": choice.echo + "".join(choice.text),
-                "logprobs": _completion_logprobs(reply, choice.logprobs, 0),
+                "logprobs": _completion_logprobs(reply, choice.logprobs),
                 "finish_reason": choice.finish,
             }
             for choice in choices
@@ -134,8 +134,7 @@ class CompletionShape:
         self, reply: Reply, choice: Choice, text: str, chunk: GenerationChunk
     ) -> dict[str, Any]:
         """Return a chunk with text."""
-        before = sum(len(logprob.text) for logprob in choice.logprobs[: -len(chunk.logprobs)])
-        logprobs = _completion_logprobs(reply, chunk.logprobs, before) if chunk.logprobs else None
+        logprobs = _completion_logprobs(reply, chunk.logprobs) if chunk.logprobs else None
         return self._chunk(reply, choice.index, text, chunk.finish, logprobs)
 
     def usage(self, reply: Reply, usage: Usage) -> dict[str, Any]:
@@ -175,18 +174,12 @@ def _chat_logprob(text: str, logprob: float) -> dict[str, Any]:
     return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
 
 
-def _completion_logprobs(
-    reply: Reply, logprobs: Sequence[TokenLogprob], offset: int
-) -> dict[str, Any] | None:
+def _completion_logprobs(reply: Reply, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
     if not reply.with_logprobs:
         return None
-    offsets = []
-    for entry in logprobs:
-        offsets.append(offset)
-        offset += len(entry.text)
     return {
         "tokens": [entry.text for entry in logprobs],
         "token_logprobs": [entry.logprob for entry in logprobs],
         "top_logprobs": [{text: value for _, text, value in entry.top} for entry in logprobs],
-        "text_offset": offsets,
+        "text_offset": [entry.offset for entry in logprobs],
     }

@@ -18,14 +18,23 @@ class TextCodec(Protocol):
     @property
     def vocabulary_size(self) -> int: ...
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> TokenIds:
-        """Return the tokens of `text`."""
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, limit: int | None = None
+    ) -> TokenIds:
+        """Return the tokens of `text`.
 
-    def render_chat(self, messages: Sequence[dict[str, Any]]) -> TokenIds:
+        Raises:
+            PromptTooLongError: it is so long that they must be more than `limit`.
+        """
+
+    def render_chat(
+        self, messages: Sequence[dict[str, Any]], *, limit: int | None = None
+    ) -> TokenIds:
         """Return the tokens of the conversation, up to where the assistant speaks.
 
         Raises:
             InvalidRequestError: the model has no chat template, or it refuses the messages.
+            PromptTooLongError: it is so long that they must be more than `limit`.
         """
 
     def decode(self, tokens: TokenIds) -> str:
@@ -59,6 +68,9 @@ class GenerationService(Protocol):
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have here."""
+
+    def session_limit(self, model: str) -> int:
+        """Return how many sessions of `model` could be taken now if nobody else had any."""
 
     def open(self, request: GenerationRequest, *, keep_alive_s: float | None = None) -> Stream:
         """Take a request, or raise why it is refused."""

@@ -2,13 +2,14 @@
 
 One task a session reads its stream into a queue of the request, so that choices interleave as they
 come; the queue is bounded, and the engine joins chunks for a reader that lags. The reader's
-connection is written by one task, with a limit on how long a write may take.
+connection is written by one task, which takes all that is queued at once, with a limit on how long a
+write may take.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, Final
 
 import orjson
 from aiohttp import web
@@ -23,6 +24,14 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
+_SMALL: Final = 1 << 15
+"""Bytes; well below what makes transports ask their writers to wait (64 KiB)."""
+
+
+class SlowClientError(Exception):
+    """A client takes no bytes; nothing more can be told to it."""
+
+
 Item = tuple[int, GenerationChunk | BaseException | None]
 """Choice, and its next chunk; None: it has ended; an error: it has failed."""
 
@@ -30,13 +39,17 @@ Item = tuple[int, GenerationChunk | BaseException | None]
 class EventWriter:
     """Writes events to one client."""
 
-    def __init__(self, response: web.StreamResponse, write_timeout_s: float) -> None:
+    def __init__(
+        self, http: web.BaseRequest, response: web.StreamResponse, write_timeout_s: float
+    ) -> None:
+        self._http = http
         self._response = response
         self.timeout_s = write_timeout_s
 
-    async def data(self, value: dict[str, Any]) -> None:
-        """Write one event."""
-        await self._write(b"data: " + orjson.dumps(value) + b"\n\n")
+    async def data(self, *values: dict[str, Any]) -> None:
+        """Write events: all at once, because a write costs more than what makes its bytes."""
+        if values:
+            await self._write(b"".join(b"data: %b\n\n" % orjson.dumps(v) for v in values))
 
     async def comment(self, text: str) -> None:
         """Write a line that clients skip: it keeps the connection alive."""
@@ -47,8 +60,21 @@ class EventWriter:
         await self._write(b"data: [DONE]\n\n")
 
     async def _write(self, data: bytes) -> None:
-        async with asyncio.timeout(self.timeout_s):
+        if self._is_free_for(data):
             await self._response.write(data)
+            return
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                await self._response.write(data)
+        except TimeoutError as error:
+            raise SlowClientError from error
+
+    def _is_free_for(self, data: bytes) -> bool:
+        """Tell whether a write won't wait; a timer for it would cost a third of the write."""
+        transport = self._http.transport
+        if len(data) > _SMALL or transport is None or transport.is_closing():
+            return False
+        return transport.get_write_buffer_size() == 0
 
 
 @asynccontextmanager
@@ -80,30 +106,46 @@ async def _read(index: int, stream: Stream, queue: "asyncio.Queue[Item]") -> Non
 
 async def items(
     queue: "asyncio.Queue[Item]", streams: Sequence[Stream], interval_s: float
-) -> AsyncIterator[tuple[int, GenerationChunk] | ModelStatus]:
+) -> AsyncIterator[list[tuple[int, GenerationChunk]] | ModelStatus]:
     """Yield chunks as they come, until all streams have ended; while one waits, how its model stands.
 
     Raises:
-        SllmError: a stream failed.
+        SllmError: a stream failed; what came before it was yielded.
     """
     left = len(streams)
     waiting = list(streams)
     while left:
         status = next((s for stream in waiting if (s := stream.status()) is not None), None)
-        waiting = waiting if status is not None else []
-        try:
-            async with asyncio.timeout(interval_s if waiting else None):
-                index, item = await queue.get()
-        except TimeoutError:
-            if status is not None:
-                yield status
-            continue
-        if isinstance(item, BaseException):
-            raise item
-        if item is None:
-            left -= 1
+        if status is None:
+            waiting = []
+            first = await queue.get()
         else:
-            yield index, item
+            try:
+                async with asyncio.timeout(interval_s):
+                    first = await queue.get()
+            except TimeoutError:
+                yield status
+                continue
+        chunks: list[tuple[int, GenerationChunk]] = []
+        for index, item in _queued(first, queue):
+            if isinstance(item, BaseException):
+                if chunks:
+                    yield chunks
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                chunks.append((index, item))
+        if chunks:
+            yield chunks
+
+
+def _queued(first: Item, queue: "asyncio.Queue[Item]") -> list[Item]:
+    """Return `first` and all that is there already."""
+    found = [first]
+    while not queue.empty():
+        found.append(queue.get_nowait())
+    return found
 
 
 def progress_text(status: ModelStatus) -> str:

@@ -58,7 +58,22 @@ async def test_a_session_resumed_from_its_tokens_goes_on_identically(checkpoint,
             assert text.endswith(rest)
             assert end == finish
             assert [entry.token for entry in logs] == [e.token for e in logprobs[cut:]]
+            assert [entry.offset for entry in logs] == [e.offset for e in logprobs[cut:]]
         assert shown == ""
+
+
+async def test_log_probabilities_say_where_their_text_begins(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        request = ask(PROMPT, 60, SAMPLED, logprobs=0)
+        text, _, logprobs, _ = await collect(engine.submit(request))
+    offsets = [entry.offset for entry in logprobs]
+    assert offsets == sorted(offsets)
+    assert offsets[0] == 0
+    # Parts of a character begin where it begins; special tokens do not show.
+    plain = [not ("\ufffd" in entry.text or entry.text.startswith("<|")) for entry in logprobs]
+    found = [entry for i, entry in enumerate(logprobs) if plain[i] and (i == 0 or plain[i - 1])]
+    assert found
+    assert all(text.startswith(entry.text, entry.offset) for entry in found)
 
 
 async def test_what_is_sampled_does_not_depend_on_the_company(checkpoint):

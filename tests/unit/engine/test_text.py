@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sllm_node.core.errors import CheckpointFormatError, InvalidRequestError
+from sllm_node.core.errors import CheckpointFormatError, InvalidRequestError, PromptTooLongError
 from sllm_node.engine.text import Detokenizer, StopScanner, TextState, load_codec
 from tests.models import make_source, make_tokenizer
 
@@ -214,3 +214,33 @@ def test_a_folder_without_tokenizer_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointFormatError, match="tokenizer"):
         load_codec(tmp_path)
+
+
+# --- long prompts ---------------------------------------------------------------------------------
+
+
+def test_a_text_that_no_tokens_within_the_limit_can_hold_is_refused_before_it_is_tokenized(codec):
+    codec_tokens = codec.encode("the " * 100)
+    assert codec.encode("the " * 100, limit=len(codec_tokens)) == codec_tokens
+    with pytest.raises(PromptTooLongError, match="at least") as caught:
+        codec.encode("the " * 10_000, limit=100)
+    assert (caught.value.param, caught.value.limit) == ("prompt", 100)
+    with pytest.raises(PromptTooLongError) as caught:
+        codec.render_chat([{"role": "user", "content": "the " * 10_000}], limit=100)
+    assert caught.value.param == "messages"
+
+
+@settings(deadline=None, derandomize=True)
+@given(text=st.text(max_size=300) | st.text("the anin", max_size=300))
+def test_the_length_of_a_text_never_refuses_one_that_fits(codec, text):
+    tokens = codec.encode(text, add_special_tokens=False)
+    assert codec.encode(text, add_special_tokens=False, limit=len(tokens)) == tokens
+
+
+def test_characters_are_counted_when_they_are_whole(codec):
+    detokenizer = Detokenizer(codec.decode)
+    places = []
+    for token in codec.encode("a日b", add_special_tokens=False):
+        places.append(detokenizer.characters)
+        detokenizer.add(token)
+    assert places == [0, 1, 1, 1, 2]

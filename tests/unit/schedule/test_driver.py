@@ -590,8 +590,34 @@ async def test_a_drain_ends_at_its_limit_what_has_not_finished(node):
     n.service.drain()
     assert n.service.health()["draining"] is True
     assert await n.service.drained(1.0) == 1
-    with pytest.raises(CancelledByOperatorError):
+    with pytest.raises(DrainingError):
         await anext(running)
+
+
+@on_virtual_time
+async def test_a_drain_that_nobody_waits_for_has_its_limit_too(node):
+    n = node()
+    running = n.open("a", tokens=1000)
+    await anext(running)
+    n.metrics.ready.set(1)
+    start = now()
+    n.service.drain()
+    assert n.count("sllm_ready") == 0
+    await asyncio.sleep(20.0)
+    n.service.drain()  # a second one doesn't prolong the first
+    with pytest.raises(DrainingError, match="ended what still ran"):
+        async for _ in running:
+            pass
+    assert now() - start == pytest.approx(30.0, abs=STEP_S)
+    assert await n.service.drained(30.0) == 1
+
+
+@on_virtual_time
+async def test_a_cold_model_takes_as_many_sessions_as_may_wait_and_a_ready_one_its_slots_more(node):
+    n = node(max_queue=4)
+    assert n.service.session_limit("a") == 4
+    await n.ask("a")
+    assert n.service.session_limit("a") == 4 + 256
 
 
 @on_virtual_time

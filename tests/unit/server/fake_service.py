@@ -21,13 +21,21 @@ class FakeCodec:
 
     vocabulary_size = 0x110000
 
-    def encode(self, text, *, add_special_tokens=True):
+    def __init__(self):
+        self.encoded = []
+        self.gates = {}
+        """Events that encoding waits for, by the text."""
+
+    def encode(self, text, *, add_special_tokens=True, limit=None):
+        self.encoded.append(text)
+        if text in self.gates:
+            self.gates[text].wait()
         return tuple(map(ord, text))
 
     def decode(self, tokens):
         return "".join(map(chr, tokens))
 
-    def render_chat(self, messages):
+    def render_chat(self, messages, *, limit=None):
         if any(m["content"] == "refuse" for m in messages):
             raise InvalidRequestError("the template refuses", param="messages")
         return self.encode("".join(f"{m['role']}:{m['content']};" for m in messages))
@@ -70,10 +78,10 @@ class FakeStream:
 def chunks_of(text, finish="stop", logprobs=False):
     made = [
         GenerationChunk(
-            c, (ord(c),), (TokenLogprob(ord(c), c, -0.5, ((ord(c), c, -0.5),)),) if logprobs else ()
+            c, (ord(c),), (TokenLogprob(ord(c), c, -0.5, ((ord(c), c, -0.5),), i),) if logprobs else ()
         )
-        for c in text
-    ]
+        for i, c in enumerate(text)
+    ]  # fmt: skip
     return [*made, GenerationChunk("", (0,), (), finish)]
 
 
@@ -101,7 +109,10 @@ class FakeService:
         self.streams = []
         self.acts = []
         self.limit = 100
+        self.sessions_max = 100
         self.refuse = None
+        self.pinned = False
+        self.load_error = None
         self.make_stream = lambda request: FakeStream(
             chunks_of("Hello", logprobs=request.logprobs is not None)
         )
@@ -112,6 +123,9 @@ class FakeService:
 
     def context_limit(self, model):
         return self.limit
+
+    def session_limit(self, model):
+        return self.sessions_max
 
     def open(self, request, *, keep_alive_s=None):
         if self.refuse is not None and len(self.requests) >= self.refuse[0]:
@@ -127,7 +141,7 @@ class FakeService:
 
     def status(self, model):
         self._check(model)
-        return status_of(model)
+        return status_of(model, pinned=self.pinned)
 
     def sessions(self):
         return [SessionStatus(SessionId("r-0"), ModelId("m"), "running", 3, 4, 1.5)]
@@ -139,15 +153,19 @@ class FakeService:
     async def load(self, model):
         self._check(model)
         self.acts.append(("load", model))
+        if self.load_error is not None:
+            raise self.load_error
 
     async def unload(self, model, *, force=False):
         self.acts.append(("unload", model, force))
 
     async def pin(self, model):
         self.acts.append(("pin", model))
+        self.pinned = True
 
     async def unpin(self, model):
         self.acts.append(("unpin", model))
+        self.pinned = False
 
     def drain(self):
         self.is_draining = True

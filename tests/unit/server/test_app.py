@@ -1,6 +1,9 @@
 import asyncio
 import json
+import math
 import re
+import threading
+import zlib
 
 import pytest
 
@@ -11,6 +14,7 @@ from sllm_node.core.errors import (
     ListenError,
     ModelTooLargeError,
     NodeFullError,
+    PinnedMemoryError,
 )
 from sllm_node.server.app import ROUTES
 from tests.unit.server.fake_service import FakeStream, chunks_of, status_of
@@ -59,7 +63,8 @@ async def test_what_the_engine_is_asked_follows_from_the_request(rig):
     }
     await rig.post(CHATS, body, **{"x-request-id": "mine"})
     first, second = rig.service.requests
-    assert (first.session, second.session) == ("mine-0", "mine-1")
+    assert re.fullmatch("mine-[0-9a-f]{8}-0", first.session)
+    assert second.session == first.session[:-1] + "1"
     assert (first.sampling.seed, first.max_tokens, first.stop, first.ignore_eos) == (
         4,
         7,
@@ -79,6 +84,11 @@ async def test_without_a_limit_a_session_may_fill_what_is_left(rig):
     ("path", "body", "param"),
     [
         (CHATS, {**CHAT, "max_tokens": 93}, "max_tokens"),
+        (CHATS, {**CHAT, "max_completion_tokens": 93}, "max_completion_tokens"),
+        (COMPLETIONS, {"model": "m", "prompt": [1, 0x110000]}, "prompt"),
+        (COMPLETIONS, {"model": "m", "prompt": [[1], []]}, "prompt"),
+        (COMPLETIONS, {"model": "m", "prompt": ["a"] * 51, "n": 2}, "n"),
+        (COMPLETIONS, {"model": "m", "prompt": ["a"] * 101}, "prompt"),
         (CHATS, {**CHAT, "messages": [{"role": "user", "content": "x" * 99}]}, "messages"),
         (COMPLETIONS, {"model": "m", "prompt": "x" * 100}, "prompt"),
         (CHATS, {**CHAT, "messages": [{"role": "user", "content": "refuse"}]}, "messages"),
@@ -194,6 +204,16 @@ async def test_an_error_after_the_first_token_is_an_event_and_no_end_mark(rig):
     assert "[DONE]" not in data
 
 
+@pytest.mark.parametrize("error", [ZeroDivisionError("oh"), TimeoutError("oh")])
+async def test_a_mistake_of_ours_in_a_stream_is_an_event_too(rig, caplog, error):
+    rig.service.make_stream = lambda request: FakeStream([chunks_of("a")[0], error])
+    _, data = await rig.events(CHATS, {**CHAT, "stream": True})
+    assert json.loads(data[-1])["error"]["code"] == "internal_error"
+    assert "[DONE]" not in data
+    record = next(r for r in caplog.records if r.message == "request failed")
+    assert record.exc_info[1] is error
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_goes_away_cancels_all_its_sessions(rig, stream):
     never = asyncio.Event()
@@ -226,6 +246,41 @@ async def test_a_client_that_takes_no_bytes_is_dropped():
         reader.feed_eof()
 
 
+async def test_short_prompts_do_not_wait_for_long_ones_of_clients_that_are_gone(rig):
+    rig.service.limit = 1 << 30
+    gate = threading.Event()
+    texts = [f"{i}" + "x" * (1 << 17) for i in range(3)]
+    rig.service.codec.gates = dict.fromkeys(texts, gate)
+    asked = [
+        asyncio.create_task(rig.post(COMPLETIONS, {"model": "m", "prompt": text})) for text in texts
+    ]
+    while not rig.service.codec.encoded:
+        await asyncio.sleep(0)
+    try:
+        for task in asked:
+            task.cancel()
+        assert (await rig.post(COMPLETIONS, {"model": "m", "prompt": "short"}))[0] == 200
+    finally:
+        gate.set()
+
+
+async def test_a_request_for_more_choices_than_there_are_places_is_refused_before_its_prompts_are_read(
+    rig,
+):
+    rig.service.sessions_max = 3
+    status, answer, _ = await rig.post(CHATS, {**CHAT, "n": 4})
+    assert (status, answer["error"]["param"]) == (400, "n")
+    assert rig.service.codec.encoded == []
+    assert (await rig.post(CHATS, {**CHAT, "n": 3}))[0] == 200
+
+
+async def test_requests_that_come_with_one_id_are_told_apart(rig):
+    answers = [await rig.post(CHATS, CHAT, **{"x-request-id": "same"}) for _ in range(2)]
+    assert [headers["x-request-id"] for _, _, headers in answers] == ["same", "same"]
+    assert len({body["id"] for _, body, _ in answers}) == 2
+    assert len({request.session for request in rig.service.requests}) == 2
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -233,7 +288,9 @@ async def test_a_client_that_takes_no_bytes_is_dropped():
     ("error", "status", "after"),
     [
         (NodeFullError(9, 8, 2.3), 503, "3"),
+        (NodeFullError(9, 8, 2.0004), 503, "2"),
         (DrainingError(30.0), 503, "30"),
+        (PinnedMemoryError("m", 9, 4, ("p",)), 503, "30"),
         (ModelTooLargeError("m", 9, 4), 400, None),
     ],
 )
@@ -242,7 +299,10 @@ async def test_a_refusal_tells_when_to_come_back(rig, error, status, after):
     found, body, headers = await rig.post(CHATS, CHAT)
     assert (found, body["error"]["code"]) == (status, error.code)
     assert headers.get("Retry-After") == after
-    assert ("x-should-retry" in headers) is (status == 400)
+    if after is not None:
+        assert math.ceil(int(headers["retry-after-ms"]) / 1000) == int(after)
+    is_in_vain = status == 400 or isinstance(error, PinnedMemoryError)
+    assert ("x-should-retry" in headers) is is_in_vain
 
 
 async def test_if_one_choice_is_refused_the_others_are_cancelled(rig):
@@ -269,6 +329,20 @@ async def test_unknown_routes_have_the_same_error_shape(rig, method, path, statu
         error = (await response.json())["error"]
         assert set(error) == {"message", "type", "param", "code"}
         assert response.headers["x-request-id"]
+        assert ("Allow" in response.headers) is (status == 405)
+
+
+async def test_a_path_tells_which_methods_it_takes(rig):
+    for path, allowed in ((CHATS, "POST"), ("/livez", "GET,HEAD")):
+        async with rig.http.delete(rig.url + path) as response:
+            assert response.headers["Allow"] == allowed
+
+
+async def test_what_can_be_read_can_be_asked_for_without_its_body(rig):
+    for path in ("/livez", "/v1/models", "/metrics"):
+        async with rig.http.head(rig.url + path) as response:
+            assert (response.status, await response.read()) == (200, b"")
+            assert int(response.headers["Content-Length"]) > 0
 
 
 async def test_a_mistake_of_ours_is_a_500_that_names_the_request(rig, caplog):
@@ -283,6 +357,71 @@ async def test_a_body_beyond_the_limit_is_refused():
     async with serving(max_body_bytes=1000) as rig:
         status, body, _ = await rig.post(CHATS, b"x" * 2000)
         assert (status, body["error"]["code"]) == (413, "body_too_large")
+
+
+async def talk(rig, sent, *, upto=b"}}"):
+    """Send bytes and return what is answered, up to the end of an error."""
+    reader, writer = await asyncio.open_connection(*rig.url[7:].split(":"))
+    writer.write(sent)
+    answer = await reader.readuntil(upto)
+    writer.close()
+    return answer
+
+
+def head_of(size, *lines):
+    fields = "".join(f"{line}\r\n" for line in lines)
+    return f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {size}\r\n{fields}\r\n".encode()
+
+
+@pytest.mark.parametrize("lines", [(), ("Expect: 100-continue",)])
+async def test_a_body_that_says_it_is_too_large_is_refused_before_it_comes(rig, lines):
+    answer = await talk(rig, head_of(1 << 40, *lines))
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"body_too_large" in answer
+
+
+async def test_a_client_that_asks_whether_to_send_is_told_to_go_on(rig):
+    answer = await talk(rig, head_of(5, "Expect: 100-continue"), upto=b"\r\n\r\n")
+    assert answer == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for_for_ever():
+    async with serving(read_timeout_s=0.01) as rig:
+        answer = await talk(rig, head_of(99) + b"{")
+        assert answer.startswith(b"HTTP/1.1 408 ")
+        assert b"server.read_timeout_s" in answer
+
+
+async def test_the_body_of_a_request_that_goes_nowhere_is_not_waited_for(rig):
+    answer = await talk(rig, head_of(99).replace(CHATS.encode(), b"/nowhere"))
+    assert answer.startswith(b"HTTP/1.1 404 ")
+
+
+async def test_what_is_no_http_is_answered_like_everything_else(rig):
+    for sent in (b"\x16\x03\x01 hello\r\n\r\n", b"GET / HTTP/9.x\r\n\r\n"):
+        answer = await talk(rig, sent)
+        assert answer.startswith(b"HTTP/1.")
+        assert b" 400 " in answer
+        assert b'"code":"malformed_request"' in answer
+        assert b"x-request-id" in answer.lower()
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+async def test_a_body_may_be_compressed(rig, encoding):
+    packed = zlib.compressobj(wbits=31 if encoding == "gzip" else 15)
+    body = packed.compress(json.dumps(CHAT).encode()) + packed.flush()
+    assert (await rig.post(CHATS, body, **{"Content-Encoding": encoding}))[0] == 200
+    status, answer, _ = await rig.post(
+        CHATS, body[:20] + b"xx" + body[22:], **{"Content-Encoding": encoding}
+    )
+    assert (status, answer["error"]["code"]) == (400, "malformed_request")
+    assert rig.service.requests[1:] == []
+
+
+async def test_an_encoding_that_is_not_known_is_refused_and_not_ignored(rig):
+    status, answer, headers = await rig.post(CHATS, b"{}", **{"Content-Encoding": "x-snappy"})
+    assert (status, answer["error"]["code"]) == (415, "unsupported_encoding")
+    assert headers["Accept-Encoding"] == "gzip, deflate"
 
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "ünicode"])
@@ -346,6 +485,7 @@ async def test_models_carry_what_the_node_knows(rig):
     status, body, _ = await rig.get("/v1/models/some/other")
     assert (status, body["error"]["code"]) == (404, "model_not_found")
     assert "'some/other'" in body["error"]["message"]
+    assert body["error"]["param"] == "model"
 
 
 async def test_admin_acts_reach_the_service(rig):
@@ -361,6 +501,14 @@ async def test_admin_acts_reach_the_service(rig):
     ]  # fmt: skip
     assert cancelled == {"cancelled": 2}
     assert (await rig.get("/readyz"))[0] == 503
+
+
+@pytest.mark.parametrize("was_pinned", [True, False])
+async def test_a_model_that_cannot_come_is_pinned_no_more_than_before(rig, was_pinned):
+    rig.service.pinned = was_pinned
+    rig.service.load_error = PinnedMemoryError("m", 9, 4, ("p",))
+    assert (await rig.post("/admin/models/m/pin", {}))[0] == 503
+    assert rig.service.pinned is was_pinned
 
 
 async def test_admin_bodies_are_strict(rig):

@@ -57,6 +57,10 @@ def refused(parse, body):
         ({"prediction": {}}, "prediction"), ({"reasoning_effort": "high"}, "reasoning_effort"),
         ({"store": True}, "store"), ({"service_tier": "flex"}, "service_tier"),
         ({"metadata": {"a": "b"}}, "metadata"), ({"web_search_options": {}}, "web_search_options"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages[0].refusal"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"banana": None}, "banana"), ({"prompt": "x"}, "prompt"),
     ],
 )  # fmt: skip
@@ -186,3 +190,23 @@ def test_message_parts_are_joined_and_developers_are_systems():
     body = {**CHAT, "messages": [{"role": "developer", "content": parts, "name": "n"}]}
     message = parse_chat(json.dumps(body).encode()).messages[0]
     assert message.as_template_input() == {"role": "system", "content": "ab", "name": "n"}
+
+
+def test_our_own_answers_can_be_sent_back_as_they_are():
+    nothing = dict.fromkeys(("refusal", "tool_calls", "function_call", "audio", "annotations"))
+    answers = [
+        {"role": "assistant", "content": "Hello", **nothing},
+        {"role": "assistant", "content": None, "tool_calls": [], "annotations": []},
+    ]
+    messages = parse_chat(json.dumps({**CHAT, "messages": answers}).encode()).messages
+    assert [message.as_template_input() for message in messages] == [
+        {"role": "assistant", "content": "Hello"}, {"role": "assistant", "content": ""},
+    ]  # fmt: skip
+
+
+def test_obfuscation_can_be_declined():
+    options = {"include_usage": True, "include_obfuscation": False}
+    body = {**CHAT, "stream": True, "stream_options": options}
+    found = parse_chat(json.dumps(body).encode()).stream_options
+    assert found is not None
+    assert found.include_usage

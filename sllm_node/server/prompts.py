@@ -1,0 +1,88 @@
+"""From a request's prompts to tokens, and every check that needs no model on the device.
+
+Texts become tokens in worker threads. Long texts have a thread of their own: one can take seconds,
+also when its client is gone, and short ones must not wait for it.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Final, TypeVar
+
+from sllm_node.core.errors import InvalidRequestError, PromptTooLongError
+from sllm_node.core.types import TokenIds
+from sllm_node.server.openai import ChatRequest, CompletionRequest, Message, prompts_of
+from sllm_node.server.service import TextCodec
+
+ResultT = TypeVar("ResultT")
+SHORT_THREADS: Final = 2
+"""Short texts that are made into tokens at once; others wait."""
+LONG_CHARACTERS: Final = 1 << 17
+"""From here on a text is long: some 50 ms of work."""
+
+
+class Prompts:
+    """Makes tokens of prompts."""
+
+    def __init__(self) -> None:
+        self._short = ThreadPoolExecutor(SHORT_THREADS, "sllm-tokenize")
+        self._long = ThreadPoolExecutor(1, "sllm-tokenize-long")
+
+    def close(self) -> None:
+        """Stop the threads."""
+        for workers in (self._short, self._long):
+            workers.shutdown(wait=False, cancel_futures=True)
+
+    async def of(
+        self, request: ChatRequest | CompletionRequest, codec: TextCodec, limit: int
+    ) -> list[TokenIds]:
+        """Return the tokens of each prompt.
+
+        Raises:
+            InvalidRequestError: a prompt is empty, or has tokens that the model doesn't know.
+            PromptTooLongError: a prompt and one token more exceed `limit`.
+        """
+        if isinstance(request, ChatRequest):
+            messages = [message.as_template_input() for message in request.messages]
+            render = partial(codec.render_chat, messages, limit=limit)
+            prompt = await self._in_worker(_length(request.messages), render)
+            return [_checked(prompt, codec.vocabulary_size, limit, "messages")]
+        found = []
+        for given in prompts_of(request):
+            tokens = await self._tokens(codec, given, limit)
+            found.append(_checked(tokens, codec.vocabulary_size, limit, "prompt"))
+        return found
+
+    async def text(self, codec: TextCodec, tokens: TokenIds) -> str:
+        """Return the text of `tokens`."""
+        return await self._in_worker(len(tokens), partial(codec.decode, tokens))
+
+    async def _tokens(self, codec: TextCodec, prompt: str | list[int], limit: int) -> TokenIds:
+        if isinstance(prompt, str):
+            return await self._in_worker(len(prompt), partial(codec.encode, prompt, limit=limit))
+        return tuple(prompt)
+
+    async def _in_worker(self, size: int, work: Callable[[], ResultT]) -> ResultT:
+        workers = self._short if size < LONG_CHARACTERS else self._long
+        return await asyncio.get_running_loop().run_in_executor(workers, work)
+
+
+def _length(messages: Sequence[Message]) -> int:
+    """Return the characters of a conversation."""
+    parts = (m.content for m in messages)
+    texts = ([p] if isinstance(p, str) else [part.text for part in p or ()] for p in parts)
+    return sum(len(text) for found in texts for text in found)
+
+
+def _checked(prompt: TokenIds, vocabulary: int, limit: int, param: str) -> TokenIds:
+    if not prompt:
+        raise InvalidRequestError("the prompt has no tokens", param=param)
+    if len(prompt) >= limit:
+        raise PromptTooLongError(len(prompt) + 1, limit, "this node", param=param)
+    if max(prompt) >= vocabulary:
+        raise InvalidRequestError(
+            f"{param} has the token id {max(prompt)}; this model's are 0 to {vocabulary - 1}",
+            param=param,
+        )
+    return prompt

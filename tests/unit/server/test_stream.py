@@ -1,0 +1,95 @@
+import asyncio
+import contextlib
+
+import orjson
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import make_mocked_request
+
+from sllm_node.core.errors import EngineError
+from sllm_node.server.stream import EventWriter, SlowClientError, items, merged
+from tests.unit.server.fake_service import FakeStream, chunks_of
+
+
+class FakeResponse(web.StreamResponse):
+    """Keeps what is written; hangs where it was told to."""
+
+    def __init__(self, *, hangs=False):
+        super().__init__()
+        self.writes = []
+        self._hangs = hangs
+
+    async def write(self, data):
+        self.writes.append(data)
+        if self._hangs:
+            await asyncio.Event().wait()
+
+
+class FakeTransport(asyncio.Transport):
+    def __init__(self, buffered, *, is_closing=False):
+        super().__init__()
+        self._buffered = buffered
+        self._is_closing = is_closing
+
+    def is_closing(self):
+        return self._is_closing
+
+    def get_write_buffer_size(self):
+        assert not self._is_closing
+        return self._buffered
+
+
+def request_over(transport):
+    return make_mocked_request("POST", "/", transport=transport)
+
+
+async def read(streams):
+    async with merged(streams) as queue:
+        return [batch async for batch in items(queue, streams, 1.0)]
+
+
+async def test_what_has_come_together_is_taken_together():
+    gate = asyncio.Event()
+    streams = [FakeStream([gate, *chunks_of(text)]) for text in ("ab", "cd", "ef")]
+    asyncio.get_running_loop().call_soon(gate.set)
+    batches = await read(streams)
+    assert len(batches) < sum(len(batch) for batch in batches)
+    text = [
+        "".join(c.text for batch in batches for i, c in batch if i == choice) for choice in range(3)
+    ]
+    assert text == ["ab", "cd", "ef"]
+
+
+async def test_what_came_before_a_failure_is_shown():
+    streams = [FakeStream([*chunks_of("ab")[:2], EngineError("m", "broke")]) for _ in range(2)]
+    seen = ""
+    with contextlib.suppress(EngineError):
+        async with merged(streams) as queue:
+            async for batch in items(queue, streams, 1.0):
+                assert isinstance(batch, list)
+                seen += "".join(chunk.text for i, chunk in batch if i == 0)
+        pytest.fail("the failure was not raised")
+    assert seen == "ab"
+
+
+async def test_events_that_are_there_together_leave_in_one_write():
+    response = FakeResponse()
+    writer = EventWriter(request_over(FakeTransport(0)), response, 1.0)
+    await writer.data({"a": 1}, {"b": 2})
+    await writer.data()
+    (written,) = response.writes
+    assert [orjson.loads(line[6:]) for line in written.split(b"\n\n")[:-1]] == [{"a": 1}, {"b": 2}]
+
+
+@pytest.mark.parametrize(
+    ("transport", "text"),
+    [
+        (FakeTransport(1), "x"),
+        (FakeTransport(0), "x" * (1 << 16)),
+        (FakeTransport(0, is_closing=True), "x"),
+    ],
+)
+async def test_a_client_that_takes_nothing_is_given_up(transport, text):
+    writer = EventWriter(request_over(transport), FakeResponse(hangs=True), 0.001)
+    with pytest.raises(SlowClientError):
+        await writer.comment(text)
