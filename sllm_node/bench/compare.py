@@ -1,9 +1,10 @@
 """One comparison from files to report: who can take part, both scenarios, ceilings, ablation."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class ComparisonPlan:
     seed: int = 0
     budget_s: float | None = None
     """No round but the first of each part begins when this many seconds would be passed."""
+    page_cache: PageCache = field(default_factory=PageCache)
     out: Path | None = None
     command: str | None = None
 
@@ -62,7 +64,7 @@ def compare(
     """Carry `plan` out and return the report; `plan.out` has it after each part.
 
     Raises:
-        BenchError: there is no such shape or contestant, or a step of the ablation is wrong.
+        BenchError: there is no such shape or contestant.
         DeviceError: there is no such device.
         StoreFullError: the files do not fit on the disk.
     """
@@ -71,7 +73,8 @@ def compare(
     peers = [find_peer(name) for name in plan.contestants if name != OURS]
     files = _prepare(plan)
     tell(f"files ready after {clock.now() - began:.1f} s: {files[0].size / 1e9:.2f} GB a copy")
-    ours = Ours(_config_for(config, files[0]))
+    config = _config_for(config, files[0])
+    ours = Ours(config)
     contestants: list[Contestant] = [*([ours] if OURS in plan.contestants else []), *peers]
     report = Report(
         title=f"Loading {_title(plan)} onto {plan.device}",
@@ -79,22 +82,39 @@ def compare(
         device=plan.device,
         versions={contestant.name: contestant.version() for contestant in contestants},
         seed=plan.seed,
+        store=msgspec.structs.asdict(config),
     )
     barred = _barred(plan, peers, tell)
+    run = _Run(plan, files, report, clock, tell, began)
+    if ours in contestants:
+        with goes_on(report, "our store", tell):
+            barred[OURS] = "did not start; see below"
+            ours.start(files[0].checkpoint, plan.device)
+            del barred[OURS]
     able = [contestant for contestant in contestants if contestant.name not in barred]
     try:
-        if ours in able:
-            ours.start(files[0].checkpoint.path.parent, plan.device, files[0].checkpoint.index.size)
-        run = _Run(plan, files, report, clock, tell, began)
-        run.scenarios(able, barred, _config_for(config, files[0]))
+        run.scenarios(able, barred, config)
     finally:
-        ours.close()
+        with goes_on(report, "closing our store", tell):
+            ours.close()
         release_cached(plan.device)
     if plan.with_ablation:
-        run.ablation(_config_for(config, files[0]))
+        with goes_on(report, "the ablation", tell):
+            run.ablation(config)
     if plan.out is not None:
+        report.write(plan.out)
         report.plot(plan.out)
     return report
+
+
+@contextmanager
+def goes_on(report: Report, what: str, tell: Callable[[str], None]) -> Iterator[None]:
+    """Let a failure of `what` be a remark of the report: it must not lose the rest."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - told in the report
+        report.remarks.append(f"{what} failed: {type(error).__name__}: {error}")
+        tell(report.remarks[-1])
 
 
 class _Run:
@@ -126,7 +146,7 @@ class _Run:
         race = Race(
             Field(
                 contestants, ceilings, self._files, self._reference, plan.device, self._clock,
-                PageCache(), plan.seed, self._tell,
+                plan.page_cache, plan.seed, self._tell,
             )
         )  # fmt: skip
         for scenario in plan.scenarios:
@@ -140,7 +160,10 @@ class _Run:
         files = self._files[0]
         track = Ablation(files, self._plan.device, config)
         rounds = AblationPlan(
-            self._plan.ablation_rounds, self._plan.seed, self._deadline("ablation")
+            self._plan.ablation_rounds,
+            self._plan.seed,
+            self._deadline("ablation"),
+            self._plan.page_cache,
         )
         self._report.ablation = run_ablation(track, files, self._reference, self._clock, rounds)
         self._tell("ablation done")

@@ -20,7 +20,7 @@ import uvloop
 import sllm_node
 from sllm_node.bench.devices import is_cuda, open_device
 from sllm_node.bench.files import ModelFiles
-from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.checkpoint.index import TensorIndex
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import StoreConfig
@@ -201,16 +201,17 @@ class Ours:
     def refusal(self, device: str) -> str | None:
         return None
 
-    def start(self, root: Path, device: str, memory_bytes: int) -> None:
-        """Take the pool and `memory_bytes` of `device`, to load checkpoints below `root`.
+    def start(self, checkpoint: Checkpoint, device: str) -> None:
+        """Take the pool, and room on `device` for `checkpoint` or one beside it of its size.
 
         Raises:
             DeviceError: the system refuses.
         """
-        self._device = open_device(device, memory_bytes + _DEVICE_SLACK)
+        self._device = open_device(device, checkpoint.index.size + _DEVICE_SLACK)
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+        catalog = Catalog(checkpoint.path.parent)
         clock, metrics = MonotonicClock(), Metrics()
-        self._store = Store(Catalog(root), self._device, self._config, clock, metrics)
+        self._store = Store(catalog, self._device, self._config, clock, metrics)
         self._runner.run(self._store.start())
 
     def load(self, files: ModelFiles, device: str, *, warm: bool) -> Loaded:
@@ -219,8 +220,13 @@ class Ours:
         if not warm:
             self._store.evict(files.model, Tier.DRAM, "bench")
         lease = self._runner.run(self._store.acquire(files.model))
-        tensors = views_of(lease.checkpoint.index, torch.as_tensor(lease.buffer.array))
-        assert all(tensor.device == torch.device(device) for tensor in tensors.values())
+        try:
+            flat = torch.as_tensor(lease.buffer.array)
+            assert flat.device == torch.device(device), f"the bytes are on {flat.device}"
+            tensors = views_of(lease.checkpoint.index, flat)
+        except BaseException:
+            lease.release()
+            raise
         return Loaded(tensors, lambda: self._give_back(files, lease))
 
     def _give_back(self, files: ModelFiles, lease: Lease) -> None:

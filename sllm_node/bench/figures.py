@@ -26,6 +26,11 @@ def spread_of(seconds: Sequence[float]) -> Spread:
     return Spread(float(median), float(p10), float(p90), len(seconds))
 
 
+def gigabytes(size: int) -> str:
+    """Return `size` in decimal gigabytes, as disks and links count."""
+    return f"{size / 1e9:.3g} GB"
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
     """What a table and a plot say of one contestant in one scenario."""

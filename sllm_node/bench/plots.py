@@ -11,7 +11,7 @@ from matplotlib import pyplot as plt
 
 from sllm_node.bench.ablation import AblationResult
 from sllm_node.bench.contestants import OURS
-from sllm_node.bench.figures import ceiling_of, rows_of, spread_of
+from sllm_node.bench.figures import ceiling_of, gigabytes, rows_of, spread_of
 from sllm_node.bench.machine import one_line
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def draw(report: "Report", folder: Path) -> list[Path]:
 
 def _latency(report: "Report", result: "ScenarioResult", path: Path) -> Path:
     rows = [row for row in rows_of(result, report.versions) if row.spread is not None]
-    figure, axes = _canvas(report, f"{result.scenario}: time to load {result.size / 1e9:.1f} GB")
+    figure, axes = _canvas(report, f"{result.scenario}: time to load {gigabytes(result.size)}")
     for place, row in enumerate(rows):
         assert row.spread is not None
         low, high = row.spread.median - row.spread.p10, row.spread.p90 - row.spread.median
@@ -53,7 +53,7 @@ def _latency(report: "Report", result: "ScenarioResult", path: Path) -> Path:
 
 def _rates(report: "Report", result: "ScenarioResult", path: Path) -> Path:
     rows = [row for row in rows_of(result, report.versions) if row.bytes_per_s is not None]
-    figure, axes = _canvas(report, f"{result.scenario}: rate, {result.size / 1e9:.1f} GB")
+    figure, axes = _canvas(report, f"{result.scenario}: rate, {gigabytes(result.size)}")
     for place, row in enumerate(rows):
         rate = (row.bytes_per_s or 0.0) / 1e9
         axes.bar(place, rate, color=_colour(row.name), width=0.65)
@@ -70,7 +70,7 @@ def _rates(report: "Report", result: "ScenarioResult", path: Path) -> Path:
 
 
 def _ablation(report: "Report", result: AblationResult, path: Path) -> Path:
-    figure, axes = _canvas(report, f"ablation: what each step brings, {result.size / 1e9:.1f} GB")
+    figure, axes = _canvas(report, f"ablation: what each step brings, {gigabytes(result.size)}")
     for place, seconds in enumerate(result.seconds.values()):
         spread = spread_of(seconds)
         low, high = spread.median - spread.p10, spread.p90 - spread.median

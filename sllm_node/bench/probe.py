@@ -15,7 +15,7 @@ from sllm_node.bench.files import prepare_shape
 from sllm_node.bench.reference import read_reference
 from sllm_node.bench.shapes import find_shape
 
-TIMEOUT_S: Final = 120.0
+TIMEOUT_S: Final = 90.0
 
 
 def probe(name: str, store: Path, device: str) -> str | None:

@@ -6,9 +6,10 @@ It is read from the safetensors files by nobody who is compared: headers parsed 
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,8 +19,11 @@ from sllm_node.bench.devices import as_bytes, free_memory
 from sllm_node.bench.files import ModelFiles, read_at
 
 _THREADS: Final = 8
-_ROOM: Final = 3.5
+_ROOM: Final = 2.15
 """A copy on the device, a load beside it and what a peer stages must fit, in sizes of the model."""
+
+Bytes = Callable[[], torch.Tensor]
+"""Gives (size,) uint8."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,9 +36,9 @@ class Comparison:
 
 
 class Reference:
-    """The bytes of every tensor of a model."""
+    """The bytes of every tensor of a model: held, or read anew for each comparison."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Bytes]) -> None:
         self._tensors = tensors
 
     def compare(self, loaded: Mapping[str, torch.Tensor]) -> Comparison:
@@ -46,20 +50,32 @@ class Reference:
                 missing.append(name)
                 continue
             raw = as_bytes(found)
-            if torch.equal(raw, expected.to(raw.device)):
+            if torch.equal(raw, expected().to(raw.device)):
                 same += 1
             else:
                 different.append(name)
         return Comparison(same, tuple(different), tuple(missing))
 
 
-def read_reference(files: ModelFiles, device: str) -> Reference:
-    """Read the safetensors of `files` onto `device`, or into host memory if it has no room."""
-    place = device if free_memory(device) > _ROOM * files.size else "cpu"
+def read_reference(
+    files: ModelFiles, device: str, free: Callable[[str], int] = free_memory
+) -> Reference:
+    """Read the safetensors of `files` onto `device`; without room there, when they are compared."""
     spans = [span for path in files.safetensors() for span in _spans(Path(path))]
+    if free(device) < _ROOM * files.size:
+        return Reference({span.name: partial(_read, span) for span in spans})
     with ThreadPoolExecutor(_THREADS, "bench-reference") as threads:
         found = threads.map(_read, spans)
-        return Reference({span.name: raw.to(place) for span, raw in zip(spans, found, strict=True)})
+        return Reference(
+            {
+                span.name: partial(_held, raw.to(device))
+                for span, raw in zip(spans, found, strict=True)
+            }
+        )
+
+
+def _held(raw: torch.Tensor) -> torch.Tensor:
+    return raw
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ import orjson
 
 from sllm_node.bench.ablation import AblationResult
 from sllm_node.bench.contestants import OURS
-from sllm_node.bench.figures import Row, ceiling_of, headline, rows_of, spread_of
+from sllm_node.bench.devices import is_cuda
+from sllm_node.bench.figures import Row, ceiling_of, gigabytes, headline, rows_of, spread_of
 from sllm_node.bench.machine import one_line
 from sllm_node.bench.scenarios import ScenarioResult
 from sllm_node.core.units import format_rate
@@ -27,6 +28,8 @@ NOTES = (
     "our pinned pool is taken once, before; what peers take for a load is part of their load",
 )
 
+CPU_NOTE = "on the cpu, safetensors and transformers map files and copy nothing; ours always copies"
+
 
 @dataclass(slots=True)
 class Report:
@@ -37,6 +40,8 @@ class Report:
     device: str
     versions: dict[str, str | None]
     seed: int
+    store: dict[str, Any]
+    """The [store] settings that ours ran with."""
     scenarios: list[ScenarioResult] = field(default_factory=list)
     ablation: AblationResult | None = None
     remarks: list[str] = field(default_factory=list)
@@ -48,11 +53,12 @@ class Report:
             "machine": self.machine,
             "device": self.device,
             "seed": self.seed,
+            "store": self.store,
             "versions": self.versions,
             "figures": headline(self.scenarios, self.versions),
             "scenarios": {r.scenario: self._scenario(r) for r in self.scenarios},
             "ablation": _ablation_json(self.ablation),
-            "notes": [*NOTES, *self.remarks],
+            "notes": self._notes(),
         }
 
     def _scenario(self, result: ScenarioResult) -> dict[str, Any]:
@@ -63,6 +69,11 @@ class Report:
             "ceiling": {"name": ceiling[0], "bytes_per_s": ceiling[1]} if ceiling else None,
             "contestants": [asdict(row) for row in rows_of(result, self.versions)],
         }
+
+    def _notes(self) -> list[str]:
+        threads, verify = self.store.get("reader_threads"), self.store.get("verify")
+        settings = f"our store: {threads} reader threads, checksums {verify!r}"
+        return [*NOTES, *([] if is_cuda(self.device) else [CPU_NOTE]), settings, *self.remarks]
 
     def samples(self) -> dict[str, Any]:
         """Return every sample as plain data."""
@@ -83,7 +94,7 @@ class Report:
             console.print(_scenario_table(result, self.versions))
         if self.ablation is not None:
             console.print(_ablation_table(self.ablation))
-        for note in (*NOTES, *self.remarks):
+        for note in self._notes():
             console.print(f"- {note}", markup=False)
         console.print(f"- command: {self.machine['command']}", markup=False)
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
@@ -125,7 +136,7 @@ def _dumped(value: object) -> bytes:
 
 def _scenario_table(result: ScenarioResult, versions: dict[str, str | None]) -> Any:
     ceiling = ceiling_of(result)
-    title = f"{result.scenario}: {result.size / 1e9:.2f} GB, page cache: {result.page_cache}"
+    title = f"{result.scenario}: {gigabytes(result.size)}, page cache: {result.page_cache}"
     if ceiling is not None:
         title += f", ceiling {format_rate(ceiling[1])} ({ceiling[0]})"
     columns = ("contestant", "version", ">median", ">p10 to p90", ">loads", ">rate", ">of ceiling",
@@ -162,7 +173,7 @@ def _ablation_table(result: AblationResult) -> Any:
         rows.append((name, f"{spread.median:.3f} s", between, str(spread.count), rate, gain))
         before = spread.median
     columns = ("step", ">median", ">p10 to p90", ">loads", ">rate", ">over the step before")
-    return _table(f"ablation: {result.size / 1e9:.2f} GB, cold caches", columns, rows)
+    return _table(f"ablation: {gigabytes(result.size)}, cold caches", columns, rows)
 
 
 def _table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, ...]]) -> Any:

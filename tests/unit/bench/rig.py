@@ -71,7 +71,7 @@ WEIGHTS = {"a": torch.arange(6, dtype=torch.int16), "b": torch.ones(3, dtype=tor
 
 def make_field(files, contestants, folder, ceilings=(), clock=None):
     reference = Reference(
-        {name: tensor.clone().view(torch.uint8) for name, tensor in WEIGHTS.items()}
+        {name: tensor.clone().view(torch.uint8).clone for name, tensor in WEIGHTS.items()}
     )
     return Field(
         contestants, ceilings, files, reference, "cpu", clock or ManualClock(), no_drop(folder)

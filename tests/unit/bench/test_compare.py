@@ -2,11 +2,14 @@ import json
 
 import pytest
 
-from sllm_node.bench.compare import ComparisonPlan, compare
+from sllm_node.bench.compare import ComparisonPlan, compare, goes_on
+from sllm_node.bench.machine import describe_machine
 from sllm_node.bench.probe import probe
+from sllm_node.bench.report import Report
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import BenchError, DeviceError
+from tests.unit.bench.rig import no_drop
 
 CONTESTANTS = ("sllm_node", "safetensors", "instanttensor")
 
@@ -37,11 +40,34 @@ def test_a_comparison_on_the_tiny_shape_is_whole(store, tmp_path):
     assert told
 
 
+def test_everything_runs_and_every_step_of_the_ablation_is_in_the_report(store, tmp_path):
+    wanted = plan(
+        store, scenarios=("cached", "random"), copies=2, with_ablation=True, ablation_rounds=1,
+        page_cache=no_drop(tmp_path), out=tmp_path,
+    )  # fmt: skip
+    report = compare(wanted, StoreConfig(), MonotonicClock(), lambda text: None)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert len(summary["ablation"]) == 6
+    assert summary["scenarios"]["random"]["page_cache"] == wanted.page_cache.way
+    assert report.scenarios[1].seconds("plain reader")[0] > 0
+    assert not report.remarks
+
+
 def test_a_folder_can_be_compared_without_us(store, files):
     wanted = plan(store, shape=None, source=files[0].folder, contestants=("safetensors",))
     report = compare(wanted, StoreConfig(), MonotonicClock(), lambda text: None)
     assert report.title.startswith("Loading tiny-0 onto cpu")
     assert len(report.scenarios[0].seconds("safetensors")) == 1
+
+
+def test_a_part_that_fails_is_a_remark_and_the_rest_goes_on(tmp_path):
+    told = []
+    machine = describe_machine(tmp_path)
+    report = Report("t", machine, "cpu", {}, 0, {})
+    with goes_on(report, "the ablation", told.append):
+        raise ValueError("no room")
+    assert told == report.remarks == ["the ablation failed: ValueError: no room"]
+    assert "no room" in report.as_text()
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from tests.unit.bench.rig import WEIGHTS
 @pytest.fixture
 def ours(files):
     contestant = Ours(StoreConfig(pool_bytes=ByteSize(64 * MIB), reader_threads=2))
-    contestant.start(files[0].checkpoint.path.parent, "cpu", files[0].checkpoint.index.size)
+    contestant.start(files[0].checkpoint, "cpu")
     yield contestant
     contestant.close()
 
@@ -59,3 +59,9 @@ def test_the_comparison_names_what_differs_and_what_is_missing(files):
     assert found.different == ("lm_head.weight",)
     assert len(found.missing) == 38
     assert reference.compare(WEIGHTS).same == 0
+
+
+def test_without_room_the_reference_is_read_when_it_is_compared(files):
+    reference = read_reference(files[0], "cpu", lambda device: 0)
+    loaded = find_peer("safetensors").load(files[1], "cpu", warm=True)
+    assert reference.compare(loaded.tensors).same == 39

@@ -30,7 +30,9 @@ RANDOM = result("random", sllm_node=[2.0], safetensors=[5.0], plain_copy=[0.5], 
 def report(tmp_path):
     ablation = AblationResult(1_000_000_000, {"per tensor": [4.0, 4.0], "+bulk": [2.0, 2.0]})
     machine = describe_machine(tmp_path, "the command")
-    return Report("A title", machine, "cpu", VERSIONS, 0, [CACHED, RANDOM], ablation)
+    return Report(
+        "A title", machine, "cpu", VERSIONS, 0, {"verify": "first"}, [CACHED, RANDOM], ablation
+    )
 
 
 def test_the_warm_up_does_not_count():
