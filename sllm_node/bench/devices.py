@@ -129,9 +129,9 @@ def host_memory(size: int, device: str, *, pinned: bool) -> torch.Tensor:
     Page-locked for `device` if `pinned`; on the CPU there is no difference.
     """
     if pinned and is_cuda(device):
-        taken = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True)
-        start = -taken.data_ptr() % PAGE
-        return taken[start : start + size]
+        taken = torch.empty(size, dtype=torch.uint8, pin_memory=True)
+        assert taken.data_ptr() % PAGE == 0, "page-locked memory begins at a page"
+        return taken
     taken = torch.frombuffer(mmap(-1, size), dtype=torch.uint8)
     taken[::PAGE] = 0
     return taken

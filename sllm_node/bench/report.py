@@ -24,6 +24,7 @@ NOTES = (
     "ceiling of cached: page-locked memory copied to the device",
     "ceiling of random: the slower of that and a plain O_DIRECT reader of our shards, with our threads",
     "speed-up: how many times longer than ours, by medians",
+    "cached: fastsafetensors and instanttensor are told to use the page cache; runai's defaults decide",
     "transformers also builds the module; the others deliver tensors",
     "our pinned pool is taken once, before; what peers take for a load is part of their load",
 )
