@@ -17,7 +17,8 @@ from sllm_node.core.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    "core", "checkpoint", "device", "store", "engine", "convert", "schedule", "server", "node", "cli",
+    "core", "checkpoint", "device", "store", "engine", "convert", "schedule", "server", "node", "bench",
+    "cli",
 )  # fmt: skip
 
 

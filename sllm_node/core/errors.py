@@ -457,6 +457,13 @@ class EngineError(SllmError):
 # --- operators ----------------------------------------------------------------------------------
 
 
+class BenchError(SllmError):
+    """A measurement that can't be made as it was asked for."""
+
+    fault = Fault.CALLER
+    code = "bench"
+
+
 class ConfigError(SllmError):
     """A configuration with every problem that was found in it."""
 

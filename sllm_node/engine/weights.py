@@ -43,22 +43,50 @@ def bind(model: Any, index: TensorIndex, parts: Sequence[WeightPart]) -> None:
     Raises:
         CheckpointFormatError: the index and the module do not have the same tensors.
     """
-    flats = [torch.as_tensor(p.buffer.array, device=torch_name(p.part.device)) for p in parts]
-    bases = [index.shard_base(number) for number in range(len(index.shards))]
-    views: dict[str, torch.Tensor] = {}
-    for entry in index.tensors:
-        start = bases[entry.shard] + entry.offset
-        raw = _bytes_of(start, start + entry.size, parts, flats, index)
-        views[entry.name] = raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+    views = tensor_views(index, parts)
     for alias, name in index.aliases:
         views[alias] = views[name]
     parameters: dict[int, torch.nn.Parameter] = {}
     for name, view in views.items():
         _set(model, name, view, parameters, index)
-    _compute_rest(model, flats[0].device)
+    _compute_rest(model, torch.device(torch_name(parts[0].part.device)))
     left = [name for name, t in _all_tensors(model) if t.is_meta]
     if left:
         raise CheckpointFormatError(index.model, f"has no bytes for {', '.join(left[:5])}")
+
+
+def tensor_views(index: TensorIndex, parts: Sequence[WeightPart]) -> dict[str, torch.Tensor]:
+    """Return every stored tensor as a view of the memory of `parts`; tied names are not repeated.
+
+    Raises:
+        CheckpointFormatError: a tensor lies on no device as a whole.
+    """
+    return views_of(
+        index,
+        [
+            (p.part.start, torch.as_tensor(p.buffer.array, device=torch_name(p.part.device)))
+            for p in parts
+        ],
+    )
+
+
+def views_of(
+    index: TensorIndex, flats: Sequence[tuple[int, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Return every stored tensor as a view of one of `flats`.
+
+    Each is (size,) uint8, with the byte of the checkpoint that it begins with.
+
+    Raises:
+        CheckpointFormatError: a tensor lies in none as a whole.
+    """
+    bases = [index.shard_base(number) for number in range(len(index.shards))]
+    views: dict[str, torch.Tensor] = {}
+    for entry in index.tensors:
+        start = bases[entry.shard] + entry.offset
+        raw = _bytes_of(start, start + entry.size, flats, index)
+        views[entry.name] = raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
+    return views
 
 
 def unbind(model: Any) -> None:
@@ -71,15 +99,11 @@ def unbind(model: Any) -> None:
 
 
 def _bytes_of(
-    start: int,
-    end: int,
-    parts: Sequence[WeightPart],
-    flats: Sequence[torch.Tensor],
-    index: TensorIndex,
+    start: int, end: int, flats: Sequence[tuple[int, torch.Tensor]], index: TensorIndex
 ) -> torch.Tensor:
-    for one, flat in zip(parts, flats, strict=True):
-        if one.part.start <= start and end <= one.part.end:
-            return flat[start - one.part.start : end - one.part.start]
+    for first, flat in flats:
+        if first <= start and end <= first + len(flat):
+            return flat[start - first : end - first]
     raise CheckpointFormatError(index.model, f"bytes {start} to {end} lie on no device")
 
 
