@@ -377,12 +377,14 @@ class Service(Generic[CodecT]):
         self._telemetry.watch(model)
         self._last_ticket += 1
         bytes_total = checkpoint.index.size
-        from_nvme = max(0, bytes_total - self._store.residency(model).get(Tier.DRAM, 0))
+        residency = self._store.residency(model)
+        from_nvme = max(0, bytes_total - residency.get(Tier.DRAM, 0))
+        from_remote = min(from_nvme, bytes_total - residency.get(Tier.NVME, bytes_total))
         return Ticket(
             TicketId(self._last_ticket),
             model,
             self._engines.device_bytes(checkpoint),
-            self._estimator.load_s(bytes_total, from_nvme),
+            self._estimator.load_s(bytes_total, from_nvme, from_remote),
             priority,
             keep_alive_s,
             is_session,

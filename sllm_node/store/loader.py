@@ -35,8 +35,10 @@ from sllm_node.store.reader import (
     ShardFile,
     check_unit,
     close_shards,
+    fetched_bytes,
     open_shards,
     read_unit,
+    stop_reads,
 )
 from sllm_node.store.residency import Residency, Unit
 
@@ -104,6 +106,7 @@ class Load:
         self._is_opening = False
         self._done_bytes = 0
         self._read_bytes = 0
+        self._remote_bytes = 0
         self._verified_bytes = 0
         self._dram_bytes = 0
 
@@ -149,7 +152,9 @@ class Load:
         eta_s = None
         if self._done_bytes and running_s > 0:
             eta_s = (total - self._done_bytes) * running_s / self._done_bytes
-        source = Tier.DRAM if self._dram_bytes == total else Tier.NVME
+        source = Tier.NVME if self.checkpoint.remote is None else Tier.REMOTE
+        if self._dram_bytes == total:
+            source = Tier.DRAM
         return LoadProgress(self._done_bytes, total, now - self._asked, eta_s, source)
 
     # --- the pipeline -------------------------------------------------------------------------
@@ -305,6 +310,7 @@ class Load:
             self._error = error
             self._cached.clear()
             self._missing.clear()
+            stop_reads(self._files)
 
     def _finish_if_done(self) -> None:
         busy = self._is_opening or self._reading or self._checking or self._copying
@@ -313,6 +319,7 @@ class Load:
 
     def _finish(self) -> None:
         self._ledger.end_load(self.model)
+        self._remote_bytes = fetched_bytes(self._files)
         close_shards(self._files)
         self._files = ()
         if isinstance(self._error, CheckpointChangedError):
@@ -337,6 +344,7 @@ class Load:
             elapsed_s=now - self._started,
             first_copy_s=first_copy - self._asked,
             verified_bytes=self._verified_bytes,
+            bytes_from_remote=self._remote_bytes,
         )
 
 

@@ -24,13 +24,17 @@ class Observed:
     def succeeded(self, load: Load, report: LoadReport) -> None:
         """Take note of a load that ended well."""
         source = Tier.NVME if report.bytes_from_nvme else Tier.DRAM
+        if 2 * report.bytes_from_remote > report.bytes_total:
+            source = Tier.REMOTE
         self._metrics.loads.labels(source.value, "ok").inc()
         if load.buffer is None:
             return
         self._metrics.load_seconds.labels(source.value).observe(report.elapsed_s)
         self._metrics.first_copy_seconds.observe(report.first_copy_s)
         for tier, size in (
-            (Tier.NVME, report.bytes_from_nvme), (Tier.DRAM, report.bytes_from_dram),
+            (Tier.NVME, report.bytes_from_nvme - report.bytes_from_remote),
+            (Tier.DRAM, report.bytes_from_dram),
+            (Tier.REMOTE, report.bytes_from_remote),
         ):  # fmt: skip
             self._metrics.load_bytes.labels(tier.value).inc(size)
         self._learn(source, report)
@@ -61,7 +65,8 @@ class Observed:
         self._metrics.device_bytes.labels(device.name, "free").set(free)
 
     def _learn(self, source: Tier, report: LoadReport) -> None:
-        size = report.bytes_from_nvme if source is Tier.NVME else report.bytes_total
+        sizes = {Tier.NVME: report.bytes_from_nvme, Tier.REMOTE: report.bytes_from_remote}
+        size = sizes.get(source, report.bytes_total)
         if report.elapsed_s <= 0 or 2 * size < report.bytes_total:
             return  # one that came from both tiers, mostly from DRAM, tells of neither
         rate = size / report.elapsed_s

@@ -11,6 +11,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
@@ -24,6 +25,7 @@ from sllm_node.store.loader import Load, Machinery
 from sllm_node.store.observed import Observed
 from sllm_node.store.pool import PinnedPool
 from sllm_node.store.reader import DirectFileSystem, FileSystem
+from sllm_node.store.remote import RemoteTier
 from sllm_node.store.residency import Residency, units_of
 
 log = logging.getLogger(__name__)
@@ -35,7 +37,7 @@ READS_PER_THREAD = 2
 class Store:
     """The tiers of one node with one device."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what the node is made of, each once
         self,
         catalog: Catalog,
         device: Device,
@@ -44,13 +46,17 @@ class Store:
         metrics: Metrics,
         *,
         files: FileSystem | None = None,
+        remote: RemoteTier | None = None,
     ) -> None:
         self.on_load: Callable[[LoadReport], None] = lambda report: None
         self._catalog = catalog
         self._device = device
         self._config = config
         self._clock = clock
+        self._remote = remote
         self._files = files or DirectFileSystem(direct=config.direct_io)
+        if remote is not None:
+            self._files = remote.files
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
         self._opened: dict[ModelId, Checkpoint] = {}
         """What the ledger's rows were made of."""
@@ -64,6 +70,8 @@ class Store:
         self._observed = Observed(metrics, self._ledger, device)
         self._is_closing = False
         self._machinery: Machinery | None = None
+        self._remote_machinery: Machinery | None = None
+        """With readers of its own: a slow remote must not keep those of the disk waiting."""
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -94,6 +102,9 @@ class Store:
             on_eviction=self._observed.gave_way,
             on_ended=self._on_ended,
         )
+        if self._remote is not None:
+            fetchers = ThreadPoolExecutor(config.reader_threads, "sllm-read-remote")
+            self._remote_machinery = replace(self._machinery, readers=fetchers)
         self._observed.show()
 
     def _take_pool(self) -> PinnedPool:
@@ -121,6 +132,8 @@ class Store:
             self.evict(model, Tier.DEVICE, "shutdown")
         machinery, self._machinery = self._machinery, None
         machinery.readers.shutdown(wait=True)
+        if self._remote_machinery is not None:
+            self._remote_machinery.readers.shutdown(wait=True)
         machinery.checkers.shutdown(wait=True)
         machinery.stream.close()
         machinery.pool.close()
@@ -136,12 +149,16 @@ class Store:
     def residency(self, model: ModelId) -> dict[Tier, int]:
         """Return the bytes of `model` on each tier; NVME has what the catalogue has."""
         resident = self._residents.get(model)
-        opened = self._opened.get(model)
-        return {
+        opened = self._opened.get(model) or self._catalog.get(model)
+        found = {
             Tier.DEVICE: resident.checkpoint.index.size if resident else 0,
             Tier.DRAM: self._ledger.bytes_of(model),
-            Tier.NVME: opened.index.size if opened else self._catalog.get(model).index.size,
+            Tier.NVME: opened.index.size,
         }
+        come = None if self._remote is None else self._remote.bytes_come(model)
+        if come is not None:
+            found[Tier.NVME], found[Tier.REMOTE] = come, opened.index.size
+        return found
 
     def leases(self, model: ModelId) -> int:
         """Return how many hold `model` on the device."""
@@ -252,7 +269,10 @@ class Store:
         checkpoint = self._catalog.get(model)
         self._know(checkpoint)
         buffer = self._device.allocate(checkpoint.index.size) if onto_device else None
-        load = Load(checkpoint, buffer, self._machinery, asked)
+        machinery = self._machinery
+        if checkpoint.remote is not None and self._remote_machinery is not None:
+            machinery = self._remote_machinery
+        load = Load(checkpoint, buffer, machinery, asked)
         self._loads[model] = load
         self._waiters[model] = 0
         self._observed.show()
@@ -336,7 +356,9 @@ class Store:
         Raises:
             ModelBusyError: it is leased, pinned or loading there.
         """
-        assert tier is not Tier.NVME, "a checkpoint is removed from NVMe through the catalogue"
+        assert tier in (Tier.DEVICE, Tier.DRAM), (
+            "a checkpoint is removed from NVMe through the catalogue"
+        )
         if tier is Tier.DEVICE:
             self._evict_from_device(model, reason)
         elif self._ledger.knows(model):
