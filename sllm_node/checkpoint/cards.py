@@ -2,7 +2,7 @@
 
 The *card* of a model is the folder `.remote/NAME` of the store. It holds the index and the texts,
 `card.json` (which remote), and, as they come, the shards at their full size with holes, and
-`fetched.json`: one bit for each file chunk, set only after the chunk's bytes are on the disk. When
+`fetched.bits`: one bit for each file chunk, set only after the chunk's bytes are on the disk. When
 all bits are set, shards and texts are linked into a folder of their own, which becomes an ordinary
 checkpoint by one rename. A link leaves the inode, and a shard has the index's time of change, so
 the shards' identities stay and nothing that was loaded from the card is loaded again.
@@ -31,7 +31,7 @@ from sllm_node.core.types import ModelId
 
 CARDS_FOLDER: Final = ".remote"
 CARD_FILE: Final = "card.json"
-BITS_FILE: Final = "fetched.json"
+BITS_FILE: Final = "fetched.bits"
 TEXT_FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt",
@@ -42,11 +42,6 @@ TEXT_FILES: Final = (
 
 class _Card(msgspec.Struct, frozen=True):
     remote: str
-
-
-class _Bits(msgspec.Struct, frozen=True):
-    inodes: tuple[int, ...]
-    chunks: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,25 +168,19 @@ def chunk_sizes(index: TensorIndex) -> tuple[int, ...]:
 
 def read_bits(folder: Path, index: TensorIndex) -> list[bool]:
     """Return for each file chunk whether its bytes are on the disk."""
-    count = sum(len(shard.digests) for shard in index.shards)
-    try:
-        stored = msgspec.json.decode((folder / BITS_FILE).read_bytes(), type=_Bits)
-        found = [(folder / shard.name).stat() for shard in index.shards]
-        data = bytes.fromhex(stored.chunks)
-    except (OSError, ValueError):
+    count = len(chunk_sizes(index))
+    if not _are_whole(folder, index):
         return [False] * count
-    is_same = [status.st_ino for status in found] == list(stored.inodes)
-    if not is_same or len(data) != -(-count // 8):
-        return [False] * count
+    data = (folder / BITS_FILE).read_bytes()
     return [bool(data[i // 8] >> (i % 8) & 1) for i in range(count)]
 
 
-def pack_bits(inodes: list[int], bits: list[bool]) -> bytes:
-    """Return `bits` as they are stored: beside the inodes of the shards that they speak of."""
+def pack_bits(bits: list[bool]) -> bytes:
+    """Return `bits` as they are stored."""
     data = bytearray(-(-len(bits) // 8))
     for i, is_here in enumerate(bits):
         data[i // 8] |= is_here << (i % 8)
-    return msgspec.json.encode(_Bits(tuple(inodes), data.hex()))
+    return bytes(data)
 
 
 def clear(folder: Path) -> None:
@@ -223,8 +212,11 @@ def complete(checkpoint: Checkpoint, store: Path) -> None:
 
 
 def _are_whole(folder: Path, index: TensorIndex) -> bool:
+    """Tell whether bits and shards are there, at their full size."""
+    wanted = {shard.name: shard.size for shard in index.shards}
+    wanted[BITS_FILE] = len(pack_bits([False] * len(chunk_sizes(index))))
     try:
-        return all((folder / s.name).stat().st_size == s.size for s in index.shards)
+        return all((folder / name).stat().st_size == size for name, size in wanted.items())
     except OSError:
         return False
 
@@ -246,6 +238,9 @@ def _ready_shards(folder: Path, index: TensorIndex, changed: int) -> tuple[Shard
             for shard in index.shards:
                 with (folder / shard.name).open("xb") as file:
                     file.truncate(shard.size)
+            # The last one: whoever holds it open never writes to shards of an earlier time.
+            none = pack_bits([False] * len(chunk_sizes(index)))
+            (folder / BITS_FILE).write_bytes(none)
         found = [(folder / shard.name).stat() for shard in index.shards]
     except OSError as error:
         problem = f"no room can be made for its shards: {error.strerror}"

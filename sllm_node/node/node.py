@@ -9,6 +9,7 @@ sessions had to be ended.
 import asyncio
 import logging
 import signal
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from sllm_node.node.monitor import Monitor
 from sllm_node.node.systemd import Notifier
 from sllm_node.schedule.driver import Service
 from sllm_node.server.app import Edge, Server
+from sllm_node.store.remote import RemoteTier
 from sllm_node.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -47,9 +49,14 @@ class Node:
         self._clock = clock
         self._started = clock.now()
         self._metrics = Metrics()
-        self._catalog = Catalog(Path(config.store.path))
+        self._remote = _remote_tier(config, self._metrics)
+        self._catalog = Catalog(
+            Path(config.store.path), None if self._remote is None else self._remote.cards
+        )
         self._device = CpuDevice(config.device.memory_bytes, config.device.name)
-        self._store = Store(self._catalog, self._device, config.store, clock, self._metrics)
+        self._store = Store(
+            self._catalog, self._device, config.store, clock, self._metrics, remote=self._remote
+        )
         self._engines = Engines(self._device, config.engine, clock, self._metrics)
         self._closing = AsyncExitStack()
         self._service: Service[Any]
@@ -64,6 +71,8 @@ class Node:
         self._open_store_folder()
         self._closing.callback(self._device.close)
         self._closing.callback(self._engines.close)
+        if self._remote is not None:
+            self._closing.push_async_callback(self._remote.close)
         await self._store.start()
         self._closing.push_async_callback(self._store.close)
         self._service = Service(
@@ -79,11 +88,15 @@ class Node:
                 metrics=self._metrics,
                 stalled=self._engines.stalled,
                 overview=self._overview,
+                catalog=self._catalog,
+                pull=self._pull,
             )
         )
         self.url = await server.start()
         self._closing.push_async_callback(server.close)
         self._watch()
+        if self._remote is not None:
+            self._run_beside(self._remote.keep_fresh(), "remotes")
         self._metrics.ready.set(1)
         self._notifier.ready(f"{self.url}, {self._describe()}")
         log.info("serving", extra={"url": self.url, **self._sizes()})
@@ -137,7 +150,11 @@ class Node:
         monitor = Monitor(
             self._clock, self._metrics, self._notifier, self._engines.stalled, self._describe
         )
-        task = asyncio.create_task(monitor.run(), name="monitor")
+        self._run_beside(monitor.run(), "monitor")
+
+    def _run_beside(self, work: Coroutine[None, None, None], name: str) -> None:
+        """Run `work` from now until the node closes."""
+        task = asyncio.create_task(work, name=name)
 
         async def end() -> None:
             task.cancel()
@@ -145,6 +162,10 @@ class Node:
                 await task
 
         self._closing.push_async_callback(end)
+
+    async def _pull(self, model: str) -> None:
+        if self._remote is not None:
+            await self._remote.pull(model)
 
     # --- what is shown ------------------------------------------------------------------------
 
@@ -161,7 +182,8 @@ class Node:
     def _overview(self) -> dict[str, Any]:
         """Return the node's own part of /admin/status."""
         store, device = self._store, self._device
-        bandwidth = {t.value: store.bandwidth(t) for t in (Tier.NVME, Tier.DRAM)}
+        tiers = (Tier.REMOTE, Tier.NVME, Tier.DRAM)
+        bandwidth = {tier.value: store.bandwidth(tier) for tier in tiers}
         return {
             "node": {
                 "id": self._config.node.id,
@@ -180,6 +202,7 @@ class Node:
                 "chunk_bytes": self._config.store.chunk_bytes,
             },
             "bandwidth": bandwidth,
+            "remotes": [] if self._remote is None else self._remote.status(),
         }
 
     def _sizes(self) -> dict[str, Any]:
@@ -191,6 +214,12 @@ class Node:
             "device_bytes": self._device.memory_total,
             "pool_bytes": self._store.pool_chunks * self._config.store.chunk_bytes,
         }
+
+
+def _remote_tier(config: Config, metrics: Metrics) -> RemoteTier | None:
+    if not config.remotes:
+        return None
+    return RemoteTier(config.remotes, config.store, metrics)
 
 
 async def _serve(config: Config) -> None:

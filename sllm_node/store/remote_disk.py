@@ -1,7 +1,8 @@
 """Writes what comes from a remote: the shards of a card, and the bits that say what is on the disk.
 
 Everything goes through descriptors that were opened together and checked, so that a card that is
-replaced or removed meanwhile is never written to by those who still fetch for the one before.
+replaced or removed meanwhile is never written to by those who still fetch for the one before: what
+they write goes to files that have no name any more.
 """
 
 import errno
@@ -60,11 +61,11 @@ class CardDisk:
     """The files of one card, open for writing. Used from threads; `close` when nobody else does."""
 
     def __init__(self, checkpoint: Checkpoint, *, direct: bool) -> None:
-        self._inodes = [identity.inode for identity in checkpoint.identities]
-        self._folder = -1
+        self._bits = -1
         self._shards: list[int] = []
         try:
-            self._folder = os.open(checkpoint.path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            # Before the shards: if the card is cleared in between, these bits are out of sight.
+            self._bits = os.open(checkpoint.path / BITS_FILE, os.O_WRONLY | os.O_CLOEXEC)
             for shard in checkpoint.index.shards:
                 self._shards.append(_open(checkpoint.path / shard.name, direct=direct))
             self._check_inodes(checkpoint)
@@ -73,10 +74,9 @@ class CardDisk:
             raise
 
     def _check_inodes(self, checkpoint: Checkpoint) -> None:
-        for shard, inode, descriptor in zip(
-            checkpoint.index.shards, self._inodes, self._shards, strict=True
-        ):
-            if os.fstat(descriptor).st_ino != inode:
+        wanted = checkpoint.identities
+        for i, shard in enumerate(checkpoint.index.shards):
+            if os.fstat(self._shards[i]).st_ino != wanted[i].inode:
                 raise CheckpointChangedError(checkpoint.model, shard.name, "was replaced")
 
     def write(self, shard: int, view: memoryview, offset: int) -> None:
@@ -97,25 +97,15 @@ class CardDisk:
         """
         for descriptor in self._shards:
             os.fdatasync(descriptor)
-        new = BITS_FILE + ".new"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        descriptor = os.open(new, flags, 0o644, dir_fd=self._folder)
-        try:
-            data = memoryview(pack_bits(self._inodes, bits))
-            while data:
-                data = data[os.write(descriptor, data) :]
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        os.rename(new, BITS_FILE, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-        os.fsync(self._folder)
+        os.pwrite(self._bits, pack_bits(bits), 0)  # torn, it would still name only what is there
+        os.fdatasync(self._bits)
 
     def close(self) -> None:
         """Close all; what was not flushed may be lost."""
-        for descriptor in (self._folder, *self._shards):
+        for descriptor in (self._bits, *self._shards):
             if descriptor >= 0:
                 os.close(descriptor)
-        self._folder, self._shards = -1, []
+        self._bits, self._shards = -1, []
 
 
 def _open(path: Path, *, direct: bool) -> int:

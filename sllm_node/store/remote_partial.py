@@ -196,10 +196,10 @@ class Partial:
             if self._disk is None or not self._is_idle():
                 return
             self._flush()
+            if self.problem is None and all(state is _State.HERE for state in self._states):
+                self._complete()  # before the close: a shard held open is no other of its inode
             self._disk.close()
             self._disk = None
-            if self.problem is None and all(state is _State.HERE for state in self._states):
-                self._complete()
             self._settled.set()
 
     def _is_idle(self) -> bool:

@@ -21,8 +21,9 @@ from tests.unit.store.handmade import CHUNK, write_checkpoint
 class Remote:
     """Files of a folder over HTTP with ranges; `before` may answer in its place."""
 
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, contents: dict[str, bytes]):
         self.root = root
+        self.bytes = contents
         self.asked: list[tuple[str, int, int]] = []
         self.headers: list[dict[str, str]] = []
         self.before = self._nothing
@@ -133,7 +134,7 @@ class Node:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
 
 
-def make_remote(root: Path, names="a", **options) -> tuple[Remote, dict[str, bytes]]:
+def make_remote(root: Path, names="a", **options) -> Remote:
     """A remote that has checkpoints of random bytes, each with two texts."""
     contents = {name: write_checkpoint(root, name, **options) for name in names}
     for name in names:
@@ -141,4 +142,4 @@ def make_remote(root: Path, names="a", **options) -> tuple[Remote, dict[str, byt
         (root / name / "tokenizer.json").write_text("{}")
         (root / name / "secret.txt").write_text("not for anybody")
     assert "config.json" in TEXT_FILES
-    return Remote(root), contents
+    return Remote(root, contents)

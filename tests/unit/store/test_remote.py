@@ -29,7 +29,7 @@ A = ModelId("a")
 
 @pytest.fixture
 async def remote(tmp_path):
-    made, made.bytes = make_remote(tmp_path / "remote", "ab")
+    made = make_remote(tmp_path / "remote", "ab")
     async with made.serving():
         yield made
 
@@ -249,12 +249,12 @@ async def test_a_model_that_left_its_remote_is_gone(tmp_path, remote):
 
 
 async def test_of_two_remotes_with_one_name_the_first_is_asked(tmp_path, remote):
-    other, contents = make_remote(tmp_path / "other", "a", seed=5)
+    other = make_remote(tmp_path / "other", "a", seed=5)
     async with other.serving():
         remotes = {"one": {"url": other.url}, "two": {"url": remote.url}}
         async with Node(tmp_path / "n", remotes) as node:
             await node.tier.refresh()
-            assert await node.load("a") == contents["a"]
+            assert await node.load("a") == other.bytes["a"]
             node.unload("a")
 
 
