@@ -12,7 +12,7 @@ import errno
 import os
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -91,16 +91,18 @@ class Cards:
             identity = identity_of((folder / INDEX_FILE).stat())
         except OSError:
             return None
-        known = self._opened.get(model)
-        if known is not None and known.identity == identity and _has_shards(known.checkpoint):
-            return known.checkpoint
         remote = self.remote_of(model)
         if remote is None or not self._is_shown(model):
             return None
-        index = read_index(folder)
-        checkpoint = Checkpoint(
-            model, folder, index, _ready_shards(folder, index, identity.mtime_ns), remote
-        )
+        known = self._opened.get(model)
+        if known is not None and known.identity == identity and _has_shards(known.checkpoint):
+            checkpoint = known.checkpoint
+            if checkpoint.remote != remote:
+                checkpoint = replace(checkpoint, remote=remote)
+        else:
+            index = read_index(folder)
+            identities = _ready_shards(folder, index, identity.mtime_ns)
+            checkpoint = Checkpoint(model, folder, index, identities, remote)
         self._opened[model] = _Opened(identity, checkpoint)
         return checkpoint
 
@@ -128,10 +130,20 @@ class Cards:
                     os.close(descriptor)
             publish(folder, self.root / model, disk, replace=True)
 
+    def move(self, model: ModelId, remote: str) -> None:
+        """Let the card of `model` name another remote that has the same; its bytes stay.
+
+        Raises:
+            OSError: the file system's own.
+        """
+        new = self.root / model / (CARD_FILE + ".new")
+        new.write_bytes(msgspec.json.encode(_Card(remote)))
+        new.replace(self.root / model / CARD_FILE)
+
     def remove(self, model: ModelId) -> bool:
         """Delete the bytes that have come of `model`; False: none have."""
         folder = self.root / model
-        has_come = any(path.stat().st_blocks for path in folder.glob("shard-*.bin"))
+        has_come = any(_has_data(path) for path in folder.glob("shard-*.bin"))
         clear(folder)
         self._opened.pop(model, None)
         return has_come
@@ -219,6 +231,16 @@ def _are_whole(folder: Path, index: TensorIndex) -> bool:
         return all((folder / name).stat().st_size == size for name, size in wanted.items())
     except OSError:
         return False
+
+
+def _has_data(path: Path) -> bool:
+    """Tell whether a file is more than one hole."""
+    with path.open("rb") as file:
+        try:
+            os.lseek(file.fileno(), 0, os.SEEK_DATA)
+        except OSError:
+            return False
+    return True
 
 
 def _has_shards(checkpoint: Checkpoint) -> bool:

@@ -178,8 +178,7 @@ class Catalog:
             ModelNotFoundError: there is none.
             StorageWriteError: the system refuses.
         """
-        if self._remote(ModelId(name)) is not None:
-            self._remove_partial(ModelId(name))
+        if self._remove_partial(ModelId(name)):
             return
         path = self._folder(ModelId(name))
         # Out of sight at once, so that nobody opens half of it.
@@ -198,14 +197,15 @@ class Catalog:
             return None
         return self._elsewhere.get(model)
 
-    def _remove_partial(self, model: ModelId) -> None:
-        assert self._elsewhere is not None
+    def _remove_partial(self, model: ModelId) -> bool:
+        """Delete what has come of a remote's checkpoint; False: nothing has, or it is none."""
+        if self._elsewhere is None or not is_model_name(model) or (self.root / model).is_dir():
+            return False
         try:
-            is_removed = self._elsewhere.remove(model)
+            return self._elsewhere.remove(model)
         except OSError as error:
-            raise StorageWriteError(str(self.root / model), error.strerror or str(error)) from error
-        if not is_removed:
-            raise ModelNotFoundError(model, tuple(sorted(self._opened)))
+            path = str(error.filename or self.root / model)
+            raise StorageWriteError(path, error.strerror or str(error)) from error
 
     def _folder(self, model: ModelId) -> Path:
         path = self.root / model

@@ -124,7 +124,7 @@ class RemoteConfig(Section, frozen=True):
     credentials_file: Name | None = None
     anonymous: bool = False
     fetch_threads: Count = 16
-    timeout_s: Annotated[float, Meta(gt=0)] = 30.0
+    timeout_s: Annotated[float, Meta(gt=0)] = 10.0
     retries: NotNegative = 4
 
 

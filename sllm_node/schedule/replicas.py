@@ -171,6 +171,7 @@ class Replicas(Generic[CodecT]):
                 "bytes_total": report.bytes_total,
                 "bytes_from_nvme": report.bytes_from_nvme,
                 "bytes_from_dram": report.bytes_from_dram,
+                "bytes_from_remote": report.bytes_from_remote,
             }
         log.info("load finished", extra=fields)
 

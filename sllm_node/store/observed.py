@@ -24,7 +24,7 @@ class Observed:
     def succeeded(self, load: Load, report: LoadReport) -> None:
         """Take note of a load that ended well."""
         source = Tier.NVME if report.bytes_from_nvme else Tier.DRAM
-        if 2 * report.bytes_from_remote > report.bytes_total:
+        if report.bytes_from_remote:
             source = Tier.REMOTE
         self._metrics.loads.labels(source.value, "ok").inc()
         if load.buffer is None:

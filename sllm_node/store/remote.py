@@ -25,6 +25,7 @@ from sllm_node.core.errors import (
     CancelledByOperatorError,
     ModelNotFoundError,
     RemoteNotFoundError,
+    RemoteUnreachableError,
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
@@ -56,6 +57,7 @@ class _Seen:
 
     models: tuple[str, ...] = ()
     problem: str | None = "not asked yet"
+    is_down: bool = True
 
 
 class _Pulling:
@@ -128,7 +130,10 @@ class RemoteTier:
     async def keep_fresh(self) -> None:
         """Look at the remotes now and again, until cancelled."""
         while True:
-            await self.refresh()
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("looking at the remotes failed")
             is_down = any(seen.problem is not None for seen in self._seen.values())
             await asyncio.sleep(RETRY_S if is_down else REFRESH_S)
 
@@ -138,7 +143,7 @@ class RemoteTier:
             {
                 "name": name,
                 "url": self._config[name].url,
-                "state": "ok" if seen.problem is None else "down",
+                "state": "down" if seen.is_down else "ok",
                 "problem": seen.problem,
                 "models": list(seen.models),
             }
@@ -162,7 +167,7 @@ class RemoteTier:
             try:
                 listed = tuple(m for m in remote.files.models() if is_model_name(m))
                 problems = [p for m in listed if m not in taken and (p := self._look(remote, m))]
-                self._seen[name] = _Seen(listed, problems[0] if problems else None)
+                self._seen[name] = _Seen(listed, problems[0] if problems else None, is_down=False)
                 self._drop_gone(name, {*listed} - taken)
                 taken.update(listed)
             except SllmError as error:
@@ -180,14 +185,19 @@ class RemoteTier:
     def _look(self, remote: Remote, model: str) -> str | None:
         """Make the card of one checkpoint, or leave it as it is; return what is wrong with it."""
         try:
-            index = remote.read_all(f"{model}/{INDEX_FILE}", INDEX_BYTES_MAX)
+            index = remote.files.read_all(f"{model}/{INDEX_FILE}", INDEX_BYTES_MAX)
             from_json(index, f"remote {remote.name}: {model}/{INDEX_FILE}")
             known = self.cards.root / model / INDEX_FILE
-            is_same = known.is_file() and known.read_bytes() == index
-            if not is_same or self.cards.remote_of(model) != remote.name:
+            asked = self.cards.remote_of(model)
+            if asked is not None and known.is_file() and known.read_bytes() == index:
+                if asked != remote.name:
+                    self.cards.move(ModelId(model), remote.name)
+            else:
                 texts = self._texts(remote, model)
                 self.cards.write(ModelId(model), remote.name, {**texts, INDEX_FILE: index})
                 log.info("remote checkpoint", extra={"model": model, "remote": remote.name})
+        except RemoteUnreachableError:
+            raise  # no need to ask it for the others
         except SllmError as error:
             return str(error)
         except OSError as error:
@@ -198,7 +208,7 @@ class RemoteTier:
         found: dict[str, bytes] = {}
         for name in TEXT_FILES:
             try:
-                found[name] = remote.read_all(f"{model}/{name}", _TEXT_BYTES_MAX)
+                found[name] = remote.files.read_all(f"{model}/{name}", _TEXT_BYTES_MAX)
             except RemoteNotFoundError:
                 continue  # no checkpoint has all of them
         return found
@@ -228,7 +238,7 @@ class RemoteTier:
         with self._lock:
             known = self._partials.get(checkpoint.model)
             # Not `!=`: shards made anew may have the inodes of those that were removed.
-            if known is None or known.checkpoint is not checkpoint:
+            if known is None or known.checkpoint.identities is not checkpoint.identities:
                 known = Partial(checkpoint, self.path, self._writers, self._open_disk)
                 self._partials[checkpoint.model] = known
             return known

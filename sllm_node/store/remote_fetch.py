@@ -6,11 +6,11 @@ that was cut off goes on where it ended. What came is checked against the index 
 use it; bytes that stay wrong mean that the remote has another checkpoint now, or a damaged one.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from threading import Event
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.digest import chunk_digest
@@ -26,7 +26,6 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.metrics import Metrics
 
-T = TypeVar("T")
 PIECE_BYTES: Final = 4 << 20
 """Of one request: long enough for a connection to get to its speed, short enough to be many."""
 INDEX_BYTES_MAX: Final = 1 << 30
@@ -57,16 +56,6 @@ class Remote:
         self._bytes = metrics.remote_bytes.labels(files.name)
         self._retried = metrics.remote_retries.labels(files.name)
         self._failures = metrics.remote_failures
-
-    def read_all(self, path: str, limit: int) -> bytes:
-        """Return a whole small file, tried again like anything else.
-
-        Raises:
-            RemoteError: it can't be had.
-        """
-        data = self._attempts(lambda: self.files.read_all(path, limit), Event())
-        self._bytes.inc(len(data))
-        return data
 
     def fetch(
         self, checkpoint: Checkpoint, shard: int, view: memoryview, offset: int, stop: Event
@@ -127,38 +116,30 @@ class Remote:
         if stop.is_set():
             raise InterruptedError(0, "the load was cancelled")
         if errors:
-            raise next((e for e in errors if not isinstance(e, InterruptedError)), errors[0])
+            raise errors[0]
 
     def _fetch_piece(
         self, where: "_Range", view: memoryview, start: int, stop: Event, failed: Event
     ) -> None:
-        done = 0
-
-        def go_on() -> None:
-            nonlocal done
-            rest = view[done:]
-            for count in self.files.read_some(where.path, rest, where.offset + start + done, stop):
-                done += count
-                self._bytes.inc(count)
-                if failed.is_set():
-                    raise InterruptedError(0, "another piece failed")
-
+        """Fill `view`; each attempt goes on where the last one ended."""
+        done, attempts = 0, 0
         try:
-            self._attempts(go_on, stop)
+            while done < len(view) and not stop.is_set() and not failed.is_set():
+                before = done
+                try:
+                    offset = where.offset + start + done
+                    for count in self.files.read_some(where.path, view[done:], offset, stop):
+                        done += count
+                        self._bytes.inc(count)
+                except RemoteUnreachableError:
+                    attempts = attempts + 1 if done == before else 1  # a slow one is no dead one
+                    if attempts > self._retries:
+                        raise
+                    self._retried.inc()
+                    stop.wait(min(_BACKOFF_S * 2**attempts, _BACKOFF_MAX_S))
         except BaseException:
             failed.set()
             raise
-
-    def _attempts(self, act: Callable[[], T], stop: Event) -> T:
-        """Call `act` until it succeeds; unreachable is what may pass, so only that is tried again."""
-        for attempt in range(self._retries):
-            try:
-                return act()
-            except RemoteUnreachableError:
-                self._retried.inc()
-                if stop.wait(min(_BACKOFF_S * 2**attempt, _BACKOFF_MAX_S)):
-                    raise
-        return act()
 
     def _check_index(self, checkpoint: Checkpoint, shard: int) -> None:
         """Raise if the remote's index is another one by now."""

@@ -77,9 +77,10 @@ class Partial:
         self._states = [_State.HERE if bit else _State.MISSING for bit in bits]
         self._change = threading.Condition()
         """Of everything here but `_disk`."""
-        self._bytes_here = sum(
-            size for size, bit in zip(chunk_sizes(index), bits, strict=True) if bit
-        )
+        self._flushed = bits
+        """What of it is known to be on the disk; only `_life`'s holder looks at it."""
+        self._sizes = chunk_sizes(index)
+        self._bytes_here = sum(size for size, bit in zip(self._sizes, bits, strict=True) if bit)
         self._unflushed = 0
         self._users = 0
         self._coming = 0
@@ -214,8 +215,18 @@ class Partial:
             return
         try:
             self._disk.flush(bits)
+            self._flushed = bits
         except OSError as error:
+            self._take_back()
             self._stop_keeping(error)
+
+    def _take_back(self) -> None:
+        """A flush failed: the system may have lost what was written since the one before."""
+        with self._change:
+            for chunk, state in enumerate(self._states):
+                if state is _State.HERE and not self._flushed[chunk]:
+                    self._states[chunk] = _State.MISSING
+                    self._bytes_here -= self._sizes[chunk]
 
     def _complete(self) -> None:
         try:

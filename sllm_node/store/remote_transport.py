@@ -27,6 +27,7 @@ from sllm_node.core.errors import (
 
 _STREAM_BYTES: Final = 1 << 20
 """Memory of a request under way, beside what the system buffers."""
+_CONNECT_S: Final = 5.0
 EXTRA: Final = "pip install 'sllm-node[remote]'"
 
 
@@ -134,7 +135,8 @@ def _import_obstore(name: str) -> Any:
 def _make_store(name: str, config: RemoteConfig) -> Any:
     stores = importlib.import_module("obstore.store")
     limit = timedelta(seconds=config.timeout_s)
-    client: dict[str, Any] = {"timeout": limit, "connect_timeout": limit, "allow_http": True}
+    connect = timedelta(seconds=min(_CONNECT_S, config.timeout_s))
+    client: dict[str, Any] = {"timeout": limit, "connect_timeout": connect, "allow_http": True}
     retry = {"max_retries": 0, "retry_timeout": limit}
     try:
         if not config.url.startswith("s3:"):

@@ -24,6 +24,7 @@ class Remote:
     def __init__(self, root: Path, contents: dict[str, bytes]):
         self.root = root
         self.bytes = contents
+        self.config: dict = {}
         self.asked: list[tuple[str, int, int]] = []
         self.headers: list[dict[str, str]] = []
         self.before = self._nothing
@@ -85,11 +86,11 @@ class Remote:
 class Node:
     """A store without checkpoints of its own, before remotes."""
 
-    def __init__(self, root: Path, remotes: dict, *, chunks=16, open_disk=None, **settings):
+    def __init__(self, root: Path, remotes: dict, *, unit=CHUNK, open_disk=None, **settings):
         self.root = root
         root.mkdir(exist_ok=True)
         config = StoreConfig(
-            path=str(root), pool_bytes=ByteSize(chunks * CHUNK), chunk_bytes=ByteSize(CHUNK),
+            path=str(root), pool_bytes=ByteSize(16 * unit), chunk_bytes=ByteSize(unit),
             huge_pages=False, reader_threads=2, max_concurrent_loads=4,
         )  # fmt: skip
         defaults = {"timeout_s": 5.0, "retries": 1, "fetch_threads": 4, **settings}

@@ -7,9 +7,11 @@ pytest.importorskip("obstore")
 
 from aiohttp import web
 
+from sllm_node.checkpoint.cards import read_bits
 from sllm_node.checkpoint.catalog import open_checkpoint
 from sllm_node.checkpoint.verify import verify
 from sllm_node.core.errors import (
+    ChecksumError,
     ModelNotFoundError,
     RemoteChangedError,
     RemoteChecksumError,
@@ -17,6 +19,7 @@ from sllm_node.core.errors import (
     RemoteError,
     RemoteNotFoundError,
     RemoteUnreachableError,
+    StorageWriteError,
     StoreFullError,
 )
 from sllm_node.core.types import ModelId, Tier
@@ -258,6 +261,22 @@ async def test_of_two_remotes_with_one_name_the_first_is_asked(tmp_path, remote)
             node.unload("a")
 
 
+async def test_while_a_remote_is_down_another_that_has_the_same_is_asked(tmp_path, remote):
+    remotes = {"one": {"url": remote.url}, "two": {"url": remote.url}}
+    async with Node(tmp_path / "n", remotes) as node:
+        await stopped_after(remote, node, 3)
+        await node.tier.refresh()
+        here = node.store.residency(A)[Tier.NVME]
+        assert here > 0
+    remotes["one"] = {"url": "http://127.0.0.1:1/x"}
+    async with Node(tmp_path / "n", remotes) as node:
+        assert [seen["state"] for seen in node.tier.status()] == ["down", "ok"]
+        remote.asked.clear()
+        assert await node.load("a") == remote.bytes["a"]
+        assert remote.shard_bytes == len(remote.bytes["a"]) - here
+        node.unload("a")
+
+
 async def test_a_checkpoint_that_is_here_goes_before_a_remotes(tmp_path, remote):
     own = write_checkpoint(tmp_path / "n", "a", seed=9)
     async with Node(tmp_path / "n", only(remote)) as node:
@@ -349,6 +368,13 @@ async def test_a_pull_of_what_nobody_has_is_not_found(tmp_path, remote):
                 await node.tier.pull(name)
 
 
+async def test_names_with_signs_are_found(tmp_path):
+    odd = make_remote(tmp_path / "remote", ["llama-3:8b.q_1"])
+    async with odd.serving(), Node(tmp_path / "n", {"r": {"url": odd.url}}) as node:
+        assert await node.load("llama-3:8b.q_1") == odd.bytes["llama-3:8b.q_1"]
+        node.unload("llama-3:8b.q_1")
+
+
 async def test_a_peers_key_is_sent(tmp_path, remote):
     (tmp_path / "key").write_text("secret\n")
     async with Node(tmp_path / "n", only(remote, key_file=str(tmp_path / "key"))):
@@ -360,6 +386,83 @@ async def test_an_index_that_makes_no_sense_is_visible_and_stops_nothing(tmp_pat
     (remote.root / "a" / "tensor_index.json").write_text("{}")
     async with Node(tmp_path / "n", {"r": {"url": remote.url}}) as node:
         assert node.catalog.models() == ("b",)
+        assert node.tier.status()[0]["state"] == "ok"
         assert "a/tensor_index.json" in node.tier.status()[0]["problem"]
         assert await node.load("b") == remote.bytes["b"]
         node.unload("b")
+
+
+async def test_a_cancelled_load_does_not_wait_for_a_remote_that_hangs(tmp_path, remote):
+    asked = asyncio.Event()
+
+    async def before(request):
+        if request.match_info["file"].startswith("shard-"):
+            asked.set()
+            return web.Response(status=503)
+        return None
+
+    async with Node(tmp_path / "n", only(remote, retries=1000)) as node:
+        remote.before = before
+        load = asyncio.create_task(node.store.acquire(A))
+        await asked.wait()
+        load.cancel()
+        await node.store.settled(A)
+        assert node.store.residency(A)[Tier.NVME] == 0
+
+
+async def test_a_crash_costs_only_what_was_not_flushed(tmp_path, remote):
+    class Crashes(CardDisk):
+        def flush(self, bits):
+            raise OSError(errno.EIO, "Input/output error")
+
+    disk = lambda checkpoint: Crashes(checkpoint, direct=False)  # noqa: E731
+    async with Node(tmp_path / "n", only(remote), open_disk=disk) as node:
+        assert await node.load("a") == remote.bytes["a"]
+        node.unload("a")
+        with pytest.raises(StorageWriteError):
+            await node.tier.pull("a")
+    remote.asked.clear()
+    async with Node(tmp_path / "n", only(remote)) as node:
+        assert node.store.residency(A)[Tier.NVME] == 0
+        await node.tier.pull("a")
+    assert remote.shard_bytes == len(remote.bytes["a"])
+    assert verify(open_checkpoint(node.root / "a")) == []
+
+
+async def test_what_a_crash_left_of_a_completed_card_is_deleted(tmp_path, remote):
+    async with Node(tmp_path / "n", only(remote)) as node:
+        await node.tier.pull("a")
+        left = node.tier.cards.root / "a" / "shard-00000.bin"
+        left.hardlink_to(node.root / "a" / "shard-00000.bin")
+        await node.tier.refresh()
+        assert not left.exists()
+        assert verify(open_checkpoint(node.root / "a")) == []
+
+
+async def test_a_shard_that_was_damaged_here_is_told_before_it_is_served(tmp_path, remote):
+    async with Node(tmp_path / "n", only(remote)) as node:
+        await stopped_after(remote, node, 3)
+    card = node.tier.cards.root / "a"
+    index = node.tier.cards.get(A).index
+    chunk = read_bits(card, index).index(True)
+    with (card / "shard-00000.bin").open("r+b") as file:
+        file.seek(chunk * CHUNK)
+        file.write(bytes(100))
+    async with Node(tmp_path / "n", only(remote)) as node:
+        with pytest.raises(ChecksumError, match=r"shard-00000\.bin is damaged"):
+            await node.load("a")
+        node.catalog.remove("a")
+        assert await node.load("a") == remote.bytes["a"]
+        node.unload("a")
+
+
+async def test_units_of_several_file_chunks_fetch_only_those_that_are_missing(tmp_path, remote):
+    async with Node(tmp_path / "n", only(remote)) as node:
+        await stopped_after(remote, node, 3)
+    remote.asked.clear()
+    async with Node(tmp_path / "n", only(remote), unit=4 * CHUNK) as node:
+        here = node.store.residency(A)[Tier.NVME]
+        assert await node.load("a") == remote.bytes["a"]
+        assert remote.shard_bytes == len(remote.bytes["a"]) - here
+        node.unload("a")
+    assert is_here(node)

@@ -123,9 +123,9 @@ def test_a_key_file_that_is_not_there_is_an_error_of_the_config(tmp_path):
 
 def test_credentials_without_keys_are_an_error_of_the_config(tmp_path):
     (tmp_path / "file").write_text("[default]\n")
-    given = {"url": "s3://b/p", "credentials_file": str(tmp_path / "file")}
+    config = RemoteConfig(url="s3://b/p", credentials_file=str(tmp_path / "file"))
     with pytest.raises(ConfigError, match="aws_access_key_id"):
-        Transport("r", RemoteConfig(**given))
+        Transport("r", config)
 
 
 def test_keys_come_from_the_environment_where_the_config_names_none():
