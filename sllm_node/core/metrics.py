@@ -45,7 +45,9 @@ class Metrics:
         self.checksum_failures = counter(
             "sllm_checksum_failures", "Chunks whose checksum was wrong"
         )
-        self.remote_bytes = counter("sllm_remote_bytes", "Bytes fetched from a remote", ["remote"])
+        self.remote_bytes = counter(
+            "sllm_remote_bytes", "Bytes of weights that a remote sent", ["remote"]
+        )
         self.remote_retries = counter(
             "sllm_remote_retries", "Requests to a remote that were made again", ["remote"]
         )

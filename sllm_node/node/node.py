@@ -95,12 +95,10 @@ class Node:
         self.url = await server.start()
         self._closing.push_async_callback(server.close)
         self._watch()
-        if self._remote is not None:
-            self._run_beside(self._remote.keep_fresh(), "remotes")
         self._metrics.ready.set(1)
         self._notifier.ready(f"{self.url}, {self._describe()}")
         log.info("serving", extra={"url": self.url, **self._sizes()})
-        self._service.preload()
+        self._preload()
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """Drain within the limit, or until `hurry` is set; then close everything."""
@@ -145,6 +143,16 @@ class Node:
             with suppress(SllmError):  # gone since the scan
                 checkpoints.append(self._catalog.get(model))
         await self._engines.warm(checkpoints)
+
+    def _preload(self) -> None:
+        """Ask for the models of the config; after the first look at the remotes if one is there."""
+        wanted = {name for name, model in self._config.models.items() if model.preload}
+        is_here = wanted.issubset(self._catalog.models())
+        if is_here or self._remote is None:
+            self._service.preload()
+        if self._remote is not None:
+            then = (lambda: None) if is_here else self._service.preload
+            self._run_beside(self._remote.keep_fresh(then), "remotes")
 
     def _watch(self) -> None:
         monitor = Monitor(

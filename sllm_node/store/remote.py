@@ -103,6 +103,8 @@ class RemoteTier:
         self._pulls: dict[ModelId, _Pulling] = {}
         local = DirectFileSystem(direct=store.direct_io)
         self.files = RemoteFileSystem(self.path / CARDS_FOLDER, self, local)
+        self.readers = ThreadPoolExecutor(store.reader_threads, "sllm-read-remote")
+        """For loads: a slow remote must not keep those waiting that read the disk."""
         self._threads = ThreadPoolExecutor(_PULLS_MAX, "sllm-pull")
         self._refreshing = ThreadPoolExecutor(1, "sllm-cards")
 
@@ -117,6 +119,7 @@ class RemoteTier:
     def _close_threads(self) -> None:
         self._refreshing.shutdown(wait=True, cancel_futures=True)
         self._threads.shutdown(wait=True)
+        self.readers.shutdown(wait=True)
         self._writers.close()
         for remote in self._remotes.values():
             remote.close()
@@ -127,15 +130,20 @@ class RemoteTier:
         """Look at every remote, and make or drop cards as it says."""
         await asyncio.get_running_loop().run_in_executor(self._refreshing, self._refresh)
 
-    async def keep_fresh(self) -> None:
-        """Look at the remotes now and again, until cancelled."""
+    async def keep_fresh(self, then: Callable[[], None]) -> None:
+        """Look at the remotes now and again, until cancelled; call `then` after the first look."""
+        await self._look_around()
+        then()
         while True:
-            try:
-                await self.refresh()
-            except Exception:
-                log.exception("looking at the remotes failed")
             is_down = any(seen.problem is not None for seen in self._seen.values())
             await asyncio.sleep(RETRY_S if is_down else REFRESH_S)
+            await self._look_around()
+
+    async def _look_around(self) -> None:
+        try:
+            await self.refresh()
+        except Exception:
+            log.exception("looking at the remotes failed")
 
     def status(self) -> list[dict[str, Any]]:
         """Return how each remote was when it was looked at last."""

@@ -54,9 +54,9 @@ class Store:
         self._config = config
         self._clock = clock
         self._remote = remote
-        self._files = files or DirectFileSystem(direct=config.direct_io)
-        if remote is not None:
-            self._files = remote.files
+        self._files = files or (
+            DirectFileSystem(direct=config.direct_io) if remote is None else remote.files
+        )
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
         self._opened: dict[ModelId, Checkpoint] = {}
         """What the ledger's rows were made of."""
@@ -70,8 +70,6 @@ class Store:
         self._observed = Observed(metrics, self._ledger, device)
         self._is_closing = False
         self._machinery: Machinery | None = None
-        self._remote_machinery: Machinery | None = None
-        """With readers of its own: a slow remote must not keep those of the disk waiting."""
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -102,9 +100,6 @@ class Store:
             on_eviction=self._observed.gave_way,
             on_ended=self._on_ended,
         )
-        if self._remote is not None:
-            fetchers = ThreadPoolExecutor(config.reader_threads, "sllm-read-remote")
-            self._remote_machinery = replace(self._machinery, readers=fetchers)
         self._observed.show()
 
     def _take_pool(self) -> PinnedPool:
@@ -132,8 +127,6 @@ class Store:
             self.evict(model, Tier.DEVICE, "shutdown")
         machinery, self._machinery = self._machinery, None
         machinery.readers.shutdown(wait=True)
-        if self._remote_machinery is not None:
-            self._remote_machinery.readers.shutdown(wait=True)
         machinery.checkers.shutdown(wait=True)
         machinery.stream.close()
         machinery.pool.close()
@@ -270,8 +263,8 @@ class Store:
         self._know(checkpoint)
         buffer = self._device.allocate(checkpoint.index.size) if onto_device else None
         machinery = self._machinery
-        if checkpoint.remote is not None and self._remote_machinery is not None:
-            machinery = self._remote_machinery
+        if checkpoint.remote is not None and self._remote is not None:
+            machinery = replace(machinery, readers=self._remote.readers)
         load = Load(checkpoint, buffer, machinery, asked)
         self._loads[model] = load
         self._waiters[model] = 0

@@ -11,6 +11,7 @@ from sllm_node.checkpoint.cards import read_bits
 from sllm_node.checkpoint.catalog import open_checkpoint
 from sllm_node.checkpoint.verify import verify
 from sllm_node.core.errors import (
+    CancelledByOperatorError,
     ChecksumError,
     ModelNotFoundError,
     RemoteChangedError,
@@ -466,3 +467,43 @@ async def test_units_of_several_file_chunks_fetch_only_those_that_are_missing(tm
         assert remote.shard_bytes == len(remote.bytes["a"]) - here
         node.unload("a")
     assert is_here(node)
+
+
+async def test_remotes_are_looked_at_beside_and_who_waits_for_the_first_look_is_told(
+    tmp_path, remote
+):
+    async with Node(tmp_path / "n", only(remote)) as node:
+        looked = asyncio.Event()
+        beside = asyncio.create_task(node.tier.keep_fresh(looked.set))
+        await looked.wait()
+        beside.cancel()
+        await asyncio.gather(beside, return_exceptions=True)
+        assert node.tier.status()[0]["state"] == "ok"
+
+
+async def test_a_store_that_takes_no_card_is_told_as_a_problem(tmp_path, remote, caplog):
+    async with Node(tmp_path / "n", only(remote)) as node:
+        node.tier.cards.drop(A)
+        node.tier.cards.root.rmdir()
+        node.tier.cards.root.write_text("in the way")
+        await node.tier.refresh()
+        assert ".remote/a" in node.tier.status()[0]["problem"]
+        assert "remote not usable" in caplog.text
+
+
+async def test_a_node_that_stops_ends_its_pulls(tmp_path, remote):
+    asked = asyncio.Event()
+
+    async def before(request):
+        if request.match_info["file"].startswith("shard-"):
+            asked.set()
+            return web.Response(status=503)
+        return None
+
+    async with Node(tmp_path / "n", only(remote, retries=1000)) as node:
+        remote.before = before
+        pull = asyncio.create_task(node.tier.pull("a"))
+        await asked.wait()
+        await node.tier.close()
+        with pytest.raises(CancelledByOperatorError, match="the pull was stopped"):
+            await pull
