@@ -34,7 +34,7 @@ from sllm_node.store.reader import DirectFileSystem
 from sllm_node.store.remote_disk import CardDisk, Writers
 from sllm_node.store.remote_fetch import INDEX_BYTES_MAX, Files, Remote
 from sllm_node.store.remote_file import RemoteFileSystem
-from sllm_node.store.remote_partial import Partial
+from sllm_node.store.remote_partial import FLUSH_BYTES, Partial
 from sllm_node.store.remote_pull import Pull
 from sllm_node.store.remote_transport import Transport
 
@@ -81,6 +81,7 @@ class RemoteTier:
         *,
         connect: Callable[[str, RemoteConfig], Files] = Transport,
         open_disk: Callable[[Checkpoint], CardDisk] | None = None,
+        flush_bytes: int = FLUSH_BYTES,
     ) -> None:
         self.path = Path(store.path)
         self.cards = Cards(self.path, frozenset(remotes))
@@ -98,6 +99,7 @@ class RemoteTier:
         self._chunk_bytes = store.chunk_bytes
         self._writers = Writers(_WRITERS, _BUFFERS, store.chunk_bytes)
         self._open_disk = open_disk or partial(CardDisk, direct=store.direct_io)
+        self._flush_bytes = flush_bytes
         self._lock = threading.Lock()
         self._partials: dict[ModelId, Partial] = {}
         self._pulls: dict[ModelId, _Pulling] = {}
@@ -247,7 +249,9 @@ class RemoteTier:
             known = self._partials.get(checkpoint.model)
             # Not `!=`: shards made anew may have the inodes of those that were removed.
             if known is None or known.checkpoint.identities is not checkpoint.identities:
-                known = Partial(checkpoint, self.path, self._writers, self._open_disk)
+                known = Partial(
+                    checkpoint, self.path, self._writers, self._open_disk, self._flush_bytes
+                )
                 self._partials[checkpoint.model] = known
             return known
 

@@ -61,6 +61,7 @@ class Partial:
         store: Path,
         writers: Writers,
         open_disk: Callable[[Checkpoint], CardDisk],
+        flush_bytes: int = FLUSH_BYTES,
     ) -> None:
         self.checkpoint = checkpoint
         self.problem: CheckpointError | None = None
@@ -70,6 +71,7 @@ class Partial:
         self._store = store
         self._writers = writers
         self._open_disk = open_disk
+        self._flush_bytes = flush_bytes
         index = checkpoint.index
         counts = [len(shard.digests) for shard in index.shards]
         self._first = [sum(counts[:number]) for number in range(len(counts))]
@@ -186,7 +188,7 @@ class Partial:
             self._stop_keeping(error)
         finally:
             self._set(run, state)
-        if self._unflushed >= FLUSH_BYTES:
+        if self._unflushed >= self._flush_bytes:
             with self._life:
                 self._flush()
         self._settle()

@@ -86,7 +86,16 @@ class Remote:
 class Node:
     """A store without checkpoints of its own, before remotes."""
 
-    def __init__(self, root: Path, remotes: dict, *, unit=CHUNK, open_disk=None, **settings):
+    def __init__(
+        self,
+        root: Path,
+        remotes: dict,
+        *,
+        unit=CHUNK,
+        open_disk=None,
+        flush_bytes=1 << 28,
+        **settings,
+    ):
         self.root = root
         root.mkdir(exist_ok=True)
         config = StoreConfig(
@@ -100,6 +109,7 @@ class Node:
             config,
             self.metrics,
             open_disk=open_disk,
+            flush_bytes=flush_bytes,
         )
         self.catalog = Catalog(root, self.tier.cards)
         self.device = CpuDevice(1 << 20)

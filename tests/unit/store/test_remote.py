@@ -1,5 +1,7 @@
 import asyncio
 import errno
+import shutil
+from pathlib import Path
 
 import pytest
 
@@ -427,6 +429,45 @@ async def test_a_crash_costs_only_what_was_not_flushed(tmp_path, remote):
         assert node.store.residency(A)[Tier.NVME] == 0
         await node.tier.pull("a")
     assert remote.shard_bytes == len(remote.bytes["a"])
+    assert verify(open_checkpoint(node.root / "a")) == []
+
+
+async def test_what_is_on_the_disk_in_the_middle_of_a_load_can_be_gone_on_with(tmp_path, remote):
+    """What a crash leaves: the bits of some moment, and shards that have at least their chunks."""
+    flushed, go_on = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    class Tells(CardDisk):
+        def flush(self, bits):
+            super().flush(bits)
+            if sum(bits) >= 3:
+                loop.call_soon_threadsafe(flushed.set)
+
+    async def before(request):
+        start = request.http_range.start
+        if request.match_info["file"] == "shard-00001.bin" and start == 2 * CHUNK:
+            await go_on.wait()
+        return
+
+    disk = lambda checkpoint: Tells(checkpoint, direct=True)  # noqa: E731
+    async with Node(tmp_path / "n", only(remote), open_disk=disk, flush_bytes=1) as node:
+        remote.before = before
+        load = asyncio.create_task(node.load("a"))
+        await flushed.wait()
+        bits = Path(".remote") / "a" / "fetched.bits"
+        promised = (node.root / bits).read_bytes()
+        shutil.copytree(node.root, tmp_path / "crashed")
+        (tmp_path / "crashed" / bits).write_bytes(promised)
+        go_on.set()
+        assert await load == remote.bytes["a"]
+        node.unload("a")
+    remote.asked.clear()
+    async with Node(tmp_path / "crashed", only(remote)) as node:
+        here = node.store.residency(A)[Tier.NVME]
+        assert here >= 3 * CHUNK
+        assert await node.load("a") == remote.bytes["a"]
+        assert remote.shard_bytes == len(remote.bytes["a"]) - here
+        node.unload("a")
     assert verify(open_checkpoint(node.root / "a")) == []
 
 
