@@ -69,7 +69,7 @@ class Remote:
             RemoteChecksumError: it sends wrong bytes.
         """
         try:
-            self._fetch_checked(_Range(checkpoint, shard, offset), view, stop)
+            self._fetch_checked(Range(checkpoint, shard, offset), view, stop)
         except RemoteNotFoundError as error:
             self._count(error)
             self._check_index(checkpoint, shard)
@@ -84,7 +84,7 @@ class Remote:
 
     # --- in a caller's thread -----------------------------------------------------------------
 
-    def _fetch_checked(self, where: "_Range", view: memoryview, stop: Event) -> None:
+    def _fetch_checked(self, where: "Range", view: memoryview, stop: Event) -> None:
         wrong = [(0, len(view))]
         for attempt in range(self._retries + 1):
             if attempt:
@@ -100,7 +100,7 @@ class Remote:
         raise RemoteChecksumError(self.name, where.checkpoint.model, name, offset, size)
 
     def _fetch_pieces(
-        self, where: "_Range", view: memoryview, wanted: list[tuple[int, int]], stop: Event
+        self, where: "Range", view: memoryview, wanted: list[tuple[int, int]], stop: Event
     ) -> None:
         """Fetch the (start, size) of `wanted`; returns, or raises, when no thread writes any more."""
         failed = Event()
@@ -119,7 +119,7 @@ class Remote:
             raise errors[0]
 
     def _fetch_piece(
-        self, where: "_Range", view: memoryview, start: int, stop: Event, failed: Event
+        self, where: "Range", view: memoryview, start: int, stop: Event, failed: Event
     ) -> None:
         """Fill `view`; each attempt goes on where the last one ended."""
         done, attempts = 0, 0
@@ -157,7 +157,7 @@ class Remote:
 
 
 @dataclass(frozen=True, slots=True)
-class _Range:
+class Range:
     """Where the bytes of a view come from."""
 
     checkpoint: Checkpoint

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from sllm_node.checkpoint.catalog import ShardIdentity
 from sllm_node.store.reader import FileSystem, ShardFile
-from sllm_node.store.remote_fetch import Remote
+from sllm_node.store.remote_fetch import Range, Remote
 from sllm_node.store.remote_partial import Partial, Run
 
 
@@ -29,12 +29,21 @@ class RemoteShardFile:
         self._counting = threading.Lock()
 
     def read_into(self, view: memoryview, offset: int) -> int:
-        done = 0
         for run, piece in self._runs(view, offset):
-            if run.is_here and self._local.read_into(piece, run.offset) != run.size:
-                break
-            done += run.size
-        return done
+            if not run.is_here or self._is_read(run, piece):
+                continue
+            if self.partial.lose(run):
+                self._fetch(run, piece)  # damaged here, and whole at the remote
+            else:  # somebody else does that for parts of it: past the disk, then
+                checkpoint = self.partial.checkpoint
+                self._remote.fetch(checkpoint, run.shard, piece, run.offset, self._stop)
+        return len(view)
+
+    def _is_read(self, run: Run, view: memoryview) -> bool:
+        """Read what is here; tell whether it is what the index says."""
+        count = self._local.read_into(view, run.offset)
+        where = Range(self.partial.checkpoint, run.shard, run.offset)
+        return count == run.size and not where.wrong_chunks(view)
 
     def bring(self, view: memoryview, offset: int) -> None:
         """Fetch what is missing of a range; `view` is room for it."""

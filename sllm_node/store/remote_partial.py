@@ -164,13 +164,29 @@ class Partial:
         elif not self._writers.write_later(view, partial(self._write, run)):
             self._write(run, view)
 
-    def _set(self, run: Run, state: _State) -> None:
+    def lose(self, run: Run) -> bool:
+        """What was read of a run is wrong: it is the asker's to fetch; False: somebody else's."""
+        begin, end = self._chunks(run)
+        with self._change:
+            if any(state is not _State.HERE for state in self._states[begin:end]):
+                return False
+            self._states[begin:end] = [_State.COMING] * (end - begin)
+            self._coming += end - begin
+            self._bytes_here -= run.size
+        fields = {"model": self.checkpoint.model, "shard": run.shard, "offset": run.offset}
+        log.warning("what was fetched is damaged, fetching it again", extra=fields)
+        return True
+
+    def _chunks(self, run: Run) -> tuple[int, int]:
         chunk_bytes = self.checkpoint.index.chunk_bytes
         begin = self._first[run.shard] + run.offset // chunk_bytes
-        count = -(-run.size // chunk_bytes)
+        return begin, begin - (-run.size // chunk_bytes)
+
+    def _set(self, run: Run, state: _State) -> None:
+        begin, end = self._chunks(run)
         with self._change:
-            self._states[begin : begin + count] = [state] * count
-            self._coming -= count
+            self._states[begin:end] = [state] * (end - begin)
+            self._coming -= end - begin
             if state is _State.HERE:
                 self._bytes_here += run.size
                 self._unflushed += run.size
