@@ -4,9 +4,9 @@ import os
 import re
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from sllm_node.checkpoint.index import INDEX_FILE, Shard, TensorIndex, from_json
 from sllm_node.core.errors import (
@@ -37,10 +37,13 @@ class Checkpoint:
     """A checkpoint on disk, as it was when it was opened."""
 
     model: ModelId
-    path: Path
+    path: Path = field(compare=False)
+    """Of its folder; another one when the shards have come from a remote, which changes no byte."""
     index: TensorIndex
     identities: tuple[ShardIdentity, ...]
     """Of each shard, in the order of `index.shards`."""
+    remote: str | None = field(default=None, compare=False)
+    """Where shards, or parts of them, still are; None: all of it is here."""
 
 
 def is_model_name(name: str) -> bool:
@@ -97,6 +100,17 @@ def _shard_identity(folder: Path, shard: Shard) -> ShardIdentity:
     return identity
 
 
+class Elsewhere(Protocol):
+    """The checkpoints whose shards are at a remote."""
+
+    def models(self) -> tuple[ModelId, ...]: ...
+
+    def get(self, model: ModelId) -> Checkpoint | None: ...
+
+    def remove(self, model: ModelId) -> bool:
+        """Delete what has come of `model`; False: nothing has."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Opened:
     checkpoint: Checkpoint
@@ -106,8 +120,9 @@ class _Opened:
 class Catalog:
     """The checkpoints of one store folder."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, elsewhere: Elsewhere | None = None) -> None:
         self.root = root
+        self._elsewhere = elsewhere
         self.problems: dict[str, SllmError] = {}
         """Folders that hold no usable checkpoint, as of the last look at each."""
         self._opened: dict[ModelId, _Opened] = {}
@@ -126,10 +141,11 @@ class Catalog:
 
     def models(self) -> tuple[ModelId, ...]:
         """Return the names of the usable checkpoints known so far, in order."""
-        return tuple(sorted(self._opened))
+        remote = self._elsewhere.models() if self._elsewhere is not None else ()
+        return tuple(sorted(self._opened.keys() | set(remote)))
 
     def get(self, model: ModelId) -> Checkpoint:
-        """Return the checkpoint of `model` as it is on disk now.
+        """Return the checkpoint of `model` as it is on disk now, or else at a remote.
 
         Costs a stat call for each of its files while nothing changed.
 
@@ -141,6 +157,8 @@ class Catalog:
         if known is not None and _is_unchanged(known):
             return known.checkpoint
         self._opened.pop(model, None)
+        if (remote := self._remote(model)) is not None:
+            return remote
         path = self._folder(model)
         try:
             index_identity = identity_of((path / INDEX_FILE).stat())
@@ -160,6 +178,8 @@ class Catalog:
             ModelNotFoundError: there is none.
             StorageWriteError: the system refuses.
         """
+        if self._remove_partial(ModelId(name)):
+            return
         path = self._folder(ModelId(name))
         # Out of sight at once, so that nobody opens half of it.
         hidden = self.root / f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}"
@@ -170,6 +190,22 @@ class Catalog:
         self._opened.pop(ModelId(name), None)
         self.problems.pop(name, None)
         shutil.rmtree(hidden, ignore_errors=True)
+
+    def _remote(self, model: ModelId) -> Checkpoint | None:
+        """Return what is known of `model` at a remote; one that is here goes before."""
+        if self._elsewhere is None or not is_model_name(model) or (self.root / model).is_dir():
+            return None
+        return self._elsewhere.get(model)
+
+    def _remove_partial(self, model: ModelId) -> bool:
+        """Delete what has come of a remote's checkpoint; False: nothing has, or it is none."""
+        if self._elsewhere is None or not is_model_name(model) or (self.root / model).is_dir():
+            return False
+        try:
+            return self._elsewhere.remove(model)
+        except OSError as error:
+            path = str(error.filename or self.root / model)
+            raise StorageWriteError(path, error.strerror or str(error)) from error
 
     def _folder(self, model: ModelId) -> Path:
         path = self.root / model

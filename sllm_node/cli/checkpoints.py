@@ -2,15 +2,15 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from sllm_node.cli.output import print_json, print_table, say, tell
 from sllm_node.core.config import StoreConfig
-from sllm_node.core.errors import StoreFolderError
+from sllm_node.core.errors import SllmError, StoreFolderError
 from sllm_node.core.types import ModelId
 from sllm_node.core.units import MIB, format_size, parse_size
 
@@ -78,20 +78,26 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
 
 
 def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = False) -> None:
-    """List the checkpoints of the store."""
+    """List the checkpoints of the store, and those that its node can fetch."""
     from sllm_node.checkpoint.describe import describe
 
     catalog = _catalog(store)
-    found = [describe(catalog.get(model)) for model in catalog.models()]
+    found = [
+        {**describe(catalog.get(model)), "tier": "nvme", "fetched": catalog.get(model).index.size}
+        for model in catalog.models()
+    ] + list(_at_remotes(store))
     problems = {name: str(problem) for name, problem in catalog.problems.items()}
     if as_json:
         print_json({"checkpoints": found, "problems": problems})
         return
     rows: list[tuple[str, ...]] = [
-        (d["name"], d["architecture"], d["dtype"], f"{d['parameters'] / 1e6:,.0f} M", format_size(d["bytes"]))
+        (
+            d["name"], d["architecture"], d["dtype"], f"{d['parameters'] / 1e6:,.0f} M",
+            format_size(d["bytes"]), d["tier"], f"{100 * d['fetched'] / max(1, d['bytes']):.0f} %",
+        )
         for d in found
     ]  # fmt: skip
-    print_table(("name", "architecture", "dtype", ">parameters", ">size"), rows)
+    print_table(("name", "architecture", "dtype", ">parameters", ">size", "tier", ">here"), rows)
     for problem in problems.values():
         tell(f"not usable: {problem}")
 
@@ -157,8 +163,12 @@ def verify(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = 
 
 def remove(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = False) -> None:
     """Delete a checkpoint. A node that has it loaded serves on until it evicts it."""
-    catalog = _catalog(store)
-    catalog.remove(ModelId(name))
+    from sllm_node.checkpoint.cards import Cards
+    from sllm_node.checkpoint.catalog import Catalog
+
+    if not store.is_dir():
+        raise StoreFolderError(str(store), "is not there")
+    Catalog(store, Cards(store)).remove(ModelId(name))
     if as_json:
         print_json({"removed": name})
     else:
@@ -173,6 +183,20 @@ def _open_damaged(store: Path, name: str) -> "Checkpoint":
     if name in catalog.problems:
         return open_for_verify(store / name)
     return catalog.get(ModelId(name))
+
+
+def _at_remotes(store: Path) -> "Iterator[dict[str, Any]]":
+    """Describe what a node's remotes have, as it found them last; damaged cards are left out."""
+    from sllm_node.checkpoint.cards import Cards, read_index
+    from sllm_node.checkpoint.catalog import Checkpoint
+    from sllm_node.checkpoint.describe import describe
+
+    cards = Cards(store)
+    for model in cards.models():
+        with suppress(SllmError):
+            folder = cards.root / model
+            described = describe(Checkpoint(model, folder, read_index(folder), ()))
+            yield {**described, "tier": "remote", "fetched": cards.fetched(model)[0]}
 
 
 def _catalog(store: Path) -> "Catalog":

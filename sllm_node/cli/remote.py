@@ -1,4 +1,4 @@
-"""Commands to a running node over its admin endpoints: status, load, unload, pin, cancel, drain."""
+"""Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, drain."""
 
 import asyncio
 from pathlib import Path
@@ -26,7 +26,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, load, unload, pin, unpin, cancel, drain):
+    for command in (status, load, unload, pull, pin, unpin, cancel, drain):
         app.command()(command)
 
 
@@ -56,6 +56,11 @@ def unload(
 ) -> None:
     """Take a model off the device."""
     _act("unload", model, (url, key, config), {"force": force})
+
+
+def pull(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
+    """Fetch a model from its remote to the node's disk, without loading it, and wait for it."""
+    _act("pull", model, (url, key, config))
 
 
 def pin(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
@@ -147,6 +152,12 @@ def _show_status(report: dict[str, Any]) -> None:
     say(
         f"pinned pool: {pool['used']} of {pool['chunks']} chunks of {format_size(pool['chunk_bytes'])}"
     )
+    for remote in report.get("remotes", []):
+        problem = f": {remote['problem']}" if remote["problem"] else ""
+        say(
+            f"remote {remote['name']} ({remote['url']}): {remote['state']}, "
+            f"{len(remote['models'])} models{problem}"
+        )
     for tier, rate in report.get("bandwidth", {}).items():
         if rate:
             say(f"loads from {tier}: {format_rate(rate)} observed")
@@ -180,6 +191,8 @@ def _model_row(model: dict[str, Any]) -> tuple[str, ...]:
     if (left := model.get("keep_alive_until_s")) is not None:
         notes.append(f"leaves in {left:.0f} s")
     by_tier = model["bytes_by_tier"]
+    if "remote" in by_tier:
+        notes.append(f"{100 * by_tier['nvme'] / max(1, by_tier['remote']):.0f} % fetched")
     return (
         model["id"], model["state"], model["tier"], format_size(model["bytes"]),
         format_size(by_tier.get("device", 0)), format_size(by_tier.get("dram", 0)),

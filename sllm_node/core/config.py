@@ -124,6 +124,21 @@ class ModelConfig(Section, frozen=True):
     keep_alive_s: float | None = None
 
 
+class RemoteConfig(Section, frozen=True):
+    """Table [remotes.NAME]."""
+
+    url: Annotated[str, Meta(pattern="^(https?|s3)://[^/]+")]
+    models: tuple[Name, ...] = ()
+    key_file: Name | None = None
+    endpoint: Name | None = None
+    region: Name | None = None
+    credentials_file: Name | None = None
+    anonymous: bool = False
+    fetch_threads: Count = 16
+    timeout_s: Annotated[float, Meta(gt=0)] = 10.0
+    retries: NotNegative = 4
+
+
 class Config(Section, frozen=True):
     """The whole file."""
 
@@ -135,6 +150,11 @@ class Config(Section, frozen=True):
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     log: LogConfig = msgspec.field(default_factory=LogConfig)
     models: dict[str, ModelConfig] = {}
+    remotes: dict[str, RemoteConfig] = {}
+
+
+_NAMED: dict[str, type[msgspec.Struct]] = {"models": ModelConfig, "remotes": RemoteConfig}
+"""Tables of tables, one for each name."""
 
 
 def load_config(path: Path) -> Config:
@@ -194,8 +214,8 @@ def _problems(kind: type[msgspec.Struct], tree: object, at: str) -> Iterator[str
         where = f"{at}.{key}" if at else key
         if key not in fields:
             yield f"{where}: unknown key{_suggest(key, fields)}"
-        elif key == "models":
-            yield from _model_problems(value)
+        elif key in _NAMED:
+            yield from _named_problems(key, value)
         elif isinstance(fields[key], type) and issubclass(fields[key], Section):
             yield from _problems(fields[key], value, where)
         else:
@@ -207,8 +227,8 @@ def _sound(kind: type[msgspec.Struct], tree: object) -> dict[str, Any]:
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     kept: dict[str, Any] = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
-        if key == "models" and isinstance(value, dict):
-            kept[key] = {name: _sound(ModelConfig, model) for name, model in value.items()}
+        if key in _NAMED and isinstance(value, dict):
+            kept[key] = _sound_tables(_NAMED[key], value)
         elif isinstance(fields.get(key), type) and issubclass(fields[key], Section):
             kept[key] = _sound(fields[key], value)
         elif key in fields and not list(_value_problems(fields[key], value, key)):
@@ -216,12 +236,22 @@ def _sound(kind: type[msgspec.Struct], tree: object) -> dict[str, Any]:
     return kept
 
 
-def _model_problems(tree: object) -> Iterator[str]:
+def _sound_tables(kind: type[msgspec.Struct], tree: dict[str, Any]) -> dict[str, Any]:
+    required = {field.name for field in msgspec.structs.fields(kind) if field.required}
+    kept = {name: _sound(kind, table) for name, table in tree.items()}
+    return {name: table for name, table in kept.items() if required <= table.keys()}
+
+
+def _named_problems(key: str, tree: object) -> Iterator[str]:
+    kind = _NAMED[key]
     if not isinstance(tree, dict):
-        yield "models must be a table of tables, as in [models.NAME]"
+        yield f"{key} must be a table of tables, as in [{key}.NAME]"
         return
     for name, value in tree.items():
-        yield from _problems(ModelConfig, value, f"models.{name}")
+        yield from _problems(kind, value, f"{key}.{name}")
+        for field in msgspec.structs.fields(kind):
+            if field.required and isinstance(value, dict) and field.name not in value:
+                yield f"{key}.{name}.{field.name}: is missing"
 
 
 def _value_problems(kind: Any, value: object, where: str) -> Iterator[str]:
@@ -240,7 +270,7 @@ def _suggest(key: str, fields: dict[str, Any]) -> str:
 
 def _contradictions(config: Config) -> Iterator[str]:
     checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_pool, _check_bind, _check_keep_alive, _check_device,
+        _check_chunks, _check_pool, _check_bind, _check_keep_alive, _check_device, _check_remotes,
     )  # fmt: skip
     for check in checks:
         if (problem := check(config)) is not None:
@@ -302,6 +332,20 @@ def _check_device(config: Config) -> str | None:
             f"engine.kv_cache_bytes = {config.engine.kv_cache_bytes}: leaves no room for weights "
             f"in device.memory_bytes = {size}"
         )
+    return None
+
+
+def _check_remotes(config: Config) -> str | None:
+    for name, remote in config.remotes.items():
+        only_s3 = {
+            "endpoint": remote.endpoint, "region": remote.region,
+            "credentials_file": remote.credentials_file, "anonymous": remote.anonymous or None,
+        }  # fmt: skip
+        wrong = [key for key, value in only_s3.items() if value is not None]
+        if remote.url.startswith("s3:"):
+            wrong = ["key_file"] if remote.key_file is not None else []
+        if wrong:
+            return f"remotes.{name}.{wrong[0]}: means nothing for url = {remote.url!r}"
     return None
 
 

@@ -327,6 +327,63 @@ class StorageWriteError(CheckpointError):
         self.problem = problem
 
 
+class RemoteError(SllmError):
+    """A remote does not give what it is asked for."""
+
+    code = "remote_error"
+
+    def __init__(self, remote: str, what: str, problem: str) -> None:
+        super().__init__(f"remote {remote!r}: {what}: {problem}")
+        self.remote = remote
+        self.what = what
+        self.problem = problem
+
+
+class RemoteUnreachableError(RemoteError):
+    """It is down, too slow, cut the connection, or failed itself; all retries are used up."""
+
+    fault = Fault.BUSY
+    code = "remote_unreachable"
+    retry_after_s = 10.0
+
+
+class RemoteNotFoundError(RemoteError):
+    """It has no such file."""
+
+    code = "remote_not_found"
+
+
+class RemoteDeniedError(RemoteError):
+    """It asks for credentials, or refuses those that it got."""
+
+    code = "remote_denied"
+
+
+class RemoteChangedError(CheckpointChangedError):
+    """It has another checkpoint under the name than the one whose index was fetched."""
+
+    code = "remote_changed"
+
+    def __init__(self, remote: str, model: str, shard: str) -> None:
+        super().__init__(model, shard, f"was replaced at remote {remote!r}")
+        self.remote = remote
+
+
+class RemoteChecksumError(ChecksumError):
+    """It sends, again and again, bytes that are not the index's."""
+
+    code = "remote_checksum_mismatch"
+
+    def __init__(self, remote: str, model: str, shard: str, offset: int, size: int) -> None:
+        super().__init__(model, shard, offset, size)
+        message = (
+            f"model {model!r}: remote {remote!r} sends wrong bytes {offset} to {offset + size} of "
+            f"{shard}; run 'sllm-node verify {model}' there, and convert it again there"
+        )
+        self.args = (message,)
+        self.remote = remote
+
+
 class ConversionError(SllmError):
     """A source can't be converted."""
 

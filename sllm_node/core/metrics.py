@@ -45,6 +45,15 @@ class Metrics:
         self.checksum_failures = counter(
             "sllm_checksum_failures", "Chunks whose checksum was wrong"
         )
+        self.remote_bytes = counter(
+            "sllm_remote_bytes", "Bytes of weights that a remote sent", ["remote"]
+        )
+        self.remote_retries = counter(
+            "sllm_remote_retries", "Requests to a remote that were made again", ["remote"]
+        )
+        self.remote_failures = counter(
+            "sllm_remote_failures", "What a remote did not give, by reason", ["remote", "reason"]
+        )
 
     def _requests(self) -> None:
         counter = partial(Counter, registry=self.registry)

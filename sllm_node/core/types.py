@@ -21,6 +21,8 @@ class Tier(Enum):
     DEVICE = "device"
     DRAM = "dram"
     NVME = "nvme"
+    REMOTE = "remote"
+    """A peer or an object store: comes onto NVMe while it is loaded."""
 
 
 class ModelState(Enum):
@@ -93,6 +95,8 @@ class LoadReport:
     first_copy_s: float
     """From the call to the first chunk copy issued."""
     verified_bytes: int
+    bytes_from_remote: int = 0
+    """Of `bytes_from_nvme`: those that a remote had to send first."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ sessions had to be ended.
 import asyncio
 import logging
 import signal
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sllm_node.node.monitor import Monitor
 from sllm_node.node.systemd import Notifier
 from sllm_node.schedule.driver import Service
 from sllm_node.server.app import Edge, Server
+from sllm_node.store.remote import RemoteTier
 from sllm_node.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -48,7 +50,10 @@ class Node:
         self._clock = clock
         self._started = clock.now()
         self._metrics = Metrics()
-        self._catalog = Catalog(Path(config.store.path))
+        self._remote = _remote_tier(config, self._metrics)
+        self._catalog = Catalog(
+            Path(config.store.path), None if self._remote is None else self._remote.cards
+        )
         self._devices: tuple[Device, ...] = ()
         self._store: Store
         self._engines: Engines
@@ -64,6 +69,8 @@ class Node:
         """
         self._open_store_folder()
         self._open_devices()
+        if self._remote is not None:
+            self._closing.push_async_callback(self._remote.close)
         await self._store.start()
         self._closing.push_async_callback(self._store.close)
         self._service = Service(
@@ -81,6 +88,8 @@ class Node:
                 metrics=self._metrics,
                 stalled=self._engines.stalled,
                 overview=self._overview,
+                catalog=self._catalog,
+                pull=self._pull,
             )
         )
         self.url = await server.start()
@@ -89,7 +98,7 @@ class Node:
         self._metrics.ready.set(1)
         self._notifier.ready(f"{self.url}, {self._describe()}")
         log.info("serving", extra={"url": self.url, **self._sizes()})
-        self._service.preload()
+        self._preload()
 
     async def stop(self, hurry: asyncio.Event) -> None:
         """Drain within the limit, or until `hurry` is set; then close everything."""
@@ -132,7 +141,9 @@ class Node:
         self._devices = open_devices(config.device, self._notifier)
         for device in self._devices:
             self._closing.callback(device.close)
-        self._store = Store(self._catalog, self._devices, config.store, clock, metrics)
+        self._store = Store(
+            self._catalog, self._devices, config.store, clock, metrics, remote=self._remote
+        )
         self._engines = Engines(self._devices, self._store, config.engine, clock, metrics)
         self._closing.callback(self._engines.close)
 
@@ -144,11 +155,25 @@ class Node:
                 checkpoints.append(self._catalog.get(model))
         await self._engines.warm(checkpoints)
 
+    def _preload(self) -> None:
+        """Ask for the models of the config; after the first look at the remotes if one is there."""
+        wanted = {name for name, model in self._config.models.items() if model.preload}
+        is_here = wanted.issubset(self._catalog.models())
+        if is_here or self._remote is None:
+            self._service.preload()
+        if self._remote is not None:
+            then = (lambda: None) if is_here else self._service.preload
+            self._run_beside(self._remote.keep_fresh(then), "remotes")
+
     def _watch(self) -> None:
         monitor = Monitor(
             self._clock, self._metrics, self._notifier, self._engines.stalled, self._describe
         )
-        task = asyncio.create_task(monitor.run(), name="monitor")
+        self._run_beside(monitor.run(), "monitor")
+
+    def _run_beside(self, work: Coroutine[None, None, None], name: str) -> None:
+        """Run `work` from now until the node closes."""
+        task = asyncio.create_task(work, name=name)
 
         async def end() -> None:
             task.cancel()
@@ -156,6 +181,10 @@ class Node:
                 await task
 
         self._closing.push_async_callback(end)
+
+    async def _pull(self, model: str) -> None:
+        if self._remote is not None:
+            await self._remote.pull(model)
 
     # --- what is shown ------------------------------------------------------------------------
 
@@ -173,7 +202,8 @@ class Node:
     def _overview(self) -> dict[str, Any]:
         """Return the node's own part of /admin/status."""
         store = self._store
-        bandwidth = {t.value: store.bandwidth(t) for t in (Tier.NVME, Tier.DRAM)}
+        tiers = (Tier.REMOTE, Tier.NVME, Tier.DRAM)
+        bandwidth = {tier.value: store.bandwidth(tier) for tier in tiers}
         return {
             "node": {
                 "id": self._config.node.id,
@@ -188,6 +218,7 @@ class Node:
                 "chunk_bytes": self._config.store.chunk_bytes,
             },
             "bandwidth": bandwidth,
+            "remotes": [] if self._remote is None else self._remote.status(),
         }
 
     def _device_overview(self, device: Device) -> dict[str, Any]:
@@ -209,6 +240,12 @@ class Node:
             "device_bytes": sum(device.memory_total for device in self._devices),
             "pool_bytes": self._store.pool_chunks * self._config.store.chunk_bytes,
         }
+
+
+def _remote_tier(config: Config, metrics: Metrics) -> RemoteTier | None:
+    if not config.remotes:
+        return None
+    return RemoteTier(config.remotes, config.store, metrics)
 
 
 async def _serve(config: Config) -> None:

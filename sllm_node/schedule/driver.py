@@ -403,13 +403,15 @@ class Service(Generic[CodecT]):
         self._telemetry.watch(model)
         self._last_ticket += 1
         residency = self._store.residency(model)
-        bytes_moved = max(0, checkpoint.index.size - residency.get(Tier.DEVICE, 0))
+        size = checkpoint.index.size
+        bytes_moved = max(0, size - residency.get(Tier.DEVICE, 0))
         from_nvme = max(0, bytes_moved - residency.get(Tier.DRAM, 0))
+        from_remote = min(from_nvme, size - residency.get(Tier.NVME, size))
         return Ticket(
             TicketId(self._last_ticket),
             model,
             self._engines.shares(checkpoint),
-            self._estimator.load_s(bytes_moved, from_nvme),
+            self._estimator.load_s(bytes_moved, from_nvme, from_remote),
             priority,
             keep_alive_s,
             is_session,

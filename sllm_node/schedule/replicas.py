@@ -183,6 +183,7 @@ class Replicas(Generic[CodecT]):
                 "bytes_from_dram": report.bytes_from_dram,
                 "bytes_from_sibling": report.bytes_from_sibling,
                 "bytes_kept": report.bytes_kept,
+                "bytes_from_remote": report.bytes_from_remote,
             }
         log.info("load finished", extra=fields)
 

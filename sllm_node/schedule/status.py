@@ -39,4 +39,6 @@ def _nearest_tier(state: ModelState, residency: dict[Tier, int], size: int) -> T
     """Return the nearest tier that holds all of a model."""
     if state is ModelState.READY:
         return Tier.DEVICE
-    return Tier.DRAM if residency.get(Tier.DRAM, 0) >= size else Tier.NVME
+    if residency.get(Tier.DRAM, 0) >= size:
+        return Tier.DRAM
+    return Tier.NVME if residency.get(Tier.NVME, size) >= size else Tier.REMOTE

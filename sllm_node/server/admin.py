@@ -1,6 +1,6 @@
-"""For operators: status, load, unload, pin, unpin, cancel, drain; and the probes and metrics."""
+"""For operators: status, load, unload, pin, unpin, cancel, drain, pull; and the probes and metrics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import asdict
 from typing import Any
 
@@ -27,8 +27,14 @@ class NoFields(msgspec.Struct, forbid_unknown_fields=True):
 class Admin:
     """The endpoints under /admin."""
 
-    def __init__(self, service: GenerationService, overview: Callable[[], dict[str, Any]]) -> None:
+    def __init__(
+        self,
+        service: GenerationService,
+        overview: Callable[[], dict[str, Any]],
+        pull: Callable[[str], Coroutine[None, None, None]],
+    ) -> None:
         self._service = service
+        self._pull = pull
         self._overview = overview
         """What the node knows and the service doesn't: node, device, pool, bandwidth."""
 
@@ -80,6 +86,12 @@ class Admin:
         await _body(http, NoFields)
         self._service.drain()
         return json_response({"draining": True})
+
+    async def pull(self, http: web.Request) -> web.Response:
+        """Bring a model from its remote onto NVMe; answers when all of it is there."""
+        await _body(http, NoFields)
+        await self._pull(http.match_info["id"])
+        return self._state_of(http)
 
     def _state_of(self, http: web.Request) -> web.Response:
         status = self._service.status(http.match_info["id"])

@@ -9,7 +9,7 @@ import hmac
 import logging
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import web
 
+from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import ServerConfig, is_loopback
@@ -36,6 +37,7 @@ from sllm_node.server.bodies import expect, receive
 from sllm_node.server.completions import Completions, current_job
 from sllm_node.server.connection import Connection, error_response
 from sllm_node.server.models import Models
+from sllm_node.server.peer import Peer
 from sllm_node.server.service import GenerationService
 
 log = logging.getLogger(__name__)
@@ -46,6 +48,8 @@ KEEPALIVE_S: Final = 75.0
 SHUTDOWN_S: Final = 1.0
 """For connections that are still open when the server closes; sessions were drained before."""
 BACKLOG: Final = 1024
+_QUIET: Final = ("/livez", "/readyz", "/health", "/metrics", "/peer/v1/checkpoints/{id}/{file}")
+"""Routes that are asked too often to tell each time that all is well."""
 _REQUEST_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _shown_id: Final[ContextVar[str]] = ContextVar("shown_id", default="")
 """The request's id as its client is told: its own, if it sent one."""
@@ -76,6 +80,9 @@ ROUTES: Final = (
     Route("POST", "/admin/models/{id}/unpin", "admin"),
     Route("POST", "/admin/requests/{id}/cancel", "admin"),
     Route("POST", "/admin/drain", "admin"),
+    Route("POST", "/admin/models/{id}/pull", "admin"),
+    Route("GET", "/peer/v1/checkpoints", "admin"),
+    Route("GET", "/peer/v1/checkpoints/{id}/{file}", "admin"),
 )
 
 
@@ -91,6 +98,10 @@ class Edge:
     """Why the engines don't move, or None."""
     overview: Callable[[], dict[str, Any]]
     """Node, device, pool and bandwidth for /admin/status."""
+    catalog: Catalog
+    """What peers may read."""
+    pull: Callable[[str], Coroutine[None, None, None]]
+    """Bring a checkpoint from its remote onto NVMe."""
 
 
 class Server:
@@ -166,12 +177,14 @@ async def _name(_: web.Request, response: web.StreamResponse) -> None:
 
 def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Handler]:
     models = Models(edge.service)
-    admin = Admin(edge.service, edge.overview)
+    admin = Admin(edge.service, edge.overview, edge.pull)
+    peer = Peer(edge.catalog)
     probes = Probes(edge.service, edge.stalled, edge.metrics.registry)
     found: Sequence[Handler] = (
         completions.chat, completions.complete, models.list, models.retrieve,
         probes.livez, probes.readyz, probes.health, probes.metrics,
         admin.status, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.drain,
+        admin.pull, peer.list, peer.file,
     )  # fmt: skip
     keys = ((route.method, route.path) for route in ROUTES)
     return dict(zip(keys, found, strict=True))
@@ -215,7 +228,7 @@ def _ids_and_logs(edge: Edge) -> Any:
 
 
 def _log_access(http: web.Request, route: str, status: int, seconds: float) -> None:
-    quiet = route in ("/livez", "/readyz", "/health", "/metrics") and status < 500
+    quiet = route in _QUIET and status < 400
     fields: dict[str, Any] = {
         "method": http.method,
         "path": http.path,

@@ -41,7 +41,15 @@ from sllm_node.store.pipeline import (
     call_on,
     run_in,
 )
-from sllm_node.store.reader import ShardFile, check_unit, close_shards, open_shards, read_unit
+from sllm_node.store.reader import (
+    ShardFile,
+    check_unit,
+    close_shards,
+    fetched_bytes,
+    open_shards,
+    read_unit,
+    stop_reads,
+)
 from sllm_node.store.residency import Unit
 from sllm_node.store.tier import Link
 
@@ -159,7 +167,9 @@ class Load:
     def _slowest(self) -> Tier:
         if self._source is not None or not self._moved.wanted:
             return Tier.DEVICE
-        return Tier.DRAM if self._moved.dram == self._moved.wanted else Tier.NVME
+        if self._moved.dram == self._moved.wanted:
+            return Tier.DRAM
+        return Tier.NVME if self.checkpoint.remote is None else Tier.REMOTE
 
     # --- the pipeline -------------------------------------------------------------------------
 
@@ -382,6 +392,7 @@ class Load:
             self._cached.clear()
             self._missing.clear()
             self._unpark()
+            stop_reads(self._files)
 
     def _finish_if_done(self) -> None:
         flights = self._mapping or self._reading or self._checking or self._copying
@@ -391,6 +402,7 @@ class Load:
 
     def _finish(self) -> None:
         self._ledger.end_load(self.model)
+        self._moved.remote = fetched_bytes(self._files)
         close_shards(self._files)
         self._files = ()
         if isinstance(self._error, CheckpointChangedError):
@@ -419,4 +431,5 @@ class Load:
             elapsed_s=now - self._started,
             first_copy_s=first_copy - self._asked,
             verified_bytes=moved.verified,
+            bytes_from_remote=moved.remote,
         )

@@ -35,8 +35,10 @@ class Observed:
         self._metrics.load_seconds.labels(source.value).observe(report.elapsed_s)
         self._metrics.first_copy_seconds.observe(report.first_copy_s)
         for tier, size in (
-            (Tier.NVME, report.bytes_from_nvme), (Tier.DRAM, report.bytes_from_dram),
+            (Tier.NVME, report.bytes_from_nvme - report.bytes_from_remote),
+            (Tier.DRAM, report.bytes_from_dram),
             (Tier.DEVICE, report.bytes_from_sibling),
+            (Tier.REMOTE, report.bytes_from_remote),
         ):  # fmt: skip
             self._metrics.load_bytes.labels(tier.value).inc(size)
         self._learn(source, report)
@@ -72,7 +74,8 @@ class Observed:
 
     def _learn(self, source: Tier, report: LoadReport) -> None:
         moved = report.bytes_total - report.bytes_kept
-        size = report.bytes_from_nvme if source is Tier.NVME else moved
+        sizes = {Tier.NVME: report.bytes_from_nvme, Tier.REMOTE: report.bytes_from_remote}
+        size = sizes.get(source, moved)
         if report.elapsed_s <= 0 or 2 * size < report.bytes_total:
             return  # one that came from both tiers, mostly from DRAM, tells of neither
         rate = size / report.elapsed_s
@@ -83,6 +86,8 @@ class Observed:
 
 
 def _source_of(report: LoadReport) -> Tier:
+    if report.bytes_from_remote:
+        return Tier.REMOTE
     if report.bytes_from_nvme:
         return Tier.NVME
     return Tier.DRAM if report.bytes_from_dram else Tier.DEVICE

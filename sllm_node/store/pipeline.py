@@ -85,6 +85,8 @@ class Moved:
     nvme: int = 0
     dram: int = 0
     sibling: int = 0
+    remote: int = 0
+    """Of those from NVMe: fetched first."""
     relayed: int = 0
     verified: int = 0
 

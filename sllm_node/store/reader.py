@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import xxhash
 
@@ -44,6 +44,16 @@ class ShardFile(Protocol):
         """Return what tells this file from another in its place."""
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class FetchedFile(Protocol):
+    """A shard whose bytes may come from afar: a read can take long, and is counted."""
+
+    fetched_bytes: int
+
+    def stop(self) -> None:
+        """Let reads under way end soon, with an error."""
 
 
 class FileSystem(Protocol):
@@ -187,6 +197,18 @@ def close_shards(files: tuple[ShardFile, ...]) -> None:
     for file in files:
         with suppress(OSError):
             file.close()
+
+
+def stop_reads(files: tuple[ShardFile, ...]) -> None:
+    """Let reads that may take long end soon: nobody wants their bytes any more."""
+    for file in files:
+        if isinstance(file, FetchedFile):
+            file.stop()
+
+
+def fetched_bytes(files: tuple[ShardFile, ...]) -> int:
+    """Return how many bytes of what was read from `files` came from afar."""
+    return sum(file.fetched_bytes for file in files if isinstance(file, FetchedFile))
 
 
 def read_unit(checkpoint: Checkpoint, file: ShardFile, unit: Unit, view: memoryview) -> None:

@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
@@ -27,6 +28,7 @@ from sllm_node.store.observed import Observed
 from sllm_node.store.pipeline import Machinery, Source, Target, call_on
 from sllm_node.store.pool import PinnedPool
 from sllm_node.store.reader import DirectFileSystem, FileSystem
+from sllm_node.store.remote import RemoteTier
 from sllm_node.store.residency import Residency, units_of
 from sllm_node.store.tier import DeviceTier
 
@@ -39,7 +41,7 @@ READS_PER_THREAD = 2
 class Store:
     """The tiers of one node."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what the node is made of, each once
         self,
         catalog: Catalog,
         devices: Sequence[Device],
@@ -48,6 +50,7 @@ class Store:
         metrics: Metrics,
         *,
         files: FileSystem | None = None,
+        remote: RemoteTier | None = None,
     ) -> None:
         assert devices
         self.on_load: Callable[[LoadReport], None] = lambda report: None
@@ -55,7 +58,10 @@ class Store:
         self._devices = tuple(devices)
         self._config = config
         self._clock = clock
-        self._files = files or DirectFileSystem(direct=config.direct_io)
+        self._remote = remote
+        self._files = files or (
+            DirectFileSystem(direct=config.direct_io) if remote is None else remote.files
+        )
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
         self._opened: dict[ModelId, Checkpoint] = {}
         """What the ledgers' rows were made of."""
@@ -153,14 +159,18 @@ class Store:
 
     def residency(self, model: ModelId) -> dict[Tier, int]:
         """Return the bytes of `model` on each tier; NVME has what the catalogue has."""
-        opened = self._opened.get(model)
-        size = opened.index.size if opened else self._catalog.get(model).index.size
+        opened = self._opened.get(model) or self._catalog.get(model)
+        size = opened.index.size
         cached = sum(tier.arena.filled_bytes(model) for tier in self._tiers.values())
-        return {
+        found = {
             Tier.DEVICE: size if self.is_on_device(model) else min(cached, size),
             Tier.DRAM: self._ledger.bytes_of(model),
             Tier.NVME: size,
         }
+        come = None if self._remote is None else self._remote.bytes_come(model)
+        if come is not None:
+            found[Tier.NVME], found[Tier.REMOTE] = come, opened.index.size
+        return found
 
     def on_devices(self, model: ModelId) -> dict[str, int]:
         """Return the bytes of `model` in the memory of each device that has any."""
@@ -318,7 +328,10 @@ class Store:
         self._know(checkpoint)
         targets = self._targets(model, placement)
         source = self._source(model, placement)
-        load = Load(checkpoint, targets, source, self._machinery, asked)
+        machinery = self._machinery
+        if checkpoint.remote is not None and self._remote is not None:
+            machinery = replace(machinery, readers=self._remote.readers)
+        load = Load(checkpoint, targets, source, machinery, asked)
         self._loads[model] = load
         self._waiters[model] = 0
         self._observed.show()
@@ -453,7 +466,9 @@ class Store:
         Raises:
             ModelBusyError: it is leased, pinned or loading there.
         """
-        assert tier is not Tier.NVME, "a checkpoint is removed from NVMe through the catalogue"
+        assert tier in (Tier.DEVICE, Tier.DRAM), (
+            "a checkpoint is removed from NVMe through the catalogue"
+        )
         if tier is Tier.DEVICE:
             self._evict_from_devices(model, reason, placement)
         elif self._ledger.knows(model):

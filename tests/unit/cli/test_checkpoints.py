@@ -6,7 +6,9 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from sllm_node.checkpoint.cards import Cards, pack_bits
 from sllm_node.cli.main import app, main
+from sllm_node.core.types import ModelId
 from tests.models import make_checkpoint, make_source
 
 
@@ -130,3 +132,23 @@ def test_bench_load_shows_loader_and_plain_reader_and_their_ratio(store, tmp_pat
     else:
         assert "loader / plain reader:" in shown
         assert "plain direct reader" in shown
+
+
+def test_what_a_remote_has_is_listed_and_what_came_of_it_removed(tmp_path):
+    made = make_checkpoint(tmp_path, "here")
+    cards = Cards(tmp_path)
+    files = {name: (made.path / name).read_bytes() for name in ("tensor_index.json", "config.json")}
+    cards.write(ModelId("far"), "r", files)
+    assert run("ls", "--store", tmp_path).stdout.count("remote") == 1
+    assert cards.get(ModelId("far")) is not None
+    shards = cards.root / "far"
+    (shards / "shard-00000.bin").write_bytes((made.path / "shard-00000.bin").read_bytes())
+    chunks = sum(len(shard.digests) for shard in made.index.shards)
+    (shards / "fetched.bits").write_bytes(pack_bits([True] * chunks))
+    listed = json.loads(run("ls", "--store", tmp_path, "--json").stdout)["checkpoints"]
+    assert [(c["name"], c["tier"]) for c in listed] == [("here", "nvme"), ("far", "remote")]
+    assert [c["fetched"] for c in listed] == [made.index.size] * 2
+    assert run("rm", "far", "--store", tmp_path).stdout == f"far: removed from {tmp_path}\n"
+    assert not (shards / "shard-00000.bin").exists()
+    listed = json.loads(run("ls", "--store", tmp_path, "--json").stdout)["checkpoints"]
+    assert listed[1]["fetched"] == 0

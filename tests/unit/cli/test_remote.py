@@ -15,7 +15,8 @@ REPORT = {
     "models": [
         {
             "id": "alpha", "state": "loading", "tier": "nvme", "bytes": 4096, "pinned": True,
-            "bytes_by_tier": {"device": 0, "dram": 1024}, "running": 0, "waiting": 2,
+            "bytes_by_tier": {"device": 0, "dram": 1024, "nvme": 2048, "remote": 4096},
+            "running": 0, "waiting": 2,
             "keep_alive_until_s": 30.0, "devices": ["cpu"],
             "progress": {"bytes_done": 1024, "bytes_total": 4096, "eta_s": 1.5},
         }
@@ -23,6 +24,9 @@ REPORT = {
     "devices": [{"name": "cpu", "used": 1 << 20, "cached": 1 << 10, "total": 1 << 30}],
     "pool": {"used": 1, "chunks": 4, "chunk_bytes": 1 << 20},
     "bandwidth": {"nvme": 1.5e9, "dram": None},
+    "remotes": [
+        {"name": "far", "url": "http://far/x", "state": "down", "problem": "gone", "models": ["a"]}
+    ],
     "sessions": [
         {
             "session": "r-1-0", "model": "alpha", "state": "waiting", "prompt_tokens": 7,
@@ -82,6 +86,8 @@ def test_status_shows_models_device_pool_and_sessions(node):
         "loading",
         "pinned, 25 %, 1.5 s left, on cpu",
         "1.0 MiB of 1.0 GiB used, 1.0 KiB cached",
+        "50 % fetched",
+        "remote far (http://far/x): down, 1 models: gone",
         "1 of 4 chunks",
         "1.50 GB/s",
         "r-1-0",
@@ -94,7 +100,7 @@ def test_status_as_json_is_the_report(node):
     assert json.loads(run("status", "--url", node.url, "--json").stdout) == REPORT
 
 
-@pytest.mark.parametrize("verb", ["load", "unload", "pin", "unpin"])
+@pytest.mark.parametrize("verb", ["load", "unload", "pull", "pin", "unpin"])
 def test_acts_on_a_model_are_posted_and_its_state_told(node, verb):
     node.answer = (200, {"state": "ready"})
     done = run(verb, "a/b", "--url", node.url, "--key", "k")

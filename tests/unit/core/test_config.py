@@ -115,3 +115,31 @@ def test_the_schema_describes_every_table():
 )
 def test_loopback_is_recognised(host, expected):
     assert is_loopback(host) is expected
+
+
+REMOTE = '[remotes.far]\nurl = "http://h/p"\n'
+
+
+def test_remotes_have_names_and_defaults():
+    remote = parse_config(REMOTE + "timeout_s = 5").remotes["far"]
+    assert (remote.url, remote.models, remote.fetch_threads, remote.timeout_s) == (
+        "http://h/p", (), 16, 5.0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[remotes.far]\n", "remotes.far.url: is missing"),
+        ('[remotes.far]\nurl = "ftp://h/p"', "remotes.far.url = 'ftp://h/p'"),
+        (REMOTE + "colour = 1", "remotes.far.colour: unknown key"),
+        (REMOTE + 'region = "x"', "remotes.far.region: means nothing for url = 'http://h/p'"),
+        ('[remotes.b]\nurl = "s3://b"\nkey_file = "k"', "remotes.b.key_file: means nothing"),
+        ("remotes = 1", "remotes must be a table of tables, as in [remotes.NAME]"),
+        ("[remotes]\nfar = 1", "remotes.far must be a table"),
+    ],
+)
+def test_what_is_wrong_with_a_remote_is_told(text, problem):
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text)
+    assert problem in str(caught.value)

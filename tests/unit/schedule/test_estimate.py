@@ -36,3 +36,11 @@ def test_a_load_that_tells_nothing_changes_nothing(total, elapsed_s):
     estimator = LoadEstimator()
     estimator.observe(report(total, total, elapsed_s))
     assert estimator.load_s(10**9, 10**9) == pytest.approx(1.0)
+
+
+def test_what_is_at_a_remote_comes_at_the_remotes_rate():
+    estimator = LoadEstimator()
+    assert estimator.load_s(10**9, 10**9, 10**9) == pytest.approx(10.0)
+    estimator.observe(LoadReport(ModelId("a"), 10**9, 10**9, 0, 0, 0, 0, 2.0, 0.0, 0, 10**9))
+    assert estimator.load_s(10**9, 10**9, 10**9) == pytest.approx(2.0)
+    assert estimator.load_s(10**9, 10**9) == pytest.approx(1.0)

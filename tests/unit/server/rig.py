@@ -1,9 +1,11 @@
 """A server on loopback before a fake service."""
 
 import contextlib
+from pathlib import Path
 
 import aiohttp
 
+from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.clock import ManualClock
 from sllm_node.core.config import ServerConfig
 from sllm_node.core.metrics import Metrics
@@ -14,12 +16,13 @@ from tests.unit.server.fake_service import FakeService
 class Rig:
     """What a test holds."""
 
-    def __init__(self, http, **config):
+    def __init__(self, http, store=None, **config):
         self.http = http
         self.url = ""
         self.service = FakeService()
         self.metrics = Metrics()
         self.stall = None
+        self.pulled = []
         self.server = Server(
             Edge(
                 service=self.service,
@@ -28,8 +31,13 @@ class Rig:
                 metrics=self.metrics,
                 stalled=lambda: self.stall,
                 overview=lambda: {"node": {"id": "n"}},
+                catalog=Catalog(store or Path("/nonexistent")),
+                pull=self._pull,
             )
         )
+
+    async def _pull(self, model):
+        self.pulled.append(model)
 
     async def post(self, path, body, **headers):
         """Return status, JSON and headers."""
@@ -51,9 +59,9 @@ class Rig:
 
 
 @contextlib.asynccontextmanager
-async def serving(**config):
+async def serving(*, store=None, **config):
     async with aiohttp.ClientSession() as http:
-        made = Rig(http, **config)
+        made = Rig(http, store, **config)
         made.url = await made.server.start()
         try:
             yield made

@@ -1,0 +1,173 @@
+"""Bytes of a remote's files, through obstore: HTTP (a peer too) and S3 behind one small class.
+
+obstore is the Python face of Rust's object_store; its calls wait without the interpreter's lock, so
+they are made from plain threads. Its own retries are off: ours go on in the middle of a range, are
+counted, and stop when the load does.
+"""
+
+import configparser
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from threading import Event
+from typing import Any, Final
+
+import msgspec
+
+from sllm_node.core.config import RemoteConfig
+from sllm_node.core.errors import (
+    ConfigError,
+    RemoteDeniedError,
+    RemoteError,
+    RemoteNotFoundError,
+    RemoteUnreachableError,
+)
+
+_STREAM_BYTES: Final = 1 << 20
+"""Memory of a request under way, beside what the system buffers."""
+_CONNECT_S: Final = 5.0
+EXTRA: Final = "pip install 'sllm-node[remote]'"
+
+
+class _Listed(msgspec.Struct):
+    name: str
+
+
+class _Listing(msgspec.Struct):
+    checkpoints: tuple[_Listed, ...]
+
+
+class Transport:
+    """The files of one remote. Called from threads."""
+
+    def __init__(self, name: str, config: RemoteConfig) -> None:
+        self.name = name
+        self._config = config
+        self._obstore = _import_obstore(name)
+        self._store: Any = _make_store(name, config)
+
+    def read_all(self, path: str, limit: int) -> bytes:
+        """Return a whole file.
+
+        Raises:
+            RemoteError: it can't be had, or is larger than `limit`.
+        """
+        with self._errors_named(path):
+            result = self._obstore.get(self._store, path)
+            if result.meta["size"] > limit:
+                raise RemoteError(self.name, path, f"has more than {limit} bytes")
+            return bytes(result.bytes())
+
+    def read_some(self, path: str, view: memoryview, offset: int, stop: Event) -> Iterator[int]:
+        """Fill `view` from byte `offset` of a file; yield how many bytes came each time.
+
+        Raises:
+            RemoteError: the rest can't be had now.
+        """
+        done = 0
+        with self._errors_named(path):
+            options = {"range": (offset, offset + len(view))}
+            result = self._obstore.get(self._store, path, options=options)
+            for piece in result.stream(min_chunk_size=_STREAM_BYTES):
+                if stop.is_set() or done + len(piece) > len(view):
+                    break
+                view[done : done + len(piece)] = piece
+                done += len(piece)
+                yield len(piece)
+        if done < len(view) and not stop.is_set():
+            raise RemoteUnreachableError(self.name, path, f"{done} of {len(view)} bytes came")
+
+    def models(self) -> tuple[str, ...]:
+        """Return the names of the checkpoints at the remote.
+
+        Raises:
+            RemoteError: it does not tell.
+        """
+        if self._config.models:
+            return self._config.models
+        if self._config.url.startswith("s3:"):
+            with self._errors_named("the list of checkpoints"):
+                found = self._obstore.list_with_delimiter(self._store)["common_prefixes"]
+                return tuple(sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found))
+        data = self.read_all("", 1 << 24)
+        try:
+            return tuple(one.name for one in msgspec.json.decode(data, type=_Listing).checkpoints)
+        except msgspec.MsgspecError as error:
+            problem = (
+                f"{self._config.url} is no peer's list; name them in remotes.{self.name}.models"
+            )
+            raise RemoteError(self.name, "the list of checkpoints", problem) from error
+
+    @contextmanager
+    def _errors_named(self, path: str) -> Iterator[None]:
+        """Turn what obstore raises inside into our errors."""
+        known = self._obstore.exceptions
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise RemoteNotFoundError(self.name, path, "is not there") from error
+        except (known.PermissionDeniedError, known.UnauthenticatedError) as error:
+            problem = f"is refused, see the remote's credentials: {_first_line(error)}"
+            raise RemoteDeniedError(self.name, path, problem) from error
+        except known.NotSupportedError as error:
+            problem = "the server sends no ranges of a file (HTTP Range)"
+            raise RemoteError(self.name, path, problem) from error
+        except (known.BaseError, OSError, ValueError) as error:
+            raise RemoteUnreachableError(self.name, path, _first_line(error)) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _import_obstore(name: str) -> Any:
+    try:
+        importlib.import_module("obstore.store")
+        importlib.import_module("obstore.exceptions")
+        return importlib.import_module("obstore")
+    except ImportError as error:
+        problem = f"remotes.{name}: remotes need the extra 'remote': {EXTRA}"
+        raise ConfigError("config", (problem,)) from error
+
+
+def _make_store(name: str, config: RemoteConfig) -> Any:
+    stores = importlib.import_module("obstore.store")
+    limit = timedelta(seconds=config.timeout_s)
+    connect = timedelta(seconds=min(_CONNECT_S, config.timeout_s))
+    client: dict[str, Any] = {"timeout": limit, "connect_timeout": connect, "allow_http": True}
+    retry = {"max_retries": 0, "retry_timeout": limit}
+    try:
+        if not config.url.startswith("s3:"):
+            if config.key_file is not None:
+                key = Path(config.key_file).read_text(encoding="utf-8").strip()
+                client["default_headers"] = {"Authorization": f"Bearer {key}"}
+            url = config.url.rstrip("/")
+            return stores.HTTPStore.from_url(url, client_options=client, retry_config=retry)
+        return stores.S3Store.from_url(
+            config.url, config=_s3_options(config), client_options=client, retry_config=retry
+        )
+    except Exception as error:
+        problem = f"remotes.{name}: can't be used: {_first_line(error)}"
+        raise ConfigError("config", (problem,)) from error
+
+
+def _s3_options(config: RemoteConfig) -> dict[str, Any]:
+    """Return what the config says; the rest comes from the AWS_ variables or the machine's role."""
+    options: dict[str, Any] = {"virtual_hosted_style_request": config.endpoint is None}
+    if config.endpoint is not None:
+        options["endpoint"] = config.endpoint
+    if config.region is not None:
+        options["region"] = config.region
+    if config.anonymous:
+        options["skip_signature"] = True
+    if config.credentials_file is not None:
+        parser = configparser.ConfigParser()
+        parser.read_string(Path(config.credentials_file).read_text(encoding="utf-8"))
+        section = parser["default"]
+        options["access_key_id"] = section["aws_access_key_id"]
+        options["secret_access_key"] = section["aws_secret_access_key"]
+        if "aws_session_token" in section:
+            options["session_token"] = section["aws_session_token"]
+    return options

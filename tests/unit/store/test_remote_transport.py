@@ -1,0 +1,140 @@
+"""The same over S3, as moto's server speaks it, and what a config can get wrong."""
+
+import contextlib
+import subprocess
+import sys
+from threading import Event
+
+import pytest
+
+pytest.importorskip("obstore")
+
+import obstore
+from obstore.store import S3Store
+
+from sllm_node.core.config import RemoteConfig
+from sllm_node.core.errors import ConfigError, RemoteDeniedError, RemoteError, RemoteNotFoundError
+from sllm_node.store import remote_transport
+from sllm_node.store.remote_transport import Transport
+from tests.unit.store.remote_rig import Node, make_remote
+
+SERVER = (
+    "import sys; from moto.server import ThreadedMotoServer\n"
+    "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0); server.start()\n"
+    "print('READY', *server.get_host_and_port(), flush=True); sys.stdin.read(); server.stop()"
+)
+BUCKET = (
+    "import sys, boto3\n"
+    "boto3.client('s3', endpoint_url=sys.argv[1], region_name='us-east-1',"
+    " aws_access_key_id='k', aws_secret_access_key='s').create_bucket(Bucket='models')"
+)
+
+
+@pytest.fixture(scope="module")
+def endpoint():
+    pytest.importorskip("moto")
+    command = [sys.executable, "-W", "ignore", "-c", SERVER]
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    ready = next(line for line in child.stdout if line.startswith("READY"))
+    _, host, port = ready.split()
+    yield f"http://{host}:{port}"
+    child.communicate("")
+
+
+@pytest.fixture
+def bucket(endpoint, tmp_path):
+    """A bucket with the checkpoints a and b under a prefix."""
+    made = make_remote(tmp_path / "made", "ab")
+    options = {
+        "endpoint": endpoint,
+        "access_key_id": "k",
+        "secret_access_key": "s",
+        "region": "us-east-1",
+    }
+    subprocess.run([sys.executable, "-W", "ignore", "-c", BUCKET, endpoint], check=True)
+    store = S3Store("models", config=options, client_options={"allow_http": True})
+    for path in (tmp_path / "made").rglob("*.*"):
+        if path.is_file():
+            obstore.put(store, f"v1/{path.relative_to(tmp_path / 'made')}", path.read_bytes())
+    keys = tmp_path / "credentials"
+    keys.write_text("[default]\naws_access_key_id = k\naws_secret_access_key = s\n")
+    made.config = {
+        "url": "s3://models/v1", "endpoint": endpoint, "region": "us-east-1",
+        "credentials_file": str(keys),
+    }  # fmt: skip
+    return made
+
+
+async def test_a_bucket_is_listed_and_loaded_from(bucket, tmp_path):
+    async with Node(tmp_path / "n", {"s3": bucket.config}) as node:
+        assert node.catalog.models() == ("a", "b")
+        assert await node.load("a") == bucket.bytes["a"]
+        node.unload("a")
+        await node.tier.pull("b")
+        assert await node.load("b") == bucket.bytes["b"]
+        node.unload("b")
+    assert sorted(path.name for path in (tmp_path / "n").iterdir()) == [".remote", "a", "b"]
+
+
+def test_what_a_bucket_lacks_is_not_found(bucket):
+    transport = Transport("s3", RemoteConfig(**bucket.config))
+    with pytest.raises(RemoteNotFoundError, match="remote 's3': a/nothing: is not there"):
+        transport.read_all("a/nothing", 100)
+    view = memoryview(bytearray(4096))
+    assert sum(transport.read_some("a/shard-00000.bin", view, 8192, Event())) == 4096
+    assert bytes(view) == bucket.bytes["a"][8192:12288]
+
+
+# --- over HTTP --------------------------------------------------------------------------------------
+
+
+async def in_thread(call):
+    import asyncio
+
+    return await asyncio.get_running_loop().run_in_executor(None, call)
+
+
+async def test_a_server_that_is_no_peer_needs_its_models_named(tmp_path):
+    remote = make_remote(tmp_path / "remote")
+    async with remote.serving():
+        transport = Transport("r", RemoteConfig(url=remote.url + "/a/config.json"))
+        with pytest.raises(RemoteError, match=r"name them in remotes\.r\.models"):
+            await in_thread(transport.models)
+        named = Transport("r", RemoteConfig(url=remote.url, models=("a",)))
+        assert await in_thread(named.models) == ("a",)
+
+
+async def test_a_file_beyond_its_limit_is_refused(tmp_path):
+    remote = make_remote(tmp_path / "remote")
+    async with remote.serving():
+        transport = Transport("r", RemoteConfig(url=remote.url))
+        with pytest.raises(RemoteError, match="more than 10 bytes"):
+            await in_thread(lambda: transport.read_all("a/config.json", 10))
+
+
+def test_a_key_file_that_is_not_there_is_an_error_of_the_config(tmp_path):
+    with pytest.raises(ConfigError, match=r"remotes\.r: can't be used: .*No such file"):
+        Transport("r", RemoteConfig(url="http://x/y", key_file=str(tmp_path / "none")))
+
+
+def test_credentials_without_keys_are_an_error_of_the_config(tmp_path):
+    (tmp_path / "file").write_text("[default]\n")
+    config = RemoteConfig(url="s3://b/p", credentials_file=str(tmp_path / "file"))
+    with pytest.raises(ConfigError, match="aws_access_key_id"):
+        Transport("r", config)
+
+
+def test_keys_come_from_the_environment_where_the_config_names_none():
+    config = RemoteConfig(url="s3://b/p", anonymous=True)
+    options = remote_transport._s3_options(config)
+    assert options == {"virtual_hosted_style_request": True, "skip_signature": True}
+
+
+def test_errors_of_the_library_have_one_line():
+    with contextlib.suppress(RemoteDeniedError):
+        assert remote_transport._first_line(ValueError("a\nb")) == "a"
+    assert remote_transport._first_line(ValueError()) == "ValueError"
