@@ -1,0 +1,9 @@
+// Integer types and loads for every kernel here: no toolkit header is needed to compile them.
+#pragma once
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+const u32 ALL_LANES = 0xffffffffu;
