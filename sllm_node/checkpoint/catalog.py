@@ -76,6 +76,20 @@ def open_for_verify(path: Path) -> Checkpoint:
     return Checkpoint(ModelId(path.name), path, _read_index(path), ())
 
 
+def require_raw(folder: Path, index: TensorIndex) -> None:
+    """Refuse a checkpoint with codecs where nothing decodes.
+
+    Raises:
+        CheckpointFormatError: it has them.
+    """
+    if index.is_encoded:
+        raise CheckpointFormatError(
+            str(folder / INDEX_FILE),
+            f"is encoded ({index.codec}), which this release can't load; "
+            f"'sllm-node recode {folder.name} --codec raw' makes it loadable",
+        )
+
+
 def _read_index(path: Path) -> TensorIndex:
     index_path = path / INDEX_FILE
     try:
@@ -93,9 +107,9 @@ def _shard_identity(folder: Path, shard: Shard) -> ShardIdentity:
         identity = identity_of(path.stat())
     except OSError as error:
         raise CheckpointFormatError(str(path), f"can't be read: {error.strerror}") from error
-    if identity.size != shard.size:
+    if identity.size != shard.file_size:
         raise CheckpointFormatError(
-            str(path), f"has {identity.size} bytes, the index says {shard.size}; convert again"
+            str(path), f"has {identity.size} bytes, the index says {shard.file_size}; convert again"
         )
     return identity
 
@@ -118,11 +132,17 @@ class _Opened:
 
 
 class Catalog:
-    """The checkpoints of one store folder."""
+    """The checkpoints of one store folder.
 
-    def __init__(self, root: Path, elsewhere: Elsewhere | None = None) -> None:
+    Those with codecs are problems unless `encoded` says that whoever asks can decode.
+    """
+
+    def __init__(
+        self, root: Path, elsewhere: Elsewhere | None = None, *, encoded: bool = False
+    ) -> None:
         self.root = root
         self._elsewhere = elsewhere
+        self._encoded = encoded
         self.problems: dict[str, SllmError] = {}
         """Folders that hold no usable checkpoint, as of the last look at each."""
         self._opened: dict[ModelId, _Opened] = {}
@@ -167,6 +187,8 @@ class Catalog:
                 str(path / INDEX_FILE), f"can't be read: {error.strerror}"
             ) from error
         checkpoint = open_checkpoint(path)
+        if not self._encoded:
+            require_raw(path, checkpoint.index)
         self._opened[model] = _Opened(checkpoint, index_identity)
         self.problems.pop(model, None)
         return checkpoint

@@ -6,15 +6,10 @@ from typing import Final
 import numpy as np
 
 from sllm_node.codec import exponent
+from sllm_node.codec.names import RAW
 from sllm_node.codec.planes import Bytes
 from sllm_node.core.errors import CodecError
 
-RAW: Final = "raw"
-EXPONENT: Final = "exp"
-"""The family of codecs, as people name it; a chunk has the one for its dtype."""
-AUTO: Final = "auto"
-"""Whatever is best now."""
-CHOICES: Final = (AUTO, RAW, EXPONENT)
 CODECS: Final = (RAW, *exponent.FORMATS)
 """What a chunk may have."""
 WORTH: Final = 0.97

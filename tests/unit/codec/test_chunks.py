@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
-from sllm_node.codec.chunks import CODECS, RAW, codec_for, decode_chunk, encode_chunk
+from sllm_node.codec.chunks import CODECS, codec_for, decode_chunk, encode_chunk
 from sllm_node.codec.exponent import BF16
+from sllm_node.codec.names import RAW
 from sllm_node.core.errors import CodecError
 from tests.unit.codec.cases import numbers
 
