@@ -7,11 +7,22 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CUDA = [("device", name) for name in ("cuda.py", "kernels.py", "nvrtc.py")]
 LIGHT = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in ("core", "checkpoint", "device", "store", "schedule", "server", "cli", "node")
+    for folder in (
+        "core",
+        "codec",
+        "checkpoint",
+        "device",
+        "store",
+        "schedule",
+        "server",
+        "cli",
+        "node",
+    )
     for path in sorted((ROOT / "sllm_node" / folder).glob("*.py"))
-    if path.name != "__init__.py" and path.parts[-2:] != ("device", "cuda.py")
+    if path.name != "__init__.py" and path.parts[-2:] not in CUDA
 ]
 HEAVY = ("torch", "transformers", "cuda")
 
@@ -22,7 +33,7 @@ def run(code):
     )
 
 
-@pytest.mark.parametrize("package", ["core", "checkpoint", "device", "store", "cli"])
+@pytest.mark.parametrize("package", ["core", "codec", "checkpoint", "device", "store", "cli"])
 def test_light_packages_import_without_the_heavy_ones(package):
     modules = [name for name in LIGHT if name.split(".")[1] == package]
     code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY} if m in sys.modules])"
