@@ -87,6 +87,13 @@ class Bench:
                 float(cuda.check("time", driver.cuEventElapsedTime(*self.events))) / 1e3 / LAUNCHES
             )
 
+    def close(self) -> None:
+        """Free everything."""
+        self.kernels.close()
+        self.stream.close()
+        for buffer in (self.encoded, self.output, self.table, self.results):
+            buffer.close()
+
     def copy(self) -> None:
         """Enqueue a copy of all of the buffer."""
         driver.cuMemcpyDtoDAsync(
@@ -175,10 +182,7 @@ def main() -> None:
                 ceiling=statistics.median(copies),
                 note=f"chunks of {options.chunk_mib:g} MiB; the ceiling counts bytes read and written",
             )  # fmt: skip
-        bench.kernels.close()
-        bench.stream.close()
-        for buffer in (bench.encoded, bench.output, bench.table, bench.results):
-            buffer.close()
+        bench.close()
 
 
 if __name__ == "__main__":

@@ -51,9 +51,21 @@ def decode_chunk(codec: str, encoded: memoryview, size: int) -> Bytes:
     Raises:
         CodecError: the bytes are none that the codec writes.
     """
+    decoded = np.empty(size, np.uint8)
+    decode_chunk_into(codec, encoded, decoded)
+    return decoded
+
+
+def decode_chunk_into(codec: str, encoded: memoryview, decoded: Bytes) -> None:
+    """Fill `decoded`, aligned to 4 bytes, with what `encoded`, which may be padded, stands for.
+
+    Raises:
+        CodecError: the bytes are none that the codec writes.
+    """
     stored = np.frombuffer(encoded, np.uint8)
     if codec != RAW:
-        return exponent.decode(exponent.FORMATS[codec], stored, size)
-    if len(stored) < size:
-        raise CodecError(codec, f"it holds {len(stored)} bytes where {size} are expected")
-    return stored[:size]
+        exponent.decode_into(exponent.FORMATS[codec], stored, decoded)
+        return
+    if len(stored) < len(decoded):
+        raise CodecError(codec, f"it holds {len(stored)} bytes where {len(decoded)} are expected")
+    np.copyto(decoded, stored[: len(decoded)])

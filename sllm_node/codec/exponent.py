@@ -156,6 +156,18 @@ def decode(layout: FloatFormat, encoded: Bytes, size: int) -> Bytes:
     Raises:
         CodecError: it is damaged.
     """
+    decoded = np.empty(size, np.uint8)
+    decode_into(layout, encoded, decoded)
+    return decoded
+
+
+def decode_into(layout: FloatFormat, encoded: Bytes, decoded: Bytes) -> None:
+    """Fill `decoded`, aligned to 4 bytes, with what `encoded` stands for.
+
+    Raises:
+        CodecError: it is damaged; `decoded` is as it was.
+    """
+    size = len(decoded)
     header = _read_header(layout, encoded, size)
     count = size // layout.width
     places = _places(layout, count, header.seconds, header.thirds)
@@ -178,10 +190,7 @@ def decode(layout: FloatFormat, encoded: Bytes, size: int) -> Bytes:
     elements <<= layout.shift
     _unpack_rest(layout, encoded, places, elements)
     words = elements.view("<u4")
-    decoded = words << 31
-    words >>= 1
-    decoded |= words
-    return decoded.view(np.uint8)
+    np.bitwise_or(words >> 1, words << 31, out=decoded[: size // 4 * 4].view("<u4"))
 
 
 def _each_first(first: Bytes, values: Bytes) -> Bytes:
