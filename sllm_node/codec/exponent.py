@@ -47,7 +47,7 @@ from sllm_node.core.errors import CodecError
 BLOCK: Final = 4096
 """Elements that one warp decodes."""
 HEADER_BYTES: Final = 64
-DECODED_BYTES_MAX: Final = 1 << 30
+DECODED_BYTES_MAX: Final = 1 << 28
 
 _MAGIC: Final = b"SLX1"
 _HEADER: Final = struct.Struct("<4sB3xQII10s30x")
