@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,15 @@ def test_help_is_shown_without_torch():
     done = run(code)
     assert "check-config" in done.stdout
     assert done.stdout.strip().endswith("HEAVY []")
+
+
+def test_every_package_and_the_kernels_go_into_a_wheel():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]
+    found = {path.parent for path in (ROOT / "sllm_node").rglob("__init__.py")}
+    names = {".".join(path.relative_to(ROOT).parts) for path in found}
+    assert set(setuptools["packages"]) == {*names, "sllm_node._kernels"}
+    assert setuptools["package-dir"] == {"sllm_node._kernels": "kernels"}
+    patterns = setuptools["package-data"]["sllm_node._kernels"]
+    assert {path.suffix for path in (ROOT / "kernels").iterdir()} == {p[1:] for p in patterns}
