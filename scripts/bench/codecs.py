@@ -171,7 +171,8 @@ def main() -> None:
     if options.record:
         ratio, rate = checkpoint_ratio()
         note = f"first 8 of 32 layers, mean 0, deviation 0.02; written at {rate:.0f} MB/s"
-        record("codec_ratio_gaussian_bf16", ratio, [ratio], note=note)
+        command = "python -m scripts.bench.codecs --record"
+        record("codec_ratio_gaussian_bf16", ratio, [ratio], note=note, command=command)
         print(ratio, note)
         return
     print("| weights | codec | ratio | bound | encode MB/s | with threads | decode MB/s |")

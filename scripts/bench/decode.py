@@ -180,6 +180,7 @@ def main() -> None:
             record(
                 "decode_kernel_gbps", statistics.median(rates), rates,
                 ceiling=statistics.median(copies),
+                command=f"python -m scripts.bench.decode --gib {options.gib:g} --chunk-mib {options.chunk_mib:g} --record",
                 note=f"chunks of {options.chunk_mib:g} MiB; the ceiling counts bytes read and written",
             )  # fmt: skip
         bench.close()
