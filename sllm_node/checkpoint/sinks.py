@@ -23,7 +23,7 @@ THREADS: Final = min(16, len(os.sched_getaffinity(0)))
 """That encode; numpy lets them run at once."""
 RAW_CHUNK_BYTES: Final = 16 * MIB
 ENCODED_CHUNK_BYTES: Final = 2 * MIB
-"""Small enough that whole encoded chunks, of uneven sizes, fill a chunk of the pool to 96 %."""
+"""Small enough that whole encoded chunks, of uneven sizes, fill a chunk of the pool to 97 %."""
 
 
 def chunk_bytes_or_default(chunk_bytes: int | None, codec: str) -> int:
