@@ -203,6 +203,41 @@ async def clone(run: Run) -> None:
     await store.close()
 
 
+async def neighbour(run: Run) -> None:
+    """What lending its link costs a sibling that decodes: a step that reads 8 GB of its memory."""
+    store = await store_of(run, relay=True)
+    await store.prefetch(run.model)
+    load = loader(run, store, run.whole(0), "operator", cold=False)
+    await load()
+    name = torch_name(run.devices[1].name)
+    weight = torch.ones(1 << 20, 4096, dtype=torch.bfloat16, device=name)
+    token = torch.ones(4096, 1, dtype=torch.bfloat16, device=name)
+    for _ in range(run.rounds):
+        for contestant in ("step alone", "step, link lent"):
+            lending = contestant != "step alone"
+            loading = asyncio.create_task(load()) if lending else None
+            await asyncio.sleep(0.02)
+            run.note(contestant, await asyncio.to_thread(_steps, weight, token))
+            if loading is not None:
+                await loading
+    del weight, token
+    torch.cuda.empty_cache()
+    await store.close()
+
+
+def _steps(weight: torch.Tensor, token: torch.Tensor) -> float:
+    """Return the seconds of a step, of ten in a row."""
+    with torch.cuda.device(weight.device):
+        make: Any = torch.cuda.Event
+        begin, end = make(enable_timing=True), make(enable_timing=True)
+        begin.record()
+        for _ in range(10):
+            weight @ token
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e4
+
+
 async def small_pool(run: Run) -> None:
     """From storage through a pool of 1 GiB."""
     store = await store_of(run, relay=False, pool_bytes=ByteSize(GIB))
@@ -211,7 +246,14 @@ async def small_pool(run: Run) -> None:
     await store.close()
 
 
-SCENARIOS = {"dram": dram, "disk": disk, "relay": relay, "clone": clone, "small-pool": small_pool}
+SCENARIOS = {
+    "dram": dram,
+    "disk": disk,
+    "relay": relay,
+    "clone": clone,
+    "neighbour": neighbour,
+    "small-pool": small_pool,
+}
 
 
 def summary(run: Run) -> dict[str, Any]:
