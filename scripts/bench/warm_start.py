@@ -33,6 +33,8 @@ from sllm_node.node.systemd import Notifier
 from tests.models import make_checkpoint
 
 WARM_UP: Final = 5
+PAUSE_S: Final = 0.03
+"""After a model has left, so that its memory has been given back to the system."""
 CONFIG = """
 [store]
 path = "{store}"
@@ -90,6 +92,7 @@ async def measure(config: Config, stream: type, requests: int) -> dict[str, list
             for number in range(requests + WARM_UP):
                 while node.is_on_device(ModelId("one")):  # noqa: ASYNC110 - a benchmark may wait so
                     await asyncio.sleep(0)
+                await asyncio.sleep(PAUSE_S)
                 copied.reset()
                 stepped.reset()
                 start = await ask(http, node.url, "one", keep_alive=0)
