@@ -86,6 +86,9 @@ def same_bytes(run: Run, lease: Lease) -> bool:
     return True
 
 
+SMALL_POOL_BYTES = GIB // 2
+
+
 async def store_of(run: Run, **config: Any) -> Store:
     """Start a store on the run's devices."""
     catalog = Catalog(run.checkpoint.path.parent)
@@ -161,18 +164,26 @@ async def dram(run: Run) -> None:
 
 
 async def disk(run: Run) -> None:
-    """From storage to one device."""
+    """From storage to one device, through a pool that keeps all and through one that keeps little."""
     store = await store_of(run, relay=False)
+    small = await store_of(run, relay=False, pool_bytes=ByteSize(SMALL_POOL_BYTES))
     reader = PlainReader(run.checkpoint, run.config, run.devices[0])
     clock = MonotonicClock()
 
     async def read() -> float:
         return await asyncio.to_thread(reader.read, clock)
 
+    async def read_hot() -> float:
+        return await asyncio.to_thread(reader.read, clock, hot=True)
+
     ours = loader(run, store, run.whole(0), "operator", cold=True)
-    await run.rounds_of(("reader", read), ("ours", ours))
+    through = loader(run, small, run.whole(0), "operator", cold=True)
+    await run.rounds_of(
+        ("reader", read), ("ours", ours), ("hot reader", read_hot), ("ours, small pool", through)
+    )
     reader.close()
     await store.close()
+    await small.close()
 
 
 async def relay(run: Run) -> None:
