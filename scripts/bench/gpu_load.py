@@ -14,7 +14,9 @@ import json
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +81,19 @@ def same_bytes(run: Run, lease: Lease) -> bool:
     """Compare every byte on the device."""
     (part,) = lease.parts
     flat = torch.as_tensor(part.buffer.array, device=torch_name(part.part.device))
-    for place, seed, size in shapes.chunks(run.checkpoint.index, run.seed):
-        wanted = torch.frombuffer(bytearray(shapes.chunk_bytes(seed, size)), dtype=torch.uint8)
-        if not torch.equal(flat[place : place + size], wanted.to(flat.device)):
-            return False
+    with ThreadPoolExecutor(cpu_count() or 1) as threads:
+        made = list(shapes.chunks(run.checkpoint.index, run.seed))
+        for start in range(0, len(made), COMPARED_AT_ONCE):
+            some = made[start : start + COMPARED_AT_ONCE]
+            wanted = threads.map(lambda chunk: shapes.chunk_bytes(chunk[1], chunk[2]), some)
+            for (place, _, size), data in zip(some, wanted, strict=True):
+                host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                if not torch.equal(flat[place : place + size], host.to(flat.device)):
+                    return False
     return True
 
 
+COMPARED_AT_ONCE = 128
 SMALL_POOL_BYTES = GIB // 2
 
 

@@ -30,7 +30,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId
-from sllm_node.store.reader import DirectFileSystem
+from sllm_node.store.reader import file_system
 from sllm_node.store.remote_disk import CardDisk, Writers
 from sllm_node.store.remote_fetch import INDEX_BYTES_MAX, Files, Remote
 from sllm_node.store.remote_file import RemoteFileSystem
@@ -103,7 +103,7 @@ class RemoteTier:
         self._lock = threading.Lock()
         self._partials: dict[ModelId, Partial] = {}
         self._pulls: dict[ModelId, _Pulling] = {}
-        local = DirectFileSystem(direct=store.direct_io)
+        local = file_system(store)
         self.files = RemoteFileSystem(self.path / CARDS_FOLDER, self, local)
         self.readers = ThreadPoolExecutor(store.reader_threads, "sllm-read-remote")
         """For loads: a slow remote must not keep those waiting that read the disk."""

@@ -27,7 +27,7 @@ from sllm_node.store.loader import Load
 from sllm_node.store.observed import Observed
 from sllm_node.store.pipeline import Machinery, Source, Target, call_on
 from sllm_node.store.pool import PinnedPool
-from sllm_node.store.reader import DirectFileSystem, FileSystem
+from sllm_node.store.reader import FileSystem, file_system
 from sllm_node.store.remote import RemoteTier
 from sllm_node.store.residency import Residency, units_of
 from sllm_node.store.tier import DeviceTier
@@ -59,9 +59,7 @@ class Store:
         self._config = config
         self._clock = clock
         self._remote = remote
-        self._files = files or (
-            DirectFileSystem(direct=config.direct_io) if remote is None else remote.files
-        )
+        self._files = files or (file_system(config) if remote is None else remote.files)
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
         self._opened: dict[ModelId, Checkpoint] = {}
         """What the ledgers' rows were made of."""

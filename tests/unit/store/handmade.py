@@ -108,7 +108,7 @@ class Rig:
         self.device = self.devices[0]
         self.metrics = Metrics()
         self.files = FaultyFileSystem()
-        settings = {"reader_threads": 2, "huge_pages": False, **config}
+        settings = {"reader_threads": 2, "huge_pages": False, "read_block_bytes": 4096, **config}
         self.store = Store(
             self.catalog,
             self.devices,
