@@ -258,7 +258,7 @@ class CudaPinnedBuffer:
         self._size = size
         self._view = memoryview(map_memory(size, huge_pages=huge_pages))[:size]
         prefer_nodes(self._view, device.nodes)
-        touch(self._view)
+        touch(self._view, huge_pages=huge_pages)
         flags = driver.CU_MEMHOSTREGISTER_PORTABLE
         with device.cuda:
             (code,) = driver.cuMemHostRegister(address_of(self._view), size, flags)
