@@ -147,7 +147,7 @@ class Service(Generic[CodecT]):
         return self._sessions.statuses()
 
     def cancel_request(self, request_id: str) -> int:
-        """End the sessions of a request and return how many there were."""
+        """End the sessions of a request, by its id or its client's own; return how many there were."""
         return self._sessions.stop_request(request_id)
 
     def running_on(self, device: str) -> int:

@@ -118,6 +118,8 @@ def test_cancel_and_drain(node):
     node.answer = (200, {"cancelled": 2})
     assert "2 sessions" in run("cancel", "r-1", "--url", node.url).stdout
     assert run("drain", "--url", node.url).stdout == "draining\n"
+    run("cancel", "a?b#c", "--url", node.url)
+    assert node.seen[2][1] == "/admin/requests/a?b#c/cancel"
 
 
 def test_address_and_key_can_come_from_the_nodes_config(node, tmp_path):

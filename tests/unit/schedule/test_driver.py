@@ -257,6 +257,17 @@ async def test_a_reader_in_the_middle_of_a_step_hears_that_an_operator_ended_its
         await reader
 
 
+@on_virtual_time
+async def test_an_operator_ends_all_requests_that_came_with_a_clients_id(node):
+    n = node()
+    for request in ("mine-0123abcd", "mine-4567abcd", "mine-4567abcd-89abcdef", "minor-0123abcd"):
+        n.open("a", request=request)
+    assert n.service.cancel_request("mine-4567abcd") == 1  # a request's own id goes first
+    assert n.service.cancel_request("mine-4567abcd") == 1
+    assert n.service.cancel_request("mine") == 1
+    assert [session.session for session in n.service.sessions()] == ["minor-0123abcd-0"]
+
+
 def test_a_session_id_tells_its_request():
     assert request_of(SessionId("chat-12-ab-3")) == "chat-12-ab"
 
