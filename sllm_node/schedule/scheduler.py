@@ -240,6 +240,9 @@ class Scheduler:
             actions += self._tidy(record)
         actions += self._refuse_hopeless()
         actions += self._follow_plan()
+        while refusals := list(self._refuse_hopeless()):  # beside a pinned model that comes now
+            actions += refusals
+            actions += self._follow_plan()
         for record in self._records.values():
             actions += self._grants(record)
         return actions
