@@ -152,8 +152,7 @@ class Service(Generic[CodecT]):
 
     def running_on(self, device: str) -> int:
         """Return how many sessions run on `device` now."""
-        views = (self._scheduler.view(name) for name in self._scheduler.models())
-        return sum(view.running for view in views if device in view.devices)
+        return self._scheduler.running_on(device)
 
     # --- models -------------------------------------------------------------------------------
 

@@ -93,6 +93,11 @@ class Scheduler:
         """Granted sessions of all models."""
         return len(self._tickets) - self.waiting
 
+    def running_on(self, device: str) -> int:
+        """Return how many sessions run on `device`; asked for every copy of a load, so it is quick."""
+        busy = (record for record in self._records.values() if record.running)
+        return sum(len(record.running) for record in busy if device in record.devices)
+
     def models(self) -> tuple[ModelId, ...]:
         """Return the models that were asked for so far."""
         return tuple(self._records)

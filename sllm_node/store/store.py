@@ -280,6 +280,7 @@ class Store:
         try:
             await asyncio.shield(mapped)
         except BaseException:
+            mapped.cancel()  # a failure that comes now has nobody to tell
             place.close()
             raise
         return place

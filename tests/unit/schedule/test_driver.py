@@ -268,6 +268,18 @@ async def test_an_operator_ends_all_requests_that_came_with_a_clients_id(node):
     assert [session.session for session in n.service.sessions()] == ["minor-0123abcd-0"]
 
 
+@on_virtual_time
+async def test_the_sessions_of_a_device_are_those_that_run_there(node):
+    n = node()
+    stream = n.open("a")
+    assert n.service.running_on("cpu") == 0
+    await anext(stream)
+    assert n.service.running_on("cpu") == 1
+    assert n.service.running_on("cuda:1") == 0
+    stream.cancel()
+    assert n.service.running_on("cpu") == 0
+
+
 def test_a_session_id_tells_its_request():
     assert request_of(SessionId("chat-12-ab-3")) == "chat-12-ab"
 

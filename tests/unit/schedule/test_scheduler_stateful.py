@@ -96,7 +96,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.waiting[number] = (model, self.now)
         if not session:
             self.loads_only.add(number)
-        ticket = Ticket(number, model, shares(self.sizes[model]), 1.0, priority, keep_alive_s, session)
+        ticket = Ticket(
+            number, model, shares(self.sizes[model]), 1.0, priority, keep_alive_s, session
+        )
         self.carry_out(self.scheduler.on_request(ticket, self.now))
 
     @precondition(lambda self: self.waiting)
@@ -216,6 +218,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 assert any(free[part.device] < part.size for part in parts)
 
+    @precondition(lambda self: not self.scheduler.is_draining)
     @invariant()
     def a_plan_does_not_waver(self):
         """What time alone did not change needs no other plan."""

@@ -1,15 +1,29 @@
 """Several devices, parts of models, and what stays in device memory between two replicas."""
 
 import asyncio
+import gc
 import random
 
 import pytest
 
-from sllm_node.core.errors import DeviceMemoryError, ModelBusyError
+from sllm_node.core.errors import DeviceError, DeviceMemoryError, ModelBusyError
 from sllm_node.core.types import ModelId, Part, Tier
+from sllm_node.device.cpu import CpuDevice, CpuEvent, CpuRange
 from tests.unit.store.handmade import PIECE, Rig, delivered_by
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
+
+
+class FailingRange(CpuRange):
+    def map(self, pieces):
+        super().map(pieces)
+        error = DeviceError("cpu:0", "no memory came")
+        return CpuEvent(self._memory.submit(lambda: error))
+
+
+class FailingDevice(CpuDevice):
+    def reserve(self, size, piece_bytes):
+        return FailingRange(size, piece_bytes, self._ledger, self._memory)
 
 
 def on(rig, model, device):
@@ -171,6 +185,32 @@ async def test_caches_give_way_to_other_memory(tmp_path):
             await rig.store.allocate("cpu:0", 2 * 8192)
         buffer.close()
         assert rig.device.memory_used == rig.store.cached_bytes("cpu:0")
+
+
+async def test_memory_that_fails_to_be_mapped_for_nobody_any_more_is_given_back_quietly(tmp_path):
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    async with Rig(tmp_path, devices=[FailingDevice(1 << 20, "cpu:0")]) as rig:
+        asking = asyncio.create_task(rig.store.allocate("cpu:0", PIECE))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        asking = rig.store.allocate("cpu:0", PIECE)
+        with pytest.raises(DeviceError, match="no memory came"):
+            await asking
+        assert rig.device.memory_used == 0
+    gc.collect()
+    assert told == []
+
+
+async def test_a_load_whose_memory_fails_to_be_mapped_leaves_nothing(tmp_path):
+    async with Rig(tmp_path, devices=[FailingDevice(1 << 20, "cpu:0")]) as rig:
+        await rig.store.prefetch(A)
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="no memory came"):
+                await rig.store.acquire(A)
+            rig.assert_quiet()
+            assert rig.device.memory_used == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
