@@ -364,6 +364,10 @@ class CudaStream:
         """Remember a failure for the next event."""
         self._failure = self._failure or self._cuda.error(what, code)
 
+    def take_failure_of(self, other: "CudaStream") -> None:
+        """Let the next event tell what failed on `other`, which records none for callers."""
+        self._failure, other._failure = self._failure or other._failure, None
+
     def watch(self, event: Any, done: Done) -> None:
         """Call `done` when `event` has happened."""
         failure, self._failure = self._failure, None
@@ -407,6 +411,9 @@ class CudaRelay:
         with self._cuda:
             self._expect(driver.cuStreamWaitEvent(link, self._emptied[slot], 0))
             self._link.copy_in(self._ring, place, piece)
+            self._bridge.take_failure_of(
+                self._link
+            )  # else what lies in the slot passes for the piece
             self._expect(driver.cuEventRecord(self._filled[slot], link))
             self._expect(driver.cuStreamWaitEvent(bridge, self._filled[slot], 0))
             end = place + len(piece)

@@ -1,5 +1,7 @@
 """Whatever the order of events: memory is never exceeded, nothing busy is evicted, no ticket is lost."""
 
+from collections.abc import Mapping
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -30,8 +32,8 @@ models = st.sampled_from(sorted(SIZES))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    capacities = {"cpu": 10}  # noqa: RUF012 - never changed
-    sizes = SIZES
+    capacities: Mapping[str, int] = {"cpu": 10}
+    sizes: Mapping[ModelId, object] = SIZES
 
     def __init__(self):
         super().__init__()
@@ -216,7 +218,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             if parts[0].device is None:
                 assert max(free.values()) < parts[0].size
             else:
-                assert any(free[part.device] < part.size for part in parts)
+                assert any(free[str(part.device)] < part.size for part in parts)
 
     @precondition(lambda self: not self.scheduler.is_draining)
     @invariant()
@@ -249,8 +251,8 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 class TwoDevices(SchedulerMachine):
-    capacities = {"x": 10, "y": 7}  # noqa: RUF012 - never changed
-    sizes = SPLIT
+    capacities: Mapping[str, int] = {"x": 10, "y": 7}
+    sizes: Mapping[ModelId, object] = SPLIT
 
 
 TestScheduler = SchedulerMachine.TestCase
