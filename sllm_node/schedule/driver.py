@@ -206,6 +206,8 @@ class Service(Generic[CodecT]):
         if self._scheduler.view(name).state is ModelState.EVICTING:
             departure = self._departures.setdefault(name, self._loop.create_future())
             await asyncio.shield(departure)
+        if self._scheduler.view(name).state is ModelState.IDLE:
+            self._store.evict(name, Tier.DEVICE, "operator")  # what it left as a cache, too
 
     async def pin(self, model: str) -> None:
         """Keep `model` on the device from when it is there.

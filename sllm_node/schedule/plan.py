@@ -22,7 +22,7 @@ victims, so that a plan doesn't waver while it is carried out.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sllm_node.core.types import ModelState
+from sllm_node.core.types import ModelState, Share
 from sllm_node.schedule.record import ModelRecord
 
 
@@ -69,6 +69,16 @@ def choices(record: ModelRecord, capacities: Mapping[str, int]) -> list[tuple[st
         sizes = dict(zip(fixed, (share.size for share in record.shares), strict=True))
         return [fixed] if all(sizes[name] <= capacities.get(name, 0) for name in fixed) else []
     return [(name,) for name, size in capacities.items() if record.device_bytes <= size]
+
+
+def shortage(shares: Sequence[Share], rooms: Mapping[str, int]) -> tuple[int, int] | None:
+    """Return size and room of the first share that has no place in `rooms`; None: all have one."""
+    largest = max(rooms.values())
+    for share in shares:
+        room = largest if share.device is None else rooms.get(share.device, 0)
+        if share.size > room:
+            return share.size, room
+    return None
 
 
 def _rank(record: ModelRecord, now: float, max_wait_s: float) -> tuple[bool, int, float, int]:

@@ -114,8 +114,9 @@ class FakeStore:
     def evict(self, model, tier, reason):
         assert tier is Tier.DEVICE
         assert model not in self.leased
-        self.on_device.remove(model)
-        self.evicted.append((model, reason))
+        if model in self.on_device:
+            self.on_device.remove(model)
+            self.evicted.append((model, reason))
 
     def forget(self, model):
         self.forgotten.append(model)

@@ -78,10 +78,22 @@ def test_evicting_a_split_model_frees_every_device():
 
 def test_what_fits_on_no_device_is_too_large():
     board = Board(capacity=TWO)
-    (error,) = refused(board.request(A, size=9)).values()
+    (error,) = refused(board.request(A, size=10)).values()
     assert isinstance(error, ModelTooLargeError)
+    assert "needs 10 bytes" in str(error)
+    assert "the device has 8 " in str(error)
     (error,) = refused(board.request(B, size={"cuda:0": 4, "cuda:1": 9})).values()
     assert isinstance(error, ModelTooLargeError)
+    assert "needs 9 bytes" in str(error)
+
+
+def test_a_split_model_beside_a_pinned_one_is_told_which_share_lacks_how_much():
+    board = Board(capacity=TWO)
+    board.rest(A, size=3)
+    board.scheduler.on_pin(A, board.now)
+    (error,) = refused(board.request(B, size={"cuda:1": 5, "cuda:0": 7})).values()
+    assert isinstance(error, PinnedMemoryError)
+    assert (error.needed, error.left) == (7, 5)
 
 
 def test_pins_on_one_device_leave_the_other():
