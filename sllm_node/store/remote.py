@@ -279,11 +279,12 @@ class RemoteTier:
     async def _join(self, checkpoint: Checkpoint) -> None:
         """Wait for the pull of `checkpoint`, begun if there is none."""
         model = checkpoint.model
-        pull = self._pulls.get(model)
+        while (pull := self._pulls.get(model)) is not None and not pull.waiters:
+            await asyncio.gather(
+                asyncio.shield(pull.ended), return_exceptions=True
+            )  # it was stopped
         if pull is None:
-            pull = self._pulls[model] = _Pulling(Pull(checkpoint, self.files))
-            pull.ended = asyncio.get_running_loop().run_in_executor(self._threads, pull.job.run)
-            pull.ended.add_done_callback(lambda _: self._pulls.pop(model))
+            pull = self._begin_pull(checkpoint)
         pull.waiters += 1
         try:
             await asyncio.shield(pull.ended)
@@ -293,3 +294,15 @@ class RemoteTier:
             pull.waiters -= 1
             if not pull.waiters:
                 pull.job.stop()
+
+    def _begin_pull(self, checkpoint: Checkpoint) -> _Pulling:
+        pull = self._pulls[checkpoint.model] = _Pulling(Pull(checkpoint, self.files))
+        pull.ended = asyncio.get_running_loop().run_in_executor(self._threads, pull.job.run)
+
+        def ended(job: asyncio.Future[None]) -> None:
+            del self._pulls[checkpoint.model]
+            if not job.cancelled():
+                job.exception()  # looked at even when nobody waits any more
+
+        pull.ended.add_done_callback(ended)
+        return pull
