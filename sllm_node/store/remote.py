@@ -272,9 +272,10 @@ class RemoteTier:
         if name not in self.cards.models():
             await self.refresh()
         checkpoint = self.cards.get(name) if name in self.cards.models() else None
-        if checkpoint is None:
+        if checkpoint is not None:
+            await self._join(checkpoint)
+        elif not (is_model_name(name) and (self.path / name).is_dir()):  # or it has just come
             raise ModelNotFoundError(model, self.cards.models())
-        await self._join(checkpoint)
 
     async def _join(self, checkpoint: Checkpoint) -> None:
         """Wait for the pull of `checkpoint`, begun if there is none."""

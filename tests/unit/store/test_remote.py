@@ -390,6 +390,16 @@ async def test_who_comes_while_a_pull_is_being_stopped_gets_a_new_one(tmp_path, 
     assert told == []
 
 
+async def test_a_pull_of_what_comes_here_in_the_meantime_has_nothing_to_do(tmp_path, remote):
+    async with Node(tmp_path / "n", only(remote)) as node:
+
+        async def before(request):
+            write_checkpoint(node.root, "c")
+
+        remote.before = before
+        await node.tier.pull("c")
+
+
 async def test_a_pull_of_what_nobody_has_is_not_found(tmp_path, remote):
     async with Node(tmp_path / "n", only(remote)) as node:
         for name in ("nothing", "../a", ""):
