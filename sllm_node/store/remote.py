@@ -236,6 +236,8 @@ class RemoteTier:
         if self.completed(card).is_dir():
             return None
         checkpoint = self.cards.get(ModelId(card.name))
+        if self.completed(card).is_dir():
+            return None  # in between: what the card says now is of no use
         if checkpoint is None or checkpoint.remote is None:
             raise FileNotFoundError(str(card))
         return self._partial(checkpoint), self._remotes[checkpoint.remote]

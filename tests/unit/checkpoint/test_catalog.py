@@ -151,3 +151,15 @@ def test_usual_names_are_allowed(name):
 @pytest.mark.parametrize("name", ["", ".a", "-a", "a/b", "a b", "ä", "x" * 97, "a\n", ".."])
 def test_names_that_are_no_plain_folder_names_are_not(name):
     assert not is_model_name(name)
+
+
+def test_a_checkpoint_that_is_completed_while_its_card_is_read_is_the_one_that_is_here(tmp_path):
+    class Completing:
+        def models(self):
+            return ("late",)
+
+        def get(self, model):
+            write_raw(tmp_path, model)
+            return open_for_verify(tmp_path / model)
+
+    assert Catalog(tmp_path, Completing()).get("late").identities != ()
