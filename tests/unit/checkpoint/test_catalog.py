@@ -11,6 +11,7 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     StorageWriteError,
 )
+from sllm_node.core.types import ModelId
 from tests.unit.checkpoint.raw import write_raw
 
 
@@ -162,4 +163,7 @@ def test_a_checkpoint_that_is_completed_while_its_card_is_read_is_the_one_that_i
             write_raw(tmp_path, model)
             return open_for_verify(tmp_path / model)
 
-    assert Catalog(tmp_path, Completing()).get("late").identities != ()
+        def remove(self, name):
+            raise AssertionError(name)
+
+    assert Catalog(tmp_path, Completing()).get(ModelId("late")).identities != ()
