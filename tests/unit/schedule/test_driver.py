@@ -438,6 +438,19 @@ async def test_a_checkpoint_replaced_while_serving_is_loaded_anew(node):
 
 
 @on_virtual_time
+async def test_who_waits_for_a_load_is_not_served_by_weights_replaced_meanwhile(node):
+    n = node()
+    n.engines.open_s = 1.0
+    stream = n.open("a")
+    await asyncio.sleep(LOAD_S + 0.5)
+    shutil.rmtree(n.root / "a")
+    write_checkpoint(n.root, "a")
+    assert "".join([chunk.text async for chunk in stream]) == "xxx"
+    assert n.store.loads == ["a", "a"]
+    assert n.store.evicted == [("a", "replaced")]
+
+
+@on_virtual_time
 async def test_weights_of_another_conversion_than_the_skeleton_are_refused(node):
     n = node()
     stream = n.open("a")
