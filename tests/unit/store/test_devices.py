@@ -3,12 +3,13 @@
 import asyncio
 import gc
 import random
+import threading
 
 import pytest
 
 from sllm_node.core.errors import DeviceError, DeviceMemoryError, ModelBusyError
 from sllm_node.core.types import ModelId, Part, Tier
-from sllm_node.device.cpu import CpuDevice, CpuEvent, CpuRange
+from sllm_node.device.cpu import CpuDevice, CpuEvent, CpuRange, CpuStream
 from tests.unit.store.handmade import PIECE, Rig, delivered_by
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
@@ -201,6 +202,37 @@ async def test_memory_that_fails_to_be_mapped_for_nobody_any_more_is_given_back_
         assert rig.device.memory_used == 0
     gc.collect()
     assert told == []
+
+
+async def test_a_store_that_finds_no_room_for_relays_gives_all_back(tmp_path):
+    class Full(CpuDevice):
+        def relay(self, sibling):
+            self.relayed = sibling.allocate(4096)
+            raise DeviceMemoryError(sibling.name, 1, 0, 1)
+
+    class Ring(CpuDevice):
+        def relay(self, sibling):
+            buffer, stream = sibling.allocate(4096), self.stream()
+
+            class Relay(CpuStream):
+                def close(self):
+                    stream.close()
+                    buffer.close()
+
+            return Relay()
+
+    full = Full(1 << 20, "cpu:1")
+    devices = [Ring(1 << 20, "cpu:0"), full]
+    before = {thread for thread in threading.enumerate() if thread.name.startswith("sllm")}
+    rig = Rig(tmp_path, devices=devices)
+    with pytest.raises(DeviceMemoryError):
+        await rig.store.start()
+    full.relayed.close()
+    await rig.store.close()
+    for device in devices:
+        device.close()
+    after = {thread for thread in threading.enumerate() if thread.name.startswith("sllm")}
+    assert after == before
 
 
 async def test_a_load_whose_memory_fails_to_be_mapped_leaves_nothing(tmp_path):
