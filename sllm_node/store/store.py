@@ -293,6 +293,7 @@ class Store:
             mapped.cancel()  # a failure that comes now has nobody to tell
             place.close()
             raise
+        self._observed.show()
         return place
 
     async def settled(self, model: ModelId) -> None:

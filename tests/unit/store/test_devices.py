@@ -181,6 +181,13 @@ async def test_caches_give_way_to_other_memory(tmp_path):
     async with Rig(tmp_path, memory=8 * 8192) as rig:
         await rig.check("a", reason="room")
         buffer = await rig.store.allocate("cpu:0", 7 * 8192)
+        shown = {
+            state: rig.metrics.registry.get_sample_value(
+                "sllm_device_bytes", {"device": "cpu:0", "state": state}
+            )
+            for state in ("used", "cached")
+        }
+        assert shown == {"used": 7 * 8192, "cached": rig.store.cached_bytes("cpu:0")}
         assert rig.store.residency(A)[Tier.DEVICE] < len(rig.bytes[A])
         with pytest.raises(DeviceMemoryError):
             await rig.store.allocate("cpu:0", 2 * 8192)
