@@ -10,8 +10,8 @@ but for `max_wait_s` at most while another model waits.
 
 With several devices, a model that fits on one goes where least is disturbed: where it is free of
 victims, else where they are idle, else where they were used longest ago; of equal ones to where it
-was last (part of it may still lie there), else to the one with most room. One that is split has its
-devices given.
+was last (part of it may still lie there), else to one that has the room now and need not be emptied
+first, else to the one with most room. One that is split has its devices given.
 
 What a model was promised is not given to those behind it. A model that finds no way now is passed
 over, unless it is overdue: then those behind it wait too, or they would take its room for ever.
@@ -36,7 +36,7 @@ class Plan:
     closed: list[ModelRecord] = field(default_factory=list)
 
 
-_Cost = tuple[bool, bool, bool, float, bool, int]
+_Cost = tuple[bool, bool, bool, float, bool, bool, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,16 +147,18 @@ class _Room:
             }
             victims = self._victims(record, short, is_overdue=is_overdue)
             if victims is not None:
-                yield _Way(devices, victims, self._cost(record, devices, victims))
+                yield _Way(devices, victims, self._cost(record, needs, victims))
 
     def _cost(
-        self, record: ModelRecord, devices: tuple[str, ...], victims: list[ModelRecord]
+        self, record: ModelRecord, needs: Mapping[str, int], victims: list[ModelRecord]
     ) -> _Cost:
         busy = [victim for victim in victims if not victim.is_idle]
         is_new = any(not victim.is_closed for victim in busy)  # else the plan goes on as it was
         newest = max((victim.last_used for victim in victims), default=0.0)
-        room = sum(self._promisable[name] for name in devices)
-        return (is_new, bool(busy), bool(victims), newest, devices != record.devices, -room)
+        waits = any(size > self._free[name] for name, size in needs.items())
+        room = sum(self._promisable[name] for name in needs)
+        elsewhere = tuple(needs) != record.devices
+        return (is_new, bool(busy), bool(victims), newest, elsewhere, waits, -room)
 
     def _victims(
         self, record: ModelRecord, short: Mapping[str, int], *, is_overdue: bool

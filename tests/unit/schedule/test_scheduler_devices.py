@@ -31,6 +31,14 @@ def test_a_free_device_is_preferred_to_an_idle_victim():
     assert board.request(B, size=8) == [start(B, "cuda:1")]
 
 
+def test_a_device_with_room_is_preferred_to_one_that_is_still_being_emptied():
+    board = Board(capacity=TWO, keep_alive_s=5.0)
+    board.rest(A, size=8)
+    board.serve(B)
+    assert board.wait(5) == [Evict(A, "keep_alive")]
+    assert board.request(C) == [start(C, "cuda:1")]
+
+
 def test_the_victim_is_the_one_used_longest_ago_on_any_device():
     board = Board(capacity=TWO)
     for model in (A, B):
