@@ -110,7 +110,8 @@ def _call(
     url, key, config_file = target
     if config_file is not None:
         config = load_config(config_file)
-        url = f"http://{config.server.host}:{config.server.port}"
+        host = config.server.host
+        url = f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}"
         keys = config.server.admin_keys or config.server.api_keys
         key = key or (keys[0] if keys else None)
     return asyncio.run(_request(method, url.rstrip("/") + path, key, body))

@@ -129,6 +129,12 @@ def test_address_and_key_can_come_from_the_nodes_config(node, tmp_path):
     assert node.seen[0][2] == "Bearer b"
 
 
+def test_the_address_in_a_config_may_be_of_ipv6(tmp_path):
+    config = tmp_path / "node.toml"
+    config.write_text('[server]\nhost = "::1"\nport = 1\n')
+    assert "no node answers at http://[::1]:1/" in run("drain", "--config", str(config)).stderr
+
+
 def test_the_nodes_own_error_is_what_the_operator_reads(node):
     node.answer = (404, {"error": {"message": "there is no model named 'x' here"}})
     done = run("load", "x", "--url", node.url)

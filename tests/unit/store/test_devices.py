@@ -264,7 +264,11 @@ async def test_random_loads_over_two_devices_leave_nothing_behind(tmp_path, seed
             act = numbers.random()
             if act < 0.5:
                 tasks.append(asyncio.create_task(use(rig, model, numbers.choice(places))))
-            elif act < 0.7 and tasks:
+            elif act < 0.58:
+                tasks.append(asyncio.create_task(rig.store.prefetch(ModelId(model))))
+            elif act < 0.64:
+                tasks.append(asyncio.create_task(take(rig, numbers.randrange(2))))
+            elif act < 0.78 and tasks:
                 numbers.choice(tasks).cancel()
             else:
                 await asyncio.sleep(0)
@@ -282,6 +286,14 @@ async def test_random_loads_over_two_devices_leave_nothing_behind(tmp_path, seed
         assert [device.memory_used for device in rig.devices] == [0, 0]
         for model in "abc":
             await rig.check(model)
+
+
+async def take(rig, device):
+    buffer = await rig.store.allocate(f"cpu:{device}", PIECE)
+    try:
+        await asyncio.sleep(0)
+    finally:
+        buffer.close()
 
 
 async def use(rig, model, placement):
