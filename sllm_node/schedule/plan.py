@@ -156,7 +156,8 @@ class _Room:
         is_new = any(not victim.is_closed for victim in busy)  # else the plan goes on as it was
         newest = max((victim.last_used for victim in victims), default=0.0)
         waits = any(size > self._free[name] for name, size in needs.items())
-        room = sum(self._promisable[name] for name in needs)
+        leaving = sum(victim.bytes_on(name) for victim in victims for name in needs)
+        room = leaving + sum(self._promisable[name] for name in needs)
         elsewhere = tuple(needs) != record.devices
         return (is_new, bool(busy), bool(victims), newest, elsewhere, waits, -room)
 

@@ -39,6 +39,13 @@ def test_a_device_with_room_is_preferred_to_one_that_is_still_being_emptied():
     assert board.request(C) == [start(C, "cuda:1")]
 
 
+def test_who_waits_for_a_victim_on_several_devices_leaves_free_room_to_others():
+    board = Board(capacity={"x": 8, "y": 8})
+    board.serve(A, size={"x": 8, "y": 2}, priority=-1)
+    assert board.request(B, size=8) == []  # on either device, when A is gone
+    assert board.request(C, size=3) == [start(C, "y")]
+
+
 def test_the_victim_is_the_one_used_longest_ago_on_any_device():
     board = Board(capacity=TWO)
     for model in (A, B):
