@@ -362,12 +362,20 @@ class CudaStream:
 
     def fail(self, what: str, code: Any) -> None:
         """Remember a failure for the next event."""
-        self._failure = self._failure or self._cuda.error(what, code)
+        self.remember(self._cuda.error(what, code))
+
+    def remember(self, failure: DeviceError | None) -> None:
+        """Let the next event tell of `failure`, if it is the first."""
+        self._failure = self._failure or failure
+
+    def take_failure(self) -> DeviceError | None:
+        """Return what failed since the last event, and forget it."""
+        failure, self._failure = self._failure, None
+        return failure
 
     def watch(self, event: Any, done: Done) -> None:
         """Call `done` when `event` has happened."""
-        failure, self._failure = self._failure, None
-        self._watched.put((event, done, failure))
+        self._watched.put((event, done, self.take_failure()))
 
     def _watch(self) -> None:
         driver.cuCtxSetCurrent(self._cuda.context)
@@ -407,6 +415,8 @@ class CudaRelay:
         with self._cuda:
             self._expect(driver.cuStreamWaitEvent(link, self._emptied[slot], 0))
             self._link.copy_in(self._ring, place, piece)
+            # Or what lies in the slot would go on instead of the piece.
+            self._bridge.remember(self._link.take_failure())
             self._expect(driver.cuEventRecord(self._filled[slot], link))
             self._expect(driver.cuStreamWaitEvent(bridge, self._filled[slot], 0))
             end = place + len(piece)

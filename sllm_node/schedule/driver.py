@@ -46,7 +46,7 @@ from sllm_node.schedule.actions import (
 from sllm_node.schedule.alarm import Alarm
 from sllm_node.schedule.estimate import LoadEstimator
 from sllm_node.schedule.ports import CodecT, Engines, WeightStore
-from sllm_node.schedule.replicas import Replicas
+from sllm_node.schedule.replicas import Hosted, Replicas
 from sllm_node.schedule.scheduler import Scheduler
 from sllm_node.schedule.sessions import Sessions
 from sllm_node.schedule.status import model_status
@@ -147,13 +147,12 @@ class Service(Generic[CodecT]):
         return self._sessions.statuses()
 
     def cancel_request(self, request_id: str) -> int:
-        """End the sessions of a request and return how many there were."""
+        """End the sessions of a request, by its id or its client's own; return how many there were."""
         return self._sessions.stop_request(request_id)
 
     def running_on(self, device: str) -> int:
         """Return how many sessions run on `device` now."""
-        views = (self._scheduler.view(name) for name in self._scheduler.models())
-        return sum(view.running for view in views if device in view.devices)
+        return self._scheduler.running_on(device)
 
     # --- models -------------------------------------------------------------------------------
 
@@ -207,6 +206,8 @@ class Service(Generic[CodecT]):
         if self._scheduler.view(name).state is ModelState.EVICTING:
             departure = self._departures.setdefault(name, self._loop.create_future())
             await asyncio.shield(departure)
+        if self._scheduler.view(name).state is ModelState.IDLE:
+            self._store.evict(name, Tier.DEVICE, "operator")  # what it left as a cache, too
 
     async def pin(self, model: str) -> None:
         """Keep `model` on the device from when it is there.
@@ -282,6 +283,9 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
             self._estimator.observe(hosted.lease.report)
+        with suppress(SllmError):  # removed meanwhile: those who wait are served
+            if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
+                self._do(self._scheduler.on_replaced(model, self._clock.now()))
         self._do(self._scheduler.on_loaded(model, self._clock.now()))
 
     def on_load_failed(self, model: ModelId, error: SllmError) -> None:
@@ -387,9 +391,12 @@ class Service(Generic[CodecT]):
             if hosted is not None:
                 self._do(self._scheduler.on_replaced(model, self._clock.now()))
             raise
-        if hosted is not None and hosted.lease.checkpoint.identities != checkpoint.identities:
+        if hosted is not None and self._is_outdated(hosted, checkpoint):
             self._do(self._scheduler.on_replaced(model, self._clock.now()))
         return checkpoint
+
+    def _is_outdated(self, hosted: Hosted, checkpoint: Checkpoint) -> bool:
+        return hosted.lease.checkpoint.identities != checkpoint.identities
 
     def _ticket(
         self,

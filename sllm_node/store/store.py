@@ -89,11 +89,14 @@ class Store:
         readers = ThreadPoolExecutor(config.reader_threads, "sllm-read")
         checkers = ThreadPoolExecutor(config.reader_threads, "sllm-check")
         pool = await loop.run_in_executor(readers, self._take_pool)
-        for device in self._devices:
-            self._tiers[device.name] = DeviceTier(device, config.piece_bytes)
-        if config.relay:
+        try:
+            self._open_tiers()
+        except BaseException:
             for tier in self._tiers.values():
-                tier.relay_through(tuple(self._tiers.values()))
+                tier.close()
+            pool.close()
+            readers.shutdown()
+            raise
         self._observed.watch(tuple(self._tiers.values()))
         self._machinery = Machinery(
             loop=loop,
@@ -111,6 +114,13 @@ class Store:
             on_ended=self._on_ended,
         )
         self._observed.show()
+
+    def _open_tiers(self) -> None:
+        for device in self._devices:
+            self._tiers[device.name] = DeviceTier(device, self._config.piece_bytes)
+        if self._config.relay:
+            for tier in self._tiers.values():
+                tier.relay_through(tuple(self._tiers.values()))
 
     def _take_pool(self) -> PinnedPool:
         config = self._config
@@ -278,8 +288,10 @@ class Store:
         try:
             await asyncio.shield(mapped)
         except BaseException:
+            mapped.cancel()  # a failure that comes now has nobody to tell
             place.close()
             raise
+        self._observed.show()
         return place
 
     async def settled(self, model: ModelId) -> None:

@@ -257,6 +257,29 @@ async def test_a_reader_in_the_middle_of_a_step_hears_that_an_operator_ended_its
         await reader
 
 
+@on_virtual_time
+async def test_an_operator_ends_all_requests_that_came_with_a_clients_id(node):
+    n = node()
+    for request in ("mine-0123abcd", "mine-4567abcd", "mine-4567abcd-89abcdef", "minor-0123abcd"):
+        n.open("a", request=request)
+    assert n.service.cancel_request("mine-4567abcd") == 1  # a request's own id goes first
+    assert n.service.cancel_request("mine-4567abcd") == 1
+    assert n.service.cancel_request("mine") == 1
+    assert [session.session for session in n.service.sessions()] == ["minor-0123abcd-0"]
+
+
+@on_virtual_time
+async def test_the_sessions_of_a_device_are_those_that_run_there(node):
+    n = node()
+    stream = n.open("a")
+    assert n.service.running_on("cpu") == 0
+    await anext(stream)
+    assert n.service.running_on("cpu") == 1
+    assert n.service.running_on("cuda:1") == 0
+    stream.cancel()
+    assert n.service.running_on("cpu") == 0
+
+
 def test_a_session_id_tells_its_request():
     assert request_of(SessionId("chat-12-ab-3")) == "chat-12-ab"
 
@@ -412,6 +435,19 @@ async def test_a_checkpoint_replaced_while_serving_is_loaded_anew(node):
     assert await n.ask("a") == "xxx"
     assert n.store.loads == ["a", "a"]
     assert n.engines.codecs_read == ["a", "a"]
+
+
+@on_virtual_time
+async def test_who_waits_for_a_load_is_not_served_by_weights_replaced_meanwhile(node):
+    n = node()
+    n.engines.open_s = 1.0
+    stream = n.open("a")
+    await asyncio.sleep(LOAD_S + 0.5)
+    shutil.rmtree(n.root / "a")
+    write_checkpoint(n.root, "a")
+    assert "".join([chunk.text async for chunk in stream]) == "xxx"
+    assert n.store.loads == ["a", "a"]
+    assert n.store.evicted == [("a", "replaced")]
 
 
 @on_virtual_time
@@ -637,7 +673,8 @@ async def test_memory_that_an_engine_holds_on_to_is_reported_and_the_node_goes_o
     n = node(pages=2)
     await n.ask("a")
     evict, n.store.evict = n.store.evict, None  # raises a TypeError
-    await n.service.unload("a")
+    with pytest.raises(TypeError):
+        await n.service.unload("a")
     n.store.evict = evict
     assert await n.ask("b") == "xxx"
     n.store.on_device.discard("a")
