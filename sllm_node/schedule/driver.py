@@ -21,6 +21,7 @@ from sllm_node.core.errors import (
     DrainingError,
     EngineError,
     ModelNotFoundError,
+    NotServableError,
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
@@ -400,6 +401,8 @@ class Service(Generic[CodecT]):
         is_session: bool = True,
     ) -> Ticket:
         model = checkpoint.model
+        if not checkpoint.index.is_model:
+            raise NotServableError(model)
         self._telemetry.watch(model)
         self._last_ticket += 1
         residency = self._store.residency(model)
