@@ -51,8 +51,8 @@ def copy_texts(source: Path, folder: Path, origin: str, *, needs_tokenizer: bool
         _write_object(folder / GENERATION_FILE, _read_object(source / GENERATION_FILE, origin))
     else:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
-    has_tokenizer = any((source / name).is_file() for name in _TOKENIZER_FILES)
-    if needs_tokenizer or has_tokenizer:
+    found = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if needs_tokenizer or not all(name.startswith("chat_template") for name in found):
         _copy_tokenizer(source, folder, origin)
 
 

@@ -25,7 +25,7 @@ from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.errors import ArgumentError, LoadFailedError, ModelNotFoundError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import LoadProgress, ModelId, Placement
+from sllm_node.core.types import LoadProgress, ModelId, Placement, Tier
 from sllm_node.core.units import GIB
 from sllm_node.device.base import Device
 from sllm_node.library.devices import gpu_names, open_device, physical_memory
@@ -190,6 +190,8 @@ class Loader:
                 parts = store.hand_over(await store.acquire(model, placement))
             except BaseException:
                 await store.settled(model)
+                # A load that ended just before it was cancelled has left a replica of nobody.
+                store.evict(model, Tier.DEVICE, "failed")
                 store.forget(model)
                 raise
         return tuple(

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 
 from sllm_node.core.errors import ArgumentError, CheckpointFormatError, CheckpointNotFoundError
@@ -56,6 +58,7 @@ def test_sizes_are_written_as_in_the_config():
     assert pool_size("2MiB") == 2 << 20
     assert pool_size(5) == 5
     assert pool_size(None) is None
+    wrong: Any
     for wrong in ("lots", -1, 1.5):
         with pytest.raises(ArgumentError, match="pool_bytes"):
             pool_size(wrong)
