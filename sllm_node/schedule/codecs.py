@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Generic
 
 from sllm_node.checkpoint.catalog import Checkpoint, ShardIdentity
-from sllm_node.core.errors import LoadFailedError, NotServableError, SllmError
+from sllm_node.core.errors import LoadFailedError, SllmError
 from sllm_node.core.types import ModelId
 from sllm_node.schedule.ports import CodecT
 
@@ -37,11 +37,8 @@ class CodecCache(Generic[CodecT]):
 
         Raises:
             LoadFailedError: the files can't be used.
-            NotServableError: it is no model.
         """
         model = checkpoint.model
-        if not checkpoint.index.is_model:
-            raise NotServableError(model)
         entry = self._entries.get(model)
         if entry is None or entry.identities != checkpoint.identities:
             entry = self._entries[model] = self._start(checkpoint)

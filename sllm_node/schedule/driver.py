@@ -105,7 +105,7 @@ class Service(Generic[CodecT]):
             ModelNotFoundError: there is no such checkpoint.
             SllmError: it can't be used.
         """
-        return await self._replicas.codecs.get(self._checkpoint(ModelId(model)))
+        return await self._replicas.codecs.get(self._servable(ModelId(model)))
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have here.
@@ -113,7 +113,7 @@ class Service(Generic[CodecT]):
         Raises:
             ModelNotFoundError: there is no such checkpoint.
         """
-        return self._engines.context_limit(self._checkpoint(ModelId(model)))
+        return self._engines.context_limit(self._servable(ModelId(model)))
 
     def session_limit(self, model: str) -> int:
         """Return how many sessions of `model` could be taken now if nobody else had any."""
@@ -127,7 +127,7 @@ class Service(Generic[CodecT]):
         Raises:
             SllmError: it is refused at once, with the reason.
         """
-        checkpoint = self._checkpoint(request.model)
+        checkpoint = self._servable(request.model)
         self._engines.check_request(request, checkpoint)
         ticket = self._ticket(checkpoint, priority=request.priority, keep_alive_s=keep_alive_s)
         stream = Stream(
@@ -392,6 +392,13 @@ class Service(Generic[CodecT]):
             self._do(self._scheduler.on_replaced(model, self._clock.now()))
         return checkpoint
 
+    def _servable(self, model: ModelId) -> Checkpoint:
+        """Return the checkpoint of `model`, or raise NotServableError if it is none of a model."""
+        checkpoint = self._checkpoint(model)
+        if not checkpoint.index.is_model:
+            raise NotServableError(model)
+        return checkpoint
+
     def _ticket(
         self,
         checkpoint: Checkpoint,
@@ -401,8 +408,6 @@ class Service(Generic[CodecT]):
         is_session: bool = True,
     ) -> Ticket:
         model = checkpoint.model
-        if not checkpoint.index.is_model:
-            raise NotServableError(model)
         self._telemetry.watch(model)
         self._last_ticket += 1
         residency = self._store.residency(model)
@@ -422,7 +427,7 @@ class Service(Generic[CodecT]):
 
     def _want(self, model: ModelId) -> asyncio.Future[None]:
         """Ask for `model` to be on the device; the future ends when it is, or can't be."""
-        ticket = self._ticket(self._checkpoint(model), is_session=False)
+        ticket = self._ticket(self._servable(model), is_session=False)
         waiter: asyncio.Future[None] = self._loop.create_future()
         # Looked at even when the caller is gone.
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())

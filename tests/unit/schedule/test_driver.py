@@ -151,7 +151,9 @@ async def test_a_plain_dict_is_listed_and_never_served(node):
     with pytest.raises(NotServableError):
         await n.service.load("d")
     with pytest.raises(NotServableError):
-        await n.service.codec("d")
+        await n.service.prepare("d")
+    with pytest.raises(NotServableError):
+        n.service.context_limit("d")
     assert n.store.loads == []
 
 
