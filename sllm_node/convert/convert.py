@@ -24,13 +24,21 @@ from sllm_node.checkpoint.output import (
 from sllm_node.checkpoint.writer import ShardWriter, write_index
 from sllm_node.convert.mapping import GroupRunner
 from sllm_node.convert.plan import Plan, plan_tensors, tensor_bytes
-from sllm_node.convert.sources import Download, download_from_hub, open_source
+from sllm_node.convert.sources import Download, Source, download_from_hub, open_source
 from sllm_node.convert.tensors import dtype_named
 from sllm_node.convert.texts import context_tokens, library_errors_named, set_dtype
 from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.errors import ConversionError, UnsupportedArchitectureError
 from sllm_node.core.units import GIB, MIB, PAGE
-from sllm_node.engine.skeleton import SUPPORTED, architecture, build_skeleton, forward_order
+from sllm_node.engine.skeleton import (
+    SUPPORTED,
+    architecture,
+    build_module,
+    build_skeleton,
+    forward_order,
+    read_config,
+    registration_order,
+)
 
 _DISK: Final = DiskFiles()
 _CLOCK: Final = MonotonicClock()
@@ -48,6 +56,8 @@ class ConvertOptions:
     """The size of a shard at most, but for a tensor that is larger."""
     force: bool = False
     """Replace a checkpoint of that name."""
+    servable: bool = True
+    """Refuse what a node can't serve: other architectures, folders without a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,17 +97,36 @@ def convert(
         StorageWriteError: the disk failed.
     """
     _check(name, store, options)
-    dtype = dtype_named(options.dtype) if options.dtype is not None else None
+    dtype = _dtype(options)
+    download = surroundings.download
+    with open_source(source, dtype, download, needs_tokenizer=options.servable) as opened:
+        return convert_opened(
+            opened, source, store / name, options, progress=progress, surroundings=surroundings
+        )
+
+
+def convert_opened(
+    opened: Source,
+    origin: str,
+    destination: Path,
+    options: ConvertOptions,
+    *,
+    progress: Callable[[ConvertProgress], None] | None = None,
+    surroundings: Surroundings = Surroundings(),
+) -> Checkpoint:
+    """Write `opened`, which `origin` names in errors, as the checkpoint `destination`.
+
+    Raises:
+        As `convert` does.
+    """
+    dtype = _dtype(options)
+    store, name = destination.parent, destination.name
     space = SpaceNeeded()
     files = surroundings.files
-    with (
-        open_source(source, dtype, surroundings.download) as opened,
-        write_errors_named(store, space, files),
-        temporary_folder(store, name) as folder,
-    ):
+    with write_errors_named(store, space, files), temporary_folder(store, name) as folder:
         opened.write_texts(folder)
-        model = _build(folder, source)
-        plan = plan_tensors(model, forward_order(model), opened, dtype, source)
+        model, order = _build(folder, origin, servable=options.servable)
+        plan = plan_tensors(model, order, opened, dtype, origin)
         set_dtype(folder, plan.compute_dtype)
         layout = plan_layout((tensor.spec for tensor in plan.tensors), options.shard_bytes)
         space.require(layout.size, store, files)
@@ -116,8 +145,12 @@ def convert(
             aliases=plan.aliases,
         )
         write_index(folder, index, files)
-        publish(folder, store / name, files, replace=options.force)
-    return open_checkpoint(store / name)
+        publish(folder, destination, files, replace=options.force)
+    return open_checkpoint(destination)
+
+
+def _dtype(options: ConvertOptions) -> str | None:
+    return dtype_named(options.dtype) if options.dtype is not None else None
 
 
 def _check(name: str, store: Path, options: ConvertOptions) -> None:
@@ -138,13 +171,21 @@ def _check(name: str, store: Path, options: ConvertOptions) -> None:
             raise ConversionError(f"{what} size {size}", f"is not a multiple of {PAGE} bytes")
 
 
-def _build(folder: Path, origin: str) -> Any:
-    """Return the module that the texts in `folder` describe, without weights."""
-    try:
-        with library_errors_named(origin, "no model can be built from its config"):
-            return build_skeleton(folder)
-    except UnsupportedArchitectureError as error:
-        raise UnsupportedArchitectureError(origin, error.architecture, SUPPORTED) from error
+def _build(folder: Path, origin: str, *, servable: bool) -> tuple[Any, tuple[str, ...]]:
+    """Return the module that the texts in `folder` describe, without weights, and its order.
+
+    Of what the step loop can't run, the order of registration: nearly always that of the forward
+    pass.
+    """
+    with library_errors_named(origin, "no model can be built from its config"):
+        try:
+            model = build_skeleton(folder)
+            return model, forward_order(model)
+        except UnsupportedArchitectureError as error:
+            if servable:
+                raise UnsupportedArchitectureError(origin, error.architecture, SUPPORTED) from error
+        model = build_module(read_config(folder))
+        return model, registration_order(model)
 
 
 def _write(

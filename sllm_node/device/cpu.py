@@ -185,6 +185,9 @@ class CpuDevice:
     def granularity(self) -> int:
         return PAGE
 
+    def free_bytes(self) -> int:
+        return self._ledger.total - self._ledger.used
+
     def reserve(self, size: int, piece_bytes: int) -> CpuRange:
         assert size > 0
         assert piece_bytes > 0

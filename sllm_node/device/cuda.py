@@ -513,6 +513,9 @@ class CudaDevice:
         with self.cuda:
             return int(self.cuda.check("ask for free memory", driver.cuMemGetInfo())[0])
 
+    def free_bytes(self) -> int:
+        return min(self.ledger.total - self.ledger.used, self.driver_free())
+
     def reserve(self, size: int, piece_bytes: int) -> CudaRange:
         assert size > 0
         assert piece_bytes > 0

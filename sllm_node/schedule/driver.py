@@ -21,6 +21,7 @@ from sllm_node.core.errors import (
     DrainingError,
     EngineError,
     ModelNotFoundError,
+    NotServableError,
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
@@ -104,7 +105,7 @@ class Service(Generic[CodecT]):
             ModelNotFoundError: there is no such checkpoint.
             SllmError: it can't be used.
         """
-        return await self._replicas.codecs.get(self._checkpoint(ModelId(model)))
+        return await self._replicas.codecs.get(self._servable(ModelId(model)))
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have here.
@@ -112,7 +113,7 @@ class Service(Generic[CodecT]):
         Raises:
             ModelNotFoundError: there is no such checkpoint.
         """
-        return self._engines.context_limit(self._checkpoint(ModelId(model)))
+        return self._engines.context_limit(self._servable(ModelId(model)))
 
     def session_limit(self, model: str) -> int:
         """Return how many sessions of `model` could be taken now if nobody else had any."""
@@ -126,7 +127,7 @@ class Service(Generic[CodecT]):
         Raises:
             SllmError: it is refused at once, with the reason.
         """
-        checkpoint = self._checkpoint(request.model)
+        checkpoint = self._servable(request.model)
         self._engines.check_request(request, checkpoint)
         ticket = self._ticket(checkpoint, priority=request.priority, keep_alive_s=keep_alive_s)
         stream = Stream(
@@ -398,6 +399,13 @@ class Service(Generic[CodecT]):
     def _is_outdated(self, hosted: Hosted, checkpoint: Checkpoint) -> bool:
         return hosted.lease.checkpoint.identities != checkpoint.identities
 
+    def _servable(self, model: ModelId) -> Checkpoint:
+        """Return the checkpoint of `model`, or raise NotServableError if it is none of a model."""
+        checkpoint = self._checkpoint(model)
+        if not checkpoint.index.is_model:
+            raise NotServableError(model)
+        return checkpoint
+
     def _ticket(
         self,
         checkpoint: Checkpoint,
@@ -426,7 +434,7 @@ class Service(Generic[CodecT]):
 
     def _want(self, model: ModelId) -> asyncio.Future[None]:
         """Ask for `model` to be on the device; the future ends when it is, or can't be."""
-        ticket = self._ticket(self._checkpoint(model), is_session=False)
+        ticket = self._ticket(self._servable(model), is_session=False)
         waiter: asyncio.Future[None] = self._loop.create_future()
         # Looked at even when the caller is gone.
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())

@@ -157,6 +157,13 @@ class DeviceTier:
         self.arena.close(model)
         self._ranges.pop(model).close()
 
+    def hand_over(self, model: ModelId) -> DeviceRange:
+        """Return the memory of a row with one holder left, which owns it from now on."""
+        self.arena.release(model)
+        self.arena.empty(model)
+        self.arena.close(model)
+        return self._ranges.pop(model)
+
     def allocate(self, size: int) -> tuple[DeviceRange, Event]:
         """Take memory for something that is no checkpoint; it is there when the event happens.
 

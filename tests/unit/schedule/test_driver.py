@@ -4,6 +4,7 @@ import logging
 import shutil
 
 import pytest
+import torch
 
 from sllm_node.core.config import ModelConfig
 from sllm_node.core.errors import (
@@ -15,11 +16,13 @@ from sllm_node.core.errors import (
     LoadFailedError,
     ModelBusyError,
     ModelNotFoundError,
+    NotServableError,
     PromptTooLongError,
     QueueTimeoutError,
     StorageReadError,
 )
 from sllm_node.core.types import ModelState, SessionId, Tier
+from sllm_node.library.dicts import save as save_dict
 from sllm_node.schedule.stream import request_of
 from tests.sim.loop import run
 from tests.unit.schedule.fakes import EVICTION_S, LOAD_S, STEP_S, make_node, write_checkpoint
@@ -135,6 +138,22 @@ async def test_what_can_be_known_before_a_load_is_raised_by_open(node):
         n.open("nobody")
     with pytest.raises(PromptTooLongError):
         n.open("a", prompt=range(1000))
+    assert n.store.loads == []
+
+
+@on_virtual_time
+async def test_a_plain_dict_is_listed_and_never_served(node):
+    n = node()
+    save_dict({"x": torch.ones(2)}, n.root / "d")
+    assert {s.model: s.architecture for s in n.service.models()}["d"] == "none"
+    with pytest.raises(NotServableError, match="load_dict"):
+        n.open("d")
+    with pytest.raises(NotServableError):
+        await n.service.load("d")
+    with pytest.raises(NotServableError):
+        await n.service.prepare("d")
+    with pytest.raises(NotServableError):
+        n.service.context_limit("d")
     assert n.store.loads == []
 
 

@@ -57,6 +57,41 @@ async def test_what_an_operator_evicts_leaves_the_memory_at_once(tmp_path):
         assert rig.device.memory_used == 0
 
 
+async def test_memory_that_was_handed_over_is_its_holders_and_the_next_load_takes_other(tmp_path):
+    async with Rig(tmp_path, devices=2) as rig:
+        lease = await rig.store.acquire(A, halves(rig, "a"))
+        parts = rig.store.hand_over(lease)
+        assert not rig.store.is_on_device(A)
+        assert rig.store.on_devices(A) == {}
+        used = [device.memory_used for device in rig.devices]
+        assert all(used)
+        await rig.check("a", halves(rig, "a"))
+        await rig.check("b")
+        assert delivered_by(lease) == rig.bytes[A]
+        assert [device.memory_used for device in rig.devices] == used
+        for part in parts:
+            part.buffer.close()
+
+
+async def test_memory_that_others_hold_as_well_is_not_handed_over(tmp_path):
+    async with Rig(tmp_path) as rig:
+        one, other = await rig.store.acquire(A), await rig.store.acquire(A)
+        with pytest.raises(ModelBusyError, match="in use by others"):
+            rig.store.hand_over(one)
+        one.release()
+        for part in rig.store.hand_over(other):
+            part.buffer.close()
+
+
+async def test_a_device_can_be_added_to_a_store_that_runs(tmp_path):
+    async with Rig(tmp_path) as rig:
+        added = CpuDevice(1 << 20, "cpu:1")
+        rig.store.add_device(added)
+        rig.devices.append(added)
+        assert rig.store.capacities() == {"cpu:0": 1 << 20, "cpu:1": 1 << 20}
+        await rig.check("a", halves(rig, "a"))
+
+
 async def test_only_the_part_that_was_given_up_is_loaded_again(tmp_path):
     size = 7 * 8192 + 4096
     async with Rig(tmp_path, memory=2 * size + 2 * 4096) as rig:
