@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16, help="MiB")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--verify", default="first")
+    parser.add_argument("--block", type=int, default=0, help="MiB; store.read_block_bytes")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not (options.store / options.shape).exists():
@@ -318,6 +319,7 @@ def main() -> None:
             chunk_bytes=ByteSize(chunk),
             reader_threads=options.threads,
             verify=options.verify,
+            read_block_bytes=ByteSize(options.block * MIB),
         )
         run = Run(checkpoint, devices, config, options.rounds, 0)
         start = time.perf_counter()
