@@ -96,9 +96,12 @@ class _Driver:
 
 
 def _name(code: Any) -> str:
-    found, text = driver.cuGetErrorString(code)
-    words = text.decode() if found == _Result.CUDA_SUCCESS and text else ""
-    return f"{getattr(code, 'name', code)} ({words})" if words else str(code)
+    words = ""
+    with suppress(RuntimeError):  # without a driver there is nobody to ask
+        found, text = driver.cuGetErrorString(code)
+        words = text.decode() if found == _Result.CUDA_SUCCESS and text else ""
+    name = str(getattr(code, "name", code))
+    return f"{name} ({words})" if words else name
 
 
 class _FutureEvent:
