@@ -17,8 +17,8 @@ from sllm_node.core.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    "core", "codec", "checkpoint", "device", "store", "engine", "convert", "schedule", "server", "node",
-    "bench", "cli",
+    "core", "codec", "checkpoint", "device", "store", "engine", "convert", "library", "schedule",
+    "server", "node", "bench", "cli",
 )  # fmt: skip
 
 
@@ -47,7 +47,10 @@ def modules() -> str:
     contracts = project["tool"]["importlinter"]["contracts"]
     pure = next(c for c in contracts if c["name"] == "decisions are pure")["source_modules"]
     rows = ["| module | | what |", "| --- | --- | --- |"]
-    rows.append(f"| `__main__.py` | | {_sentence(ROOT / 'sllm_node' / '__main__.py')} |")
+    rows += [
+        f"| `{name}` | | {_sentence(ROOT / 'sllm_node' / name)} |"
+        for name in ("__main__.py", "torch.py", "transformers.py")
+    ]
     for layer in LAYERS:
         package = ROOT / "sllm_node" / layer
         rows.append(f"| **{layer}/** | | *{_sentence(package / '__init__.py')}* |")

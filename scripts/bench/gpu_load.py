@@ -14,7 +14,9 @@ import json
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from os import cpu_count
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +81,20 @@ def same_bytes(run: Run, lease: Lease) -> bool:
     """Compare every byte on the device."""
     (part,) = lease.parts
     flat = torch.as_tensor(part.buffer.array, device=torch_name(part.part.device))
-    for place, seed, size in shapes.chunks(run.checkpoint.index, run.seed):
-        wanted = torch.frombuffer(bytearray(shapes.chunk_bytes(seed, size)), dtype=torch.uint8)
-        if not torch.equal(flat[place : place + size], wanted.to(flat.device)):
-            return False
+    with ThreadPoolExecutor(cpu_count() or 1) as threads:
+        made = list(shapes.chunks(run.checkpoint.index, run.seed))
+        for start in range(0, len(made), COMPARED_AT_ONCE):
+            some = made[start : start + COMPARED_AT_ONCE]
+            wanted = threads.map(lambda chunk: shapes.chunk_bytes(chunk[1], chunk[2]), some)
+            for (place, _, size), data in zip(some, wanted, strict=True):
+                host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                if not torch.equal(flat[place : place + size], host.to(flat.device)):
+                    return False
     return True
+
+
+COMPARED_AT_ONCE = 128
+SMALL_POOL_BYTES = GIB // 2
 
 
 async def store_of(run: Run, **config: Any) -> Store:
@@ -161,18 +172,26 @@ async def dram(run: Run) -> None:
 
 
 async def disk(run: Run) -> None:
-    """From storage to one device."""
+    """From storage to one device, through a pool that keeps all and through one that keeps little."""
     store = await store_of(run, relay=False)
+    small = await store_of(run, relay=False, pool_bytes=ByteSize(SMALL_POOL_BYTES))
     reader = PlainReader(run.checkpoint, run.config, run.devices[0])
     clock = MonotonicClock()
 
     async def read() -> float:
         return await asyncio.to_thread(reader.read, clock)
 
+    async def read_hot() -> float:
+        return await asyncio.to_thread(reader.read, clock, hot=True)
+
     ours = loader(run, store, run.whole(0), "operator", cold=True)
-    await run.rounds_of(("reader", read), ("ours", ours))
+    through = loader(run, small, run.whole(0), "operator", cold=True)
+    await run.rounds_of(
+        ("reader", read), ("ours", ours), ("hot reader", read_hot), ("ours, small pool", through)
+    )
     reader.close()
     await store.close()
+    await small.close()
 
 
 async def relay(run: Run) -> None:
@@ -203,6 +222,41 @@ async def clone(run: Run) -> None:
     await store.close()
 
 
+async def neighbour(run: Run) -> None:
+    """What lending its link costs a sibling that decodes: a step that reads 8 GB of its memory."""
+    store = await store_of(run, relay=True)
+    await store.prefetch(run.model)
+    load = loader(run, store, run.whole(0), "operator", cold=False)
+    await load()
+    name = torch_name(run.devices[1].name)
+    weight = torch.ones(1 << 20, 4096, dtype=torch.bfloat16, device=name)
+    token = torch.ones(4096, 1, dtype=torch.bfloat16, device=name)
+    for _ in range(run.rounds):
+        for contestant in ("step alone", "step, link lent"):
+            lending = contestant != "step alone"
+            loading = asyncio.create_task(load()) if lending else None
+            await asyncio.sleep(0.02)
+            run.note(contestant, await asyncio.to_thread(_steps, weight, token))
+            if loading is not None:
+                await loading
+    del weight, token
+    torch.cuda.empty_cache()
+    await store.close()
+
+
+def _steps(weight: torch.Tensor, token: torch.Tensor) -> float:
+    """Return the seconds of a step, of ten in a row."""
+    with torch.cuda.device(weight.device):
+        make: Any = torch.cuda.Event
+        begin, end = make(enable_timing=True), make(enable_timing=True)
+        begin.record()
+        for _ in range(10):
+            weight @ token
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1e4
+
+
 async def small_pool(run: Run) -> None:
     """From storage through a pool of 1 GiB."""
     store = await store_of(run, relay=False, pool_bytes=ByteSize(GIB))
@@ -211,7 +265,14 @@ async def small_pool(run: Run) -> None:
     await store.close()
 
 
-SCENARIOS = {"dram": dram, "disk": disk, "relay": relay, "clone": clone, "small-pool": small_pool}
+SCENARIOS = {
+    "dram": dram,
+    "disk": disk,
+    "relay": relay,
+    "clone": clone,
+    "neighbour": neighbour,
+    "small-pool": small_pool,
+}
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -237,6 +298,7 @@ def main() -> None:
     parser.add_argument("--chunk", type=int, default=16, help="MiB")
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--verify", default="first")
+    parser.add_argument("--block", type=int, default=0, help="MiB; store.read_block_bytes")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     if not (options.store / options.shape).exists():
@@ -257,6 +319,7 @@ def main() -> None:
             chunk_bytes=ByteSize(chunk),
             reader_threads=options.threads,
             verify=options.verify,
+            read_block_bytes=ByteSize(options.block * MIB),
         )
         run = Run(checkpoint, devices, config, options.rounds, 0)
         start = time.perf_counter()

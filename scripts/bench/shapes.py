@@ -1,9 +1,13 @@
-"""Checkpoints with the shapes of well-known models and random bytes, in our own format.
+"""Checkpoints with the shapes of well-known models and random weights, in our own format.
 
-Written straight to shards by many threads, for measuring loads: no model can be served from them.
-Each file chunk has a seed of its own, so its bytes can be made again and compared.
+Written straight to shards by many threads, for measuring loads. Each file chunk has a seed of its
+own, so its bytes can be made again and compared. Weights are bf16 of random sign and mantissa
+between 2^-7 and 2^-3, so that a model made of them computes numbers; they say nothing about how well
+trained weights compress.
 """
 
+import shutil
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
@@ -13,7 +17,13 @@ from typing import Any, Final
 import numpy as np
 import torch
 import xxhash
-from transformers import AutoModelForCausalLM, LlamaConfig, OPTConfig, Qwen3Config
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    OPTConfig,
+    Qwen3Config,
+)
 from transformers.initialization import no_init_weights
 
 from sllm_node.checkpoint.index import (
@@ -27,7 +37,7 @@ from sllm_node.checkpoint.index import (
 )
 from sllm_node.checkpoint.layout import TensorSpec, plan_layout
 from sllm_node.core.units import GIB, MIB
-from sllm_node.engine.skeleton import SUPPORTED
+from tests.models import make_source
 
 SHARD_BYTES: Final = 4 * GIB
 CHUNK_BYTES: Final = 16 * MIB
@@ -39,6 +49,10 @@ def configs() -> dict[str, Any]:
         "tiny": LlamaConfig(
             hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
             num_key_value_heads=4, vocab_size=16384,
+        ),
+        "llama-3.2-1b": LlamaConfig(
+            hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
+            num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True,
         ),
         "llama-3.1-8b": LlamaConfig(
             hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
@@ -87,13 +101,29 @@ def write(root: Path, shape: str, name: str | None = None, seed: int = 0) -> int
                 ]
                 digests = tuple(threads.map(_write_chunk, jobs))
             shards.append(Shard(path.name, size, digests))
-    architecture = configs()[shape].architectures or SUPPORTED[0]
     index = TensorIndex(
-        VERSION, folder.name, str(architecture), "BF16", 4096, CHUNK_BYTES, 0, tuple(shards),
+        VERSION, folder.name, _architecture(configs()[shape]), "BF16", 4096, CHUNK_BYTES, 0, tuple(shards),
         layout.tensors, (), CODEC,
     )  # fmt: skip
     (folder / INDEX_FILE).write_bytes(to_json(index))
     return index.size
+
+
+def make_servable(folder: Path, shape: str) -> None:
+    """Put config and a small byte-level tokenizer beside the weights."""
+    with tempfile.TemporaryDirectory() as place:
+        source = make_source(Path(place) / "tiny")
+        for path in source.iterdir():
+            if "tokenizer" in path.name or path.suffix == ".jinja":
+                shutil.copy(path, folder)
+    config = configs()[shape]
+    config.architectures = [_architecture(config)]
+    config.dtype = "bfloat16"
+    config.save_pretrained(folder)
+
+
+def _architecture(config: Any) -> str:
+    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
 
 
 def chunk_seed(seed: int, shard: int, offset: int) -> int:
@@ -103,7 +133,8 @@ def chunk_seed(seed: int, shard: int, offset: int) -> int:
 
 def chunk_bytes(seed: int, size: int) -> bytes:
     """Return the bytes of the file chunk that has this seed."""
-    return np.random.Generator(np.random.SFC64(seed)).bytes(size)
+    made = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 16, size // 2, np.uint16)
+    return bytes((made & 0x81FF | 0x3C00).data)
 
 
 def _write_chunk(job: tuple[int, int, int, int]) -> int:

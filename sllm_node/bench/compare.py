@@ -13,7 +13,7 @@ import msgspec
 from sllm_node.bench.ablation import Ablation, AblationPlan, run_ablation
 from sllm_node.bench.ceilings import CopyCeiling, DiskCeiling
 from sllm_node.bench.contestants import CONTESTANT_NAMES, OURS, Contestant, Ours, find_peer
-from sllm_node.bench.devices import check_device, release_cached
+from sllm_node.bench.devices import check_device, is_cuda, release_cached
 from sllm_node.bench.files import ModelFiles, PageCache, prepare_shape, prepare_source
 from sllm_node.bench.machine import describe_machine
 from sllm_node.bench.probe import probe
@@ -73,7 +73,7 @@ def compare(
     peers = [find_peer(name) for name in plan.contestants if name != OURS]
     files = _prepare(plan)
     tell(f"files ready after {clock.now() - began:.1f} s: {files[0].size / 1e9:.2f} GB a copy")
-    config = _config_for(config, files[0])
+    config = _config_for(config, files[0], plan.device)
     ours = Ours(config)
     contestants: list[Contestant] = [*([ours] if OURS in plan.contestants else []), *peers]
     report = Report(
@@ -196,13 +196,16 @@ def _title(plan: ComparisonPlan) -> str:
     return f"{find_shape(plan.shape or _TINY).title} (synthesised)"
 
 
-def _config_for(config: StoreConfig, files: ModelFiles) -> StoreConfig:
-    """Return `config` with a pool that holds the model, and threads as the machine has."""
+def _config_for(config: StoreConfig, files: ModelFiles, device: str) -> StoreConfig:
+    """Return `config` with a pool that holds the model, threads as the machine has, warm blocks."""
     index = files.checkpoint.index
     pool = align_up(index.size, config.chunk_bytes) + len(index.shards) * config.chunk_bytes
     threads = max(config.reader_threads, min(_THREADS_MAX, len(os.sched_getaffinity(0))))
     return msgspec.structs.replace(
-        config, pool_bytes=ByteSize(max(pool, 2 * config.chunk_bytes)), reader_threads=threads
+        config,
+        pool_bytes=ByteSize(max(pool, 2 * config.chunk_bytes)),
+        reader_threads=threads,
+        read_block_bytes=ByteSize(config.chunk_bytes if is_cuda(device) else 0),
     )
 
 

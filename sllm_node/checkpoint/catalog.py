@@ -217,7 +217,8 @@ class Catalog:
         """Return what is known of `model` at a remote; one that is here goes before."""
         if self._elsewhere is None or not is_model_name(model) or (self.root / model).is_dir():
             return None
-        return self._elsewhere.get(model)
+        found = self._elsewhere.get(model)
+        return None if (self.root / model).is_dir() else found  # completed in between
 
     def _remove_partial(self, model: ModelId) -> bool:
         """Delete what has come of a remote's checkpoint; False: nothing has, or it is none."""

@@ -30,6 +30,8 @@ INDEX_FILE: Final = "tensor_index.json"
 VERSION: Final = 1
 ENCODED_VERSION: Final = 2
 CODEC: Final = RAW
+NO_ARCHITECTURE: Final = "none"
+"""What an index says of tensors that are no model: they can be loaded, not served."""
 TENSOR_ALIGNMENT: Final = 256
 """Bytes; what CUDA's allocator gives, so that a view is as aligned as a tensor of its own."""
 DTYPE_BYTES: Final[dict[str, int]] = {
@@ -102,6 +104,7 @@ class TensorIndex:
     model: str
     """The name given at conversion."""
     architecture: str
+    """Class of the model; `NO_ARCHITECTURE` for a plain dict of tensors."""
     dtype: str
     """The float dtype that holds most bytes."""
     context_tokens: int
@@ -145,6 +148,11 @@ class TensorIndex:
     def shard_base(self, shard: int) -> int:
         """Return where `shard` begins when the shards lie one after another."""
         return sum(before.size for before in self.shards[:shard])
+
+    @property
+    def is_model(self) -> bool:
+        """Whether these are the weights of a model, and not a plain dict of tensors."""
+        return self.architecture != NO_ARCHITECTURE
 
     def tensors_in(self, shard: int, offset: int, size: int) -> tuple[str, ...]:
         """Return the names of the tensors that have bytes in this range of a shard."""

@@ -24,6 +24,12 @@ class Cut:
     layers: int
 
 
+def layer_of(name: str) -> int | None:
+    """Return the layer that tensor or module `name` belongs to, if it is inside of one."""
+    found = _LAYER.search(f"{name}.")
+    return int(found[1]) if found else None
+
+
 def layer_starts(index: TensorIndex) -> tuple[int, ...]:
     """Return where each layer begins, in bytes of the checkpoint; the first one begins at 0.
 
@@ -32,8 +38,8 @@ def layer_starts(index: TensorIndex) -> tuple[int, ...]:
     starts: list[int] = []
     last = -1
     for entry in index.tensors:
-        found = _LAYER.search(entry.name)
-        layer = int(found[1]) if found else last
+        found = layer_of(entry.name)
+        layer = last if found is None else found
         if layer < last:
             return ()
         if layer > last:

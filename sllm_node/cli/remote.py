@@ -74,13 +74,13 @@ def unpin(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigF
 
 
 def cancel(
-    request: Annotated[str, typer.Argument(help="the request's id, as in x-request-id")],
+    request: Annotated[str, typer.Argument(help="its id, as in status or in x-request-id")],
     url: Url = DEFAULT_URL,
     key: Key = None,
     config: ConfigFile = None,
 ) -> None:
-    """End the sessions of one request."""
-    report = _call("POST", f"/admin/requests/{request}/cancel", (url, key, config))
+    """End the sessions of one request, or of all that came with this x-request-id."""
+    report = _call("POST", f"/admin/requests/{_quoted(request)}/cancel", (url, key, config))
     say(f"cancelled {report.get('cancelled', 0)} sessions of request {request}")
 
 
@@ -94,10 +94,14 @@ Target = tuple[str, str | None, Path | None]
 
 
 def _act(verb: str, model: str, target: Target, body: dict[str, Any] | None = None) -> None:
+    report = _call("POST", f"/admin/models/{_quoted(model)}/{verb}", target, body)
+    say(f"{model}: {report.get('state', verb)}")
+
+
+def _quoted(name: str) -> str:
     from urllib.parse import quote
 
-    report = _call("POST", f"/admin/models/{quote(model, safe='')}/{verb}", target, body)
-    say(f"{model}: {report.get('state', verb)}")
+    return quote(name, safe="")
 
 
 def _call(
@@ -106,7 +110,8 @@ def _call(
     url, key, config_file = target
     if config_file is not None:
         config = load_config(config_file)
-        url = f"http://{config.server.host}:{config.server.port}"
+        host = config.server.host
+        url = f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}"
         keys = config.server.admin_keys or config.server.api_keys
         key = key or (keys[0] if keys else None)
     return asyncio.run(_request(method, url.rstrip("/") + path, key, body))

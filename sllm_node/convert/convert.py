@@ -27,13 +27,21 @@ from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.names import DEFAULT
 from sllm_node.convert.mapping import GroupRunner
 from sllm_node.convert.plan import Plan, plan_tensors, tensor_bytes
-from sllm_node.convert.sources import Download, download_from_hub, open_source
+from sllm_node.convert.sources import Download, Source, download_from_hub, open_source
 from sllm_node.convert.tensors import dtype_named
 from sllm_node.convert.texts import context_tokens, library_errors_named, set_dtype
 from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.errors import ConversionError, UnsupportedArchitectureError
 from sllm_node.core.units import GIB, PAGE
-from sllm_node.engine.skeleton import SUPPORTED, architecture, build_skeleton, forward_order
+from sllm_node.engine.skeleton import (
+    SUPPORTED,
+    architecture,
+    build_module,
+    build_skeleton,
+    forward_order,
+    read_config,
+    registration_order,
+)
 
 _DISK: Final = DiskFiles()
 _CLOCK: Final = MonotonicClock()
@@ -53,6 +61,8 @@ class ConvertOptions:
     """Replace a checkpoint of that name."""
     codec: str = DEFAULT
     """One of `codec.chunks.CHOICES`."""
+    servable: bool = True
+    """Refuse what a node can't serve: other architectures, folders without a tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,17 +103,37 @@ def convert(
     """
     chunk_bytes = chunk_bytes_or_default(options.chunk_bytes, options.codec)
     _check(name, store, options, chunk_bytes)
-    dtype = dtype_named(options.dtype) if options.dtype is not None else None
+    dtype = _dtype(options)
+    download = surroundings.download
+    with open_source(source, dtype, download, needs_tokenizer=options.servable) as opened:
+        return convert_opened(
+            opened, source, store / name, options, progress=progress, surroundings=surroundings
+        )
+
+
+def convert_opened(
+    opened: Source,
+    origin: str,
+    destination: Path,
+    options: ConvertOptions,
+    *,
+    progress: Callable[[ConvertProgress], None] | None = None,
+    surroundings: Surroundings = Surroundings(),
+) -> Checkpoint:
+    """Write `opened`, which `origin` names in errors, as the checkpoint `destination`.
+
+    Raises:
+        As `convert` does.
+    """
+    dtype = _dtype(options)
+    chunk_bytes = chunk_bytes_or_default(options.chunk_bytes, options.codec)
+    store, name = destination.parent, destination.name
     space = SpaceNeeded()
     files = surroundings.files
-    with (
-        open_source(source, dtype, surroundings.download) as opened,
-        write_errors_named(store, space, files),
-        temporary_folder(store, name) as folder,
-    ):
+    with write_errors_named(store, space, files), temporary_folder(store, name) as folder:
         opened.write_texts(folder)
-        model = _build(folder, source)
-        plan = plan_tensors(model, forward_order(model), opened, dtype, source)
+        model, order = _build(folder, origin, servable=options.servable)
+        plan = plan_tensors(model, order, opened, dtype, origin)
         set_dtype(folder, plan.compute_dtype)
         layout = plan_layout((tensor.spec for tensor in plan.tensors), options.shard_bytes)
         space.require(layout.size, store, files)
@@ -122,8 +152,12 @@ def convert(
             aliases=plan.aliases,
         )
         write_index(folder, with_shards(index, shards), files)
-        publish(folder, store / name, files, replace=options.force)
-    return open_checkpoint(store / name)
+        publish(folder, destination, files, replace=options.force)
+    return open_checkpoint(destination)
+
+
+def _dtype(options: ConvertOptions) -> str | None:
+    return dtype_named(options.dtype) if options.dtype is not None else None
 
 
 def _check(name: str, store: Path, options: ConvertOptions, chunk_bytes: int) -> None:
@@ -145,13 +179,21 @@ def _check(name: str, store: Path, options: ConvertOptions, chunk_bytes: int) ->
         raise ConversionError(f"shard size {options.shard_bytes}", problem)
 
 
-def _build(folder: Path, origin: str) -> Any:
-    """Return the module that the texts in `folder` describe, without weights."""
-    try:
-        with library_errors_named(origin, "no model can be built from its config"):
-            return build_skeleton(folder)
-    except UnsupportedArchitectureError as error:
-        raise UnsupportedArchitectureError(origin, error.architecture, SUPPORTED) from error
+def _build(folder: Path, origin: str, *, servable: bool) -> tuple[Any, tuple[str, ...]]:
+    """Return the module that the texts in `folder` describe, without weights, and its order.
+
+    Of what the step loop can't run, the order of registration: nearly always that of the forward
+    pass.
+    """
+    with library_errors_named(origin, "no model can be built from its config"):
+        try:
+            model = build_skeleton(folder)
+            return model, forward_order(model)
+        except UnsupportedArchitectureError as error:
+            if servable:
+                raise UnsupportedArchitectureError(origin, error.architecture, SUPPORTED) from error
+        model = build_module(read_config(folder))
+        return model, registration_order(model)
 
 
 def _write(

@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sllm_node.convert.tensors import TORCH_DTYPES, MemoryTensor
+from sllm_node.convert.tensors import MemoryTensor
 from sllm_node.convert.texts import GENERATION_FILE, check_tokenizer, library_errors_named
 from sllm_node.core.errors import ConversionError
+from sllm_node.engine.weights import TORCH_DTYPES
 
 DEFAULT_DTYPE: Final = "BF16"
 _MAGIC: Final = b"GGUF"
@@ -22,6 +23,7 @@ class GgufModel:
     model: Any
     tensors: Mapping[str, MemoryTensor]
     in_module_layout: bool = True
+    is_exact: bool = False
 
     def write_texts(self, folder: Path) -> None:
         """Write config, generation config and tokenizer as the file describes them."""

@@ -22,12 +22,12 @@ from sllm_node.convert.sources import Source
 from sllm_node.convert.tensors import (
     COMPUTE_DTYPES,
     STORED_DTYPES,
-    TORCH_DTYPES,
     SourceTensor,
     as_bytes,
     cast_slice,
 )
 from sllm_node.core.errors import ConversionError
+from sllm_node.engine.weights import TORCH_DTYPES
 
 _DEFAULT_DTYPE: Final = "BF16"
 
@@ -72,6 +72,8 @@ def plan_tensors(
         if source.in_module_layout
         else group_sources(model, source.tensors, origin)
     )
+    if source.is_exact and (unused := sorted(source.tensors.keys() - model.state_dict().keys())):
+        raise ConversionError(origin, f"has tensors that its class has no place for: {few(unused)}")
     aliases = _aliases(model, order)
     for alias, name in aliases.items():
         _tie(groups, alias, name, origin)
@@ -80,7 +82,8 @@ def plan_tensors(
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     found = {n: TensorSpec(n, _joint_dtype(groups[n], origin), shapes[n]) for n in order}
     compute = _compute_dtype(found.values(), dtype)
-    choose = _DtypeChoice(dtype, compute, kept_in_fp32(model, TORCH_DTYPES[compute]))
+    fp32 = kept_in_fp32(model, TORCH_DTYPES[compute])
+    choose = _DtypeChoice(dtype, compute, fp32, is_exact=source.is_exact)
     planned = tuple(
         PlannedTensor(replace(spec, dtype=choose(spec)), spec.dtype, groups[spec.name])
         for spec in found.values()
@@ -98,8 +101,12 @@ class _DtypeChoice:
     compute: str
     fp32: re.Pattern[str] | None
     """Tensors that a model in half precision keeps in fp32."""
+    is_exact: bool
+    """Whether dtypes stay as they are if none is requested."""
 
     def __call__(self, spec: TensorSpec) -> str:
+        if self.is_exact and self.requested is None:
+            return spec.dtype
         is_cast = spec.dtype in (COMPUTE_DTYPES if self.requested is None else FLOAT_DTYPES)
         if not is_cast:
             return spec.dtype

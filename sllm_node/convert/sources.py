@@ -32,6 +32,10 @@ class Source(Protocol):
     def in_module_layout(self) -> bool:
         """Whether the tensors have the module's names and shapes already."""
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether every tensor must have a place, and keeps its dtype unless one is asked for."""
+
     def write_texts(self, folder: Path) -> None:
         """Write config, generation config and tokenizer into `folder`."""
 
@@ -43,15 +47,21 @@ class FolderSource:
     folder: Path
     origin: str
     tensors: Mapping[str, SourceTensor]
+    needs_tokenizer: bool = True
     in_module_layout: bool = False
+    is_exact: bool = False
 
     def write_texts(self, folder: Path) -> None:
-        copy_texts(self.folder, folder, self.origin)
+        copy_texts(self.folder, folder, self.origin, needs_tokenizer=self.needs_tokenizer)
 
 
 @contextmanager
-def open_source(source: str, dtype: str | None, download: Download) -> Iterator[Source]:
+def open_source(
+    source: str, dtype: str | None, download: Download, *, needs_tokenizer: bool = True
+) -> Iterator[Source]:
     """Find out what `source` names and open it; `dtype` is what a GGUF file is dequantised to.
+
+    Without `needs_tokenizer`, a folder may have none.
 
     Raises:
         ConversionError: it is nothing that can be converted, with what to do.
@@ -59,11 +69,12 @@ def open_source(source: str, dtype: str | None, download: Download) -> Iterator[
     path = Path(source).expanduser()
     with ExitStack() as files:
         if path.is_dir():
-            yield _open_folder(path, source, dtype, files)
+            yield _open_folder(path, source, dtype, files, needs_tokenizer)
         elif path.is_file():
             yield _open_file(path, source, dtype)
         elif _HUB_ID.fullmatch(source):
-            yield _open_folder(_download(source, download), source, dtype, files)
+            folder = _download(source, download)
+            yield _open_folder(folder, source, dtype, files, needs_tokenizer)
         else:
             raise ConversionError(source, "there is no such folder or file, and it is no hub id")
 
@@ -90,11 +101,17 @@ def _download(model: str, download: Download) -> Path:
         ) from error
 
 
-def _open_folder(path: Path, origin: str, dtype: str | None, files: ExitStack) -> Source:
+def _open_folder(
+    path: Path,
+    origin: str,
+    dtype: str | None,
+    files: ExitStack,
+    needs_tokenizer: bool,  # noqa: FBT001 - passed on as it came
+) -> Source:
     if (path / WEIGHTS_INDEX_FILE).is_file() or any(path.glob("*.safetensors")):
         if not (path / CONFIG_FILE).is_file():
             raise ConversionError(origin, f"has no {CONFIG_FILE}")
-        return FolderSource(path, origin, open_weights(path, files))
+        return FolderSource(path, origin, open_weights(path, files), needs_tokenizer)
     names = sorted(entry.name for entry in path.iterdir())
     quantised = [name for name in names if name.endswith(".gguf")]
     if len(quantised) == 1:

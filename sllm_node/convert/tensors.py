@@ -2,21 +2,15 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 import torch
 
 from sllm_node.checkpoint.index import FLOAT_DTYPES
 from sllm_node.convert.safetensors import SLICE_BYTES
 from sllm_node.core.errors import ConversionError
+from sllm_node.engine.weights import TORCH_DTYPES
 
-TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "U16": torch.uint16,
-    "I16": torch.int16, "U32": torch.uint32, "I32": torch.int32, "U64": torch.uint64,
-    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F32": torch.float32, "F64": torch.float64,
-}  # fmt: skip
 STORED_DTYPES: Final = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 COMPUTE_DTYPES: Final = frozenset({"F16", "BF16", "F32", "F64"})
 """What a forward pass can run in."""
@@ -75,6 +69,25 @@ class MemoryTensor:
         view[:] = as_bytes(self.tensor)
 
 
+def check_tensor(name: str, tensor: Any, origin: str) -> None:
+    """Refuse what is no plain tensor with numbers of a dtype that the format knows.
+
+    Raises:
+        ConversionError: naming the tensor, and what about it is in the way.
+    """
+    what = f"tensor {name!r}"
+    if not isinstance(tensor, torch.Tensor):
+        raise ConversionError(origin, f"{what} is no tensor but {type(tensor).__name__}")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+        raise ConversionError(origin, f"{what} is a {type(tensor).__name__}; give a plain tensor")
+    if tensor.is_meta:
+        raise ConversionError(origin, f"{what} is on meta and has no numbers (offloaded?)")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ConversionError(origin, f"{what} is sparse or quantised; give a dense tensor")
+    if tensor.dtype not in STORED_DTYPES:
+        raise ConversionError(origin, f"{what} has {tensor.dtype}, which the format doesn't know")
+
+
 def dtype_named(name: str) -> str:
     """Return the stored name of a float dtype that people write as torch or safetensors do.
 
@@ -90,8 +103,8 @@ def dtype_named(name: str) -> str:
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of `tensor`, of which a contiguous one is not copied."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    """Return the bytes of `tensor`, of which a contiguous one on the host is not copied."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def load(source: SourceTensor) -> torch.Tensor:

@@ -9,9 +9,9 @@ from typing import Any, Final
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
-from sllm_node.convert.tensors import TORCH_DTYPES
 from sllm_node.core.errors import ConversionError, SllmError, UnsupportedArchitectureError
 from sllm_node.engine.skeleton import SUPPORTED
+from sllm_node.engine.weights import TORCH_DTYPES
 
 CONFIG_FILE: Final = "config.json"
 GENERATION_FILE: Final = "generation_config.json"
@@ -27,8 +27,10 @@ _CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "seq_length"
 _CONTEXT_DEFAULT: Final = 2048
 
 
-def copy_texts(source: Path, folder: Path, origin: str) -> None:
+def copy_texts(source: Path, folder: Path, origin: str, *, needs_tokenizer: bool = True) -> None:
     """Bring config, generation config and tokenizer of a Hugging Face folder to `folder`.
+
+    Without `needs_tokenizer`, a folder that has no file of one is taken as well.
 
     Raises:
         ConversionError: one is missing, damaged, or describes quantised weights.
@@ -49,7 +51,25 @@ def copy_texts(source: Path, folder: Path, origin: str) -> None:
         _write_object(folder / GENERATION_FILE, _read_object(source / GENERATION_FILE, origin))
     else:
         GenerationConfig.from_model_config(config).save_pretrained(folder)
-    _copy_tokenizer(source, folder, origin)
+    found = [name for name in _TOKENIZER_FILES if (source / name).is_file()]
+    if needs_tokenizer or not all(name.startswith("chat_template") for name in found):
+        _copy_tokenizer(source, folder, origin)
+
+
+def write_texts(config: Any, generation: Any, tokenizer: Any, folder: Path, origin: str) -> None:
+    """Write the config of a model in memory to `folder`, and the others that are not None.
+
+    Raises:
+        ConversionError: transformers can't write one of them.
+    """
+    with library_errors_named(origin, "its config or tokenizer can't be written"):
+        config.save_pretrained(folder)
+        fields = _read_object(folder / CONFIG_FILE, origin)
+        _write_object(folder / CONFIG_FILE, {k: v for k, v in fields.items() if k not in _NOT_KEPT})
+        if generation is not None:
+            generation.save_pretrained(folder, GENERATION_FILE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
 
 
 def set_dtype(folder: Path, dtype: str) -> None:

@@ -54,12 +54,13 @@ class StoreConfig(Section, frozen=True):
 
     path: Name = "/var/lib/sllm-node/models"
     pool_bytes: ByteSize = _size("4GiB")
-    chunk_bytes: ByteSize = _size("32MiB")
+    chunk_bytes: ByteSize = _size("16MiB")
     huge_pages: bool = True
-    reader_threads: Count = 4
+    reader_threads: Count = 8
     max_concurrent_loads: Count = 2
     verify: Literal["first", "always", "never"] = "first"
     direct_io: bool = True
+    read_block_bytes: ByteSize = _size("0")
     piece_bytes: ByteSize = _size("256MiB")
     relay: bool = True
     relay_max_sessions: NotNegative = 0
@@ -270,7 +271,7 @@ def _suggest(key: str, fields: dict[str, Any]) -> str:
 
 def _contradictions(config: Config) -> Iterator[str]:
     checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_pool, _check_bind, _check_keep_alive, _check_device, _check_remotes,
+        _check_chunks, _check_blocks, _check_pool, _check_bind, _check_keep_alive, _check_device, _check_remotes,
     )  # fmt: skip
     for check in checks:
         if (problem := check(config)) is not None:
@@ -281,6 +282,13 @@ def _check_chunks(config: Config) -> str | None:
     chunk = config.store.chunk_bytes
     if chunk < PAGE or chunk % PAGE:
         return f"store.chunk_bytes = {chunk}: must be a multiple of {PAGE} bytes, for direct I/O"
+    return None
+
+
+def _check_blocks(config: Config) -> str | None:
+    block = config.store.read_block_bytes
+    if block % PAGE:
+        return f"store.read_block_bytes = {block}: must be a multiple of {PAGE} bytes, or 0"
     return None
 
 

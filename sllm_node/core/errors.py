@@ -397,6 +397,33 @@ class RemoteChecksumError(ChecksumError):
         self.remote = remote
 
 
+class CheckpointNotFoundError(CheckpointError):
+    """No checkpoint lies where one was looked for."""
+
+    fault = Fault.CALLER
+    code = "checkpoint_not_found"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class NotServableError(CheckpointError):
+    """A checkpoint that is no model: a plain dict of tensors."""
+
+    fault = Fault.CALLER
+    code = "not_servable"
+    param = "model"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"{model!r} is a plain dict of tensors and no model, so it can't be served or "
+            "generate; sllm_node.torch.load_dict loads it"
+        )
+        self.model = model
+
+
 class ConversionError(SllmError):
     """A source can't be converted."""
 
@@ -533,6 +560,31 @@ class EngineError(SllmError):
     def __init__(self, model: str, problem: str) -> None:
         super().__init__(f"model {model!r}: the engine failed: {problem}")
         self.model = model
+
+
+# --- library ------------------------------------------------------------------------------------
+
+
+class ArgumentError(SllmError):
+    """An argument of a library call that can't be taken as it is."""
+
+    fault = Fault.CALLER
+    code = "invalid_argument"
+
+    def __init__(self, argument: str, problem: str) -> None:
+        super().__init__(f"{argument}: {problem}")
+        self.argument = argument
+        self.problem = problem
+
+
+class DeviceMapError(ArgumentError):
+    """A device_map that can't be carried out; `entry` is the first that can't."""
+
+    code = "invalid_device_map"
+
+    def __init__(self, entry: str, problem: str) -> None:
+        super().__init__("device_map", f"{entry!r} {problem}")
+        self.entry = entry
 
 
 # --- operators ----------------------------------------------------------------------------------

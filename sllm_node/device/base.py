@@ -131,6 +131,9 @@ class Device(Protocol):
     def granularity(self) -> int:
         """Every range and buffer takes a multiple of this many bytes."""
 
+    def free_bytes(self) -> int:
+        """Return how much memory can be taken now; waits for what was enqueued."""
+
     def reserve(self, size: int, piece_bytes: int) -> DeviceRange:
         """Take a range of addresses for `size` bytes, in pieces, without memory yet.
 

@@ -107,7 +107,7 @@ class CpuPinnedBuffer:
     def __init__(self, size: int, *, huge_pages: bool) -> None:
         self._size = size
         self._view = memoryview(map_memory(size, huge_pages=huge_pages))[:size]
-        touch(self._view)
+        touch(self._view, huge_pages=huge_pages)
 
     @property
     def size(self) -> int:
@@ -184,6 +184,9 @@ class CpuDevice:
     @property
     def granularity(self) -> int:
         return PAGE
+
+    def free_bytes(self) -> int:
+        return self._ledger.total - self._ledger.used
 
     def reserve(self, size: int, piece_bytes: int) -> CpuRange:
         assert size > 0

@@ -96,9 +96,12 @@ class _Driver:
 
 
 def _name(code: Any) -> str:
-    found, text = driver.cuGetErrorString(code)
-    words = text.decode() if found == _Result.CUDA_SUCCESS and text else ""
-    return f"{getattr(code, 'name', code)} ({words})" if words else str(code)
+    words = ""
+    with suppress(RuntimeError):  # without a driver there is nobody to ask
+        found, text = driver.cuGetErrorString(code)
+        words = text.decode() if found == _Result.CUDA_SUCCESS and text else ""
+    name = str(getattr(code, "name", code))
+    return f"{name} ({words})" if words else name
 
 
 class _FutureEvent:
@@ -258,7 +261,7 @@ class CudaPinnedBuffer:
         self._size = size
         self._view = memoryview(map_memory(size, huge_pages=huge_pages))[:size]
         prefer_nodes(self._view, device.nodes)
-        touch(self._view)
+        touch(self._view, huge_pages=huge_pages)
         flags = driver.CU_MEMHOSTREGISTER_PORTABLE
         with device.cuda:
             (code,) = driver.cuMemHostRegister(address_of(self._view), size, flags)
@@ -362,12 +365,20 @@ class CudaStream:
 
     def fail(self, what: str, code: Any) -> None:
         """Remember a failure for the next event."""
-        self._failure = self._failure or self._cuda.error(what, code)
+        self.remember(self._cuda.error(what, code))
+
+    def remember(self, failure: DeviceError | None) -> None:
+        """Let the next event tell of `failure`, if it is the first."""
+        self._failure = self._failure or failure
+
+    def take_failure(self) -> DeviceError | None:
+        """Return what failed since the last event, and forget it."""
+        failure, self._failure = self._failure, None
+        return failure
 
     def watch(self, event: Any, done: Done) -> None:
         """Call `done` when `event` has happened."""
-        failure, self._failure = self._failure, None
-        self._watched.put((event, done, failure))
+        self._watched.put((event, done, self.take_failure()))
 
     def _watch(self) -> None:
         driver.cuCtxSetCurrent(self._cuda.context)
@@ -407,6 +418,8 @@ class CudaRelay:
         with self._cuda:
             self._expect(driver.cuStreamWaitEvent(link, self._emptied[slot], 0))
             self._link.copy_in(self._ring, place, piece)
+            # Or what lies in the slot would go on instead of the piece.
+            self._bridge.remember(self._link.take_failure())
             self._expect(driver.cuEventRecord(self._filled[slot], link))
             self._expect(driver.cuStreamWaitEvent(bridge, self._filled[slot], 0))
             end = place + len(piece)
@@ -502,6 +515,9 @@ class CudaDevice:
         self.memory.submit(_nothing).result()
         with self.cuda:
             return int(self.cuda.check("ask for free memory", driver.cuMemGetInfo())[0])
+
+    def free_bytes(self) -> int:
+        return min(self.ledger.total - self.ledger.used, self.driver_free())
 
     def reserve(self, size: int, piece_bytes: int) -> CudaRange:
         assert size > 0

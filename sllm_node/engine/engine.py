@@ -78,6 +78,8 @@ class Engine:
         """By the number of their session."""
         self._last_number = 0
         self._broken: EngineError | None = None
+        self._is_trusted = True
+        """No step has failed: the module may serve again."""
         self._wake = asyncio.Event()
         self._task = asyncio.create_task(self._live(), name=f"engine {parts.name}")
 
@@ -139,7 +141,8 @@ class Engine:
         self._generations.clear()
         # On the step thread, where the last step's tensors were made and freed.
         await self._steps.run(self._let_go)
-        self._parts.keep()
+        if self._is_trusted:
+            self._parts.keep()
 
     def _let_go(self) -> None:
         self._parts.cache.close()
@@ -154,6 +157,7 @@ class Engine:
             await self._run()
         except Exception as error:
             log.exception("engine failed", extra={"model": self._parts.name})
+            self._is_trusted = False
             self._broken = EngineError(self._parts.name, f"{type(error).__name__}: {error}")
             for generation in list(self._generations.values()):
                 generation.fail(self._broken)
@@ -171,6 +175,7 @@ class Engine:
                 drawn = await self._steps.run(runner.step, [_step_part(part) for part in plan])
             except Exception as error:
                 log.exception("step failed", extra={"model": self._parts.name, "parts": len(plan)})
+                self._is_trusted = False
                 await self._steps.run(self._parts.check)  # ends the process if the device is lost
                 self._fail(plan, EngineError(self._parts.name, f"{type(error).__name__}: {error}"))
             else:
@@ -191,6 +196,7 @@ class Engine:
         session, name = generation.session, self._parts.name
         if drawn.token < 0:
             error = EngineError(name, "the model's logits are not numbers for this request")
+            self._is_trusted = False
             self._end(generation)
             generation.fail(error)
             return

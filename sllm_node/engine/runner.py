@@ -55,7 +55,8 @@ class Runner:
                     position_ids=torch.tensor([positions], device=device),
                     use_cache=False,
                     # An index keeps only the rows that draw; a step without any keeps one, unused.
-                    logits_to_keep=torch.tensor(ends or [end], device=device),
+                    # Split over devices, what follows the last layer is where that layer is.
+                    logits_to_keep=torch.tensor(ends or [end], device=self._cache.keys[-1].device),
                 )
             rows = [part.draw for part in parts if part.draw is not None]
             drawn = iter(sample(output.logits[0], rows) if rows else ())

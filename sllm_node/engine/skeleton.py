@@ -8,6 +8,7 @@ our step loop would not do right.
 Building a module changes globals of the process (default dtype, random state): never beside a step.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ from sllm_node.engine.attention import (
     attention_step,
 )
 
+BUILDING: Final = threading.Lock()
+"""Held while a module is built or initialised: one at a time in this process."""
 SUPPORTED: Final[tuple[str, ...]] = (
     "CohereForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM",
     "Gemma3ForCausalLM", "GemmaForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM",
@@ -81,6 +84,12 @@ def architecture(config: Any) -> str:
     return type(config).__name__
 
 
+def causal_class(config: Any) -> str | None:
+    """Return the name of the causal language model of `config`'s type, if it has one."""
+    found = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return None if found is None else str(found.__name__)
+
+
 def build_skeleton(directory: Path) -> Model:
     """Return the module of the checkpoint in `directory`, on meta, with our attention.
 
@@ -89,15 +98,25 @@ def build_skeleton(directory: Path) -> Model:
     """
     config = read_config(directory)
     check_supported(config, str(directory))
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=config.dtype or torch.float32, attn_implementation=ATTENTION
-        )
-    model.tie_weights()
-    model.eval()
+    model = build_module(config, ATTENTION)
     # There is no padding here; with a padding token some models look for it in every batch.
     model.config.pad_token_id = None
     _check_layers(model, str(directory))
+    return model
+
+
+def build_module(config: Any, attention: str | None = None) -> Model:
+    """Return the causal language model that `config` describes, on meta, as transformers makes it.
+
+    `attention` is an implementation that transformers knows; None: its default.
+    """
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    with BUILDING, torch.device("meta"), no_init_weights():
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=config.dtype or torch.float32, **chosen
+        )
+    model.tie_weights()
+    model.eval()
     return model
 
 
@@ -108,13 +127,23 @@ def forward_order(model: Model) -> tuple[str, ...]:
     comes first there. What the dry run does not touch (experts that it is not routed to) follows in
     the order of registration.
     """
-    names: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), name)
+    names = _names(model)
     recorder = _FirstUse(names)
     with recorder:
         _dry_run(model, _ShapeRecorder())
     return (*recorder.used, *(n for n in names.values() if n not in recorder.used))
+
+
+def registration_order(model: Model) -> tuple[str, ...]:
+    """Return the tensors of `model` in the order in which it was built; of tied ones the first."""
+    return tuple(_names(model).values())
+
+
+def _names(model: Model) -> dict[int, str]:
+    names: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), name)
+    return names
 
 
 def layer_shapes(model: Model) -> tuple[LayerShape, ...]:
@@ -195,9 +224,7 @@ def _check_layers(model: Model, source: str) -> None:
 
 
 def _is_text_model(config: Any) -> bool:
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return False
-    return bool(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ == architecture(config))
+    return causal_class(config) == architecture(config)
 
 
 def _problems(config: Any) -> Iterable[str]:

@@ -1,6 +1,6 @@
 """Puts a checkpoint's bytes into a module: every parameter a view of device memory, none copied."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 import torch
@@ -13,7 +13,7 @@ from sllm_node.device.base import DeviceBuffer
 TORCH_DTYPES: Final[dict[str, torch.dtype]] = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16,
     "I32": torch.int32, "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu, "F16": torch.float16, "BF16": torch.bfloat16,
     "F32": torch.float32, "F64": torch.float64,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
 }  # fmt: skip
@@ -43,13 +43,26 @@ def bind(model: Any, index: TensorIndex, parts: Sequence[WeightPart]) -> None:
     Raises:
         CheckpointFormatError: the index and the module do not have the same tensors.
     """
-    views = tensor_views(index, parts)
+    bind_views(model, index, tensor_views(index, parts), torch_name(parts[0].part.device))
+
+
+def bind_views(
+    model: Any, index: TensorIndex, stored: Mapping[str, torch.Tensor], device: str
+) -> None:
+    """Make every parameter and persistent buffer of `model` one of `stored`, as `bind` does.
+
+    Buffers of modules without parameters are computed on `device`.
+
+    Raises:
+        CheckpointFormatError: the index and the module do not have the same tensors.
+    """
+    views = dict(stored)
     for alias, name in index.aliases:
         views[alias] = views[name]
     parameters: dict[int, torch.nn.Parameter] = {}
     for name, view in views.items():
         _set(model, name, view, parameters, index)
-    _compute_rest(model, torch.device(torch_name(parts[0].part.device)))
+    _compute_rest(model, torch.device(device))
     left = [name for name, t in _all_tensors(model) if t.is_meta]
     if left:
         raise CheckpointFormatError(index.model, f"has no bytes for {', '.join(left[:5])}")
@@ -80,11 +93,18 @@ def views_of(
     Raises:
         CheckpointFormatError: a tensor lies in none as a whole.
     """
+    return views_by(index, lambda start, end: _bytes_of(start, end, flats, index))
+
+
+def views_by(
+    index: TensorIndex, bytes_of: Callable[[int, int], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Return every stored tensor as a view of `bytes_of(start, end)`, uint8 of the checkpoint."""
     bases = [index.shard_base(number) for number in range(len(index.shards))]
     views: dict[str, torch.Tensor] = {}
     for entry in index.tensors:
         start = bases[entry.shard] + entry.offset
-        raw = _bytes_of(start, start + entry.size, flats, index)
+        raw = bytes_of(start, start + entry.size)
         views[entry.name] = raw.view(TORCH_DTYPES[entry.dtype]).view(entry.shape)
     return views
 

@@ -21,6 +21,7 @@ from sllm_node.core.errors import (
     DrainingError,
     EngineError,
     ModelNotFoundError,
+    NotServableError,
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
@@ -46,7 +47,7 @@ from sllm_node.schedule.actions import (
 from sllm_node.schedule.alarm import Alarm
 from sllm_node.schedule.estimate import LoadEstimator
 from sllm_node.schedule.ports import CodecT, Engines, WeightStore
-from sllm_node.schedule.replicas import Replicas
+from sllm_node.schedule.replicas import Hosted, Replicas
 from sllm_node.schedule.scheduler import Scheduler
 from sllm_node.schedule.sessions import Sessions
 from sllm_node.schedule.status import model_status
@@ -104,7 +105,7 @@ class Service(Generic[CodecT]):
             ModelNotFoundError: there is no such checkpoint.
             SllmError: it can't be used.
         """
-        return await self._replicas.codecs.get(self._checkpoint(ModelId(model)))
+        return await self._replicas.codecs.get(self._servable(ModelId(model)))
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have here.
@@ -112,7 +113,7 @@ class Service(Generic[CodecT]):
         Raises:
             ModelNotFoundError: there is no such checkpoint.
         """
-        return self._engines.context_limit(self._checkpoint(ModelId(model)))
+        return self._engines.context_limit(self._servable(ModelId(model)))
 
     def session_limit(self, model: str) -> int:
         """Return how many sessions of `model` could be taken now if nobody else had any."""
@@ -126,7 +127,7 @@ class Service(Generic[CodecT]):
         Raises:
             SllmError: it is refused at once, with the reason.
         """
-        checkpoint = self._checkpoint(request.model)
+        checkpoint = self._servable(request.model)
         self._engines.check_request(request, checkpoint)
         ticket = self._ticket(checkpoint, priority=request.priority, keep_alive_s=keep_alive_s)
         stream = Stream(
@@ -147,13 +148,12 @@ class Service(Generic[CodecT]):
         return self._sessions.statuses()
 
     def cancel_request(self, request_id: str) -> int:
-        """End the sessions of a request and return how many there were."""
+        """End the sessions of a request, by its id or its client's own; return how many there were."""
         return self._sessions.stop_request(request_id)
 
     def running_on(self, device: str) -> int:
         """Return how many sessions run on `device` now."""
-        views = (self._scheduler.view(name) for name in self._scheduler.models())
-        return sum(view.running for view in views if device in view.devices)
+        return self._scheduler.running_on(device)
 
     # --- models -------------------------------------------------------------------------------
 
@@ -207,6 +207,8 @@ class Service(Generic[CodecT]):
         if self._scheduler.view(name).state is ModelState.EVICTING:
             departure = self._departures.setdefault(name, self._loop.create_future())
             await asyncio.shield(departure)
+        if self._scheduler.view(name).state is ModelState.IDLE:
+            self._store.evict(name, Tier.DEVICE, "operator")  # what it left as a cache, too
 
     async def pin(self, model: str) -> None:
         """Keep `model` on the device from when it is there.
@@ -282,6 +284,9 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
             self._estimator.observe(hosted.lease.report)
+        with suppress(SllmError):  # removed meanwhile: those who wait are served
+            if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
+                self._do(self._scheduler.on_replaced(model, self._clock.now()))
         self._do(self._scheduler.on_loaded(model, self._clock.now()))
 
     def on_load_failed(self, model: ModelId, error: SllmError) -> None:
@@ -387,8 +392,18 @@ class Service(Generic[CodecT]):
             if hosted is not None:
                 self._do(self._scheduler.on_replaced(model, self._clock.now()))
             raise
-        if hosted is not None and hosted.lease.checkpoint.identities != checkpoint.identities:
+        if hosted is not None and self._is_outdated(hosted, checkpoint):
             self._do(self._scheduler.on_replaced(model, self._clock.now()))
+        return checkpoint
+
+    def _is_outdated(self, hosted: Hosted, checkpoint: Checkpoint) -> bool:
+        return hosted.lease.checkpoint.identities != checkpoint.identities
+
+    def _servable(self, model: ModelId) -> Checkpoint:
+        """Return the checkpoint of `model`, or raise NotServableError if it is none of a model."""
+        checkpoint = self._checkpoint(model)
+        if not checkpoint.index.is_model:
+            raise NotServableError(model)
         return checkpoint
 
     def _ticket(
@@ -419,7 +434,7 @@ class Service(Generic[CodecT]):
 
     def _want(self, model: ModelId) -> asyncio.Future[None]:
         """Ask for `model` to be on the device; the future ends when it is, or can't be."""
-        ticket = self._ticket(self._checkpoint(model), is_session=False)
+        ticket = self._ticket(self._servable(model), is_session=False)
         waiter: asyncio.Future[None] = self._loop.create_future()
         # Looked at even when the caller is gone.
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())

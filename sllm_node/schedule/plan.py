@@ -10,8 +10,8 @@ but for `max_wait_s` at most while another model waits.
 
 With several devices, a model that fits on one goes where least is disturbed: where it is free of
 victims, else where they are idle, else where they were used longest ago; of equal ones to where it
-was last (part of it may still lie there), else to the one with most room. One that is split has its
-devices given.
+was last (part of it may still lie there), else to one that has the room now and need not be emptied
+first, else to the one with most room. One that is split has its devices given.
 
 What a model was promised is not given to those behind it. A model that finds no way now is passed
 over, unless it is overdue: then those behind it wait too, or they would take its room for ever.
@@ -22,7 +22,7 @@ victims, so that a plan doesn't waver while it is carried out.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sllm_node.core.types import ModelState
+from sllm_node.core.types import ModelState, Share
 from sllm_node.schedule.record import ModelRecord
 
 
@@ -36,7 +36,7 @@ class Plan:
     closed: list[ModelRecord] = field(default_factory=list)
 
 
-_Cost = tuple[bool, bool, bool, float, bool, int]
+_Cost = tuple[bool, bool, bool, float, bool, bool, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,16 @@ def choices(record: ModelRecord, capacities: Mapping[str, int]) -> list[tuple[st
         sizes = dict(zip(fixed, (share.size for share in record.shares), strict=True))
         return [fixed] if all(sizes[name] <= capacities.get(name, 0) for name in fixed) else []
     return [(name,) for name, size in capacities.items() if record.device_bytes <= size]
+
+
+def shortage(shares: Sequence[Share], rooms: Mapping[str, int]) -> tuple[int, int] | None:
+    """Return size and room of the first share that has no place in `rooms`; None: all have one."""
+    largest = max(rooms.values())
+    for share in shares:
+        room = largest if share.device is None else rooms.get(share.device, 0)
+        if share.size > room:
+            return share.size, room
+    return None
 
 
 def _rank(record: ModelRecord, now: float, max_wait_s: float) -> tuple[bool, int, float, int]:
@@ -137,16 +147,19 @@ class _Room:
             }
             victims = self._victims(record, short, is_overdue=is_overdue)
             if victims is not None:
-                yield _Way(devices, victims, self._cost(record, devices, victims))
+                yield _Way(devices, victims, self._cost(record, needs, victims))
 
     def _cost(
-        self, record: ModelRecord, devices: tuple[str, ...], victims: list[ModelRecord]
+        self, record: ModelRecord, needs: Mapping[str, int], victims: list[ModelRecord]
     ) -> _Cost:
         busy = [victim for victim in victims if not victim.is_idle]
         is_new = any(not victim.is_closed for victim in busy)  # else the plan goes on as it was
         newest = max((victim.last_used for victim in victims), default=0.0)
-        room = sum(self._promisable[name] for name in devices)
-        return (is_new, bool(busy), bool(victims), newest, devices != record.devices, -room)
+        waits = any(size > self._free[name] for name, size in needs.items())
+        leaving = sum(victim.bytes_on(name) for victim in victims for name in needs)
+        room = leaving + sum(self._promisable[name] for name in needs)
+        elsewhere = tuple(needs) != record.devices
+        return (is_new, bool(busy), bool(victims), newest, elsewhere, waits, -room)
 
     def _victims(
         self, record: ModelRecord, short: Mapping[str, int], *, is_overdue: bool

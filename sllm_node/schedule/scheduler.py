@@ -43,7 +43,7 @@ from sllm_node.schedule.actions import (
     Ticket,
     TicketId,
 )
-from sllm_node.schedule.plan import choices, make_plan
+from sllm_node.schedule.plan import make_plan, shortage
 from sllm_node.schedule.record import ModelEvent, ModelRecord
 
 _LOADS: Final = (ModelState.QUEUED, ModelState.LOADING)
@@ -92,6 +92,11 @@ class Scheduler:
     def running(self) -> int:
         """Granted sessions of all models."""
         return len(self._tickets) - self.waiting
+
+    def running_on(self, device: str) -> int:
+        """Return how many sessions run on `device`; asked for every copy of a load, so it is quick."""
+        busy = (record for record in self._records.values() if record.running)
+        return sum(len(record.running) for record in busy if device in record.devices)
 
     def models(self) -> tuple[ModelId, ...]:
         """Return the models that were asked for so far."""
@@ -240,6 +245,9 @@ class Scheduler:
             actions += self._tidy(record)
         actions += self._refuse_hopeless()
         actions += self._follow_plan()
+        while refusals := list(self._refuse_hopeless()):  # beside a pinned model that comes now
+            actions += refusals
+            actions += self._follow_plan()
         for record in self._records.values():
             actions += self._grants(record)
         return actions
@@ -293,18 +301,12 @@ class Scheduler:
         """Return why a new ticket is refused, or None."""
         if self._is_draining:
             return DrainingError(self._drain_s)
-        if self._is_too_large(ticket):
-            room = sum(self._capacities.values())
-            return ModelTooLargeError(ticket.model, ticket.device_bytes, room)
+        if (lack := shortage(ticket.shares, self._capacities)) is not None:
+            return ModelTooLargeError(ticket.model, *lack)
         if self._is_open(record) or self.waiting < self._config.max_queue:
             return None
         wait_s = self._expected_wait_s(record, ticket.device_bytes, ticket.load_s)
         return NodeFullError(self.waiting, self._config.max_queue, wait_s)
-
-    def _is_too_large(self, ticket: Ticket) -> bool:
-        largest = max(self._capacities.values())
-        rooms = (self._capacities.get(s.device, 0) if s.device else largest for s in ticket.shares)
-        return any(share.size > room for share, room in zip(ticket.shares, rooms, strict=True))
 
     def _is_open(self, record: ModelRecord) -> bool:
         """Tell whether a session of this model would be granted at once."""
@@ -331,10 +333,10 @@ class Scheduler:
             for name, size in self._capacities.items()
         }
         for record in self._records.values():
-            if record.state is ModelState.QUEUED and not choices(record, left):
+            lack = shortage(record.shares, left) if record.state is ModelState.QUEUED else None
+            if lack is not None:
                 names = tuple(pin.model for pin in pins)
-                most = max(left.values())
-                error = PinnedMemoryError(record.model, record.device_bytes, most, names)
+                error = PinnedMemoryError(record.model, *lack, names)
                 yield from self._refuse_all(record, error)
                 record.happen(ModelEvent.UNWANTED)
 

@@ -5,7 +5,7 @@ import asyncio
 from sllm_node.core.errors import CancelledByOperatorError, SllmError
 from sllm_node.core.types import SessionStatus
 from sllm_node.schedule.actions import TicketId
-from sllm_node.schedule.stream import Outcome, Stream, request_of
+from sllm_node.schedule.stream import Outcome, Stream, client_id_of, request_of
 
 
 class Sessions:
@@ -37,8 +37,14 @@ class Sessions:
         return [stream.session_status() for stream in self._streams.values()]
 
     def stop_request(self, request_id: str) -> int:
-        """End the sessions of a request for an operator; return how many there were."""
-        mine = [s for s in self._streams.values() if request_of(s.request.session) == request_id]
+        """End the sessions of a request for an operator; return how many there were.
+
+        An id that no request has by itself may be one that clients gave: it ends all of theirs.
+        """
+        streams = list(self._streams.values())
+        mine = [s for s in streams if request_of(s.request.session) == request_id] or [
+            s for s in streams if client_id_of(request_of(s.request.session)) == request_id
+        ]
         return self._stop(mine, CancelledByOperatorError("an operator ended it"))
 
     def stop_all(self, error: SllmError) -> int:

@@ -8,9 +8,10 @@ The end comes once, from whoever is first: the last chunk, an error of the engin
 """
 
 import asyncio
+import re
 from collections.abc import Callable
 from enum import Enum
-from typing import NoReturn, Self
+from typing import Final, NoReturn, Self
 
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import EngineError, SllmError
@@ -24,6 +25,8 @@ from sllm_node.core.types import (
 )
 from sllm_node.schedule.actions import TicketId
 from sllm_node.schedule.ports import Generation
+
+_WITH_SUFFIX: Final = re.compile(r"(.+)-[0-9a-f]{8}")
 
 
 class Outcome(Enum):
@@ -160,3 +163,9 @@ class Stream:
 def request_of(session: SessionId) -> RequestId:
     """Return the request that a session belongs to: its id is "<request>-<choice>"."""
     return RequestId(session.rpartition("-")[0])
+
+
+def client_id_of(request: RequestId) -> str | None:
+    """Return the id that the client gave a request, which has a suffix of ours; None: it gave none."""
+    found = _WITH_SUFFIX.fullmatch(request)
+    return found[1] if found else None

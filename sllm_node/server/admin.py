@@ -77,7 +77,7 @@ class Admin:
         return self._state_of(http)
 
     async def cancel(self, http: web.Request) -> web.Response:
-        """End the sessions of one request."""
+        """End the sessions of one request, or of all that came with this id."""
         await _body(http, NoFields)
         return json_response({"cancelled": self._service.cancel_request(http.match_info["id"])})
 

@@ -204,7 +204,7 @@ def _ids_and_logs(edge: Edge) -> Any:
     async def middleware(http: web.Request, handler: Handler) -> web.StreamResponse:
         given = http.headers.get("x-request-id", "")
         if _REQUEST_ID.fullmatch(given):
-            # Two requests may come with the same id; a cancel must not hit both.
+            # Two requests may come with the same id; `schedule.stream.client_id_of` knows the suffix.
             request_id = f"{given}-{secrets.token_hex(4)}"
             _shown_id.set(given)
         else:

@@ -82,7 +82,7 @@ class GenerationService(Protocol):
     def sessions(self) -> list[SessionStatus]: ...
 
     def cancel_request(self, request_id: str) -> int:
-        """End the sessions of a request and return how many there were."""
+        """End the sessions of a request, by its id or its client's own; return how many there were."""
 
     async def load(self, model: str) -> None: ...
 

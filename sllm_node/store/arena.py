@@ -32,6 +32,8 @@ class _Row:
     states: list[PieceState]
     grain: int
     holds: int = 0
+    memory: int = 0
+    """Bytes behind its pieces: asked for all rows at every turn, so it is counted."""
 
     def bytes_of(self, piece: int) -> int:
         """Memory that the piece takes; the last one is rounded up to the device's granularity."""
@@ -79,8 +81,7 @@ class Arena:
     @property
     def cached_bytes(self) -> int:
         """Memory that could be given up at once."""
-        rows = [row for row in self._rows.values() if not row.holds]
-        return sum(self._memory_of(row) for row in rows)
+        return sum(row.memory for row in self._rows.values() if not row.holds)
 
     def missing(self, model: ModelId) -> tuple[int, ...]:
         """Return the pieces that have no memory."""
@@ -123,7 +124,7 @@ class Arena:
         """Forget the row, which nobody holds and of which nothing is mapped."""
         row = self._rows[model]
         assert not row.holds
-        assert not self._memory_of(row)
+        assert not row.memory
         del self._rows[model]
 
     def hold(self, model: ModelId) -> None:
@@ -162,6 +163,7 @@ class Arena:
         assert not row.holds
         pieces = tuple(p for p, state in enumerate(row.states) if state is not PieceState.EMPTY)
         row.states = [PieceState.EMPTY] * len(row.states)
+        row.memory = 0
         return pieces
 
     def give_up(self, size: int) -> list[tuple[ModelId, tuple[int, ...]]]:
@@ -170,7 +172,7 @@ class Arena:
         for model, row in self._rows.items():
             if size <= 0:
                 break
-            if row.holds:
+            if row.holds or not row.memory:
                 continue
             pieces: list[int] = []
             for piece in reversed(list(_pieces(row, PieceState.FILLED))):
@@ -186,14 +188,13 @@ class Arena:
     def _change(
         self, model: ModelId, pieces: tuple[int, ...], old: PieceState, new: PieceState
     ) -> None:
-        states = self._rows[model].states
+        row = self._rows[model]
+        sign = (new is not PieceState.EMPTY) - (old is not PieceState.EMPTY)
         for piece in pieces:
-            assert states[piece] is old, f"{model}: piece {piece} is {states[piece].value}"
-            states[piece] = new
-
-    def _memory_of(self, row: _Row) -> int:
-        used = (p for p, state in enumerate(row.states) if state is not PieceState.EMPTY)
-        return sum(row.bytes_of(piece) for piece in used)
+            found = row.states[piece]
+            assert found is old, f"{model}: piece {piece} is {found.value}"
+            row.states[piece] = new
+            row.memory += sign * row.bytes_of(piece)
 
 
 def _pieces(row: _Row, state: PieceState) -> list[int]:

@@ -40,6 +40,7 @@ from sllm_node.store.pipeline import (
     Target,
     call_on,
     run_in,
+    within,
 )
 from sllm_node.store.reader import (
     ShardFile,
@@ -117,8 +118,9 @@ class Load:
         size = self.checkpoint.index.size
         wanted = sum(high - low for target in self.targets for low, high in target.wants)
         if self.targets and wanted < size:  # the devices kept something
-            self._cached = [unit for unit in self._cached if self._slices_of(unit)]
-            self._missing = [unit for unit in self._missing if self._slices_of(unit)]
+            ranges = sorted(one for target in self.targets for one in target.wants)
+            self._cached = within(self._cached, ranges)
+            self._missing = within(self._missing, ranges)
         self._moved.wanted = wanted if self.targets else size
         read = sum(unit.size for unit in self._missing)
         self._moved.dram = max(0, self._moved.wanted - read)

@@ -1,7 +1,8 @@
 """What a load is made of: what all loads share, where bytes go, where they come from, the counts."""
 
 import asyncio
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -12,7 +13,7 @@ from sllm_node.core.units import MIB
 from sllm_node.device.base import DeviceBuffer, Event
 from sllm_node.store.pool import PinnedPool
 from sllm_node.store.reader import FileSystem
-from sllm_node.store.residency import Residency
+from sllm_node.store.residency import Residency, Unit
 from sllm_node.store.tier import DeviceTier
 
 if TYPE_CHECKING:
@@ -98,6 +99,17 @@ class Slice:
     target: Target
     start: int
     end: int
+
+
+def within(units: Sequence[Unit], ranges: Sequence[tuple[int, int]]) -> list[Unit]:
+    """Return the units that have a byte in one of `ranges`, which are sorted and apart."""
+    starts = [start for start, _ in ranges]
+    found = []
+    for unit in units:
+        at = bisect_left(starts, unit.device_offset + unit.size) - 1
+        if at >= 0 and ranges[at][1] > unit.device_offset:
+            found.append(unit)
+    return found
 
 
 def attempt(job: "Callable[[], object]") -> tuple[BaseException | None, object]:

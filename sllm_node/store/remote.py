@@ -30,7 +30,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId
-from sllm_node.store.reader import DirectFileSystem
+from sllm_node.store.reader import file_system
 from sllm_node.store.remote_disk import CardDisk, Writers
 from sllm_node.store.remote_fetch import INDEX_BYTES_MAX, Files, Remote
 from sllm_node.store.remote_file import RemoteFileSystem
@@ -103,7 +103,7 @@ class RemoteTier:
         self._lock = threading.Lock()
         self._partials: dict[ModelId, Partial] = {}
         self._pulls: dict[ModelId, _Pulling] = {}
-        local = DirectFileSystem(direct=store.direct_io)
+        local = file_system(store)
         self.files = RemoteFileSystem(self.path / CARDS_FOLDER, self, local)
         self.readers = ThreadPoolExecutor(store.reader_threads, "sllm-read-remote")
         """For loads: a slow remote must not keep those waiting that read the disk."""
@@ -236,6 +236,8 @@ class RemoteTier:
         if self.completed(card).is_dir():
             return None
         checkpoint = self.cards.get(ModelId(card.name))
+        if self.completed(card).is_dir():
+            return None  # in between: what the card says now is of no use
         if checkpoint is None or checkpoint.remote is None:
             raise FileNotFoundError(str(card))
         return self._partial(checkpoint), self._remotes[checkpoint.remote]
@@ -272,18 +274,20 @@ class RemoteTier:
         if name not in self.cards.models():
             await self.refresh()
         checkpoint = self.cards.get(name) if name in self.cards.models() else None
-        if checkpoint is None:
+        if checkpoint is not None:
+            await self._join(checkpoint)
+        elif not (is_model_name(name) and (self.path / name).is_dir()):  # or it has just come
             raise ModelNotFoundError(model, self.cards.models())
-        await self._join(checkpoint)
 
     async def _join(self, checkpoint: Checkpoint) -> None:
         """Wait for the pull of `checkpoint`, begun if there is none."""
         model = checkpoint.model
-        pull = self._pulls.get(model)
+        while (pull := self._pulls.get(model)) is not None and not pull.waiters:
+            await asyncio.gather(
+                asyncio.shield(pull.ended), return_exceptions=True
+            )  # it was stopped
         if pull is None:
-            pull = self._pulls[model] = _Pulling(Pull(checkpoint, self.files))
-            pull.ended = asyncio.get_running_loop().run_in_executor(self._threads, pull.job.run)
-            pull.ended.add_done_callback(lambda _: self._pulls.pop(model))
+            pull = self._begin_pull(checkpoint)
         pull.waiters += 1
         try:
             await asyncio.shield(pull.ended)
@@ -293,3 +297,15 @@ class RemoteTier:
             pull.waiters -= 1
             if not pull.waiters:
                 pull.job.stop()
+
+    def _begin_pull(self, checkpoint: Checkpoint) -> _Pulling:
+        pull = self._pulls[checkpoint.model] = _Pulling(Pull(checkpoint, self.files))
+        pull.ended = asyncio.get_running_loop().run_in_executor(self._threads, pull.job.run)
+
+        def ended(job: asyncio.Future[None]) -> None:
+            del self._pulls[checkpoint.model]
+            if not job.cancelled():
+                job.exception()  # looked at even when nobody waits any more
+
+        pull.ended.add_done_callback(ended)
+        return pull

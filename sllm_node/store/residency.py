@@ -49,8 +49,9 @@ def units_of(index: TensorIndex, chunk_bytes: int) -> tuple[Unit, ...]:
         for number, shard in enumerate(index.shards)
         for offset in range(0, shard.size, chunk_bytes)
     ]
+    bases = [index.shard_base(number) for number in range(len(index.shards))]
     return tuple(
-        Unit(i, shard, offset, size, index.shard_base(shard) + offset)
+        Unit(i, shard, offset, size, bases[shard] + offset)
         for i, (shard, offset, size) in enumerate(cuts)
     )
 

@@ -14,20 +14,21 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
-from sllm_node.checkpoint.catalog import Catalog, Checkpoint
+from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import LoadFailedError, ModelBusyError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Part, Placement, Tier
 from sllm_node.device.base import Device, DeviceBuffer
-from sllm_node.store.lease import Lease, Resident
+from sllm_node.store.lease import Lease, LeasedPart, Resident
 from sllm_node.store.loader import Load
 from sllm_node.store.observed import Observed
 from sllm_node.store.pipeline import Machinery, Source, Target, call_on
 from sllm_node.store.pool import PinnedPool
-from sllm_node.store.reader import DirectFileSystem, FileSystem
+from sllm_node.store.reader import FileSystem, file_system
 from sllm_node.store.remote import RemoteTier
 from sllm_node.store.residency import Residency, units_of
 from sllm_node.store.tier import DeviceTier
@@ -38,12 +39,19 @@ READS_PER_THREAD = 2
 """Reads under way for each reader thread: one at the disk and one queued behind it."""
 
 
+class Checkpoints(Protocol):
+    """Where the store finds checkpoints; the catalogue satisfies it."""
+
+    def get(self, model: ModelId) -> Checkpoint:
+        """Return the checkpoint of `model`, or raise ModelNotFoundError."""
+
+
 class Store:
     """The tiers of one node."""
 
     def __init__(  # noqa: PLR0913 - what the node is made of, each once
         self,
-        catalog: Catalog,
+        catalog: Checkpoints,
         devices: Sequence[Device],
         config: StoreConfig,
         clock: Clock,
@@ -59,9 +67,7 @@ class Store:
         self._config = config
         self._clock = clock
         self._remote = remote
-        self._files = files or (
-            DirectFileSystem(direct=config.direct_io) if remote is None else remote.files
-        )
+        self._files = files or (file_system(config) if remote is None else remote.files)
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
         self._opened: dict[ModelId, Checkpoint] = {}
         """What the ledgers' rows were made of."""
@@ -91,11 +97,14 @@ class Store:
         readers = ThreadPoolExecutor(config.reader_threads, "sllm-read")
         checkers = ThreadPoolExecutor(config.reader_threads, "sllm-check")
         pool = await loop.run_in_executor(readers, self._take_pool)
-        for device in self._devices:
-            self._tiers[device.name] = DeviceTier(device, config.piece_bytes)
-        if config.relay:
+        try:
+            self._open_tiers()
+        except BaseException:
             for tier in self._tiers.values():
-                tier.relay_through(tuple(self._tiers.values()))
+                tier.close()
+            pool.close()
+            readers.shutdown()
+            raise
         self._observed.watch(tuple(self._tiers.values()))
         self._machinery = Machinery(
             loop=loop,
@@ -113,6 +122,20 @@ class Store:
             on_ended=self._on_ended,
         )
         self._observed.show()
+
+    def _open_tiers(self) -> None:
+        for device in self._devices:
+            self._tiers[device.name] = DeviceTier(device, self._config.piece_bytes)
+        if self._config.relay:
+            for tier in self._tiers.values():
+                tier.relay_through(tuple(self._tiers.values()))
+
+    def add_device(self, device: Device) -> None:
+        """Take one more device in; its link is its own only."""
+        assert self._machinery is not None, "the store is not started"
+        self._devices = (*self._devices, device)
+        self._tiers[device.name] = DeviceTier(device, self._config.piece_bytes)
+        self._observed.watch(tuple(self._tiers.values()))
 
     def _take_pool(self) -> PinnedPool:
         config = self._config
@@ -252,6 +275,27 @@ class Store:
             report = await self._wait(load)
             return self._residents[model][placement].lease(report)
 
+    def hand_over(self, lease: Lease) -> tuple[LeasedPart, ...]:
+        """Let the only holder own the device memory of its lease, which the store forgets.
+
+        Who owns it may write to it, and gives it back by closing the buffers, from any thread.
+
+        Raises:
+            ModelBusyError: somebody else holds it as well.
+        """
+        model, placement = lease.checkpoint.model, tuple(part.part for part in lease.parts)
+        residents = self._residents[model]
+        if residents[placement].leases > 1:
+            raise ModelBusyError(model, "is in use by others")
+        lease.release()
+        del residents[placement]
+        if not residents:
+            del self._residents[model]
+        for part in lease.parts:
+            self._tiers[part.part.device].hand_over(model)
+        self._observed.show()
+        return lease.parts
+
     async def prefetch(self, model: ModelId) -> None:
         """Bring into DRAM what of `model` fits there and isn't there yet.
 
@@ -280,8 +324,10 @@ class Store:
         try:
             await asyncio.shield(mapped)
         except BaseException:
+            mapped.cancel()  # a failure that comes now has nobody to tell
             place.close()
             raise
+        self._observed.show()
         return place
 
     async def settled(self, model: ModelId) -> None:

@@ -113,11 +113,14 @@ class DeviceTier:
         pieces = self.arena.missing(model)
         if not pieces:
             return ()
-        self._make_room(self.arena.memory_of(model, pieces))
-        self.arena.mapped(model, pieces)
+        self.check_room(self.arena.memory_of(model, pieces))
         place, steps, first, count = self._ranges[model], [], 0, 1
         while first < len(pieces):
-            event = place.map(pieces[first : first + count])
+            step = pieces[first : first + count]
+            # What gives way to one step is unmapped right before it, not all of it before the first.
+            self._make_room(self.arena.memory_of(model, step))
+            self.arena.mapped(model, step)
+            event = place.map(step)
             first, count = first + count, 4 * count
             following = pieces[first] if first < len(pieces) else None
             steps.append((self.arena.start_of(model, following), event))
@@ -153,6 +156,13 @@ class DeviceTier:
         self.drop(model)
         self.arena.close(model)
         self._ranges.pop(model).close()
+
+    def hand_over(self, model: ModelId) -> DeviceRange:
+        """Return the memory of a row with one holder left, which owns it from now on."""
+        self.arena.release(model)
+        self.arena.empty(model)
+        self.arena.close(model)
+        return self._ranges.pop(model)
 
     def allocate(self, size: int) -> tuple[DeviceRange, Event]:
         """Take memory for something that is no checkpoint; it is there when the event happens.

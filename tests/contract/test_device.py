@@ -76,6 +76,7 @@ def test_memory_is_counted_and_given_back(device):
     assert MEMORY % device.granularity == 0
     first = device.allocate(MEMORY // 2)
     assert device.memory_used == MEMORY // 2
+    assert device.free_bytes() == MEMORY // 2
     with pytest.raises(DeviceMemoryError) as caught:
         device.allocate(MEMORY // 2 + PIECE)
     assert (caught.value.free, caught.value.total) == (MEMORY // 2, MEMORY)

@@ -1,7 +1,7 @@
 """A node's scheduler on a heap of events: loads, evictions and sessions take simulated time."""
 
 import heapq
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -53,29 +53,29 @@ class World:
     def __init__(
         self,
         config: ScheduleConfig,
-        sizes: dict[ModelId, int],
+        sizes: Mapping[ModelId, int | Mapping[str, int]],
         *,
-        capacity: int,
+        capacity: int | Mapping[str, int],
         load_s: float,
         models: dict[str, ModelConfig] | None = None,
         max_sessions: int = 8,
     ) -> None:
+        self.capacities = {"cpu": capacity} if isinstance(capacity, int) else capacity
         self.scheduler = Scheduler(
             config,
             models or {},
-            capacities={"cpu": capacity},
+            capacities=self.capacities,
             max_sessions=max_sessions,
             drain_s=1.0,
         )
         self.sizes = sizes
-        self.capacity = capacity
         self.load_s = load_s
         self.now = 0.0
         self.outcome = Outcome()
         self._heap: list[tuple[float, int, Callable[[float], list[Action]]]] = []
         self._order = count()
         self._arrivals: dict[TicketId, Arrival] = {}
-        self._on_device: set[ModelId] = set()
+        self._on_device: dict[ModelId, dict[str, int]] = {}
 
     def play(self, arrivals: Iterable[Arrival]) -> Outcome:
         """Run to the end, when no session runs or waits."""
@@ -100,19 +100,24 @@ class World:
 
     def _request(self, ticket: TicketId, now: float) -> list[Action]:
         arrival = self._arrivals[ticket]
-        size = self.sizes[arrival.model]
-        wish = Ticket(
-            ticket, arrival.model, (Share(None, 0, size, size),), self.load_s, arrival.priority
-        )
+        shares = self._shares(arrival.model)
+        wish = Ticket(ticket, arrival.model, shares, self.load_s, arrival.priority)
         return self.scheduler.on_request(wish, now)
+
+    def _shares(self, model: ModelId) -> tuple[Share, ...]:
+        size = self.sizes[model]
+        if isinstance(size, int):
+            return (Share(None, 0, size, size),)
+        return tuple(Share(device, 0, part, part) for device, part in size.items())
 
     def _carry_out(self, actions: list[Action]) -> None:
         for action in actions:
             self.outcome.log.append(f"{self.now:.6f} {action}")
             match action:
-                case StartLoad(model, _):
+                case StartLoad(model, devices):
                     self.outcome.loads += 1
-                    self._on_device.add(model)
+                    sizes = (share.size for share in self._shares(model))
+                    self._on_device[model] = dict(zip(devices, sizes, strict=True))
                     self._at(self.now + self.load_s, partial(self.scheduler.on_loaded, model))
                 case Evict(model, _):
                     self._at(self.now + EVICTION_S, partial(self._evicted, model))
@@ -132,10 +137,11 @@ class World:
         return self.scheduler.on_finished(ticket, now)
 
     def _evicted(self, model: ModelId, now: float) -> list[Action]:
-        self._on_device.remove(model)
+        del self._on_device[model]
         return self.scheduler.on_evicted(model, now)
 
     def _check(self) -> None:
-        used = sum(self.sizes[model] for model in self._on_device)
-        assert used <= self.capacity
-        assert used == self.scheduler.device_bytes
+        places = self._on_device.values()
+        for device, capacity in self.capacities.items():
+            assert sum(place.get(device, 0) for place in places) <= capacity
+        assert sum(sum(place.values()) for place in places) == self.scheduler.device_bytes

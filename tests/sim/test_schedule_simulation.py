@@ -35,10 +35,10 @@ def trace() -> list[Arrival]:
     ]
 
 
-def play(arrivals, capacity=4, models=None, **config):
+def play(arrivals, capacity=4, models=None, sizes=SIZES, **config):
     world = World(
         ScheduleConfig(**({"max_wait_s": MAX_WAIT_S} | config)),
-        SIZES,
+        sizes,
         capacity=capacity,
         load_s=LOAD_S,
         models=models,
@@ -107,6 +107,22 @@ arrival = st.builds(
 @given(arrivals=st.lists(arrival, max_size=60))
 def test_every_request_is_granted_within_a_bound(capacity, arrivals):
     outcome = play(sorted(arrivals, key=lambda arrival: arrival.at), capacity)
+    check_waits(arrivals, outcome)
+
+
+SPLIT = {"a": 4, "b": {"x": 4, "y": 4}, "c": {"y": 5, "x": 1}}
+
+
+@pytest.mark.parametrize("capacity", [{"x": 4, "y": 5}, {"x": 8, "y": 6}, {"x": 5, "y": 9, "z": 4}])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(arrivals=st.lists(arrival, max_size=60))
+def test_models_split_over_devices_have_the_same_bound(capacity, arrivals):
+    sizes = {ModelId(name): size for name, size in SPLIT.items()}
+    arrivals = sorted(arrivals, key=lambda arrival: arrival.at)
+    check_waits(arrivals, play(arrivals, capacity, sizes=sizes))
+
+
+def check_waits(arrivals, outcome):
     assert len(outcome.finished) == len(arrivals)
     # Overdue requests go in order of arrival. Before one's turn come, at most: the rest of the turn
     # under way and one turn of each model, each of which serves 8 at once.

@@ -11,6 +11,7 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     StorageWriteError,
 )
+from sllm_node.core.types import ModelId
 from tests.unit.checkpoint.raw import write_raw
 
 
@@ -151,3 +152,18 @@ def test_usual_names_are_allowed(name):
 @pytest.mark.parametrize("name", ["", ".a", "-a", "a/b", "a b", "ä", "x" * 97, "a\n", ".."])
 def test_names_that_are_no_plain_folder_names_are_not(name):
     assert not is_model_name(name)
+
+
+def test_a_checkpoint_that_is_completed_while_its_card_is_read_is_the_one_that_is_here(tmp_path):
+    class Completing:
+        def models(self):
+            return ("late",)
+
+        def get(self, model):
+            write_raw(tmp_path, model)
+            return open_for_verify(tmp_path / model)
+
+        def remove(self, name):
+            raise AssertionError(name)
+
+    assert Catalog(tmp_path, Completing()).get(ModelId("late")).identities != ()

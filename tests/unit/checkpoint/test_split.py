@@ -1,7 +1,7 @@
 import pytest
 
 from sllm_node.checkpoint.index import VERSION, Shard, TensorEntry, TensorIndex
-from sllm_node.checkpoint.split import Cut, layer_starts, split
+from sllm_node.checkpoint.split import Cut, layer_of, layer_starts, split
 
 PAGE = 4096
 
@@ -51,3 +51,11 @@ def test_there_are_no_more_parts_than_layers(index):
 @pytest.mark.parametrize("names", [["h.1.w", "h.0.w"], ["h.0.w", "h.2.w"], ["w"]])
 def test_layers_out_of_order_are_not_cut(names):
     assert layer_starts(index_of([f"model.{name}" for name in names])) == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"),
+    [("model.layers.12.mlp.weight", 12), ("transformer.h.0", 0), ("model.norm.weight", None), ("", None)],
+)  # fmt: skip
+def test_names_tell_the_layer(name, layer):
+    assert layer_of(name) == layer

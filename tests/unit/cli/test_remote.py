@@ -118,6 +118,8 @@ def test_cancel_and_drain(node):
     node.answer = (200, {"cancelled": 2})
     assert "2 sessions" in run("cancel", "r-1", "--url", node.url).stdout
     assert run("drain", "--url", node.url).stdout == "draining\n"
+    run("cancel", "a?b#c", "--url", node.url)
+    assert node.seen[2][1] == "/admin/requests/a?b#c/cancel"
 
 
 def test_address_and_key_can_come_from_the_nodes_config(node, tmp_path):
@@ -125,6 +127,12 @@ def test_address_and_key_can_come_from_the_nodes_config(node, tmp_path):
     config.write_text(f'[server]\nport = {node.port}\napi_keys = ["a"]\nadmin_keys = ["b"]\n')
     run("drain", "--config", str(config))
     assert node.seen[0][2] == "Bearer b"
+
+
+def test_the_address_in_a_config_may_be_of_ipv6(tmp_path):
+    config = tmp_path / "node.toml"
+    config.write_text('[server]\nhost = "::1"\nport = 1\n')
+    assert "no node answers at http://[::1]:1/" in run("drain", "--config", str(config)).stderr
 
 
 def test_the_nodes_own_error_is_what_the_operator_reads(node):

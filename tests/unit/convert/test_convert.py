@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.split import layer_starts
 from sllm_node.checkpoint.verify import verify
 from sllm_node.convert.convert import ConvertOptions, Surroundings, convert
 from sllm_node.convert.tensors import as_bytes
@@ -219,3 +220,23 @@ def test_the_models_of_tests_come_in_several_shards_and_chunks(store):
     assert len(index.shards) > 1
     assert max(len(shard.digests) for shard in index.shards) > 1
     assert names_in(store) == ["m"]
+
+
+def test_what_no_node_serves_is_converted_if_that_is_no_matter(store, tmp_path):
+    options = ConvertOptions(chunk_bytes=4096, shard_bytes=64 * 1024, servable=False)
+    source = make_source(tmp_path / "falcon", "falcon")
+    with pytest.raises(UnsupportedArchitectureError):
+        convert(str(source), "m", store, SMALL)
+    checkpoint = convert(str(source), "m", store, options)
+    assert verify(checkpoint) == []
+    assert checkpoint.index.architecture == "FalconForCausalLM"
+    assert len(layer_starts(checkpoint.index)) == 2
+
+
+def test_a_source_without_a_tokenizer_is_converted_if_that_is_no_matter(store, source):
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    options = ConvertOptions(chunk_bytes=4096, shard_bytes=64 * 1024, servable=False)
+    with pytest.raises(ConversionError, match="tokenizer"):
+        convert(str(source), "m", store, SMALL)
+    assert verify(convert(str(source), "m", store, options)) == []

@@ -6,8 +6,8 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from sllm_node.convert.convert import ConvertOptions, convert
 from sllm_node.convert.gguf import _agree_on
-from sllm_node.convert.tensors import TORCH_DTYPES
 from sllm_node.core.errors import ConversionError
+from sllm_node.engine.weights import TORCH_DTYPES
 from tests.models import CHAT_TEMPLATE
 from tests.unit.convert.gguf_file import write_gguf
 

@@ -14,8 +14,9 @@ from sllm_node.convert.mapping import Group, GroupRunner, group_sources, kept_in
 from sllm_node.convert.plan import PlannedTensor, plan_tensors, tensor_bytes
 from sllm_node.convert.safetensors import open_weights
 from sllm_node.convert.sources import FolderSource
-from sllm_node.convert.tensors import TORCH_DTYPES, MemoryTensor
+from sllm_node.convert.tensors import MemoryTensor
 from sllm_node.core.errors import ConversionError
+from sllm_node.engine.weights import TORCH_DTYPES
 from tests.models import FAMILIES, make_model, make_source
 
 

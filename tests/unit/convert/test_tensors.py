@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from sllm_node.checkpoint.index import DTYPE_BYTES
 from sllm_node.convert import tensors
 from sllm_node.convert.tensors import (
-    TORCH_DTYPES,
     MemoryTensor,
     as_bytes,
     cast_slice,
@@ -14,6 +13,7 @@ from sllm_node.convert.tensors import (
     load,
 )
 from sllm_node.core.errors import ConversionError
+from sllm_node.engine.weights import TORCH_DTYPES
 
 
 def test_every_dtype_of_the_format_has_torchs_size():

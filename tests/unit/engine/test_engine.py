@@ -200,6 +200,23 @@ async def test_a_step_that_fails_ends_its_sessions_and_the_engine_goes_on(checkp
         assert len((await collect(engine.submit(ask(PROMPT, 8))))[1]) == 8
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_the_module_of_a_replica_that_failed_is_built_anew(checkpoint, fails):
+    with CpuDevice(1 << 30) as device:
+        engines = engines_of(device, EngineConfig(kv_cache_bytes=ByteSize(8 << 20)))
+        weights, codec = Weights(checkpoint, device), await engines.load_codec(checkpoint.path)
+        skeleton = await engines.skeleton(checkpoint)
+        engine = await engines.open(weights, skeleton, codec)
+        if fails:
+            engine._runner.step = lambda parts: 1 / 0
+            with pytest.raises(EngineError):
+                await collect(engine.submit(ask(PROMPT, 8)))
+        await engine.close()
+        assert (await engines.skeleton(checkpoint) is skeleton) is not fails
+        weights.buffer.close()
+        engines.close()
+
+
 async def test_logits_that_are_no_numbers_fail_one_session_only(checkpoint):
     async with engine_of(checkpoint) as engine:
         poison = SamplingParameters(temperature=1.0, seed=99)

@@ -114,8 +114,9 @@ class FakeStore:
     def evict(self, model, tier, reason):
         assert tier is Tier.DEVICE
         assert model not in self.leased
-        self.on_device.remove(model)
-        self.evicted.append((model, reason))
+        if model in self.on_device:
+            self.on_device.remove(model)
+            self.evicted.append((model, reason))
 
     def forget(self, model):
         self.forgotten.append(model)
@@ -237,16 +238,16 @@ class Node:
     root: Path
     requests: int = 0
 
-    def open(self, model, tokens=3, prompt=(1, 2), **options):
+    def open(self, model, tokens=3, prompt=(1, 2), request=None, **options):
         self.requests += 1
-        request = GenerationRequest(
-            SessionId(f"r-{self.requests}-0"),
+        wish = GenerationRequest(
+            SessionId(f"{request or f'r-{self.requests}'}-0"),
             ModelId(model),
             tuple(prompt),
             SamplingParameters(),
             tokens,
         )
-        return self.service.open(request, **options)
+        return self.service.open(wish, **options)
 
     async def ask(self, model, tokens=3, **options):
         """Run one session to its end; returns its text."""

@@ -4,6 +4,7 @@ import logging
 import shutil
 
 import pytest
+import torch
 
 from sllm_node.core.config import ModelConfig
 from sllm_node.core.errors import (
@@ -15,11 +16,13 @@ from sllm_node.core.errors import (
     LoadFailedError,
     ModelBusyError,
     ModelNotFoundError,
+    NotServableError,
     PromptTooLongError,
     QueueTimeoutError,
     StorageReadError,
 )
 from sllm_node.core.types import ModelState, SessionId, Tier
+from sllm_node.library.dicts import save as save_dict
 from sllm_node.schedule.stream import request_of
 from tests.sim.loop import run
 from tests.unit.schedule.fakes import EVICTION_S, LOAD_S, STEP_S, make_node, write_checkpoint
@@ -135,6 +138,22 @@ async def test_what_can_be_known_before_a_load_is_raised_by_open(node):
         n.open("nobody")
     with pytest.raises(PromptTooLongError):
         n.open("a", prompt=range(1000))
+    assert n.store.loads == []
+
+
+@on_virtual_time
+async def test_a_plain_dict_is_listed_and_never_served(node):
+    n = node()
+    save_dict({"x": torch.ones(2)}, n.root / "d")
+    assert {s.model: s.architecture for s in n.service.models()}["d"] == "none"
+    with pytest.raises(NotServableError, match="load_dict"):
+        n.open("d")
+    with pytest.raises(NotServableError):
+        await n.service.load("d")
+    with pytest.raises(NotServableError):
+        await n.service.prepare("d")
+    with pytest.raises(NotServableError):
+        n.service.context_limit("d")
     assert n.store.loads == []
 
 
@@ -255,6 +274,29 @@ async def test_a_reader_in_the_middle_of_a_step_hears_that_an_operator_ended_its
     n.service.cancel_request("r-1")
     with pytest.raises(CancelledByOperatorError):
         await reader
+
+
+@on_virtual_time
+async def test_an_operator_ends_all_requests_that_came_with_a_clients_id(node):
+    n = node()
+    for request in ("mine-0123abcd", "mine-4567abcd", "mine-4567abcd-89abcdef", "minor-0123abcd"):
+        n.open("a", request=request)
+    assert n.service.cancel_request("mine-4567abcd") == 1  # a request's own id goes first
+    assert n.service.cancel_request("mine-4567abcd") == 1
+    assert n.service.cancel_request("mine") == 1
+    assert [session.session for session in n.service.sessions()] == ["minor-0123abcd-0"]
+
+
+@on_virtual_time
+async def test_the_sessions_of_a_device_are_those_that_run_there(node):
+    n = node()
+    stream = n.open("a")
+    assert n.service.running_on("cpu") == 0
+    await anext(stream)
+    assert n.service.running_on("cpu") == 1
+    assert n.service.running_on("cuda:1") == 0
+    stream.cancel()
+    assert n.service.running_on("cpu") == 0
 
 
 def test_a_session_id_tells_its_request():
@@ -412,6 +454,19 @@ async def test_a_checkpoint_replaced_while_serving_is_loaded_anew(node):
     assert await n.ask("a") == "xxx"
     assert n.store.loads == ["a", "a"]
     assert n.engines.codecs_read == ["a", "a"]
+
+
+@on_virtual_time
+async def test_who_waits_for_a_load_is_not_served_by_weights_replaced_meanwhile(node):
+    n = node()
+    n.engines.open_s = 1.0
+    stream = n.open("a")
+    await asyncio.sleep(LOAD_S + 0.5)
+    shutil.rmtree(n.root / "a")
+    write_checkpoint(n.root, "a")
+    assert "".join([chunk.text async for chunk in stream]) == "xxx"
+    assert n.store.loads == ["a", "a"]
+    assert n.store.evicted == [("a", "replaced")]
 
 
 @on_virtual_time
@@ -637,7 +692,8 @@ async def test_memory_that_an_engine_holds_on_to_is_reported_and_the_node_goes_o
     n = node(pages=2)
     await n.ask("a")
     evict, n.store.evict = n.store.evict, None  # raises a TypeError
-    await n.service.unload("a")
+    with pytest.raises(TypeError):
+        await n.service.unload("a")
     n.store.evict = evict
     assert await n.ask("b") == "xxx"
     n.store.on_device.discard("a")

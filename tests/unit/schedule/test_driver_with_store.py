@@ -32,6 +32,7 @@ async def real_node(root, models=1):
             path=str(root),
             pool_bytes=ByteSize(2 * SIZE),
             chunk_bytes=ByteSize(CHUNK),
+            piece_bytes=ByteSize(CHUNK // 2),
             huge_pages=False,
         ),
         device=DeviceConfig(memory_bytes=ByteSize(models * SIZE)),
@@ -120,3 +121,13 @@ async def test_closing_while_models_load_leaves_nothing_behind(tmp_path, delay_s
         for name in NAMES:
             node.open(name)
         await asyncio.sleep(delay_s)
+
+
+async def test_unload_gives_back_what_a_model_left_as_a_cache(tmp_path):
+    async with real_node(tmp_path, models=2) as node:
+        for name in NAMES:
+            await node.ask(name)
+        assert node.service.status("a").state is ModelState.IDLE
+        assert node.store.cached_bytes("cpu") > 0
+        await node.service.unload("a")
+        assert node.store.cached_bytes("cpu") == 0

@@ -31,6 +31,21 @@ def test_a_free_device_is_preferred_to_an_idle_victim():
     assert board.request(B, size=8) == [start(B, "cuda:1")]
 
 
+def test_a_device_with_room_is_preferred_to_one_that_is_still_being_emptied():
+    board = Board(capacity=TWO, keep_alive_s=5.0)
+    board.rest(A, size=8)
+    board.serve(B)
+    assert board.wait(5) == [Evict(A, "keep_alive")]
+    assert board.request(C) == [start(C, "cuda:1")]
+
+
+def test_who_waits_for_a_victim_on_several_devices_leaves_free_room_to_others():
+    board = Board(capacity={"x": 8, "y": 8})
+    board.serve(A, size={"x": 8, "y": 2}, priority=-1)
+    assert board.request(B, size=8) == []  # on either device, when A is gone
+    assert board.request(C, size=3) == [start(C, "y")]
+
+
 def test_the_victim_is_the_one_used_longest_ago_on_any_device():
     board = Board(capacity=TWO)
     for model in (A, B):
@@ -78,10 +93,22 @@ def test_evicting_a_split_model_frees_every_device():
 
 def test_what_fits_on_no_device_is_too_large():
     board = Board(capacity=TWO)
-    (error,) = refused(board.request(A, size=9)).values()
+    (error,) = refused(board.request(A, size=10)).values()
     assert isinstance(error, ModelTooLargeError)
+    assert "needs 10 bytes" in str(error)
+    assert "the device has 8 " in str(error)
     (error,) = refused(board.request(B, size={"cuda:0": 4, "cuda:1": 9})).values()
     assert isinstance(error, ModelTooLargeError)
+    assert "needs 9 bytes" in str(error)
+
+
+def test_a_split_model_beside_a_pinned_one_is_told_which_share_lacks_how_much():
+    board = Board(capacity=TWO)
+    board.rest(A, size=3)
+    board.scheduler.on_pin(A, board.now)
+    (error,) = refused(board.request(B, size={"cuda:1": 5, "cuda:0": 7})).values()
+    assert isinstance(error, PinnedMemoryError)
+    assert (error.needed, error.left) == (7, 5)
 
 
 def test_pins_on_one_device_leave_the_other():

@@ -1,5 +1,7 @@
 """Whatever the order of events: memory is never exceeded, nothing busy is evicted, no ticket is lost."""
 
+from collections.abc import Mapping
+
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -22,7 +24,7 @@ from sllm_node.schedule.scheduler import Scheduler
 from tests.unit.schedule.board import shares
 
 SIZES = {ModelId("a"): 3, ModelId("b"): 5, ModelId("c"): 8, ModelId("d"): 2, ModelId("huge"): 11}
-CAPACITY = 10
+SPLIT = {**SIZES, ModelId("c"): {"x": 7, "y": 4}, ModelId("huge"): {"y": 6, "x": 3}}
 MAX_SESSIONS = 2
 MAX_QUEUE = 6
 QUEUE_TIMEOUT_S = 100.0
@@ -30,12 +32,15 @@ models = st.sampled_from(sorted(SIZES))
 
 
 class SchedulerMachine(RuleBasedStateMachine):
+    capacities: Mapping[str, int] = {"cpu": 10}
+    sizes: Mapping[ModelId, object] = SIZES
+
     def __init__(self):
         super().__init__()
         self.scheduler = Scheduler(
             ScheduleConfig(max_queue=MAX_QUEUE, max_wait_s=10.0, queue_timeout_s=QUEUE_TIMEOUT_S),
             {"a": ModelConfig(pinned=True), "d": ModelConfig(priority=1, keep_alive_s=0)},
-            capacities={"cpu": CAPACITY},
+            capacities=self.capacities,
             max_sessions=MAX_SESSIONS,
             drain_s=1.0,
         )
@@ -44,6 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.waiting: dict[TicketId, tuple[ModelId, float]] = {}
         self.loads_only: set[TicketId] = set()
         self.running: dict[TicketId, ModelId] = {}
+        self.places: dict[ModelId, dict[str, int]] = {}
         self.loading: set[ModelId] = set()
         self.ready: set[ModelId] = set()
         self.evicting: set[ModelId] = set()
@@ -52,9 +58,12 @@ class SchedulerMachine(RuleBasedStateMachine):
     def carry_out(self, actions):
         for action in actions:
             match action:
-                case StartLoad(model, _):
+                case StartLoad(model, devices):
                     assert model not in self.loading | self.ready | self.evicting
                     self.loading.add(model)
+                    parts = shares(self.sizes[model])
+                    assert all(p.device in (None, d) for p, d in zip(parts, devices, strict=True))
+                    self.places[model] = {d: p.size for p, d in zip(parts, devices, strict=True)}
                 case AbortLoad(model):
                     assert model not in self.pinned
                     assert model not in {model for model, _ in self.waiting.values()}
@@ -89,7 +98,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.waiting[number] = (model, self.now)
         if not session:
             self.loads_only.add(number)
-        ticket = Ticket(number, model, shares(SIZES[model]), 1.0, priority, keep_alive_s, session)
+        ticket = Ticket(
+            number, model, shares(self.sizes[model]), 1.0, priority, keep_alive_s, session
+        )
         self.carry_out(self.scheduler.on_request(ticket, self.now))
 
     @precondition(lambda self: self.waiting)
@@ -167,8 +178,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def device_memory_is_never_exceeded(self):
-        used = sum(SIZES[model] for model in self.loading | self.ready | self.evicting)
-        assert used <= CAPACITY
+        here = [self.places[model] for model in self.loading | self.ready | self.evicting]
+        for device, capacity in self.capacities.items():
+            assert sum(place.get(device, 0) for place in here) <= capacity
+        used = sum(sum(place.values()) for place in here)
         assert used == self.scheduler.device_bytes
 
     @invariant()
@@ -190,6 +203,30 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert view.running == list(self.running.values()).count(model)
             assert view.waiting == [m for m, _ in self.waiting.values()].count(model)
             assert view.pinned == (model in self.pinned)
+            is_here = model in self.loading | self.ready | self.evicting
+            assert view.devices == (tuple(self.places[model]) if is_here else ())
+
+    @invariant()
+    def nobody_waits_while_there_is_room(self):
+        here = [self.places[model] for model in self.loading | self.ready | self.evicting]
+        used = {d: sum(place.get(d, 0) for place in here) for d in self.capacities}
+        free = {d: self.capacities[d] - used[d] for d in self.capacities}
+        queued = {m for m, _ in self.waiting.values() if not self.scheduler.view(m).devices}
+        if len(queued) == 1 and not self.evicting:
+            (model,) = queued
+            parts = shares(self.sizes[model])
+            if parts[0].device is None:
+                assert max(free.values()) < parts[0].size
+            else:
+                assert any(free[str(part.device)] < part.size for part in parts)
+
+    @precondition(lambda self: not self.scheduler.is_draining)
+    @invariant()
+    def a_plan_does_not_waver(self):
+        """What time alone did not change needs no other plan."""
+        closed = {m for m in SIZES if self.scheduler._record(m).is_closed}
+        assert self.scheduler.on_timer(self.now) == []
+        assert closed == {m for m in SIZES if self.scheduler._record(m).is_closed}
 
     @override
     def teardown(self):
@@ -213,8 +250,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.carry_out(self.scheduler.on_loaded(model, self.now))
 
 
+class TwoDevices(SchedulerMachine):
+    capacities: Mapping[str, int] = {"x": 10, "y": 7}
+    sizes: Mapping[ModelId, object] = SPLIT
+
+
 TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(
+TestTwoDevices = TwoDevices.TestCase
+TestScheduler.settings = TestTwoDevices.settings = settings(
     max_examples=60,
     stateful_step_count=40,
     deadline=None,

@@ -108,7 +108,7 @@ class Rig:
         self.device = self.devices[0]
         self.metrics = Metrics()
         self.files = FaultyFileSystem()
-        settings = {"reader_threads": 2, "huge_pages": False, **config}
+        settings = {"reader_threads": 2, "huge_pages": False, "read_block_bytes": 4096, **config}
         self.store = Store(
             self.catalog,
             self.devices,
@@ -154,7 +154,10 @@ class Rig:
             arena = self.store._tiers[device.name].arena
             rows = arena._rows.values()
             lent = self.store._tiers[device.name].lent
-            assert device.memory_used == sum(arena._memory_of(row) for row in rows) + lent
+            for row in rows:
+                used = [p for p, s in enumerate(row.states) if s is not PieceState.EMPTY]
+                assert row.memory == sum(row.bytes_of(piece) for piece in used)
+            assert device.memory_used == sum(row.memory for row in rows) + lent
             assert not any(PieceState.MAPPED in row.states for row in rows)
             placements = [p for there in self.store._residents.values() for p in there]
             here = [part for p in placements for part in p if part.device == device.name]

@@ -1,15 +1,30 @@
 """Several devices, parts of models, and what stays in device memory between two replicas."""
 
 import asyncio
+import gc
 import random
+import threading
 
 import pytest
 
-from sllm_node.core.errors import DeviceMemoryError, ModelBusyError
+from sllm_node.core.errors import DeviceError, DeviceMemoryError, ModelBusyError
 from sllm_node.core.types import ModelId, Part, Tier
+from sllm_node.device.cpu import CpuDevice, CpuEvent, CpuRange, CpuStream
 from tests.unit.store.handmade import PIECE, Rig, delivered_by
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
+
+
+class FailingRange(CpuRange):
+    def map(self, pieces):
+        super().map(pieces)
+        error = DeviceError("cpu:0", "no memory came")
+        return CpuEvent(self._memory.submit(lambda: error))
+
+
+class FailingDevice(CpuDevice):
+    def reserve(self, size, piece_bytes):
+        return FailingRange(size, piece_bytes, self._ledger, self._memory)
 
 
 def on(rig, model, device):
@@ -40,6 +55,41 @@ async def test_what_an_operator_evicts_leaves_the_memory_at_once(tmp_path):
         await rig.check("a", reason="room")
         rig.store.evict(A, Tier.DEVICE, "operator")
         assert rig.device.memory_used == 0
+
+
+async def test_memory_that_was_handed_over_is_its_holders_and_the_next_load_takes_other(tmp_path):
+    async with Rig(tmp_path, devices=2) as rig:
+        lease = await rig.store.acquire(A, halves(rig, "a"))
+        parts = rig.store.hand_over(lease)
+        assert not rig.store.is_on_device(A)
+        assert rig.store.on_devices(A) == {}
+        used = [device.memory_used for device in rig.devices]
+        assert all(used)
+        await rig.check("a", halves(rig, "a"))
+        await rig.check("b")
+        assert delivered_by(lease) == rig.bytes[A]
+        assert [device.memory_used for device in rig.devices] == used
+        for part in parts:
+            part.buffer.close()
+
+
+async def test_memory_that_others_hold_as_well_is_not_handed_over(tmp_path):
+    async with Rig(tmp_path) as rig:
+        one, other = await rig.store.acquire(A), await rig.store.acquire(A)
+        with pytest.raises(ModelBusyError, match="in use by others"):
+            rig.store.hand_over(one)
+        one.release()
+        for part in rig.store.hand_over(other):
+            part.buffer.close()
+
+
+async def test_a_device_can_be_added_to_a_store_that_runs(tmp_path):
+    async with Rig(tmp_path) as rig:
+        added = CpuDevice(1 << 20, "cpu:1")
+        rig.store.add_device(added)
+        rig.devices.append(added)
+        assert rig.store.capacities() == {"cpu:0": 1 << 20, "cpu:1": 1 << 20}
+        await rig.check("a", halves(rig, "a"))
 
 
 async def test_only_the_part_that_was_given_up_is_loaded_again(tmp_path):
@@ -166,11 +216,75 @@ async def test_caches_give_way_to_other_memory(tmp_path):
     async with Rig(tmp_path, memory=8 * 8192) as rig:
         await rig.check("a", reason="room")
         buffer = await rig.store.allocate("cpu:0", 7 * 8192)
+        shown = {
+            state: rig.metrics.registry.get_sample_value(
+                "sllm_device_bytes", {"device": "cpu:0", "state": state}
+            )
+            for state in ("used", "cached")
+        }
+        assert shown == {"used": 7 * 8192, "cached": rig.store.cached_bytes("cpu:0")}
         assert rig.store.residency(A)[Tier.DEVICE] < len(rig.bytes[A])
         with pytest.raises(DeviceMemoryError):
             await rig.store.allocate("cpu:0", 2 * 8192)
         buffer.close()
         assert rig.device.memory_used == rig.store.cached_bytes("cpu:0")
+
+
+async def test_memory_that_fails_to_be_mapped_for_nobody_any_more_is_given_back_quietly(tmp_path):
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    async with Rig(tmp_path, devices=[FailingDevice(1 << 20, "cpu:0")]) as rig:
+        asking = asyncio.create_task(rig.store.allocate("cpu:0", PIECE))
+        await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        asking = rig.store.allocate("cpu:0", PIECE)
+        with pytest.raises(DeviceError, match="no memory came"):
+            await asking
+        assert rig.device.memory_used == 0
+    gc.collect()
+    assert told == []
+
+
+async def test_a_store_that_finds_no_room_for_relays_gives_all_back(tmp_path):
+    class Full(CpuDevice):
+        def relay(self, sibling):
+            self.relayed = sibling.allocate(4096)
+            raise DeviceMemoryError(sibling.name, 1, 0, 1)
+
+    class Ring(CpuDevice):
+        def relay(self, sibling):
+            buffer, stream = sibling.allocate(4096), self.stream()
+
+            class Relay(CpuStream):
+                def close(self):
+                    stream.close()
+                    buffer.close()
+
+            return Relay()
+
+    full = Full(1 << 20, "cpu:1")
+    devices = [Ring(1 << 20, "cpu:0"), full]
+    before = {thread for thread in threading.enumerate() if thread.name.startswith("sllm")}
+    rig = Rig(tmp_path, devices=devices)
+    with pytest.raises(DeviceMemoryError):
+        await rig.store.start()
+    full.relayed.close()
+    await rig.store.close()
+    for device in devices:
+        device.close()
+    after = {thread for thread in threading.enumerate() if thread.name.startswith("sllm")}
+    assert after == before
+
+
+async def test_a_load_whose_memory_fails_to_be_mapped_leaves_nothing(tmp_path):
+    async with Rig(tmp_path, devices=[FailingDevice(1 << 20, "cpu:0")]) as rig:
+        await rig.store.prefetch(A)
+        for _ in range(2):
+            with pytest.raises(DeviceError, match="no memory came"):
+                await rig.store.acquire(A)
+            rig.assert_quiet()
+            assert rig.device.memory_used == 0
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -185,7 +299,11 @@ async def test_random_loads_over_two_devices_leave_nothing_behind(tmp_path, seed
             act = numbers.random()
             if act < 0.5:
                 tasks.append(asyncio.create_task(use(rig, model, numbers.choice(places))))
-            elif act < 0.7 and tasks:
+            elif act < 0.58:
+                tasks.append(asyncio.create_task(rig.store.prefetch(ModelId(model))))
+            elif act < 0.64:
+                tasks.append(asyncio.create_task(take(rig, numbers.randrange(2))))
+            elif act < 0.78 and tasks:
                 numbers.choice(tasks).cancel()
             else:
                 await asyncio.sleep(0)
@@ -203,6 +321,14 @@ async def test_random_loads_over_two_devices_leave_nothing_behind(tmp_path, seed
         assert [device.memory_used for device in rig.devices] == [0, 0]
         for model in "abc":
             await rig.check(model)
+
+
+async def take(rig, device):
+    buffer = await rig.store.allocate(f"cpu:{device}", PIECE)
+    try:
+        await asyncio.sleep(0)
+    finally:
+        buffer.close()
 
 
 async def use(rig, model, placement):

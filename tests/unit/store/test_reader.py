@@ -2,10 +2,11 @@ import errno
 import logging
 import mmap
 import os
+import threading
 
 import pytest
 
-from sllm_node.store.reader import DirectFile, DirectFileSystem, close_shards
+from sllm_node.store.reader import Blocks, DirectFile, DirectFileSystem, close_shards
 
 PAGE = 4096
 
@@ -70,3 +71,25 @@ def test_an_error_on_close_is_of_no_interest(path):
     file = DirectFileSystem().open(path)
     file.close()
     close_shards((file,))
+
+
+@pytest.mark.parametrize("block", [PAGE, 2 * PAGE, 8 * PAGE])
+@pytest.mark.parametrize("direct", [True, False])
+def test_reading_through_a_block_brings_the_same_bytes(path, page_view, direct, block):
+    file = DirectFileSystem(direct=direct, block_bytes=block).open(path)
+    assert file.read_into(page_view, 0) == 3 * PAGE
+    assert bytes(page_view[: 3 * PAGE]) == path.read_bytes()
+    assert file.read_into(page_view[: 2 * PAGE], PAGE) == 2 * PAGE
+    assert bytes(page_view[: 2 * PAGE]) == path.read_bytes()[PAGE:]
+    file.close()
+
+
+def test_each_thread_reads_through_a_block_of_its_own():
+    blocks, found = Blocks(PAGE), []
+    threads = [threading.Thread(target=lambda: found.append(blocks.mine())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({id(block.obj) for block in found}) == 3
+    assert blocks.mine() is blocks.mine()

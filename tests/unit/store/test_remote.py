@@ -1,5 +1,6 @@
 import asyncio
 import errno
+import gc
 import shutil
 from pathlib import Path
 
@@ -361,6 +362,42 @@ async def test_the_last_who_leaves_a_pull_stops_it(tmp_path, remote):
     async with Node(tmp_path / "n", only(remote)) as node:
         await node.tier.pull("a")
     assert is_here(node)
+
+
+async def test_who_comes_while_a_pull_is_being_stopped_gets_a_new_one(tmp_path, remote):
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+    reached, gate = asyncio.Event(), asyncio.Event()
+
+    async def slowly(request):
+        if request.match_info["file"].startswith("shard-"):
+            reached.set()
+            await gate.wait()
+
+    remote.before = slowly
+    async with Node(tmp_path / "n", only(remote)) as node:
+        first = asyncio.create_task(node.tier.pull("a"))
+        await reached.wait()
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        second = asyncio.create_task(node.tier.pull("a"))
+        await asyncio.sleep(0)
+        gate.set()
+        await second
+        assert is_here(node)
+    del first
+    gc.collect()
+    assert told == []
+
+
+async def test_a_pull_of_what_comes_here_in_the_meantime_has_nothing_to_do(tmp_path, remote):
+    async with Node(tmp_path / "n", only(remote)) as node:
+
+        async def before(request):
+            write_checkpoint(node.root, "c")
+
+        remote.before = before
+        await node.tier.pull("c")
 
 
 async def test_a_pull_of_what_nobody_has_is_not_found(tmp_path, remote):

@@ -1,0 +1,75 @@
+from typing import Any
+
+import pytest
+
+from sllm_node.core.errors import ArgumentError, CheckpointFormatError, CheckpointNotFoundError
+from sllm_node.library.files import destination, find, pool_size, shown
+
+
+def test_a_name_is_looked_for_in_the_store(store):
+    assert find("llama", store).path == (store / "llama").resolve()
+
+
+def test_a_checkpoint_is_known_by_its_whole_path(store):
+    assert find(store / "llama").model == str((store / "llama").resolve())
+
+
+def test_a_name_that_is_not_there_is_told_with_those_that_are(store):
+    with pytest.raises(CheckpointNotFoundError, match="there are: gemma2, gpt2"):
+        find("lama", store)
+
+
+@pytest.mark.parametrize("name", ["no/such", "/no/such", "nothing"])
+def test_a_folder_that_is_not_there_is_an_error(name, tmp_path):
+    with pytest.raises(CheckpointNotFoundError, match="no such folder"):
+        find(name, tmp_path / "no_store")
+
+
+def test_a_folder_of_something_else_says_how_to_make_a_checkpoint(tmp_path):
+    with pytest.raises(CheckpointNotFoundError, match="save_model"):
+        find(tmp_path)
+
+
+def test_a_damaged_index_is_an_error(tmp_path):
+    (tmp_path / "tensor_index.json").write_text("{")
+    with pytest.raises(CheckpointFormatError):
+        find(tmp_path)
+
+
+def test_only_checkpoints_are_ever_replaced(tmp_path):
+    folder = tmp_path / "precious"
+    folder.mkdir()
+    assert destination(folder, overwrite=False) == folder  # empty
+    (folder / "thesis.txt").write_text("all of it")
+    with pytest.raises(ArgumentError, match="left alone"):
+        destination(folder, overwrite=True)
+    (folder / "tensor_index.json").write_text("{}")
+    with pytest.raises(ArgumentError, match="overwrite=True"):
+        destination(folder, overwrite=False)
+    assert destination(folder, overwrite=True) == folder
+
+
+def test_a_name_that_no_node_could_have_is_refused(tmp_path):
+    with pytest.raises(ArgumentError, match="no name"):
+        destination(tmp_path / ".hidden", overwrite=False)
+
+
+def test_sizes_are_written_as_in_the_config():
+    assert pool_size("2MiB") == 2 << 20
+    assert pool_size(5) == 5
+    assert pool_size(None) is None
+    wrong: Any
+    for wrong in ("lots", -1, 1.5):
+        with pytest.raises(ArgumentError, match="pool_bytes"):
+            pool_size(wrong)
+
+
+def test_progress_goes_to_stderr_and_only_if_asked_for(capsys):
+    with shown("work", progress=False) as nothing:
+        assert nothing is None
+    with shown("work", progress=True) as show:
+        assert show is not None
+        show(1, 2)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert "work" in said.err
