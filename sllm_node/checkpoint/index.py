@@ -12,8 +12,10 @@ padding included.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 from typing import Annotated, Final
 
@@ -136,13 +138,24 @@ class TensorIndex:
 
     def file_chunks(self, shard: int) -> tuple[FileChunk, ...]:
         """Return the file chunks of `shard` in order."""
-        found = self.shards[shard]
-        starts = range(0, found.size, self.chunk_bytes)
-        decoded = [min(self.chunk_bytes, found.size - start) for start in starts]
-        stored = found.stored or decoded
-        codecs = found.codecs or (RAW,) * len(decoded)
-        offsets = accumulate(stored, initial=0)
-        columns = zip(offsets, stored, found.digests, codecs, starts, decoded, strict=False)
+        return self.chunks_within(shard, 0, self.shards[shard].file_size)
+
+    def chunks_within(self, shard: int, offset: int, size: int) -> tuple[FileChunk, ...]:
+        """Return the file chunks of a range of the shard's file, which begins and ends with some."""
+        found, step = self.shards[shard], self.chunk_bytes
+        if not found.stored:
+            first, last = offset // step, chunk_count(offset + size, step)
+            sizes = [min(step, found.size - number * step) for number in range(first, last)]
+            offsets: Iterable[int] = range(first * step, last * step, step)
+            stored, codecs = sizes, (RAW,) * len(sizes)
+        else:
+            places = _offsets(found.stored)
+            first, last = bisect_left(places, offset), bisect_left(places, offset + size)
+            sizes = [min(step, found.size - number * step) for number in range(first, last)]
+            offsets, stored = places[first:last], list(found.stored[first:last])
+            codecs = found.codecs[first:last]
+        starts, digests = range(first * step, last * step, step), found.digests[first:last]
+        columns = zip(offsets, stored, digests, codecs, starts, sizes, strict=False)
         return tuple(FileChunk(shard, *row) for row in columns)
 
     def shard_base(self, shard: int) -> int:
@@ -164,6 +177,12 @@ class TensorIndex:
             and entry.offset < offset + size
             and offset < entry.offset + entry.size
         )
+
+
+@lru_cache(maxsize=64)
+def _offsets(stored: tuple[int, ...]) -> tuple[int, ...]:
+    """Return where chunks of these sizes begin, and where the last one ends."""
+    return tuple(accumulate(stored, initial=0))
 
 
 def shard_name(number: int) -> str:

@@ -106,7 +106,7 @@ def within(units: Sequence[Unit], ranges: Sequence[tuple[int, int]]) -> list[Uni
     starts = [start for start, _ in ranges]
     found = []
     for unit in units:
-        at = bisect_left(starts, unit.device_offset + unit.size) - 1
+        at = bisect_left(starts, unit.device_end) - 1
         if at >= 0 and ranges[at][1] > unit.device_offset:
             found.append(unit)
     return found
