@@ -23,7 +23,6 @@ from sllm_node.checkpoint.catalog import (
     ShardIdentity,
     identity_of,
     is_model_name,
-    require_raw,
 )
 from sllm_node.checkpoint.index import INDEX_FILE, TensorIndex, from_json
 from sllm_node.checkpoint.output import DiskFiles, publish, temporary_folder, write_all
@@ -102,7 +101,6 @@ class Cards:
                 checkpoint = replace(checkpoint, remote=remote)
         else:
             index = read_index(folder)
-            require_raw(folder, index)
             identities = _ready_shards(folder, index, identity.mtime_ns)
             checkpoint = Checkpoint(model, folder, index, identities, remote)
         self._opened[model] = _Opened(identity, checkpoint)

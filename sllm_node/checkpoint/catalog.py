@@ -76,20 +76,6 @@ def open_for_verify(path: Path) -> Checkpoint:
     return Checkpoint(ModelId(path.name), path, _read_index(path), ())
 
 
-def require_raw(folder: Path, index: TensorIndex) -> None:
-    """Refuse a checkpoint with codecs where nothing decodes.
-
-    Raises:
-        CheckpointFormatError: it has them.
-    """
-    if index.is_encoded:
-        raise CheckpointFormatError(
-            str(folder / INDEX_FILE),
-            f"is encoded ({index.codec}), which this release can't load; "
-            f"'sllm-node recode {folder.name} --codec raw' makes it loadable",
-        )
-
-
 def _read_index(path: Path) -> TensorIndex:
     index_path = path / INDEX_FILE
     try:
@@ -132,17 +118,11 @@ class _Opened:
 
 
 class Catalog:
-    """The checkpoints of one store folder.
+    """The checkpoints of one store folder."""
 
-    Those with codecs are problems unless `encoded` says that whoever asks can decode.
-    """
-
-    def __init__(
-        self, root: Path, elsewhere: Elsewhere | None = None, *, encoded: bool = False
-    ) -> None:
+    def __init__(self, root: Path, elsewhere: Elsewhere | None = None) -> None:
         self.root = root
         self._elsewhere = elsewhere
-        self._encoded = encoded
         self.problems: dict[str, SllmError] = {}
         """Folders that hold no usable checkpoint, as of the last look at each."""
         self._opened: dict[ModelId, _Opened] = {}
@@ -187,8 +167,6 @@ class Catalog:
                 str(path / INDEX_FILE), f"can't be read: {error.strerror}"
             ) from error
         checkpoint = open_checkpoint(path)
-        if not self._encoded:
-            require_raw(path, checkpoint.index)
         self._opened[model] = _Opened(checkpoint, index_identity)
         self.problems.pop(model, None)
         return checkpoint

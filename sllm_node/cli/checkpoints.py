@@ -243,7 +243,7 @@ def _catalog(store: Path) -> "Catalog":
 
     if not store.is_dir():
         raise StoreFolderError(str(store), "is not there")
-    catalog = Catalog(store, encoded=True)
+    catalog = Catalog(store)
     catalog.scan()
     return catalog
 

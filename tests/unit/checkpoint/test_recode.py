@@ -85,4 +85,4 @@ def test_who_cannot_decode_is_told_what_to_do(checkpoint):
         catalog.get(ModelId("m"))
     catalog.scan()
     assert "m" in catalog.problems
-    assert Catalog(checkpoint.path.parent, encoded=True).get(ModelId("m")).index.is_encoded
+    assert Catalog(checkpoint.path.parent).get(ModelId("m")).index.is_encoded

@@ -12,6 +12,8 @@ from sllm_node.core.types import ModelId, Part, Tier
 from sllm_node.device.cpu import CpuDevice, CpuEvent, CpuRange, CpuStream
 from tests.unit.store.handmade import PIECE, Rig, delivered_by
 
+pytestmark = pytest.mark.usefixtures("with_codecs")
+
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
 
 

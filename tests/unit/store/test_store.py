@@ -17,6 +17,8 @@ from sllm_node.core.errors import (
 from sllm_node.core.types import ModelId, Tier
 from tests.unit.store.handmade import CHUNK, Rig, delivered_by, replace_file, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("with_codecs")
+
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
 UNITS = 8
 
