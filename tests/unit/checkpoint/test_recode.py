@@ -2,11 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from sllm_node.checkpoint.catalog import Catalog, open_checkpoint
+from sllm_node.checkpoint.catalog import open_checkpoint
 from sllm_node.checkpoint.recode import recode
 from sllm_node.checkpoint.verify import verify
-from sllm_node.core.errors import CheckpointFormatError, ChecksumError, ConversionError
-from sllm_node.core.types import ModelId
+from sllm_node.core.errors import ChecksumError, ConversionError
 from tests.unit.checkpoint.raw import WEIGHTS, CountedFiles, write_raw
 
 
@@ -76,13 +75,3 @@ def test_a_damaged_checkpoint_is_not_recoded(checkpoint):
 def test_what_cannot_be_written_is_refused(checkpoint, codec, chunk_bytes, problem):
     with pytest.raises(ConversionError, match=problem):
         recode(checkpoint, codec, chunk_bytes)
-
-
-def test_who_cannot_decode_is_told_what_to_do(checkpoint):
-    recode(checkpoint, "auto", 16384)
-    catalog = Catalog(checkpoint.path.parent)
-    with pytest.raises(CheckpointFormatError, match="recode m --codec raw"):
-        catalog.get(ModelId("m"))
-    catalog.scan()
-    assert "m" in catalog.problems
-    assert Catalog(checkpoint.path.parent).get(ModelId("m")).index.is_encoded

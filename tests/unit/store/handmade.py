@@ -71,7 +71,9 @@ def write_encoded(root: Path, name: str, shards, seed) -> bytes:
         sizes = tuple(len(data) for _, data in stored)
         made.append(Shard(shard_name(number), size, digests, codecs, sizes))
         tensors += [
-            TensorEntry(f"t{number}.{i}", "BF16", (len(cut) // 2,), number, i * step, len(cut))
+            TensorEntry(
+                f"t{number}.{i * step}", "BF16", (len(cut) // 2,), number, i * step, len(cut)
+            )
             for i, cut in enumerate(cuts)
         ]
     shards, entries = tuple(made), tuple(tensors)
@@ -153,6 +155,8 @@ class Rig:
         self, root: Path, *, chunks=16, memory=1 << 20, names="abc", devices=1, shards=(), **config
     ):
         self.chunk = pool_chunk(self.codec)
+        self.scale = 1 if self.codec == RAW else 2
+        """Models are larger when they are encoded, with everything on devices."""
         sizes = {"shards": shards} if shards else {}
         self.bytes = {ModelId(name): write_checkpoint(root, name, **sizes) for name in names}
         self.root = root
@@ -161,7 +165,7 @@ class Rig:
         indexes = {model: self.catalog.get(model).index for model in self.bytes}
         self.stored = {model: index.file_size for model, index in indexes.items()}
         if isinstance(devices, int):
-            devices = [CpuDevice(memory, f"cpu:{number}") for number in range(devices)]
+            devices = [CpuDevice(self.scale * memory, f"cpu:{number}") for number in range(devices)]
         self.devices = devices
         self.device = self.devices[0]
         self.metrics = Metrics()
@@ -173,7 +177,7 @@ class Rig:
             StoreConfig(
                 pool_bytes=ByteSize(chunks * self.chunk),
                 chunk_bytes=ByteSize(self.chunk),
-                **{"piece_bytes": ByteSize(PIECE), **settings},
+                **{"piece_bytes": ByteSize(self.scale * PIECE), **settings},
             ),
             MonotonicClock(),
             self.metrics,
