@@ -126,6 +126,7 @@ class CudaDecoder:
         jobs: Sequence[ChunkJob],
         done: Decoded,
     ) -> None:
+        assert jobs
         planned = list(batches(jobs, self._ring.size // 2))
         report = _Report(len(planned), done)
         for batch in planned:

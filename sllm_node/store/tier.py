@@ -12,12 +12,14 @@ from typing import Final
 
 from sllm_node.core.errors import DeviceError, DeviceMemoryError, KernelError, ModelBusyError
 from sllm_node.core.types import ModelId, Part
-from sllm_node.core.units import align_up
+from sllm_node.core.units import KIB, align_up
 from sllm_node.device.base import Decoder, Device, DeviceBuffer, DeviceRange, Event, Stream
 from sllm_node.store.arena import Arena
 
 log = logging.getLogger(__name__)
 
+TABLES_BYTES: Final = 16 * KIB
+"""Of staging memory, beside the chunks."""
 STAGED_CHUNKS: Final = 4
 """File chunks, stored and decoded, that staging memory must hold at least when it is taken."""
 
@@ -127,10 +129,10 @@ class DeviceTier:
         if self._staging_failed and not self.loads:
             self._drop_staging()
         if self._staging is None:
-            self._take_staging(2 * STAGED_CHUNKS * chunk_bytes, beside)
+            self._take_staging(2 * STAGED_CHUNKS * chunk_bytes + TABLES_BYTES, beside)
         assert self._staging is not None
         assert self._staged is not None
-        if self._staging.size < 2 * chunk_bytes:
+        if self._staging.size < 2 * chunk_bytes + TABLES_BYTES:
             raise DeviceError(
                 self.device.name,
                 f"chunks of {chunk_bytes} bytes can't be decoded in {self._staging.size} bytes of "
@@ -140,8 +142,12 @@ class DeviceTier:
 
     def _take_staging(self, least: int, beside: int) -> None:
         room = self._free() + self.arena.cached_bytes - beside
+        if least > room:
+            raise DeviceMemoryError(
+                self.device.name, least + beside, room + beside, self.device.memory_total
+            )
         grain = self.device.granularity
-        size = max(min(self.staging_bytes, room), least) // grain * grain
+        size = max(min(self.staging_bytes, room) // grain * grain, least)
         self._staging, self._staged = self.allocate(size)
         self._staged.on_done(self._note_staged)
         self.decoder.stage_in(self._staging)

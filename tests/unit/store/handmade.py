@@ -175,9 +175,12 @@ class Rig:
             self.catalog,
             self.devices,
             StoreConfig(
-                pool_bytes=ByteSize(chunks * self.chunk),
-                chunk_bytes=ByteSize(self.chunk),
-                **{"piece_bytes": ByteSize(self.scale * PIECE), **settings},
+                **{
+                    "pool_bytes": ByteSize(chunks * self.chunk),
+                    "chunk_bytes": ByteSize(self.chunk),
+                    "piece_bytes": ByteSize(self.scale * PIECE),
+                    **settings,
+                },
             ),
             MonotonicClock(),
             self.metrics,
