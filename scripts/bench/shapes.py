@@ -83,8 +83,13 @@ def specs(shape: str) -> list[TensorSpec]:
     return [TensorSpec(name, "BF16", tuple(tensors[name].shape)) for name in seen.values()]
 
 
-def write(root: Path, shape: str, name: str | None = None, seed: int = 0) -> int:
-    """Write the checkpoint `name` of `shape` under `root` and return its bytes."""
+def write(
+    root: Path, shape: str, name: str | None = None, seed: int = 0, *, gaussian: bool = False
+) -> int:
+    """Write the checkpoint `name` of `shape` under `root` and return its bytes.
+
+    `gaussian`: numbers as trained weights have them, for measuring codecs; they take longer to make.
+    """
     layout = plan_layout(specs(shape), SHARD_BYTES)
     folder = root / (name or shape)
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +101,13 @@ def write(root: Path, shape: str, name: str | None = None, seed: int = 0) -> int
             with path.open("r+b") as file:
                 file.truncate(size)
                 jobs = [
-                    (file.fileno(), chunk_seed(seed, number, at), at, min(CHUNK_BYTES, size - at))
+                    (
+                        file.fileno(),
+                        chunk_seed(seed, number, at),
+                        at,
+                        min(CHUNK_BYTES, size - at),
+                        gaussian,
+                    )
                     for at in range(0, size, CHUNK_BYTES)
                 ]
                 digests = tuple(threads.map(_write_chunk, jobs))
@@ -131,17 +142,21 @@ def chunk_seed(seed: int, shard: int, offset: int) -> int:
     return (seed << 48) + (shard << 36) + offset // CHUNK_BYTES
 
 
-def chunk_bytes(seed: int, size: int) -> bytes:
+def chunk_bytes(seed: int, size: int, *, gaussian: bool = False) -> bytes:
     """Return the bytes of the file chunk that has this seed."""
-    made = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 16, size // 2, np.uint16)
+    numbers = np.random.Generator(np.random.SFC64(seed))
+    if gaussian:
+        drawn = numbers.standard_normal(size // 2, np.float32) * np.float32(0.02)
+        return bytes((drawn.view(np.uint32) >> 16).astype(np.uint16).data)
+    made = numbers.integers(0, 1 << 16, size // 2, np.uint16)
     return bytes((made & 0x81FF | 0x3C00).data)
 
 
-def _write_chunk(job: tuple[int, int, int, int]) -> int:
+def _write_chunk(job: tuple[int, int, int, int, bool]) -> int:
     from os import pwrite
 
-    descriptor, seed, offset, size = job
-    data = chunk_bytes(seed, size)
+    descriptor, seed, offset, size, gaussian = job
+    data = chunk_bytes(seed, size, gaussian=gaussian)
     done = 0
     while done < size:
         done += pwrite(descriptor, data[done:], offset + done)
@@ -152,6 +167,6 @@ def chunks(index: TensorIndex, seed: int) -> Iterator[tuple[int, int, int]]:
     """Yield (place on the device, seed, size) of every file chunk."""
     for number, shard in enumerate(index.shards):
         base = index.shard_base(number)
-        for offset in range(0, shard.size, index.chunk_bytes):
-            size = min(index.chunk_bytes, shard.size - offset)
+        for offset in range(0, shard.size, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, shard.size - offset)
             yield base + offset, chunk_seed(seed, number, offset), size

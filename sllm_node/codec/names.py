@@ -8,5 +8,5 @@ EXPONENT: Final = "exp"
 AUTO: Final = "auto"
 """Whatever is best now."""
 CHOICES: Final = (AUTO, RAW, EXPONENT)
-DEFAULT: Final = RAW
-"""What a conversion uses unless it is told; AUTO as soon as a node can load encoded checkpoints."""
+DEFAULT: Final = AUTO
+"""What a conversion uses unless it is told."""
