@@ -14,8 +14,7 @@ from sllm_node.bench.ablation import Ablation, AblationPlan, run_ablation
 from sllm_node.bench.ceilings import CopyCeiling, DiskCeiling
 from sllm_node.bench.contestants import (
     CONTESTANT_NAMES,
-    OURS,
-    OURS_ENCODED,
+    OF_OURS,
     Contestant,
     Ours,
     OursEncoded,
@@ -78,7 +77,7 @@ def compare(
     """
     began = clock.now()
     check_device(plan.device)
-    peers = [find_peer(name) for name in plan.contestants if name not in (OURS, OURS_ENCODED)]
+    peers = [find_peer(name) for name in plan.contestants if name not in OF_OURS]
     files = _prepare(plan)
     tell(f"files ready after {clock.now() - began:.1f} s: {files[0].size / 1e9:.2f} GB a copy")
     config = _config_for(config, files[0], plan.device)

@@ -34,6 +34,7 @@ from sllm_node.store.store import Store
 Tensors = dict[str, torch.Tensor]
 OURS: Final = "sllm_node raw"
 OURS_ENCODED: Final = "sllm_node codec"
+OF_OURS: Final = (OURS, OURS_ENCODED)
 BOTH_OF_OURS: Final = "sllm_node"
 """As a name of contestants: the two above."""
 _DEVICE_SLACK: Final = 64 * MIB
@@ -307,7 +308,7 @@ def contestant_names(text: str | None) -> tuple[str, ...]:
         return CONTESTANT_NAMES
     names: list[str] = []
     for name in text.split(","):
-        names += (OURS, OURS_ENCODED) if name == BOTH_OF_OURS else (name,)
+        names += OF_OURS if name == BOTH_OF_OURS else (name,)
     return tuple(names)
 
 

@@ -12,7 +12,11 @@ VERSIONS = {"sllm_node raw": "0", "safetensors": "1", "runai": None, "broken": "
 
 
 def result(scenario="cached", **seconds):
-    names = {"plain_copy": "plain copy", "plain_reader": "plain reader"}
+    names = {
+        "plain_copy": "plain copy",
+        "plain_reader": "plain reader",
+        "sllm_node": "sllm_node raw",
+    }
     samples = [
         Sample(scenario, number, names.get(name, name), "tiny-0", value)
         for name, values in seconds.items()
