@@ -122,7 +122,11 @@ def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = Fa
 
     catalog = _catalog(store)
     found = [
-        {**describe(catalog.get(model)), "tier": "nvme", "fetched": catalog.get(model).index.size}
+        {
+            **describe(catalog.get(model)),
+            "tier": "nvme",
+            "fetched": catalog.get(model).index.file_size,
+        }
         for model in catalog.models()
     ] + list(_at_remotes(store))
     problems = {name: str(problem) for name, problem in catalog.problems.items()}
@@ -132,7 +136,7 @@ def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = Fa
     rows: list[tuple[str, ...]] = [
         (
             d["name"], d["architecture"], d["dtype"], f"{d['parameters'] / 1e6:,.0f} M",
-            format_size(d["bytes"]), d["tier"], f"{100 * d['fetched'] / max(1, d['bytes']):.0f} %",
+            format_size(d["bytes"]), d["tier"], f"{100 * d['fetched'] / max(1, d['bytes_on_disk']):.0f} %",
         )
         for d in found
     ]  # fmt: skip

@@ -98,13 +98,14 @@ async def test_bytes_that_come_over_relays_are_right(tmp_path):
 
 
 async def test_only_what_a_device_has_lost_is_decoded_again(tmp_path):
-    devices = open_devices(1, 8 * MIB)  # staging and two models of one piece
-    async with rig_on(tmp_path, devices, piece_bytes=ByteSize(2 * MIB)) as rig:
+    devices = open_devices(1, 13 * MIB)  # staging, and less than two models of three pieces
+    async with rig_on(tmp_path, devices, shards=(300 * CHUNK,), chunks=700) as rig:
         for _ in range(5):
             for model in "ab":
                 with await rig.store.acquire(ModelId(model)) as lease:
                     assert delivered_by(lease) == rig.bytes[ModelId(model)]
                 rig.store.evict(ModelId(model), Tier.DEVICE, "room")
+        assert 0 < rig.reports[-1].bytes_kept < len(rig.bytes[A])
     devices[0].close()
 
 
