@@ -42,7 +42,10 @@ def compiled(name: str, architecture: str, cache: Path | None = None) -> bytes:
     """
     source, headers = read_source(name)
     folder = cache or cache_folder()
-    path = folder / f"{_key(source, headers, architecture)}.cubin"
+    try:
+        path = folder / f"{_key(source, headers, architecture)}.cubin"
+    except RuntimeError as error:  # the compiler's library is not there
+        raise KernelError(name, f"there is no compiler on this machine: {error}") from error
     with suppress(OSError):
         return path.read_bytes()
     code = compile_source(name, source, headers, architecture)[0]
