@@ -1,6 +1,6 @@
 r"""Loads onto GPUs against the ceilings of the same run: what the loader adds to copying bytes.
 
-    python -m scripts.bench.gpu_load --shape llama-3.1-8b --store /dev/shm/store \
+    python -m scripts.bench.gpu_load --shape 8b --store /dev/shm/store \
         --devices cuda:0,cuda:1 --scenarios dram,disk,relay,clone,small-pool --out result.json
 
 Contestants are interleaved round by round: `copy` is nothing but one long copy from pinned memory,
@@ -22,8 +22,9 @@ from typing import Any
 
 import torch
 
-from scripts.bench import shapes
+from scripts.bench import random_checkpoint
 from scripts.bench.device import open_device, wait
+from sllm_node.bench.shapes import SHAPE_NAMES
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, StoreConfig
@@ -82,10 +83,12 @@ def same_bytes(run: Run, lease: Lease) -> bool:
     (part,) = lease.parts
     flat = torch.as_tensor(part.buffer.array, device=torch_name(part.part.device))
     with ThreadPoolExecutor(cpu_count() or 1) as threads:
-        made = list(shapes.chunks(run.checkpoint.index, run.seed))
+        made = list(random_checkpoint.chunks(run.checkpoint.index, run.seed))
         for start in range(0, len(made), COMPARED_AT_ONCE):
             some = made[start : start + COMPARED_AT_ONCE]
-            wanted = threads.map(lambda chunk: shapes.chunk_bytes(chunk[1], chunk[2]), some)
+            wanted = threads.map(
+                lambda chunk: random_checkpoint.chunk_bytes(chunk[1], chunk[2]), some
+            )
             for (place, _, size), data in zip(some, wanted, strict=True):
                 host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 if not torch.equal(flat[place : place + size], host.to(flat.device)):
@@ -290,7 +293,7 @@ def summary(run: Run) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=list(shapes.configs()))
+    parser.add_argument("--shape", default="8b", choices=SHAPE_NAMES)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--devices", default="cuda:0")
     parser.add_argument("--scenarios", default="dram,disk")
@@ -303,7 +306,7 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.store / options.shape).exists():
         start = time.perf_counter()
-        size = shapes.write(options.store, options.shape)
+        size = random_checkpoint.write(options.store, options.shape)
         print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     catalog = Catalog(options.store)
     catalog.scan()
