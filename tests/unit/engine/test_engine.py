@@ -279,7 +279,6 @@ async def test_closing_ends_running_sessions_with_a_typed_error(checkpoint):
             await collect(running)
         with pytest.raises(EngineError, match="closed"):
             engine.submit(ask(PROMPT, 4))
-        engine._batch.blocks.give_back(running.session.table)
 
 
 # --- weights and memory ---------------------------------------------------------------------------
@@ -478,3 +477,32 @@ async def test_a_job_that_runs_alone_runs_beside_no_step():
     assert together == [0, 0]
     one.close()
     two.close()
+
+
+async def test_what_resumed_is_a_whole_answer_generates_nothing_more(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        eos = next(iter(engine._parts.codec.eos_ids))
+        ended = ask(PROMPT, 9, resumed=(40, 41, eos), ignore_eos=False)
+        assert await collect(engine.submit(ended)) == ("", (), (), "stop")
+        text, tokens, *_ = await collect(engine.submit(ask(PROMPT, 12, SAMPLED)))
+        stopped = ask(PROMPT, 20, SAMPLED, stop=(text[2:5],), resumed=tokens)
+        (chunk,) = [chunk async for chunk in engine.submit(stopped)]
+        assert (chunk.tokens, chunk.finish, chunk.stop_text) == ((), "stop", text[2:5])
+        assert engine.running == engine.waiting == 0
+
+
+async def test_who_closes_second_waits_as_well(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        await anext(engine.submit(ask(PROMPT, 400)))
+        await asyncio.gather(engine.close(), engine.close())
+        assert all(buffer.mapped == set() for buffer in engine._parts.buffers)
+
+
+async def test_what_a_reader_left_is_one_chunk_when_it_comes(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        generation = engine.submit(ask(PROMPT, 12))
+        while not generation.is_ended:
+            await asyncio.sleep(0)
+        (chunk,) = [chunk async for chunk in generation]
+        assert len(chunk.tokens) == 12
+        assert chunk.finish == "length"
