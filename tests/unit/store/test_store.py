@@ -12,6 +12,7 @@ from sllm_node.core.errors import (
     ModelBusyError,
     ModelNotFoundError,
     PoolExhaustedError,
+    SllmError,
     StorageReadError,
 )
 from sllm_node.core.types import ModelId, Tier
@@ -485,3 +486,57 @@ async def hold(rig, model):
     with await rig.store.acquire(ModelId(model)) as lease:
         await asyncio.sleep(0)
         assert delivered_by(lease) == rig.bytes[ModelId(model)]
+
+
+async def test_settled_does_not_wait_for_a_prefetch(tmp_path):
+    async with Rig(tmp_path) as rig:
+        gate = Gate(rig)
+        prefetch = asyncio.create_task(rig.store.prefetch(A))
+        await gate.reached.wait()
+        settled = asyncio.create_task(rig.store.settled(A))
+        await asyncio.sleep(0)
+        is_settled = settled.done()
+        gate.open()
+        await asyncio.gather(prefetch, settled)
+        assert is_settled
+
+
+async def test_prefetches_that_joined_do_not_hold_up_an_abort(tmp_path):
+    async def abort():
+        wanted.cancel()
+        await asyncio.gather(wanted, return_exceptions=True)
+        await rig.store.settled(A)
+        rig.store.evict(A, Tier.DEVICE, "aborted")
+
+    async with Rig(tmp_path) as rig:
+        gate = Gate(rig)
+        wanted = asyncio.create_task(rig.store.acquire(A))
+        await gate.reached.wait()
+        prefetches = [asyncio.create_task(rig.store.prefetch(A))]
+        await asyncio.sleep(0)
+        aborting = asyncio.create_task(abort())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        prefetches.append(asyncio.create_task(rig.store.prefetch(A)))
+        await asyncio.sleep(0)
+        gate.open()
+        await aborting
+        await asyncio.gather(*prefetches)
+        assert not rig.store.is_on_device(A)
+        assert rig.store.residency(A)[Tier.DRAM] == len(rig.bytes[A])
+        rig.assert_quiet()
+
+
+async def test_a_prefetch_that_joined_a_load_is_told_of_its_failure(tmp_path):
+    async with Rig(tmp_path) as rig:
+        gate = Gate(rig)
+        wanted = asyncio.create_task(rig.store.acquire(A))
+        await gate.reached.wait()
+        prefetch = asyncio.create_task(rig.store.prefetch(A))
+        await asyncio.sleep(0)
+        rig.files.after_read = lambda view, offset, count: 0
+        gate.open()
+        ended = await asyncio.gather(wanted, prefetch, return_exceptions=True)
+        assert type(ended[0]) is type(ended[1])
+        assert isinstance(ended[1], SllmError)
+        rig.assert_quiet()
