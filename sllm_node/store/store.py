@@ -163,16 +163,18 @@ class Store:
             await next(iter(self._loads.values())).ended
         self._pins[Tier.DEVICE].clear()
         leased = [model for model in self._residents if self.leases(model)]
-        for model in self._residents.keys() - leased:
-            self.evict(model, Tier.DEVICE, "shutdown")
+        for model, residents in list(self._residents.items()):
+            for placement, resident in list(residents.items()):
+                if not resident.leases:
+                    self.evict(model, Tier.DEVICE, "shutdown", placement)
         machinery, self._machinery = self._machinery, None
         machinery.readers.shutdown(wait=True)
         machinery.checkers.shutdown(wait=True)
-        if leased:
-            raise ModelBusyError(leased[0], "is in use while the store closes")
         for tier in self._tiers.values():
             tier.close()
         machinery.pool.close()
+        if leased:
+            raise ModelBusyError(leased[0], "is in use while the store closes")
 
     # --- what is where ------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from sllm_node.core.errors import (
     StorageReadError,
 )
 from sllm_node.core.types import ModelId, Tier
+from sllm_node.core.units import align_up
 from tests.unit.store.handmade import CHUNK, Rig, delivered_by, replace_file, write_checkpoint
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
@@ -540,3 +541,24 @@ async def test_a_prefetch_that_joined_a_load_is_told_of_its_failure(tmp_path):
         assert type(ended[0]) is type(ended[1])
         assert isinstance(ended[1], SllmError)
         rig.assert_quiet()
+
+
+async def test_closing_with_a_lease_out_gives_everything_else_back(tmp_path):
+    rig = Rig(tmp_path, devices=2)
+    await rig.store.start()
+    held = await rig.store.acquire(A)
+    for model in (A, B):
+        (await rig.store.acquire(model, rig.store.whole(model, "cpu:1"))).release()
+    (await rig.store.acquire(C)).release()
+    pool = rig.store._machinery.pool
+    with pytest.raises(ModelBusyError, match="model 'a' is in use while"):
+        await rig.store.close()
+    assert delivered_by(held) == rig.bytes[A]
+    kept = held.parts[0].buffer
+    assert rig.devices[0].memory_used == align_up(kept.size, rig.device.granularity)
+    assert rig.devices[1].memory_used == 0
+    assert len(pool.view(0, 1)) == 0
+    with pytest.raises(RuntimeError, match="shutdown"):
+        rig.store._tiers["cpu:0"].own.stream.record()
+    held.release()
+    kept.close()
