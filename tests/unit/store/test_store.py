@@ -7,6 +7,7 @@ from sllm_node.core.errors import (
     CheckpointChangedError,
     CheckpointFormatError,
     ChecksumError,
+    DeviceError,
     DeviceMemoryError,
     LoadFailedError,
     ModelBusyError,
@@ -17,6 +18,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import ModelId, Tier
 from sllm_node.core.units import align_up
+from sllm_node.device.cpu import CpuDevice, CpuStream
 from tests.unit.store.handmade import CHUNK, Rig, delivered_by, replace_file, write_checkpoint
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
@@ -434,6 +436,57 @@ async def test_a_device_that_fails_to_copy_fails_the_load(tmp_path):
         rig.store._loads[A].targets[0].buffer._array = None
         with pytest.raises(LoadFailedError):
             await task
+
+
+class RefusingStream(CpuStream):
+    """Refuses one copy, or the event behind it, when told to."""
+
+    refuses = ""
+
+    def copy_in(self, destination, offset, source):
+        self._refuse("copy_in")
+        super().copy_in(destination, offset, source)
+
+    def copy_device(self, destination, offset, source, source_range):
+        self._refuse("copy_device")
+        super().copy_device(destination, offset, source, source_range)
+
+    def record(self):
+        self._refuse("record")
+        return super().record()
+
+    def _refuse(self, call):
+        if self.refuses == call:
+            self.refuses = ""
+            raise DeviceError("cpu", "no event can be had")
+
+
+class RefusingDevice(CpuDevice):
+    def __init__(self, name):
+        super().__init__(1 << 20, name)
+
+    def stream(self):
+        return RefusingStream()
+
+
+@pytest.mark.parametrize(
+    ("there", "refused"),
+    [("disk", "record"), ("disk", "copy_in"), ("dram", "record"), ("dram", "copy_in"),
+     ("sibling", "record"), ("sibling", "copy_device")],
+)  # fmt: skip
+async def test_a_stream_that_refuses_a_copy_or_an_event_fails_the_load(tmp_path, there, refused):
+    devices = [RefusingDevice(f"cpu:{number}") for number in range(2)]
+    async with Rig(tmp_path, devices=devices, relay=False) as rig:
+        if there == "dram":
+            await rig.store.prefetch(A)
+        if there == "sibling":
+            (await rig.store.acquire(A, rig.store.whole(A, "cpu:1"))).release()
+        rig.store._tiers["cpu:0"].own.stream.refuses = refused
+        with pytest.raises(DeviceError, match="no event can be had"):
+            await rig.store.acquire(A, rig.store.whole(A, "cpu:0"))
+        rig.assert_quiet()
+        assert rig.store._tiers["cpu:0"].own.outstanding == 0
+        await rig.check("a", rig.store.whole(A, "cpu:0"))
 
 
 async def test_forgetting_a_removed_checkpoint_frees_its_chunks(tmp_path):
