@@ -239,10 +239,10 @@ class Scheduler:
         actions: list[Action] = []
         for record in self._records.values():
             actions += self._refuse_overdue(record)
-            if self._is_draining and record.state not in (ModelState.LOADING, ModelState.READY):
-                actions += self._refuse_all(record, DrainingError(self._drain_s))
+            actions += self._refuse_drained(record)
             actions += self._grants(record)
             actions += self._tidy(record)
+            actions += self._refuse_drained(record)  # it may have begun to leave
         actions += self._refuse_hopeless()
         actions += self._follow_plan()
         while refusals := list(self._refuse_hopeless()):  # beside a pinned model that comes now
@@ -324,6 +324,12 @@ class Scheduler:
             wait_s = self._expected_wait_s(record, record.device_bytes, record.load_s)
             error = QueueTimeoutError(record.model, self._now - waiter.arrived, wait_s)
             yield self._refuse(record, waiter.ticket.number, error)
+
+    def _refuse_drained(self, record: ModelRecord) -> list[Action]:
+        """Refuse those whose model does not come any more, since the node drains."""
+        if not self._is_draining or record.state in (ModelState.LOADING, ModelState.READY):
+            return []
+        return self._refuse_all(record, DrainingError(self._drain_s))
 
     def _refuse_hopeless(self) -> Iterator[Action]:
         """Refuse those whose model can't fit beside the pinned ones."""
