@@ -11,7 +11,7 @@ Every `on_x` takes an event and the time, changes the state, and returns actions
 - A load that ends grants the tickets that waited for it before any other model's turn is
   considered: each load serves somebody, so turns make progress and nobody starves.
 - Eviction takes time (sessions' memory is torn down): the bytes count until on_evicted.
-- A load that fails refuses all who waited for it; the next request tries again.
+- A load that fails refuses all who waited; the next request tries again.
 - A pin keeps a replica from being evicted for others or for idleness. It doesn't keep one that is
   broken or whose checkpoint was replaced.
 """
@@ -327,9 +327,8 @@ class Scheduler:
 
     def _refuse_drained(self, record: ModelRecord) -> list[Action]:
         """Refuse those whose model does not come any more, since the node drains."""
-        if not self._is_draining or record.state in (ModelState.LOADING, ModelState.READY):
-            return []
-        return self._refuse_all(record, DrainingError(self._drain_s))
+        comes = not self._is_draining or record.state in (ModelState.LOADING, ModelState.READY)
+        return [] if comes else self._refuse_all(record, DrainingError(self._drain_s))
 
     def _refuse_hopeless(self) -> Iterator[Action]:
         """Refuse those whose model can't fit beside the pinned ones."""
