@@ -541,7 +541,9 @@ class Store:
             self._observed.evicted(Tier.DEVICE, reason)
         if not residents:
             self._residents.pop(model, None)
-        if reason != "room":
+        if model not in self._opened:
+            self._forget_rows(model)
+        elif reason != "room":
             self._drop_caches(model)
 
     def _drop_caches(self, model: ModelId) -> None:
@@ -579,16 +581,22 @@ class Store:
             self._wake_one()
 
     def forget(self, model: ModelId) -> None:
-        """Drop what is known of a checkpoint that was removed; a load under way keeps its own."""
+        """Drop what is known of a checkpoint that was removed; a load under way keeps its own.
+
+        Device memory and addresses that somebody holds are freed when they are evicted.
+        """
         if model in self._loads or not self._ledger.knows(model):
             return
         self._ledger.close(model)
         del self._opened[model]
+        self._forget_rows(model)
+        self._wake_one()
+        self._observed.show()
+
+    def _forget_rows(self, model: ModelId) -> None:
         for tier in self._tiers.values():
             if not tier.arena.is_held(model):
                 tier.forget(model)
-        self._wake_one()
-        self._observed.show()
 
 
 def _report_of(model: ModelId, result: LoadReport | BaseException) -> LoadReport:

@@ -497,6 +497,24 @@ async def test_forgetting_a_removed_checkpoint_frees_its_chunks(tmp_path):
         rig.store.forget(A)
 
 
+async def test_addresses_of_a_checkpoint_forgotten_in_use_are_freed_when_it_is_evicted(tmp_path):
+    async with Rig(tmp_path) as rig:
+        lease = await rig.store.acquire(A)
+        rig.store.forget(A)
+        lease.release()
+        rig.store.evict(A, Tier.DEVICE, "room")
+        assert A not in rig.store._tiers["cpu:0"]._ranges
+        assert rig.device.memory_used == 0
+        await rig.check("a")
+
+
+async def test_addresses_of_a_forgotten_checkpoint_are_freed_at_once_when_nobody_holds_it(tmp_path):
+    async with Rig(tmp_path) as rig:
+        await rig.check("a", reason="room")
+        rig.store.forget(A)
+        assert A not in rig.store._tiers["cpu:0"]._ranges
+
+
 async def test_pins_hold_a_model_on_the_device(tmp_path):
     async with Rig(tmp_path) as rig:
         rig.store.pin(A, Tier.DEVICE)
