@@ -241,8 +241,7 @@ class Scheduler:
             actions += self._refuse_overdue(record)
             actions += self._refuse_drained(record)
             actions += self._grants(record)
-            actions += self._tidy(record)
-            actions += self._refuse_drained(record)  # it may have begun to leave
+            actions += [*self._tidy(record), *self._refuse_drained(record)]  # it may leave by now
         actions += self._refuse_hopeless()
         actions += self._follow_plan()
         while refusals := list(self._refuse_hopeless()):  # beside a pinned model that comes now

@@ -621,7 +621,9 @@ async def test_closing_with_a_lease_out_gives_everything_else_back(tmp_path):
     for model in (A, B):
         (await rig.store.acquire(model, rig.store.whole(model, "cpu:1"))).release()
     (await rig.store.acquire(C)).release()
-    pool = rig.store._machinery.pool
+    machinery = rig.store._machinery
+    assert machinery is not None
+    pool = machinery.pool
     with pytest.raises(ModelBusyError, match="model 'a' is in use while"):
         await rig.store.close()
     assert delivered_by(held) == rig.bytes[A]
