@@ -244,8 +244,9 @@ class Load:
             view = self._machinery.pool.view(chunk, unit.size)
             view = view[cut.start - unit.device_offset : cut.end - unit.device_offset]
             link = cut.target.tier.link()
-            link.stream.copy_in(cut.target.buffer, cut.start - cut.target.part.start, view)
-            self._copied_by(link, len(view), partial(self._on_copied, unit))
+            place = cut.start - cut.target.part.start
+            copy = partial(link.stream.copy_in, cut.target.buffer, place, view)
+            self._copy_by(link, copy, len(view), partial(self._on_copied, unit))
 
     def _clone(self, source: Source) -> None:
         """Send everything from a sibling device, once its places are mapped."""
@@ -257,10 +258,15 @@ class Load:
                 for start in range(low, high, CLONE_BYTES):
                     end, link = min(start + CLONE_BYTES, high), target.tier.own
                     place = start - target.part.start
-                    link.stream.copy_device(target.buffer, place, source.buffer, (start, end))
-                    self._copied_by(link, end - start, self._on_cloned)
+                    copy = partial(
+                        link.stream.copy_device, target.buffer, place, source.buffer, (start, end)
+                    )
+                    self._copy_by(link, copy, end - start, self._on_cloned)
 
-    def _copied_by(self, link: Link, size: int, tell: "Callable[..., None]") -> None:
+    def _copy_by(
+        self, link: Link, copy: Callable[[], None], size: int, tell: "Callable[..., None]"
+    ) -> None:
+        """Enqueue a copy of `size` bytes; `tell` is called when it is done, or can't be."""
         if self._first_copy is None:
             self._first_copy = self._machinery.clock.now()
         self._copying += 1
@@ -269,7 +275,13 @@ class Load:
         if link.through is not None:
             self._moved.relayed += size
         done, loop = partial(self._link_done, link, size, tell), self._machinery.loop
-        link.stream.record().on_done(lambda error: call_on(loop, done, error))
+        try:
+            copy()
+            event = link.stream.record()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the load ends with it
+            loop.call_soon(done, error)  # not at once: whoever issues the copy is still counting
+        else:
+            event.on_done(lambda error: call_on(loop, done, error))
 
     def _watch(self, target: Target) -> None:
         """Be told when memory is mapped."""

@@ -22,7 +22,7 @@ from sllm_node.engine.skeleton import build_skeleton, forward_order
 from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.weights import bind, unbind
 from tests.models import make_checkpoint, make_source
-from tests.unit.engine.rig import GREEDY, Weights, ask, collect, engine_of, engines_of
+from tests.unit.engine.rig import GREEDY, DeviceMemory, Weights, ask, collect, engine_of, engines_of
 
 PROMPT = (20, 31, 45, 60, 72)
 SAMPLED = SamplingParameters(
@@ -214,6 +214,36 @@ async def test_the_module_of_a_replica_that_failed_is_built_anew(checkpoint, fai
         await engine.close()
         assert (await engines.skeleton(checkpoint) is skeleton) is not fails
         weights.buffer.close()
+        engines.close()
+
+
+class FullMemory(DeviceMemory):
+    async def allocate(self, device, size):
+        raise DeviceMemoryError(device, size, 0, size)
+
+
+async def test_a_module_is_kept_when_there_is_no_room_for_its_kv_memory(checkpoint):
+    with CpuDevice(1 << 30) as device:
+        engines = engines_of(device, EngineConfig(kv_cache_bytes=ByteSize(8 << 20)))
+        engines._memory = FullMemory(device)
+        weights, codec = Weights(checkpoint, device), await engines.load_codec(checkpoint.path)
+        skeleton = await engines.skeleton(checkpoint)
+        with pytest.raises(DeviceMemoryError):
+            await engines.open(weights, skeleton, codec)
+        assert await engines.skeleton(checkpoint) is skeleton
+        weights.buffer.close()
+        engines.close()
+
+
+async def test_a_module_that_is_given_back_is_kept_until_its_checkpoint_is_forgotten(checkpoint):
+    with CpuDevice(1 << 30) as device:
+        engines = engines_of(device, EngineConfig(kv_cache_bytes=ByteSize(8 << 20)))
+        skeleton = await engines.skeleton(checkpoint)
+        engines.give_back(checkpoint, skeleton)
+        assert await engines.skeleton(checkpoint) is skeleton
+        engines.give_back(checkpoint, skeleton)
+        engines.forget(checkpoint.model)
+        assert await engines.skeleton(checkpoint) is not skeleton
         engines.close()
 
 
