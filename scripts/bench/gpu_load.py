@@ -1,6 +1,6 @@
 r"""Loads onto GPUs against the ceilings of the same run: what the loader adds to copying bytes.
 
-    python -m scripts.bench.gpu_load --shape llama-3.1-8b --store /dev/shm/store \
+    python -m scripts.bench.gpu_load --shape 8b --store /dev/shm/store \
         --devices cuda:0,cuda:1 --scenarios dram,disk,relay,clone,small-pool --out result.json
 
 Contestants are interleaved round by round: `copy` is nothing but one long copy from pinned memory,
@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 
-from scripts.bench import shapes
+from scripts.bench import random_checkpoint
 from scripts.bench.device import open_device, wait
+from sllm_node.bench.shapes import SHAPE_NAMES
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint, open_checkpoint
 from sllm_node.checkpoint.recode import recode
 from sllm_node.core.clock import MonotonicClock
@@ -88,11 +89,11 @@ def same_bytes(run: Run, lease: Lease) -> bool:
     (part,) = lease.parts
     flat = torch.as_tensor(part.buffer.array, device=torch_name(part.part.device))
     with ThreadPoolExecutor(cpu_count() or 1) as threads:
-        made = list(shapes.chunks(run.checkpoint.index, run.seed))
+        made = list(random_checkpoint.chunks(run.checkpoint.index, run.seed))
         for start in range(0, len(made), COMPARED_AT_ONCE):
             some = made[start : start + COMPARED_AT_ONCE]
             wanted = threads.map(
-                lambda chunk: shapes.chunk_bytes(
+                lambda chunk: random_checkpoint.chunk_bytes(
                     chunk[1], chunk[2], gaussian=run.encoded is not None
                 ),
                 some,
@@ -350,7 +351,7 @@ def summary(run: Run) -> dict[str, Any]:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=list(shapes.configs()))
+    parser.add_argument("--shape", default="8b", choices=SHAPE_NAMES)
     parser.add_argument("--store", type=Path, required=True)
     parser.add_argument("--devices", default="cuda:0")
     parser.add_argument("--scenarios", default="dram,disk")
@@ -364,7 +365,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.scenarios != "codec" and not (options.store / options.shape).exists():
         start = time.perf_counter()
-        size = shapes.write(options.store, options.shape)
+        size = random_checkpoint.write(options.store, options.shape)
         print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     catalog = Catalog(options.store)
     catalog.scan()
@@ -417,7 +418,7 @@ def _both(store: Path, shape: str) -> tuple[Checkpoint, Checkpoint]:
     raw, encoded = f"{shape}-gaussian", f"{shape}-codec"
     if not (store / raw).exists():
         start = time.perf_counter()
-        size = shapes.write(store, shape, raw, gaussian=True)
+        size = random_checkpoint.write(store, shape, raw, gaussian=True)
         print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     if not (store / encoded).exists():
         start = time.perf_counter()

@@ -55,13 +55,13 @@ def _one_gpu() -> None:
     put(
         "dram_to_gpu_raw_ratio", ratios(dram, "copy"), machine=ONE,
         ceiling=statistics.median(rates(dram, "copy")),
-        command=f"{LOAD} llama-3.1-8b --store /dev/shm/s --scenarios dram --chunk 32",
+        command=f"{LOAD} 8b --store /dev/shm/s --scenarios dram --chunk 32",
         note="8B shapes, 54.5 GB/s; the ceiling of the 32B run was out of order (27.5 GB/s, below ours)",
     )  # fmt: skip
     large = read("x4_32b.json")["dram"]
     put(
         "load_32b_dram_raw_s", large["samples_s"]["ours"], machine=FOUR,
-        command=f"{LOAD} qwen3-32b --store /dev/shm/s --devices cuda:0,cuda:1,cuda:2,cuda:3 "
+        command=f"{LOAD} 32b --store /dev/shm/s --devices cuda:0,cuda:1,cuda:2,cuda:3 "
         "--scenarios dram --chunk 32",
         note="53.7 GB/s over one link",
     )  # fmt: skip
@@ -80,7 +80,7 @@ def _storage() -> None:
     put(
         "disk_to_gpu_ratio", ratios(disk, "reader"), machine=ONE,
         ceiling=statistics.median(rates(disk, "reader")),
-        command=f"{LOAD} llama-3.1-8b --store DIR --scenarios disk --threads 16 --rounds 2",
+        command=f"{LOAD} 8b --store DIR --scenarios disk --threads 16 --rounds 2",
         note="2 rounds; a reader whose buffers stay in the processor's caches reached 4.5 GB/s on "
         "this virtual disk, ours through a pool of 512 MiB 4.3",
     )  # fmt: skip
@@ -88,7 +88,7 @@ def _storage() -> None:
     put(
         "tmpfs_to_gpu_gbps", rates(tmpfs, "ours"), machine=ONE,
         ceiling=statistics.median(rates(tmpfs, "reader")),
-        command=f"{LOAD} llama-3.1-8b --store /dev/shm/s --scenarios disk --threads 16 --chunk 32",
+        command=f"{LOAD} 8b --store /dev/shm/s --scenarios disk --threads 16 --chunk 32",
         note="16 cores copy while the GPU reads the same memory; through a pool of 1 GiB 43.2 GB/s",
     )  # fmt: skip
     command = (
@@ -134,12 +134,12 @@ def _several_gpus() -> None:
         put(
             name, rates(result["relay"], f"{count} links"), machine=machine,
             ceiling=statistics.median(rates(result["relay"], "one link")),
-            command=f"{LOAD} llama-3.1-8b --store /dev/shm/s --devices {devices} --scenarios relay",
+            command=f"{LOAD} 8b --store /dev/shm/s --devices {devices} --scenarios relay",
             note="8B shapes; the ceiling column is one link of the same run",
         )  # fmt: skip
     put(
         "clone_8b_ms", [1e3 * s for s in two["clone"]["samples_s"]["clone"]], machine=TWO,
-        command=f"{LOAD} llama-3.1-8b --store /dev/shm/s --devices cuda:0,cuda:1 --scenarios clone",
+        command=f"{LOAD} 8b --store /dev/shm/s --devices cuda:0,cuda:1 --scenarios clone",
         note="with three siblings that may reach the memory 54.7 ms",
     )  # fmt: skip
 
@@ -150,7 +150,7 @@ def _latency() -> None:
     put(
         "resident_switch_ms", switches, machine=ONE,
         value=switches[int(0.99 * (len(switches) - 1))],
-        command="python -m scripts.bench.warm_start --device cuda:0 --shape llama-3.1-8b "
+        command="python -m scripts.bench.warm_start --device cuda:0 --shape 8b "
         "--store /dev/shm/s --requests 40 --out FILE",
         note="p99 of 40 HTTP requests to two 8B models by turns; from DRAM to the first copy "
         f"{sorted(latency['copy'])[int(0.99 * (len(latency['copy']) - 1))]:.2f} ms",

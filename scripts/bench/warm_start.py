@@ -1,7 +1,7 @@
 """What a request waits for before anything moves: from DRAM, and between resident models.
 
     python -m scripts.bench.warm_start --requests 300
-    python -m scripts.bench.warm_start --device cuda:0 --shape llama-3.1-8b --store /dev/shm/s --out F
+    python -m scripts.bench.warm_start --device cuda:0 --shape 8b --store /dev/shm/s --out F
 
 A whole node and its client run in one process, so one clock times both, from just before the client
 sends its HTTP request: to the call that enqueues the first chunk's copy, for a model that lies in
@@ -21,7 +21,7 @@ from typing import Any, Final
 import aiohttp
 import uvloop
 
-from scripts.bench import shapes
+from scripts.bench import random_checkpoint
 from scripts.bench.figures import record
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import Config, parse_config
@@ -124,8 +124,8 @@ def prepare(arguments: argparse.Namespace, store: Path) -> Config:
         return parse_config(CONFIG.format(**values, **sizes))
     size = 0
     for seed, name in enumerate(MODELS):
-        size += shapes.write(store, arguments.shape, name, seed)
-        shapes.make_servable(store / name, arguments.shape)
+        size += random_checkpoint.write(store, arguments.shape, name, seed)
+        random_checkpoint.make_servable(store / name, arguments.shape)
     pool = size // (32 << 20) * (32 << 20) + (2 << 30)
     sizes = {"pool": pool, "chunk": "32MiB", "memory": 0, "kv": "1GiB"}
     return parse_config(CONFIG.format(**values, **sizes))

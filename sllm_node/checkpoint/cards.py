@@ -144,11 +144,14 @@ class Cards:
 
     def remove(self, model: ModelId) -> bool:
         """Delete the bytes that have come of `model`; False: none have."""
-        folder = self.root / model
-        has_come = any(_has_data(path) for path in folder.glob("shard-*.bin"))
-        clear(folder)
+        has_come = self.has_come(model)
+        clear(self.root / model)
         self._opened.pop(model, None)
         return has_come
+
+    def has_come(self, model: ModelId) -> bool:
+        """Tell whether bytes of `model` have come that are not an ordinary checkpoint by now."""
+        return any(_has_data(path) for path in (self.root / model).glob("shard-*.bin"))
 
     def drop(self, model: ModelId) -> None:
         """Delete the card of `model` and the bytes that have come."""
@@ -235,11 +238,11 @@ def _are_whole(folder: Path, index: TensorIndex) -> bool:
 
 def _has_data(path: Path) -> bool:
     """Tell whether a file is more than one hole."""
-    with path.open("rb") as file:
-        try:
+    try:
+        with path.open("rb") as file:
             os.lseek(file.fileno(), 0, os.SEEK_DATA)
-        except OSError:
-            return False
+    except OSError as error:
+        return error.errno not in (errno.ENXIO, errno.ENOENT)
     return True
 
 

@@ -163,6 +163,8 @@ def _show_status(report: dict[str, Any]) -> None:
             f"remote {remote['name']} ({remote['url']}): {remote['state']}, "
             f"{len(remote['models'])} models{problem}"
         )
+        if kept := remote.get("not_offered"):
+            say(f"  not offered at the moment, bytes kept (rm deletes them): {', '.join(kept)}")
     for tier, rate in report.get("bandwidth", {}).items():
         if rate:
             say(f"loads from {tier}: {format_rate(rate)} observed")

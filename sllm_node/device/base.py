@@ -112,6 +112,9 @@ class Stream(Protocol):
         """Return an event that happens when everything enqueued so far has ended.
 
         An item that failed makes every event recorded after it, until the next `record`, fail.
+
+        Raises:
+            DeviceError: no event can be had; everything enqueued has ended then.
         """
 
     def close(self) -> None:

@@ -344,7 +344,12 @@ class CudaStream:
                 driver.CUevent_flags.CU_EVENT_BLOCKING_SYNC
                 | driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
             )
-            event = self._cuda.check("create an event", driver.cuEventCreate(flags))
+            try:
+                event = self._cuda.check("create an event", driver.cuEventCreate(flags))
+            except DeviceError:
+                # Nobody would know when the copies end, and their memory is given back now.
+                driver.cuStreamSynchronize(self.handle)
+                raise
             self.fail("record an event", driver.cuEventRecord(event, self.handle)[0])
         return CudaEvent(event, self)
 

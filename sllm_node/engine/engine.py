@@ -81,6 +81,7 @@ class Engine:
         self._is_trusted = True
         """No step has failed: the module may serve again."""
         self._wake = asyncio.Event()
+        self._closing: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._live(), name=f"engine {parts.name}")
 
     # --- from outside -------------------------------------------------------------------------
@@ -122,23 +123,33 @@ class Engine:
         session = Session(request, self._last_number)
         text = TextState.begin(parts.codec.decode, request.stop, request.resumed, request.prompt)
         generation = Generation(session, text, self._on_cancel)
+        if text.scanner.found is not None or self._ends_with_eos(request):
+            generation.end_at_once()
+            return generation
         self._generations[session.number] = generation
         self._batch.add(session)
         self._prompted.inc(len(request.prompt))
         self._wake.set()
         return generation
 
+    def _ends_with_eos(self, request: GenerationRequest) -> bool:
+        last = request.resumed[-1:]
+        return not request.ignore_eos and bool(last) and last[0] in self._parts.codec.eos_ids
+
     async def close(self) -> None:
         """End the sessions, wait for the step under way, let go of weights and KV memory."""
-        if self._runner is None:
-            return
+        if self._closing is None:
+            self._closing = asyncio.create_task(self._close(), name=f"close {self._parts.name}")
+        await asyncio.shield(self._closing)
+
+    async def _close(self) -> None:
         self._runner = None
         self._wake.set()
         await self._task
         error = CancelledByOperatorError("the model left the device")
         for generation in list(self._generations.values()):
+            self._end(generation)
             generation.fail(error)
-        self._generations.clear()
         # On the step thread, where the last step's tensors were made and freed.
         await self._steps.run(self._let_go)
         if self._is_trusted:

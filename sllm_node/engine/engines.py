@@ -15,7 +15,7 @@ from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
 from sllm_node.core.errors import CheckpointFormatError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import GenerationRequest, Share
+from sllm_node.core.types import GenerationRequest, ModelId, Share
 from sllm_node.core.units import align_up
 from sllm_node.device.base import Device, DeviceBuffer
 from sllm_node.engine.blocks import Blocks
@@ -155,6 +155,17 @@ class Engines:
             return kept[1]
         return await self._builder.run_alone(_build, checkpoint.path)
 
+    def give_back(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
+        """Keep a module that was not opened after all, for the next load."""
+        self._keep(checkpoint, skeleton)
+
+    def forget(self, model: ModelId) -> None:
+        """Drop the modules kept of a checkpoint that was removed."""
+        for path, (checkpoint, _) in list(self._kept.items()):
+            if checkpoint.model == model:
+                del self._kept[path]
+                self._capacity.pop(path, None)
+
     async def open(self, lease: WeightSource, skeleton: Skeleton, codec: TextCodec) -> Engine:
         """Bind the weights of `lease` and take KV memory.
 
@@ -172,12 +183,8 @@ class Engines:
             )
         blocks = Blocks(count, self._config.block_tokens)
         steps = self._steps[lease.parts[0].part.device]
-        memory: list[KvMemory] = []
+        memory = await self._kv_memory(lease, skeleton, blocks.capacity_tokens)
         try:
-            for device, layers in self._layers_on(lease, skeleton):
-                size = _layers_bytes(skeleton, layers) * blocks.capacity_tokens
-                buffer = await self._memory.allocate(device, size)
-                memory.append(KvMemory(device, len(layers), buffer))
             if skeleton.bound_to != tuple(part.buffer for part in lease.parts):
                 skeleton = await self._bind(steps, skeleton, lease)
             dtype, slots = skeleton.model.dtype, blocks.capacity_tokens
@@ -195,6 +202,23 @@ class Engines:
             index.context_tokens, codec, self._check, keep,
         )  # fmt: skip
         return Engine(parts, self._config, steps, self._clock, self._metrics)
+
+    async def _kv_memory(
+        self, lease: WeightSource, skeleton: Skeleton, slots: int
+    ) -> list[KvMemory]:
+        """Take memory beside each part; without room, the module waits for the next load."""
+        memory: list[KvMemory] = []
+        try:
+            for device, layers in self._layers_on(lease, skeleton):
+                size = _layers_bytes(skeleton, layers) * slots
+                buffer = await self._memory.allocate(device, size)
+                memory.append(KvMemory(device, len(layers), buffer))
+        except BaseException:
+            for one in memory:
+                one.buffer.close()
+            self._keep(lease.checkpoint, skeleton)
+            raise
+        return memory
 
     async def _bind(self, steps: StepThread, skeleton: Skeleton, lease: WeightSource) -> Skeleton:
         """Return a module whose parameters lie in the memory of `lease`."""

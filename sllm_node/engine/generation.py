@@ -13,7 +13,7 @@ from sllm_node.engine.text import TextState
 class Generation:
     """The chunks of a session; iterate once.
 
-    What is not read yet is kept as one chunk, so a slow reader costs no more memory than its text.
+    What is not read yet is given as one chunk when its reader comes.
     """
 
     def __init__(
@@ -23,7 +23,7 @@ class Generation:
         self.text = text
         self.last_token_at: float | None = None
         self._on_cancel = on_cancel
-        self._unread: GenerationChunk | None = None
+        self._unread: list[GenerationChunk] = []
         self._error: SllmError | None = None
         self._is_ended = False
         self._news = asyncio.Event()
@@ -42,21 +42,21 @@ class Generation:
         return self
 
     async def __anext__(self) -> GenerationChunk:
-        while self._unread is None:
+        while not self._unread:
             if self._error is not None:
                 raise self._error
             if self._is_ended:
                 raise StopAsyncIteration
             self._news.clear()
             await self._news.wait()
-        chunk, self._unread = self._unread, None
-        return chunk
+        unread, self._unread = self._unread, []
+        return _joined(unread)
 
     def cancel(self) -> None:
         """End the session for a reader that went away; a second call does nothing."""
         if not self._is_ended:
             self._end()
-            self._unread = None
+            self._unread.clear()
             self._on_cancel(self)
 
     # --- for the engine -----------------------------------------------------------------------
@@ -71,17 +71,15 @@ class Generation:
         """Hand over what one token brought."""
         logprobs = () if logprob is None else (logprob,)
         stop_text = self.text.scanner.found if finish == "stop" else None
-        before = self._unread or GenerationChunk("", ())
-        self._unread = GenerationChunk(
-            before.text + text,
-            (*before.tokens, token),
-            (*before.logprobs, *logprobs),
-            finish,
-            stop_text,
-        )
+        self._unread.append(GenerationChunk(text, (token,), logprobs, finish, stop_text))
         if finish is not None:
             self._end()
         self._news.set()
+
+    def end_at_once(self) -> None:
+        """End a session whose resumed tokens are a whole answer already."""
+        self._unread.append(GenerationChunk("", (), (), "stop", self.text.scanner.found))
+        self._end()
 
     def fail(self, error: SllmError) -> None:
         """End with an error, after what is unread."""
@@ -92,3 +90,16 @@ class Generation:
     def _end(self) -> None:
         self._is_ended = True
         self._news.set()
+
+
+def _joined(chunks: list[GenerationChunk]) -> GenerationChunk:
+    """Return one chunk that says what `chunks` say, one after another."""
+    if len(chunks) == 1:
+        return chunks[0]
+    return GenerationChunk(
+        "".join(chunk.text for chunk in chunks),
+        tuple(token for chunk in chunks for token in chunk.tokens),
+        tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
+        chunks[-1].finish,
+        chunks[-1].stop_text,
+    )

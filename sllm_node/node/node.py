@@ -9,7 +9,7 @@ sessions had to be ended.
 import asyncio
 import logging
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -192,11 +192,10 @@ class Node:
         """Return one line for `systemctl status`."""
         health = self._service.health()
         state = "draining" if self._service.is_draining else "serving"
-        used = sum(device.memory_used for device in self._devices)
-        total = sum(device.memory_total for device in self._devices)
+        devices = describe_devices([self._device_overview(device) for device in self._devices])
         return (
             f"{state} {len(self._catalog.models())} models, {health['running']} sessions run, "
-            f"{health['waiting']} wait, device {format_size(used)} of {format_size(total)}"
+            f"{health['waiting']} wait, {devices}"
         )
 
     def _overview(self) -> dict[str, Any]:
@@ -240,6 +239,14 @@ class Node:
             "device_bytes": sum(device.memory_total for device in self._devices),
             "pool_bytes": self._store.pool_chunks * self._config.store.chunk_bytes,
         }
+
+
+def describe_devices(devices: Sequence[Mapping[str, Any]]) -> str:
+    """Return in words what is used and cached of `devices`, as the status has them, together."""
+    used, cached, total = (
+        format_size(sum(device[key] for device in devices)) for key in ("used", "cached", "total")
+    )
+    return f"device {used} of {total} used, {cached} cached"
 
 
 def _remote_tier(config: Config, metrics: Metrics) -> RemoteTier | None:

@@ -160,8 +160,10 @@ class Service(Generic[CodecT]):
     def models(self) -> list[ModelStatus]:
         """Return all models whose checkpoints lie in the store folder now."""
         self._catalog.scan()
+        present = self._catalog.models()
+        self._replicas.forget_removed({*present, *map(ModelId, self._catalog.problems)})
         statuses = []
-        for model in self._catalog.models():
+        for model in present:
             with suppress(SllmError):  # gone since the scan
                 statuses.append(self.status(model))
         return statuses

@@ -99,5 +99,11 @@ class Engines(Protocol[CodecT]):
     async def skeleton(self, checkpoint: Checkpoint) -> Any:
         """Build the module without weights, for `open` and nobody else."""
 
+    def give_back(self, checkpoint: Checkpoint, skeleton: Any) -> None:
+        """Keep a module that was not opened after all, for the next load."""
+
+    def forget(self, model: ModelId) -> None:
+        """Drop what is kept of a checkpoint that was removed."""
+
     async def open(self, lease: WeightLease, skeleton: Any, codec: CodecT) -> Replica:
         """Bind the weights of `lease`. Failed or cancelled: nothing of it stays."""

@@ -7,9 +7,10 @@ nobody foresaw is logged here, once, and becomes a LoadFailedError for those who
 
 import asyncio
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, Protocol, TypeGuard
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
@@ -67,6 +68,8 @@ class Replicas(Generic[CodecT]):
         self._loads: dict[ModelId, asyncio.Task[Hosted]] = {}
         self._evictions: dict[ModelId, asyncio.Task[None]] = {}
         self._aborted: set[ModelId] = set()
+        self._brought: set[ModelId] = set()
+        """Models that something may be kept of."""
         self._is_closing = False
 
     def get(self, model: ModelId) -> Hosted | None:
@@ -79,12 +82,21 @@ class Replicas(Generic[CodecT]):
         log.info("load started", extra={"model": model, "devices": list(devices)})
         task = asyncio.create_task(self._bring_up(model, devices), name=f"load {model}")
         self._loads[model] = task
+        self._brought.add(model)
         task.add_done_callback(partial(self._load_ended, model, listener, self._clock.now()))
 
     def abort_load(self, model: ModelId) -> None:
         """Stop the load under way; the listener hears on_evicted when all is given back."""
         self._aborted.add(model)
         self._loads[model].cancel()
+
+    def forget_removed(self, present: Collection[ModelId]) -> None:
+        """Drop what is kept of models that are not `present` any more and that nobody uses."""
+        used = self._hosted.keys() | self._loads.keys() | self._evictions.keys()
+        for model in self._brought - used - set(present):
+            self._brought.discard(model)
+            self._store.forget(model)
+            self._engines.forget(model)
 
     def start_eviction(self, model: ModelId, reason: str, listener: Listener) -> None:
         """Begin to take the replica of `model` down."""
@@ -131,13 +143,16 @@ class Replicas(Generic[CodecT]):
         """Bring weights, module and codec at the same time."""
         model = checkpoint.model
         acquiring: asyncio.Task[WeightLease] | None = None
+        skeleton: asyncio.Task[Any] | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 acquiring = group.create_task(self._acquire(model, placement))
                 skeleton = group.create_task(self._engines.skeleton(checkpoint))
                 codec = group.create_task(self.codecs.get(checkpoint))
         except BaseException as error:
-            if acquiring is not None and not acquiring.cancelled() and not acquiring.exception():
+            if _succeeded(skeleton):
+                self._engines.give_back(checkpoint, skeleton.result())
+            if _succeeded(acquiring):
                 self._give_back(model, acquiring.result(), "failed")
             if isinstance(error, BaseExceptionGroup):
                 raise _foremost(error) from None
@@ -231,6 +246,11 @@ def _check_same(planned: Checkpoint, loaded: Checkpoint) -> None:
     """Refuse weights of another conversion than skeleton and codec."""
     if planned.identities != loaded.identities:
         raise CheckpointChangedError(planned.model, planned.index.shards[0].name, "was replaced")
+
+
+def _succeeded(task: asyncio.Task[Any] | None) -> TypeGuard[asyncio.Task[Any]]:
+    """Tell whether `task`, which has ended if it began, has a result."""
+    return task is not None and not task.cancelled() and task.exception() is None
 
 
 def _foremost(group: BaseExceptionGroup[BaseException]) -> BaseException:

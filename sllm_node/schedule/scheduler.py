@@ -11,7 +11,7 @@ Every `on_x` takes an event and the time, changes the state, and returns actions
 - A load that ends grants the tickets that waited for it before any other model's turn is
   considered: each load serves somebody, so turns make progress and nobody starves.
 - Eviction takes time (sessions' memory is torn down): the bytes count until on_evicted.
-- A load that fails refuses all who waited for it; the next request tries again.
+- A load that fails refuses all who waited; the next request tries again.
 - A pin keeps a replica from being evicted for others or for idleness. It doesn't keep one that is
   broken or whose checkpoint was replaced.
 """
@@ -239,10 +239,9 @@ class Scheduler:
         actions: list[Action] = []
         for record in self._records.values():
             actions += self._refuse_overdue(record)
-            if self._is_draining and record.state not in (ModelState.LOADING, ModelState.READY):
-                actions += self._refuse_all(record, DrainingError(self._drain_s))
+            actions += self._refuse_drained(record)
             actions += self._grants(record)
-            actions += self._tidy(record)
+            actions += [*self._tidy(record), *self._refuse_drained(record)]  # it may leave by now
         actions += self._refuse_hopeless()
         actions += self._follow_plan()
         while refusals := list(self._refuse_hopeless()):  # beside a pinned model that comes now
@@ -324,6 +323,11 @@ class Scheduler:
             wait_s = self._expected_wait_s(record, record.device_bytes, record.load_s)
             error = QueueTimeoutError(record.model, self._now - waiter.arrived, wait_s)
             yield self._refuse(record, waiter.ticket.number, error)
+
+    def _refuse_drained(self, record: ModelRecord) -> list[Action]:
+        """Refuse those whose model does not come any more, since the node drains."""
+        comes = not self._is_draining or record.state in (ModelState.LOADING, ModelState.READY)
+        return [] if comes else self._refuse_all(record, DrainingError(self._drain_s))
 
     def _refuse_hopeless(self) -> Iterator[Action]:
         """Refuse those whose model can't fit beside the pinned ones."""

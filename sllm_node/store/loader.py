@@ -263,8 +263,9 @@ class Load:
             view = self._machinery.pool.view(chunk, unit.size)
             view = view[cut.start - unit.device_offset : cut.end - unit.device_offset]
             link = cut.target.tier.link()
-            link.stream.copy_in(cut.target.buffer, cut.start - cut.target.part.start, view)
-            self._copied_by(link, len(view), partial(self._on_copied, unit))
+            place = cut.start - cut.target.part.start
+            copy = partial(link.stream.copy_in, cut.target.buffer, place, view)
+            self._copy_by(link, copy, len(view), partial(self._on_copied, unit))
 
     def _decode(self, unit: Unit, *, verify: bool) -> None:
         """Send a unit to every target that wants of it, to be decoded or checked there."""
@@ -279,7 +280,10 @@ class Load:
             delivered = sum(cut.end - cut.start for cut in cuts)
             done = self._sent(link, carried, delivered, partial(self._on_copied, unit))
             tell = partial(call_on, loop, partial(self._on_decoded, unit, done))
-            target.tier.decoder.decode(link.stream, target.buffer, view, jobs, tell)
+            try:
+                target.tier.decoder.decode(link.stream, target.buffer, view, jobs, tell)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the load ends with it
+                loop.call_soon(done, error)
 
     def _clone(self, source: Source) -> None:
         """Send everything from a sibling device, once its places are mapped."""
@@ -291,12 +295,23 @@ class Load:
                 for start in range(low, high, CLONE_BYTES):
                     end, link = min(start + CLONE_BYTES, high), target.tier.own
                     place = start - target.part.start
-                    link.stream.copy_device(target.buffer, place, source.buffer, (start, end))
-                    self._copied_by(link, end - start, self._on_cloned)
+                    copy = partial(
+                        link.stream.copy_device, target.buffer, place, source.buffer, (start, end)
+                    )
+                    self._copy_by(link, copy, end - start, self._on_cloned)
 
-    def _copied_by(self, link: Link, size: int, tell: "Callable[..., None]") -> None:
+    def _copy_by(
+        self, link: Link, copy: Callable[[], None], size: int, tell: "Callable[..., None]"
+    ) -> None:
+        """Enqueue a copy of `size` bytes; `tell` is called when it is done, or can't be."""
         done, loop = self._sent(link, size, size, tell), self._machinery.loop
-        link.stream.record().on_done(lambda error: call_on(loop, done, error))
+        try:
+            copy()
+            event = link.stream.record()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the load ends with it
+            loop.call_soon(done, error)  # not at once: whoever issues the copy is still counting
+        else:
+            event.on_done(lambda error: call_on(loop, done, error))
 
     def _sent(
         self, link: Link, carried: int, delivered: int, tell: "Callable[..., None]"

@@ -56,6 +56,8 @@ class _Seen:
     """A remote as the last look at it was."""
 
     models: tuple[str, ...] = ()
+    not_offered: tuple[str, ...] = ()
+    """It had them, and bytes of them have come: they are kept, it may offer them again."""
     problem: str | None = "not asked yet"
     is_down: bool = True
 
@@ -156,6 +158,7 @@ class RemoteTier:
                 "state": "down" if seen.is_down else "ok",
                 "problem": seen.problem,
                 "models": list(seen.models),
+                "not_offered": list(seen.not_offered),
             }
             for name, seen in self._seen.items()
         ]
@@ -177,11 +180,12 @@ class RemoteTier:
             try:
                 listed = tuple(m for m in remote.files.models() if is_model_name(m))
                 problems = [p for m in listed if m not in taken and (p := self._look(remote, m))]
-                self._seen[name] = _Seen(listed, problems[0] if problems else None, is_down=False)
-                self._drop_gone(name, {*listed} - taken)
+                kept, problem = self._drop_gone(name, {*listed} - taken), next(iter(problems), None)
+                self._seen[name] = _Seen(listed, kept, problem, is_down=False)
                 taken.update(listed)
             except SllmError as error:
-                self._seen[name] = _Seen(self._seen[name].models, str(error))
+                seen = self._seen[name]
+                self._seen[name] = _Seen(seen.models, seen.not_offered, str(error))
             problem = self._seen[name].problem
             if problem is not None and problem != before:
                 log.warning("remote not usable", extra={"remote": name, "problem": problem})
@@ -202,6 +206,11 @@ class RemoteTier:
             if asked is not None and known.is_file() and known.read_bytes() == index:
                 if asked != remote.name:
                     self.cards.move(ModelId(model), remote.name)
+            elif asked is not None and self._is_kept_for(asked, remote.name, ModelId(model)):
+                return (
+                    f"{model} is another one than that of remote {asked}, of which bytes have come; "
+                    f"delete them with rm {model} to have this one"
+                )
             else:
                 texts = self._texts(remote, model)
                 self.cards.write(ModelId(model), remote.name, {**texts, INDEX_FILE: index})
@@ -223,11 +232,36 @@ class RemoteTier:
                 continue  # no checkpoint has all of them
         return found
 
-    def _drop_gone(self, remote: str, listed: set[str]) -> None:
+    def _is_kept_for(self, owner: str, other: str, model: ModelId) -> bool:
+        """Tell whether bytes from `owner` go before what `other` offers under that name."""
+        order = list(self._remotes)
+        return (
+            owner in order
+            and order.index(owner) < order.index(other)
+            and not (self.path / model).is_dir()
+            and self.cards.has_come(model)
+        )
+
+    def _drop_gone(self, remote: str, listed: set[str]) -> tuple[str, ...]:
+        """Drop cards of what `remote` does not offer; return those kept for their bytes.
+
+        One look proves little: a remote that restarts may list nothing for a moment.
+        """
+        kept: list[str] = []
         for model in self.cards.all():
-            if model not in listed and self.cards.remote_of(model) == remote:
+            if model in listed or self.cards.remote_of(model) != remote:
+                continue
+            if self.cards.has_come(model):
+                kept.append(model)
+                if model not in self._seen[remote].not_offered:
+                    log.warning(
+                        "remote checkpoint not offered; its bytes are kept",
+                        extra={"model": model, "remote": remote},
+                    )
+            else:
                 self.cards.drop(model)
                 log.info("remote checkpoint gone", extra={"model": model, "remote": remote})
+        return tuple(kept)
 
     # --- for the file system ------------------------------------------------------------------
 

@@ -27,7 +27,7 @@ from sllm_node.device.base import Device, DeviceBuffer, Event
 from sllm_node.store.lease import Lease, LeasedPart, Resident
 from sllm_node.store.loader import Load
 from sllm_node.store.observed import Observed
-from sllm_node.store.pipeline import Machinery, Source, Target, call_on
+from sllm_node.store.pipeline import LoadCancelledError, Machinery, Source, Target, call_on
 from sllm_node.store.pool import PinnedPool
 from sllm_node.store.reader import FileSystem, file_system
 from sllm_node.store.remote import RemoteTier
@@ -171,16 +171,18 @@ class Store:
             await next(iter(self._loads.values())).ended
         self._pins[Tier.DEVICE].clear()
         leased = [model for model in self._residents if self.leases(model)]
-        for model in self._residents.keys() - leased:
-            self.evict(model, Tier.DEVICE, "shutdown")
+        for model, residents in list(self._residents.items()):
+            for placement, resident in list(residents.items()):
+                if not resident.leases:
+                    self.evict(model, Tier.DEVICE, "shutdown", placement)
         machinery, self._machinery = self._machinery, None
         machinery.readers.shutdown(wait=True)
         machinery.checkers.shutdown(wait=True)
-        if leased:
-            raise ModelBusyError(leased[0], "is in use while the store closes")
         for tier in self._tiers.values():
             tier.close()
         machinery.pool.close()
+        if leased:
+            raise ModelBusyError(leased[0], "is in use while the store closes")
 
     # --- what is where ------------------------------------------------------------------------
 
@@ -311,13 +313,17 @@ class Store:
             ModelNotFoundError: there is no such checkpoint.
             CheckpointError: its files are damaged, changed or unreadable.
         """
-        while (load := self._loads.get(model)) is not None and load.is_ending:
-            await asyncio.shield(load.ended)
+        while (load := self._loads.get(model)) is not None and (
+            load.is_ending or load.is_onto_device
+        ):
+            # Not as one of its waiters: it ends when nobody wants the model on the device any more.
+            result = await asyncio.shield(load.ended)
+            if not isinstance(result, LoadCancelledError):
+                _report_of(model, result)
+                return
         if load is None:
             load = self._begin(model, self._clock.now(), ())
         await self._wait(load)
-        if (resident := self._resident_of(load)) is not None:
-            resident.give_back()
 
     async def allocate(self, device: str, size: int) -> DeviceBuffer:
         """Take device memory for something that is no checkpoint; caches give way to it.
@@ -339,8 +345,11 @@ class Store:
         return place
 
     async def settled(self, model: ModelId) -> None:
-        """Wait until no load of `model` is under way: a cancelled one holds memory to its end."""
-        while (load := self._loads.get(model)) is not None:
+        """Wait until no load of `model` onto devices is under way.
+
+        A cancelled one holds memory to its end; a prefetch holds none.
+        """
+        while (load := self._loads.get(model)) is not None and load.is_onto_device:
             await asyncio.shield(load.ended)
 
     async def _wait(self, load: Load) -> LoadReport:
@@ -352,11 +361,7 @@ class Store:
         except asyncio.CancelledError:
             self._leave(load)
             raise
-        if isinstance(result, SllmError):
-            raise result
-        if isinstance(result, BaseException):
-            raise LoadFailedError(model, str(result) or type(result).__name__) from result
-        return result
+        return _report_of(model, result)
 
     def _leave(self, load: Load) -> None:
         """A waiter was cancelled; the last one cancels the load."""
@@ -560,7 +565,9 @@ class Store:
             self._observed.evicted(Tier.DEVICE, reason)
         if not residents:
             self._residents.pop(model, None)
-        if reason != "room":
+        if model not in self._opened:
+            self._forget_rows(model)
+        elif reason != "room":
             self._drop_caches(model)
 
     def _drop_caches(self, model: ModelId) -> None:
@@ -598,16 +605,31 @@ class Store:
             self._wake_one()
 
     def forget(self, model: ModelId) -> None:
-        """Drop what is known of a checkpoint that was removed; a load under way keeps its own."""
+        """Drop what is known of a checkpoint that was removed; a load under way keeps its own.
+
+        Device memory and addresses that somebody holds are freed when they are evicted.
+        """
         if model in self._loads or not self._ledger.knows(model):
             return
         self._ledger.close(model)
         del self._opened[model]
+        self._forget_rows(model)
+        self._wake_one()
+        self._observed.show()
+
+    def _forget_rows(self, model: ModelId) -> None:
         for tier in self._tiers.values():
             if not tier.arena.is_held(model):
                 tier.forget(model)
-        self._wake_one()
-        self._observed.show()
+
+
+def _report_of(model: ModelId, result: LoadReport | BaseException) -> LoadReport:
+    """Return the report of a load that ended well, or raise why it did not."""
+    if isinstance(result, SllmError):
+        raise result
+    if isinstance(result, BaseException):
+        raise LoadFailedError(model, str(result) or type(result).__name__) from result
+    return result
 
 
 def _settle(mapped: "asyncio.Future[None]", error: BaseException | None) -> None:

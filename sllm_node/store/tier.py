@@ -264,9 +264,10 @@ class DeviceTier:
         return place, event
 
     def close(self) -> None:
-        """Give everything back; nothing may be held."""
+        """Give everything back but rows that are held: they stay with their holders."""
         for model in list(self._ranges):
-            self.forget(model)
+            if not self.arena.is_held(model):
+                self.forget(model)
         if self._decoder is not None:
             self._decoder.close()
         self._drop_staging()

@@ -25,7 +25,10 @@ REPORT = {
     "pool": {"used": 1, "chunks": 4, "chunk_bytes": 1 << 20},
     "bandwidth": {"nvme": 1.5e9, "dram": None},
     "remotes": [
-        {"name": "far", "url": "http://far/x", "state": "down", "problem": "gone", "models": ["a"]}
+        {
+            "name": "far", "url": "http://far/x", "state": "down", "problem": "gone",
+            "models": ["a"], "not_offered": ["b"],
+        }
     ],
     "sessions": [
         {
@@ -88,6 +91,7 @@ def test_status_shows_models_device_pool_and_sessions(node):
         "1.0 MiB of 1.0 GiB used, 1.0 KiB cached",
         "50 % fetched",
         "remote far (http://far/x): down, 1 models: gone",
+        "not offered at the moment, bytes kept (rm deletes them): b",
         "1 of 4 chunks",
         "1.50 GB/s",
         "r-1-0",

@@ -22,7 +22,7 @@ from sllm_node.engine.skeleton import build_skeleton, forward_order
 from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.weights import bind, unbind
 from tests.models import make_checkpoint, make_source
-from tests.unit.engine.rig import GREEDY, Weights, ask, collect, engine_of, engines_of
+from tests.unit.engine.rig import GREEDY, DeviceMemory, Weights, ask, collect, engine_of, engines_of
 
 PROMPT = (20, 31, 45, 60, 72)
 SAMPLED = SamplingParameters(
@@ -217,6 +217,36 @@ async def test_the_module_of_a_replica_that_failed_is_built_anew(checkpoint, fai
         engines.close()
 
 
+class FullMemory(DeviceMemory):
+    async def allocate(self, device, size):
+        raise DeviceMemoryError(device, size, 0, size)
+
+
+async def test_a_module_is_kept_when_there_is_no_room_for_its_kv_memory(checkpoint):
+    with CpuDevice(1 << 30) as device:
+        engines = engines_of(device, EngineConfig(kv_cache_bytes=ByteSize(8 << 20)))
+        engines._memory = FullMemory(device)
+        weights, codec = Weights(checkpoint, device), await engines.load_codec(checkpoint.path)
+        skeleton = await engines.skeleton(checkpoint)
+        with pytest.raises(DeviceMemoryError):
+            await engines.open(weights, skeleton, codec)
+        assert await engines.skeleton(checkpoint) is skeleton
+        weights.buffer.close()
+        engines.close()
+
+
+async def test_a_module_that_is_given_back_is_kept_until_its_checkpoint_is_forgotten(checkpoint):
+    with CpuDevice(1 << 30) as device:
+        engines = engines_of(device, EngineConfig(kv_cache_bytes=ByteSize(8 << 20)))
+        skeleton = await engines.skeleton(checkpoint)
+        engines.give_back(checkpoint, skeleton)
+        assert await engines.skeleton(checkpoint) is skeleton
+        engines.give_back(checkpoint, skeleton)
+        engines.forget(checkpoint.model)
+        assert await engines.skeleton(checkpoint) is not skeleton
+        engines.close()
+
+
 async def test_logits_that_are_no_numbers_fail_one_session_only(checkpoint):
     async with engine_of(checkpoint) as engine:
         poison = SamplingParameters(temperature=1.0, seed=99)
@@ -279,7 +309,6 @@ async def test_closing_ends_running_sessions_with_a_typed_error(checkpoint):
             await collect(running)
         with pytest.raises(EngineError, match="closed"):
             engine.submit(ask(PROMPT, 4))
-        engine._batch.blocks.give_back(running.session.table)
 
 
 # --- weights and memory ---------------------------------------------------------------------------
@@ -478,3 +507,32 @@ async def test_a_job_that_runs_alone_runs_beside_no_step():
     assert together == [0, 0]
     one.close()
     two.close()
+
+
+async def test_what_resumed_is_a_whole_answer_generates_nothing_more(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        eos = next(iter(engine._parts.codec.eos_ids))
+        ended = ask(PROMPT, 9, resumed=(40, 41, eos), ignore_eos=False)
+        assert await collect(engine.submit(ended)) == ("", (), (), "stop")
+        text, tokens, *_ = await collect(engine.submit(ask(PROMPT, 12, SAMPLED)))
+        stopped = ask(PROMPT, 20, SAMPLED, stop=(text[2:5],), resumed=tokens)
+        (chunk,) = [chunk async for chunk in engine.submit(stopped)]
+        assert (chunk.tokens, chunk.finish, chunk.stop_text) == ((), "stop", text[2:5])
+        assert engine.running == engine.waiting == 0
+
+
+async def test_who_closes_second_waits_as_well(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        await anext(engine.submit(ask(PROMPT, 400)))
+        await asyncio.gather(engine.close(), engine.close())
+        assert all(buffer.mapped == set() for buffer in engine._parts.buffers)
+
+
+async def test_what_a_reader_left_is_one_chunk_when_it_comes(checkpoint):
+    async with engine_of(checkpoint) as engine:
+        generation = engine.submit(ask(PROMPT, 12))
+        while not generation.is_ended:
+            await asyncio.sleep(0)
+        (chunk,) = [chunk async for chunk in generation]
+        assert len(chunk.tokens) == 12
+        assert chunk.finish == "length"

@@ -4,7 +4,6 @@ import pytest
 
 from sllm_node.core.config import CPU_MEMORY_BYTES, ByteSize, DeviceConfig
 from sllm_node.core.errors import DeviceError, DeviceLostError
-from sllm_node.node import devices
 from sllm_node.node.devices import EXIT_DEVICE_LOST, end_process, open_devices
 from sllm_node.node.systemd import Notifier
 
@@ -29,7 +28,7 @@ def test_a_gpu_that_is_not_there_is_an_error_and_no_cpu_instead():
 
 def test_a_lost_device_ends_the_process_at_once(monkeypatch, caplog):
     ended = []
-    monkeypatch.setattr(devices.os, "_exit", ended.append)
+    monkeypatch.setattr("os._exit", ended.append)
     end_process(DeviceLostError("cuda:0", "wait for a copy: illegal address"), Notifier({}))
     assert ended == [EXIT_DEVICE_LOST]
     assert "illegal address" in caplog.records[0].error

@@ -190,6 +190,8 @@ class FakeEngines:
         """Of all durations: 0 where time is real."""
         self.replicas: dict[ModelId, FakeReplica] = {}
         self.codecs_read: list[str] = []
+        self.given_back: list[ModelId] = []
+        self.forgotten: list[ModelId] = []
         self.codec_error: Exception | None = None
         self.open_error: Exception | None = None
         self.open_s = 0.0
@@ -217,6 +219,12 @@ class FakeEngines:
     async def skeleton(self, checkpoint):
         await asyncio.sleep(0.2 * self.pace)
         return object()
+
+    def give_back(self, checkpoint, skeleton):
+        self.given_back.append(checkpoint.model)
+
+    def forget(self, model):
+        self.forgotten.append(model)
 
     async def open(self, lease, skeleton, codec):
         assert codec == f"codec of {lease.checkpoint.model}"

@@ -433,6 +433,42 @@ async def test_a_checkpoint_removed_while_serving_finishes_its_sessions_and_leav
 
 
 @on_virtual_time
+async def test_what_is_kept_of_a_removed_checkpoint_is_dropped_when_the_models_are_listed(node):
+    n = node()
+    await n.ask("a")
+    await n.service.unload("a")
+    n.service.models()
+    assert n.store.forgotten == n.engines.forgotten == []
+    shutil.rmtree(n.root / "a")
+    n.service.models()
+    n.service.models()
+    assert n.store.forgotten == n.engines.forgotten == ["a"]
+
+
+@on_virtual_time
+async def test_listing_models_leaves_a_removed_one_alone_that_still_runs(node):
+    n = node()
+    stream = n.open("a", tokens=5)
+    await anext(stream)
+    shutil.rmtree(n.root / "a")
+    n.service.models()
+    assert n.store.forgotten == []
+    assert len([chunk async for chunk in stream]) == 4
+
+
+@on_virtual_time
+async def test_the_module_of_an_aborted_load_is_given_back(node):
+    n = node()
+    stream = n.open("a")
+    await asyncio.sleep(LOAD_S / 2)
+    stream.cancel()
+    await asyncio.sleep(LOAD_S)
+    assert n.engines.given_back == ["a"]
+    assert await n.ask("a") == "xxx"
+    assert n.engines.given_back == ["a"]
+
+
+@on_virtual_time
 async def test_a_waiting_stream_of_a_removed_checkpoint_has_no_status(node):
     n = node()
     stream = n.open("a")

@@ -630,6 +630,26 @@ def test_a_drain_serves_those_whose_model_is_there_or_coming_and_refuses_the_oth
     assert granted(board.finish(1)) == [2]
 
 
+def test_a_drain_refuses_those_whose_model_is_being_evicted():
+    board = Board()
+    board.rest(A, keep_alive_s=0)
+    board.request(A)
+    assert board.state(A) is ModelState.EVICTING
+    assert len(refused(board.scheduler.on_drain(0.0))) == 1
+    assert board.evicted(A) == []
+
+
+def test_those_whose_model_begins_to_leave_during_a_drain_are_refused_in_the_same_event():
+    board = Board()
+    board.serve(A)
+    board.scheduler.on_replaced(A, 0.0)
+    board.request(A)
+    board.scheduler.on_drain(0.0)
+    actions = board.finish(1)
+    assert Evict(A, "replaced") in actions
+    assert refused(actions).keys() == {2}
+
+
 def test_a_drain_opens_a_model_that_was_closed_for_another():
     board = Board(max_wait_s=10.0)
     board.serve(A)

@@ -249,7 +249,14 @@ async def test_a_remotes_models_are_listed_with_their_tier(tmp_path, remote):
     async with Node(tmp_path / "n", {"r": {"url": remote.url}}) as node:
         assert node.catalog.models() == ("a", "b")
         assert node.tier.status() == [
-            {"name": "r", "url": remote.url, "state": "ok", "problem": None, "models": ["a", "b"]}
+            {
+                "name": "r",
+                "url": remote.url,
+                "state": "ok",
+                "problem": None,
+                "models": ["a", "b"],
+                "not_offered": [],
+            }
         ]
         size = remote.stored["a"]
         wanted = {Tier.DEVICE: 0, Tier.DRAM: 0, Tier.NVME: 0, Tier.REMOTE: size}
@@ -594,3 +601,65 @@ async def test_a_node_that_stops_ends_its_pulls(tmp_path, remote):
         await node.tier.close()
         with pytest.raises(CancelledByOperatorError, match="the pull was stopped"):
             await pull
+
+
+async def partly_fetched(tmp_path, remote, remotes=None):
+    """Return a node on which some bytes of `a` have come, and how many."""
+    remotes = remotes or {"r": {"url": remote.url}}
+    async with Node(tmp_path / "n", remotes) as first:
+        await stopped_after(remote, first, 3)
+    node = await Node(tmp_path / "n", remotes).__aenter__()
+    here = node.store.residency(A)[Tier.NVME]
+    assert here > 0
+    return node, here
+
+
+async def test_bytes_that_have_come_outlive_a_look_that_lists_nothing(tmp_path, remote):
+    node, here = await partly_fetched(tmp_path, remote)
+    (remote.root / "a").rename(tmp_path / "away")
+    await node.tier.refresh()
+    assert node.tier.status()[0]["not_offered"] == ["a"]
+    assert node.catalog.models() == ("a", "b")
+    assert node.store.residency(A)[Tier.NVME] == here
+    (tmp_path / "away").rename(remote.root / "a")
+    await node.tier.refresh()
+    assert node.tier.status()[0]["not_offered"] == []
+    remote.asked.clear()
+    assert await node.load("a") == remote.bytes["a"]
+    assert remote.shard_bytes == remote.stored["a"] - here
+    node.unload("a")
+    await node.__aexit__()
+
+
+async def test_bytes_of_a_model_not_offered_go_when_an_operator_removes_them(tmp_path, remote):
+    node, _ = await partly_fetched(tmp_path, remote)
+    (remote.root / "a").rename(tmp_path / "away")
+    await node.tier.refresh()
+    assert node.tier.cards.remove(A)
+    await node.tier.refresh()
+    assert node.catalog.models() == ("b",)
+    assert node.tier.status()[0]["not_offered"] == []
+    await node.__aexit__()
+
+
+async def test_bytes_that_have_come_go_when_the_remote_offers_another_index(tmp_path, remote):
+    node, _ = await partly_fetched(tmp_path, remote)
+    (remote.root / "a").rename(tmp_path / "away")
+    remote.bytes["a"] = write_checkpoint(remote.root, "a", seed=77)
+    await node.tier.refresh()
+    assert node.store.residency(A)[Tier.NVME] == 0
+    assert await node.load("a") == remote.bytes["a"]
+    node.unload("a")
+    await node.__aexit__()
+
+
+async def test_a_later_remotes_other_index_does_not_cost_bytes_that_have_come(tmp_path, remote):
+    other = make_remote(tmp_path / "other", "a", seed=5)
+    async with other.serving():
+        remotes = {"one": {"url": remote.url}, "two": {"url": other.url}}
+        node, here = await partly_fetched(tmp_path, remote, remotes)
+        (remote.root / "a").rename(tmp_path / "away")
+        await node.tier.refresh()
+        assert node.store.residency(A)[Tier.NVME] == here
+        assert "rm a" in node.tier.status()[1]["problem"]
+        await node.__aexit__()

@@ -7,14 +7,18 @@ from sllm_node.core.errors import (
     CheckpointChangedError,
     CheckpointFormatError,
     ChecksumError,
+    DeviceError,
     DeviceMemoryError,
     LoadFailedError,
     ModelBusyError,
     ModelNotFoundError,
     PoolExhaustedError,
+    SllmError,
     StorageReadError,
 )
 from sllm_node.core.types import ModelId, Tier
+from sllm_node.core.units import align_up
+from sllm_node.device.cpu import CpuDevice, CpuStream
 from tests.unit.store.handmade import CHUNK, Rig, delivered_by, replace_file, write_checkpoint
 
 pytestmark = pytest.mark.usefixtures("with_codecs")
@@ -437,12 +441,81 @@ async def test_a_device_that_fails_to_copy_fails_the_load(tmp_path):
             await task
 
 
+class RefusingStream(CpuStream):
+    """Refuses one copy, or the event behind it, when told to."""
+
+    refuses = ""
+
+    def copy_in(self, destination, offset, source):
+        self._refuse("copy_in")
+        super().copy_in(destination, offset, source)
+
+    def copy_device(self, destination, offset, source, source_range):
+        self._refuse("copy_device")
+        super().copy_device(destination, offset, source, source_range)
+
+    def record(self):
+        self._refuse("record")
+        return super().record()
+
+    def _refuse(self, call):
+        if self.refuses == call:
+            self.refuses = ""
+            raise DeviceError("cpu", "no event can be had")
+
+
+class RefusingDevice(CpuDevice):
+    def __init__(self, name):
+        super().__init__(1 << 20, name)
+
+    def stream(self):
+        return RefusingStream()
+
+
+@pytest.mark.parametrize(
+    ("there", "refused"),
+    [("disk", "record"), ("disk", "copy_in"), ("dram", "record"), ("dram", "copy_in"),
+     ("sibling", "record"), ("sibling", "copy_device")],
+)  # fmt: skip
+async def test_a_stream_that_refuses_a_copy_or_an_event_fails_the_load(tmp_path, there, refused):
+    devices = [RefusingDevice(f"cpu:{number}") for number in range(2)]
+    async with Rig(tmp_path, devices=devices, relay=False) as rig:
+        if there == "dram":
+            await rig.store.prefetch(A)
+        if there == "sibling":
+            (await rig.store.acquire(A, rig.store.whole(A, "cpu:1"))).release()
+        rig.store._tiers["cpu:0"].own.stream.refuses = refused
+        with pytest.raises(DeviceError, match="no event can be had"):
+            await rig.store.acquire(A, rig.store.whole(A, "cpu:0"))
+        rig.assert_quiet()
+        assert rig.store._tiers["cpu:0"].own.outstanding == 0
+        await rig.check("a", rig.store.whole(A, "cpu:0"))
+
+
 async def test_forgetting_a_removed_checkpoint_frees_its_chunks(tmp_path):
     async with Rig(tmp_path) as rig:
         await rig.store.prefetch(A)
         rig.store.forget(A)
         assert rig.store.pool_chunks_used == 0
         rig.store.forget(A)
+
+
+async def test_addresses_of_a_checkpoint_forgotten_in_use_are_freed_when_it_is_evicted(tmp_path):
+    async with Rig(tmp_path) as rig:
+        lease = await rig.store.acquire(A)
+        rig.store.forget(A)
+        lease.release()
+        rig.store.evict(A, Tier.DEVICE, "room")
+        assert A not in rig.store._tiers["cpu:0"]._ranges
+        assert rig.device.memory_used == 0
+        await rig.check("a")
+
+
+async def test_addresses_of_a_forgotten_checkpoint_are_freed_at_once_when_nobody_holds_it(tmp_path):
+    async with Rig(tmp_path) as rig:
+        await rig.check("a", reason="room")
+        rig.store.forget(A)
+        assert A not in rig.store._tiers["cpu:0"]._ranges
 
 
 async def test_pins_hold_a_model_on_the_device(tmp_path):
@@ -488,3 +561,80 @@ async def hold(rig, model):
     with await rig.store.acquire(ModelId(model)) as lease:
         await asyncio.sleep(0)
         assert delivered_by(lease) == rig.bytes[ModelId(model)]
+
+
+async def test_settled_does_not_wait_for_a_prefetch(tmp_path):
+    async with Rig(tmp_path) as rig:
+        gate = Gate(rig)
+        prefetch = asyncio.create_task(rig.store.prefetch(A))
+        await gate.reached.wait()
+        settled = asyncio.create_task(rig.store.settled(A))
+        await asyncio.sleep(0)
+        is_settled = settled.done()
+        gate.open()
+        await asyncio.gather(prefetch, settled)
+        assert is_settled
+
+
+async def test_prefetches_that_joined_do_not_hold_up_an_abort(tmp_path):
+    async def abort():
+        wanted.cancel()
+        await asyncio.gather(wanted, return_exceptions=True)
+        await rig.store.settled(A)
+        rig.store.evict(A, Tier.DEVICE, "aborted")
+
+    async with Rig(tmp_path) as rig:
+        gate = Gate(rig)
+        wanted = asyncio.create_task(rig.store.acquire(A))
+        await gate.reached.wait()
+        prefetches = [asyncio.create_task(rig.store.prefetch(A))]
+        await asyncio.sleep(0)
+        aborting = asyncio.create_task(abort())
+        for _ in range(3):
+            await asyncio.sleep(0)
+        prefetches.append(asyncio.create_task(rig.store.prefetch(A)))
+        await asyncio.sleep(0)
+        gate.open()
+        await aborting
+        await asyncio.gather(*prefetches)
+        assert not rig.store.is_on_device(A)
+        assert rig.store.residency(A)[Tier.DRAM] == len(rig.bytes[A])
+        rig.assert_quiet()
+
+
+async def test_a_prefetch_that_joined_a_load_is_told_of_its_failure(tmp_path):
+    async with Rig(tmp_path) as rig:
+        gate = Gate(rig)
+        wanted = asyncio.create_task(rig.store.acquire(A))
+        await gate.reached.wait()
+        prefetch = asyncio.create_task(rig.store.prefetch(A))
+        await asyncio.sleep(0)
+        rig.files.after_read = lambda view, offset, count: 0
+        gate.open()
+        ended = await asyncio.gather(wanted, prefetch, return_exceptions=True)
+        assert type(ended[0]) is type(ended[1])
+        assert isinstance(ended[1], SllmError)
+        rig.assert_quiet()
+
+
+async def test_closing_with_a_lease_out_gives_everything_else_back(tmp_path):
+    rig = Rig(tmp_path, devices=2)
+    await rig.store.start()
+    held = await rig.store.acquire(A)
+    for model in (A, B):
+        (await rig.store.acquire(model, rig.store.whole(model, "cpu:1"))).release()
+    (await rig.store.acquire(C)).release()
+    machinery = rig.store._machinery
+    assert machinery is not None
+    pool = machinery.pool
+    with pytest.raises(ModelBusyError, match="model 'a' is in use while"):
+        await rig.store.close()
+    assert delivered_by(held) == rig.bytes[A]
+    kept = held.parts[0].buffer
+    assert rig.devices[0].memory_used == align_up(kept.size, rig.device.granularity)
+    assert rig.devices[1].memory_used == 0
+    assert len(pool.view(0, 1)) == 0
+    with pytest.raises(RuntimeError, match="shutdown"):
+        rig.store._tiers["cpu:0"].own.stream.record()
+    held.release()
+    kept.close()

@@ -12,20 +12,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
-import torch
 import xxhash
-from transformers import (
-    MODEL_FOR_CAUSAL_LM_MAPPING,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    OPTConfig,
-    Qwen3Config,
-)
-from transformers.initialization import no_init_weights
 
+from sllm_node.bench.shapes import find_shape
 from sllm_node.checkpoint.index import (
     CODEC,
     INDEX_FILE,
@@ -43,46 +35,6 @@ SHARD_BYTES: Final = 4 * GIB
 CHUNK_BYTES: Final = 16 * MIB
 
 
-def configs() -> dict[str, Any]:
-    """Return the config of each shape."""
-    return {
-        "tiny": LlamaConfig(
-            hidden_size=512, intermediate_size=1536, num_hidden_layers=4, num_attention_heads=8,
-            num_key_value_heads=4, vocab_size=16384,
-        ),
-        "llama-3.2-1b": LlamaConfig(
-            hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32,
-            num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=True,
-        ),
-        "llama-3.1-8b": LlamaConfig(
-            hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=8, vocab_size=128256,
-        ),
-        "qwen3-32b": Qwen3Config(
-            hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
-            num_attention_heads=64, num_key_value_heads=8, head_dim=128, vocab_size=151936,
-            tie_word_embeddings=False,
-        ),
-        "opt-6.7b": OPTConfig(
-            hidden_size=4096, ffn_dim=16384, num_hidden_layers=32, num_attention_heads=32,
-            vocab_size=50272, word_embed_proj_dim=4096,
-        ),
-    }  # fmt: skip
-
-
-def specs(shape: str) -> list[TensorSpec]:
-    """Return the tensors of a shape in bf16, in the order of the module."""
-    config = configs()[shape]
-    with torch.device("meta"), no_init_weights():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.tie_weights()
-    seen: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        seen.setdefault(id(tensor), name)
-    tensors = model.state_dict(keep_vars=True)
-    return [TensorSpec(name, "BF16", tuple(tensors[name].shape)) for name in seen.values()]
-
-
 def write(
     root: Path, shape: str, name: str | None = None, seed: int = 0, *, gaussian: bool = False
 ) -> int:
@@ -90,7 +42,9 @@ def write(
 
     `gaussian`: numbers as trained weights have them, for measuring codecs; they take longer to make.
     """
-    layout = plan_layout(specs(shape), SHARD_BYTES)
+    found = find_shape(shape)
+    specs = [TensorSpec(tensor.name, "BF16", tensor.dimensions) for tensor in found.tensors]
+    layout = plan_layout(specs, SHARD_BYTES)
     folder = root / (name or shape)
     folder.mkdir(parents=True, exist_ok=True)
     shards = []
@@ -113,7 +67,7 @@ def write(
                 digests = tuple(threads.map(_write_chunk, jobs))
             shards.append(Shard(path.name, size, digests))
     index = TensorIndex(
-        VERSION, folder.name, _architecture(configs()[shape]), "BF16", 4096, CHUNK_BYTES, 0, tuple(shards),
+        VERSION, folder.name, found.config.architectures[0], "BF16", 4096, CHUNK_BYTES, 0, tuple(shards),
         layout.tensors, (), CODEC,
     )  # fmt: skip
     (folder / INDEX_FILE).write_bytes(to_json(index))
@@ -127,14 +81,7 @@ def make_servable(folder: Path, shape: str) -> None:
         for path in source.iterdir():
             if "tokenizer" in path.name or path.suffix == ".jinja":
                 shutil.copy(path, folder)
-    config = configs()[shape]
-    config.architectures = [_architecture(config)]
-    config.dtype = "bfloat16"
-    config.save_pretrained(folder)
-
-
-def _architecture(config: Any) -> str:
-    return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
+    find_shape(shape).config.save_pretrained(folder)
 
 
 def chunk_seed(seed: int, shard: int, offset: int) -> int:
