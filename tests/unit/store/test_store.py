@@ -598,7 +598,7 @@ async def test_prefetches_that_joined_do_not_hold_up_an_abort(tmp_path):
         await aborting
         await asyncio.gather(*prefetches)
         assert not rig.store.is_on_device(A)
-        assert rig.store.residency(A)[Tier.DRAM] == len(rig.bytes[A])
+        assert rig.store.residency(A)[Tier.DRAM] == rig.stored[A]
         rig.assert_quiet()
 
 
