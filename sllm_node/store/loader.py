@@ -28,7 +28,7 @@ from functools import partial
 
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.core.errors import CheckpointChangedError, PoolExhaustedError
-from sllm_node.core.types import LoadProgress, LoadReport, Tier
+from sllm_node.core.types import LoadProgress, LoadReport, Placement, Tier
 from sllm_node.store.pipeline import (
     CLONE_BYTES,
     MAX_ISSUED,
@@ -151,6 +151,11 @@ class Load:
         return self._error is not None
 
     @property
+    def placement(self) -> Placement:
+        """Where it ends; empty for DRAM."""
+        return tuple(target.part for target in self.targets)
+
+    @property
     def is_onto_device(self) -> bool:
         """Whether it ends with a replica's weights, not only in DRAM."""
         return bool(self.targets)
@@ -271,7 +276,6 @@ class Load:
             self._first_copy = self._machinery.clock.now()
         self._copying += 1
         link.outstanding += size
-        link.carried += size
         if link.through is not None:
             self._moved.relayed += size
         done, loop = partial(self._link_done, link, size, tell), self._machinery.loop
