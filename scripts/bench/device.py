@@ -15,20 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from sllm_node.bench.devices import open_device
 from sllm_node.core.units import GIB, MIB
 from sllm_node.device.base import Device, DeviceRange, Event, PinnedBuffer
-from sllm_node.device.cpu import CpuDevice
 
 REPEATS = 5
-
-
-def open_device(name: str, memory_bytes: int) -> Device:
-    """Return the device of that name."""
-    if not name.startswith("cuda"):
-        return CpuDevice(memory_bytes, name)
-    from sllm_node.device.cuda import CudaDevice
-
-    return CudaDevice(int(name.partition(":")[2] or 0), memory_bytes)
 
 
 def wait(event: Event) -> None:

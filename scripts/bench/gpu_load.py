@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from scripts.bench import random_checkpoint
-from scripts.bench.device import open_device, wait
+from scripts.bench.device import wait
 from sllm_node.bench.shapes import SHAPE_NAMES
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint, open_checkpoint
 from sllm_node.checkpoint.recode import recode
@@ -35,6 +35,7 @@ from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, Part, Placement, Tier
 from sllm_node.core.units import GIB, MIB, align_up
 from sllm_node.device.base import Device
+from sllm_node.device.cpu import CpuDevice
 from sllm_node.engine.weights import torch_name
 from sllm_node.store.bench import PlainReader
 from sllm_node.store.lease import Lease
@@ -435,7 +436,7 @@ def _both(store: Path, shape: str) -> tuple[Checkpoint, Checkpoint]:
 def _devices(names: Sequence[str], size: int) -> list[Device]:
     """Open the devices; each may reach the others."""
     if not names[0].startswith("cuda"):
-        return [open_device(name, 2 * size + GIB) for name in names]
+        return [CpuDevice(2 * size + GIB, name) for name in names]
     from sllm_node.device.cuda import CudaDevice
 
     numbers = [int(name.partition(":")[2]) for name in names]

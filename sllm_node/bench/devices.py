@@ -8,10 +8,9 @@ import gc
 import shutil
 import subprocess
 from collections.abc import Mapping
-from importlib import import_module
 from mmap import mmap
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 import torch
 
@@ -19,6 +18,7 @@ from sllm_node.core.errors import DeviceError
 from sllm_node.core.units import PAGE
 from sllm_node.device.base import Device
 from sllm_node.device.cpu import CpuDevice
+from sllm_node.device.optional import import_cuda
 
 
 def open_device(name: str, memory_bytes: int) -> Device:
@@ -30,11 +30,8 @@ def open_device(name: str, memory_bytes: int) -> Device:
     if name == "cpu":
         return CpuDevice(memory_bytes)
     check_device(name)
-    try:
-        cuda: Any = import_module("sllm_node.device.cuda")
-    except ModuleNotFoundError as error:
-        raise DeviceError(name, f"can't be opened: {error}; use --device cpu") from error
-    return cast("Device", cuda.CudaDevice(int(name.partition(":")[2]), memory_bytes))
+    made: Device = import_cuda(name).CudaDevice(int(name.partition(":")[2]), memory_bytes)
+    return made
 
 
 def check_device(name: str) -> None:

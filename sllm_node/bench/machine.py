@@ -22,8 +22,14 @@ def describe_machine(store: Path, command: str | None = None) -> dict[str, objec
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("torch", "numpy", "transformers")},
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command or " ".join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    """Return what a user types for this program, also where Python was told to run the package."""
+    name = Path(sys.argv[0]).name
+    return "sllm-node" if name == "__main__.py" else name
 
 
 def one_line(machine: dict[str, object]) -> str:

@@ -76,7 +76,6 @@ class Engines:
         clock: Clock,
         metrics: Metrics,
     ) -> None:
-        self._grain = {device.name: device.granularity for device in devices}
         self._devices = tuple(devices)
         self._memory = memory
         self._config = config
@@ -97,8 +96,8 @@ class Engines:
         One share for any device if one can hold it, else one for each of as few as can.
         """
         index, kv_bytes = checkpoint.index, self._config.kv_cache_bytes
-        grain = max(self._grain.values())
-        rooms = {name: self._memory.capacity(name) for name in self._grain}
+        grain = max(device.granularity for device in self._devices)
+        rooms = {name: self._memory.capacity(name) for name in self._steps}
         size = align_up(index.size, grain) + align_up(kv_bytes, grain)
         names = sorted(rooms, key=lambda name: -rooms[name])
         if size <= rooms[names[0]]:
@@ -156,8 +155,10 @@ class Engines:
         return await self._builder.run_alone(_build, checkpoint.path)
 
     def give_back(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
-        """Keep a module that was not opened after all, for the next load."""
-        self._keep(checkpoint, skeleton)
+        """Keep a module that nobody uses any more for the next load of its model."""
+        self._kept[checkpoint.path] = (checkpoint, skeleton)
+        while len(self._kept) > KEPT_MODULES_MAX:
+            self._kept.popitem(last=False)
 
     def forget(self, model: ModelId) -> None:
         """Drop the modules kept of a checkpoint that was removed."""
@@ -195,7 +196,7 @@ class Engines:
             raise
 
         def keep() -> None:
-            self._keep(lease.checkpoint, skeleton)
+            self.give_back(lease.checkpoint, skeleton)
 
         parts = Parts(
             lease.checkpoint.model, skeleton.model, cache, tuple(m.buffer for m in memory), blocks,
@@ -210,13 +211,13 @@ class Engines:
         memory: list[KvMemory] = []
         try:
             for device, layers in self._layers_on(lease, skeleton):
-                size = _layers_bytes(skeleton, layers) * slots
+                size = bytes_per_token(layers, skeleton.model.dtype) * slots
                 buffer = await self._memory.allocate(device, size)
                 memory.append(KvMemory(device, len(layers), buffer))
         except BaseException:
             for one in memory:
                 one.buffer.close()
-            self._keep(lease.checkpoint, skeleton)
+            self.give_back(lease.checkpoint, skeleton)
             raise
         return memory
 
@@ -231,11 +232,6 @@ class Engines:
     def _check(self) -> None:
         for device in self._devices:
             device.check()
-
-    def _keep(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
-        self._kept[checkpoint.path] = (checkpoint, skeleton)
-        while len(self._kept) > KEPT_MODULES_MAX:
-            self._kept.popitem(last=False)
 
     def _layers_on(
         self, lease: WeightSource, skeleton: Skeleton
@@ -291,11 +287,6 @@ def _build(directory: Path) -> Skeleton:
     model = build_skeleton(directory)
     shapes = layer_shapes(model)
     return Skeleton(model, shapes, bytes_per_token(shapes, model.dtype))
-
-
-def _layers_bytes(skeleton: Skeleton, shapes: tuple[LayerShape, ...]) -> int:
-    """Return the KV memory of one token in these layers."""
-    return bytes_per_token(shapes, skeleton.model.dtype)
 
 
 def _bind(skeleton: Skeleton, lease: WeightSource) -> None:

@@ -11,6 +11,7 @@ from sllm_node.core.errors import DeviceError
 from sllm_node.core.units import PAGE
 from sllm_node.device.base import Device
 from sllm_node.device.cpu import CpuDevice
+from sllm_node.device.optional import import_cuda
 
 CPU: Final = "cpu"
 _DRIVER: Final = Path("/proc/driver/nvidia/version")
@@ -37,12 +38,9 @@ def open_device(name: str) -> Device:
         raise DeviceError(name, 'is no device; there are "cpu" and "cuda:0", "cuda:1" and so on')
     if not torch.version.cuda:
         raise DeviceError(name, "this build of torch knows no CUDA; install one that does")
-    try:
-        from sllm_node.device.cuda import CudaDevice
-    except ImportError as error:
-        problem = f"cuda-python is not installed ({error}); install sllm-node[cuda]"
-        raise DeviceError(name, problem) from error
-    return CudaDevice(int(number), reserve_bytes=DeviceConfig().reserve_bytes)
+    reserve_bytes = DeviceConfig().reserve_bytes
+    made: Device = import_cuda(name).CudaDevice(int(number), reserve_bytes=reserve_bytes)
+    return made
 
 
 def gpu_names() -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from sllm_node.core.config import CPU_MEMORY_BYTES, DeviceConfig
 from sllm_node.core.errors import DeviceError, DeviceLostError
 from sllm_node.device.base import Device
 from sllm_node.device.cpu import CpuDevice
+from sllm_node.device.optional import import_cuda
 from sllm_node.node.systemd import Notifier
 
 log = logging.getLogger(__name__)
@@ -29,14 +30,10 @@ def open_devices(config: DeviceConfig, notifier: Notifier) -> tuple[Device, ...]
 
 
 def _open_gpus(config: DeviceConfig, notifier: Notifier) -> tuple[Device, ...]:
-    try:
-        from sllm_node.device.cuda import CudaDevice, device_count
-    except ImportError as error:
-        problem = f"cuda-python is not installed ({error}); install sllm-node[cuda]"
-        raise DeviceError(config.names[0], problem) from error
+    cuda = import_cuda(config.names[0])
     numbers = [int(name.partition(":")[2]) for name in config.names if ":" in name]
     if not numbers:
-        numbers = list(range(device_count()))
+        numbers = list(range(cuda.device_count()))
     if not numbers:
         raise DeviceError("cuda", "this process sees no GPU")
 
@@ -46,7 +43,7 @@ def _open_gpus(config: DeviceConfig, notifier: Notifier) -> tuple[Device, ...]:
     opened: list[Device] = []
     try:
         for number in numbers:
-            made = CudaDevice(
+            made = cuda.CudaDevice(
                 number,
                 config.memory_bytes or None,
                 reserve_bytes=config.reserve_bytes,

@@ -34,7 +34,7 @@ from sllm_node.core.errors import (
     CodecError,
     PoolExhaustedError,
 )
-from sllm_node.core.types import LoadProgress, LoadReport, Tier
+from sllm_node.core.types import LoadProgress, LoadReport, Placement, Tier
 from sllm_node.device.base import WrongChunkError
 from sllm_node.store.decoding import by_target, jobs_of, named
 from sllm_node.store.pipeline import (
@@ -157,6 +157,11 @@ class Load:
     def is_ending(self) -> bool:
         """Whether it has failed or was cancelled, so that nobody may join it."""
         return self._error is not None
+
+    @property
+    def placement(self) -> Placement:
+        """Where it ends; empty for DRAM."""
+        return tuple(target.part for target in self.targets)
 
     @property
     def is_onto_device(self) -> bool:
@@ -322,7 +327,6 @@ class Load:
         self._copying += 1
         self._moved.stored += carried
         link.outstanding += carried
-        link.carried += carried
         if link.through is not None:
             self._moved.relayed += delivered
         return partial(self._link_done, link, carried, delivered, tell)

@@ -73,7 +73,6 @@ class Target:
 class Source:
     """A replica to clone from: all of the checkpoint on one device."""
 
-    tier: DeviceTier
     buffer: DeviceBuffer
     done: Callable[[], None]
     """To be called when nothing is read from it any more."""

@@ -279,7 +279,7 @@ class Store:
             load = self._loads.get(model)
             if load is None:
                 load = self._begin(model, asked, placement)
-            if load.is_ending or tuple(target.part for target in load.targets) != placement:
+            if load.is_ending or load.placement != placement:
                 await asyncio.shield(load.ended)
                 continue
             report = await self._wait(load)
@@ -375,8 +375,7 @@ class Store:
 
     def _resident_of(self, load: Load) -> Resident | None:
         """Return what `load` made, if it is still there."""
-        placement = tuple(target.part for target in load.targets)
-        resident = self._residents.get(load.model, {}).get(placement)
+        resident = self._residents.get(load.model, {}).get(load.placement)
         return resident if resident is not None and resident.load is load else None
 
     def _begin(self, model: ModelId, asked: float, placement: Placement) -> Load:
@@ -451,7 +450,7 @@ class Store:
             reachable = all(device.can_reach(origin.device) for device in wanted)
             if wanted and reachable and len(there) == 1:
                 resident.leases += 1
-                return Source(origin, origin.buffer(model), resident.give_back)
+                return Source(origin.buffer(model), resident.give_back)
         return None
 
     def _know(self, checkpoint: Checkpoint) -> None:
@@ -485,15 +484,14 @@ class Store:
         self._active -= 1
         if load in self._chunk_queue:
             self._chunk_queue.remove(load)
-        placement = tuple(target.part for target in load.targets)
         for target in load.targets:
             target.tier.loads -= 1
         if isinstance(result, LoadReport):
             for target in load.targets:
                 target.tier.arena.filled(model)
-            if placement:
+            if load.is_onto_device:
                 made = Resident(load, waiters)
-                self._residents.setdefault(model, {})[placement] = made
+                self._residents.setdefault(model, {})[load.placement] = made
             self._observed.succeeded(load, result)
         else:
             for target in load.targets:

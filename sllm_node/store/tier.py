@@ -32,7 +32,6 @@ class Link:
     through: "DeviceTier | None" = None
     """The sibling whose link it is; None: the device's own."""
     outstanding: int = 0
-    carried: int = 0
 
 
 @dataclass(slots=True)

@@ -1,0 +1,19 @@
+"""The CUDA device, which is there only where its package is installed."""
+
+from types import ModuleType
+
+from sllm_node.core.errors import DeviceError
+
+
+def import_cuda(name: str) -> ModuleType:
+    """Return `sllm_node.device.cuda`; `name` is the device that somebody wants of it.
+
+    Raises:
+        DeviceError: cuda-python is not installed.
+    """
+    try:
+        from sllm_node.device import cuda
+    except ImportError as error:
+        problem = f"cuda-python is not installed ({error}); install sllm-node[cuda]"
+        raise DeviceError(name, problem) from error
+    return cuda
