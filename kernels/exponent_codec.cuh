@@ -294,8 +294,10 @@ __device__ __forceinline__ void decode_tile(
         const bool is_there = WHOLE || place + half * HALF < parts.count;
         const u32 from = is_there ? place + half * HALF : 0;
         rest[half] = Format::load(parts.rest, parts.count, from);
-        const u32 codes = __ldg((const u16 *)(parts.first + from / 4));
-        first[half] = nibbles_of_pairs(is_there ? codes : 0);
+        u32 codes = is_there ? __ldg((const u16 *)(parts.first + from / 4)) : 0;
+        if (!WHOLE && is_there && from + LANE_ELEMENTS > parts.count)  // padding is not looked at
+            codes &= (1u << 2 * (parts.count - from)) - 1;
+        first[half] = nibbles_of_pairs(codes);
         escaped[half] = first[half] & first[half] >> 1 & 0x11111111u;
     }
     const u32 counts[2] = {(u32)__popc(escaped[0]), (u32)__popc(escaped[1])};

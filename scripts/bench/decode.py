@@ -57,7 +57,8 @@ class Bench:
         self.output = device.allocate(self.count * chunk)
         self.table = device.allocate(2 * MIB)
         self.results = device.allocate(2 * MIB)
-        self.events = [device.cuda.check("event", driver.cuEventCreate(0)) for _ in range(2)]
+        with device.cuda:
+            self.events = [device.cuda.check("event", driver.cuEventCreate(0)) for _ in range(2)]
 
     def put(self, address: int, data: Any) -> None:
         """Copy host bytes to the device."""
@@ -96,9 +97,11 @@ class Bench:
 
     def copy(self) -> None:
         """Enqueue a copy of all of the buffer."""
-        driver.cuMemcpyDtoDAsync(
-            self.output.address, self.encoded.address, self.count * self.chunk, self.stream.handle
+        size = self.count * self.chunk
+        (code,) = driver.cuMemcpyDtoDAsync(
+            self.output.address, self.encoded.address, size, self.stream.handle
         )
+        self.device.cuda.check("copy", (code, None))
 
 
 def fill(bench: Bench, codec: str) -> tuple[float, int, list[bytes]]:

@@ -114,7 +114,7 @@ def test_damaged_chunks_are_refused_where_the_reference_refuses_them(bench, code
     layout, random = FORMATS[codec], np.random.default_rng(7)
     whole = [d for d in cases(layout).values() if len(d) < 200_000]
     encoded = [encode(layout, memoryview(d)).tobytes() for d in whole]
-    chosen = [int(random.integers(0, len(whole))) for _ in range(400)]
+    chosen = [int(random.integers(0, len(whole))) for _ in range(1500)]
     broken = [damaged(encoded[i], random) for i in chosen]
     sizes = [len(whole[i]) for i in chosen]
     errors, found = bench.decode(codec, broken, sizes)
