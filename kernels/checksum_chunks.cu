@@ -1,6 +1,6 @@
 // checksum_chunks: xxh3_64 (seed 0) of many pieces of device memory in one launch.
 //
-// pieces: (gridDim.x,) Piece, digests: (gridDim.x,) u64. Grid: a thread block of 288 for each piece.
+// pieces: gridDim.x Piece, digests: (gridDim.x,) u64; host memory will do. Grid: a thread block of 288 for each piece.
 // Sizes and addresses are multiples of 64, sizes not 0 nor below 256; any other piece has digest 0.
 // Moves the bytes in, once.
 //
@@ -13,6 +13,10 @@
 struct Piece {  // the same in device/kernels.py: PIECE
     const u8 *bytes;
     u64 size;
+};
+
+struct Pieces {  // a parameter, of which gridDim.x are there
+    Piece at[CHUNKS_MAX];
 };
 
 const u32 PRODUCERS = 8;  // warps
@@ -80,9 +84,10 @@ __device__ __forceinline__ u64 finished(u64 sum, const u64 *words, u64 size, u64
     return digest ^ digest >> 32;
 }
 
-extern "C" __global__ void __launch_bounds__(288) checksum_chunks(const Piece *pieces, u64 *digests) {
+extern "C" __global__ void __launch_bounds__(288) checksum_chunks(
+    const __grid_constant__ Pieces pieces, u64 *digests) {
     __shared__ u64 sums[2][TILE][8];
-    const Piece piece = pieces[blockIdx.x];
+    const Piece piece = pieces.at[blockIdx.x];
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (((u64)piece.bytes | piece.size) & 63 || piece.size < 256) {
         if (threadIdx.x == 0) digests[blockIdx.x] = 0;

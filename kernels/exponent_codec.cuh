@@ -31,6 +31,10 @@ struct EncodedChunk {  // the same in device/kernels.py: CHUNK
     u64 output_size;
 };
 
+struct EncodedChunks {  // a parameter of the kernels, of which gridDim.y are there
+    EncodedChunk at[CHUNKS_MAX];
+};
+
 // 8 bytes of a lane, or fewer for narrower planes.
 struct Pair {
     u32 low, high;
@@ -330,8 +334,8 @@ __device__ __forceinline__ void decode_tile(
 
 // The thread block (x, y) decodes blocks 8 x to 8 x + 7 of chunk y.
 template <typename Format>
-__device__ __forceinline__ void decode_exponent(const EncodedChunk *chunks, u32 *errors) {
-    const EncodedChunk chunk = chunks[blockIdx.y];
+__device__ __forceinline__ void decode_exponent(const EncodedChunks &chunks, u32 *errors) {
+    const EncodedChunk &chunk = chunks.at[blockIdx.y];
     const u32 lane = threadIdx.x % 32;
     const u32 block = blockIdx.x * WARPS + threadIdx.x / 32;
     if (block && (u64)block * BLOCK >= chunk.output_size / Format::WIDTH) return;

@@ -7,3 +7,4 @@ typedef unsigned int u32;
 typedef unsigned long long u64;
 
 const u32 ALL_LANES = 0xffffffffu;
+const u32 CHUNKS_MAX = 120;  // of a launch: their descriptors fit into 4 KiB of parameters; device/kernels.py has it too

@@ -55,7 +55,7 @@ class Bench:
         self.kernels.prepare()
         self.encoded = device.allocate(self.count * chunk)
         self.output = device.allocate(self.count * chunk)
-        self.table = device.allocate(2 * MIB)
+        self.chunks, self.pieces = np.zeros(0, CHUNK), np.zeros(0, PIECE)
         self.results = device.allocate(2 * MIB)
         with device.cuda:
             self.events = [device.cuda.check("event", driver.cuEventCreate(0)) for _ in range(2)]
@@ -92,7 +92,7 @@ class Bench:
         """Free everything."""
         self.kernels.close()
         self.stream.close()
-        for buffer in (self.encoded, self.output, self.table, self.results):
+        for buffer in (self.encoded, self.output, self.results):
             buffer.close()
 
     def copy(self) -> None:
@@ -122,8 +122,7 @@ def fill(bench: Bench, codec: str) -> tuple[float, int, list[bytes]]:
         table[i] = (place, len(encoded), output, bench.chunk)
         pieces[i] = (place, len(encoded))
         place += align_up(len(encoded), 4096)
-    bench.put(bench.table.address, table.view(np.uint8))
-    bench.put(bench.table.address + MIB, pieces.view(np.uint8))
+    bench.chunks, bench.pieces = table, pieces
     bench.put(bench.results.address, np.zeros(2 * MIB, np.uint8))
     ratio = sum(len(e) for _, e in made) / (len(made) * bench.chunk)
     return ratio, int(table["encoded_size"].sum()), [data for data, _ in made]
@@ -143,18 +142,16 @@ def main() -> None:
         samples: dict[str, list[float]] = {}
         copies: list[float] = []
         total = bench.count * chunk
-        address, table = bench.results.address, bench.table.address
+        address = bench.results.address
 
         def check() -> None:
-            bench.kernels.checksum(table + MIB, address + MIB, bench.count, bench.stream.handle)
+            bench.kernels.checksum(bench.pieces, address + MIB, bench.stream.handle)
 
         for codec in exponent.FORMATS:
             ratio, encoded, data = fill(bench, codec)
 
             def decode(codec: str = codec) -> None:
-                bench.kernels.decode(
-                    codec, table, address, (chunk,) * bench.count, bench.stream.handle
-                )
+                bench.kernels.decode(codec, bench.chunks, address, bench.stream.handle)
 
             decode()
             bench.seconds(check)

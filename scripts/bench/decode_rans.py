@@ -52,7 +52,7 @@ def fill(bench: Bench) -> list[bytes]:
             jobs[i, number] = place
             place += align_up(part.nbytes, 16)
         jobs[i, 5:] = (bench.output.address + i * CHUNK, len(parts[3]), len(parts[4]))
-    bench.put(bench.table.address, jobs)
+    bench.put(bench.results.address, jobs)
     return [data for data, _ in made]
 
 
@@ -68,7 +68,7 @@ def main() -> None:
         grid = (CHUNK // 2 // Rans.block // 8, bench.count, 1)
 
         def decode() -> None:
-            arguments = ((bench.table.address,), (ctypes.c_void_p,))
+            arguments = ((bench.results.address,), (ctypes.c_void_p,))
             driver.cuLaunchKernel(function, *grid, 256, 1, 1, 0, bench.stream.handle, arguments, 0)
 
         rates = [bench.count * CHUNK / bench.seconds(decode) / 1e9 for _ in range(ROUNDS)]

@@ -52,7 +52,9 @@ class Run:
     rounds: int
     seed: int
     encoded: Checkpoint | None = None
-    """The same numbers, encoded; both are Gaussian then."""
+    """The same numbers, encoded."""
+    gaussian: bool = False
+    """Whether they are distributed as trained weights; else every bit is random."""
     with_disk: bool = True
     samples: dict[str, list[float]] = field(default_factory=dict)
     """Seconds, by contestant."""
@@ -95,7 +97,7 @@ def same_bytes(run: Run, lease: Lease) -> bool:
             some = made[start : start + COMPARED_AT_ONCE]
             wanted = threads.map(
                 lambda chunk: random_checkpoint.chunk_bytes(
-                    chunk[1], chunk[2], gaussian=run.encoded is not None
+                    chunk[1], chunk[2], gaussian=run.gaussian
                 ),
                 some,
             )
@@ -329,12 +331,17 @@ async def small_pool(run: Run) -> None:
 SCENARIOS = {
     "dram": dram,
     "codec": codec,
+    "incompressible": codec,
     "disk": disk,
     "relay": relay,
     "clone": clone,
     "neighbour": neighbour,
     "small-pool": small_pool,
 }
+
+
+TWICE = {"codec", "incompressible"}
+"""These load the same numbers raw and encoded: such as trained weights have, and random bits."""
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -361,23 +368,26 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--verify", default="first")
     parser.add_argument("--block", type=int, default=0, help="MiB; store.read_block_bytes")
-    parser.add_argument("--no-disk", action="store_true", help="of scenario codec")
+    parser.add_argument(
+        "--no-disk", action="store_true", help="no loads from storage in codec and incompressible"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if options.scenarios != "codec" and not (options.store / options.shape).exists():
+    scenarios = options.scenarios.split(",")
+    if not TWICE.issuperset(scenarios) and not (options.store / options.shape).exists():
         start = time.perf_counter()
         size = random_checkpoint.write(options.store, options.shape)
         print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     catalog = Catalog(options.store)
     catalog.scan()
     checkpoint = None
-    if options.scenarios != "codec":
+    if not TWICE.issuperset(scenarios):
         checkpoint = catalog.get(ModelId(options.shape))
     results = {}
-    for scenario in options.scenarios.split(","):
-        encoded = None
-        if scenario == "codec":
-            checkpoint, encoded = _both(options.store, options.shape)
+    for scenario in scenarios:
+        encoded, gaussian = None, scenario == "codec"
+        if scenario in TWICE:
+            checkpoint, encoded = _both(options.store, options.shape, gaussian=gaussian)
         assert checkpoint is not None
         devices = _devices(options.devices.split(","), checkpoint.index.size)
         chunk = options.chunk * MIB
@@ -391,8 +401,9 @@ def main() -> None:
             read_block_bytes=ByteSize(options.block * MIB),
         )
         run = Run(
-            checkpoint, devices, config, options.rounds, 0, encoded, with_disk=not options.no_disk
-        )
+            checkpoint, devices, config, options.rounds, 0, encoded, gaussian,
+            with_disk=not options.no_disk,
+        )  # fmt: skip
         start = time.perf_counter()
         asyncio.run(SCENARIOS[scenario](run))
         for device in devices:
@@ -414,12 +425,13 @@ def main() -> None:
         options.out.write_text(json.dumps(results, indent=1))
 
 
-def _both(store: Path, shape: str) -> tuple[Checkpoint, Checkpoint]:
-    """Return Gaussian weights of `shape`, raw and encoded, written if they are not there."""
-    raw, encoded = f"{shape}-gaussian", f"{shape}-codec"
+def _both(store: Path, shape: str, *, gaussian: bool) -> tuple[Checkpoint, Checkpoint]:
+    """Return weights of `shape`, raw and encoded, written if they are not there."""
+    kind = "gaussian" if gaussian else "random"
+    raw, encoded = f"{shape}-{kind}", f"{shape}-{kind}-codec"
     if not (store / raw).exists():
         start = time.perf_counter()
-        size = random_checkpoint.write(store, shape, raw, gaussian=True)
+        size = random_checkpoint.write(store, shape, raw, gaussian=gaussian)
         print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     if not (store / encoded).exists():
         start = time.perf_counter()

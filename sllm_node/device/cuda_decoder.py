@@ -6,10 +6,14 @@ the decoded bytes to their place. Everything is enqueued at once, and events ord
 a copy waits for the decoding that read the same staging memory before, a decoding waits for its
 copy. So nothing here waits, and the host hears of a batch once, when it is decoded.
 
-What a kernel is told (a table of addresses and sizes) and what it says (errors, digests) goes through
-pinned tables, which are used again when their batch has ended. A chunk that goes to its place in
-part, because the rest belongs to another device or is there already, is decoded beside it and
-copied. Digests are taken of the stored bytes as they lie in the staging memory.
+What a kernel is told travels with its launch, and what it says (errors, digests) it writes into
+pinned memory, so that no small copy stands in the way of the large ones. A chunk that goes to its
+place in part, because the rest belongs to another device or is there already, is decoded beside it
+and copied.
+
+Digests are taken of the stored bytes as they lie in the staging memory. One takes longer than its
+bytes took to come, so they are taken on streams beside the decoder's, which waits for them at the end
+of each batch.
 """
 
 from collections import deque
@@ -33,44 +37,40 @@ from sllm_node.device.base import (
     WrongChunkError,
 )
 from sllm_node.device.host import address_of
-from sllm_node.device.kernels import CHUNK, PIECE, PROBLEMS, Kernels
-from sllm_node.device.staging import JOBS_MAX, TABLE_BYTES, Batch, Ring, Staged, batches
+from sllm_node.device.kernels import CHUNK, CHUNKS_MAX, PIECE, PROBLEMS, Kernels
+from sllm_node.device.staging import JOBS_MAX, Batch, Ring, Staged, batches
 
 if TYPE_CHECKING:
     from sllm_node.device.cuda import CudaStream
 
 _TABLES: Final = 64
 """That are made together."""
-_CHUNKS_AT: Final = 0
-_PIECES_AT: Final = _CHUNKS_AT + CHUNK.itemsize * JOBS_MAX
-_DIGESTS_AT: Final = _PIECES_AT + PIECE.itemsize * JOBS_MAX
-_ERRORS_AT: Final = _DIGESTS_AT + 8 * JOBS_MAX
-_END: Final = _ERRORS_AT + 4 * JOBS_MAX
-assert _END <= TABLE_BYTES
+_ERRORS_AT: Final = 8 * JOBS_MAX
+_TABLE_BYTES: Final = 2048
+assert _ERRORS_AT + 4 * JOBS_MAX <= _TABLE_BYTES
+assert JOBS_MAX <= CHUNKS_MAX
+_BESIDE_OTHERS: Final = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
+_WITHOUT_TIMES: Final = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+_CHECKS: Final = 16
+"""Batches whose digests are taken at once: 13 GB/s for one chunk of any size, on an H200."""
 
 
 class _Table:
-    """What one batch tells the kernels and hears from them; in pinned memory."""
+    """What the kernels say of one batch; in pinned memory."""
 
     def __init__(self, view: memoryview, begun: Any, ended: Any) -> None:
-        self.address = address_of(view)
+        address = address_of(view)
+        self.digests_at, self.errors_at = address, address + _ERRORS_AT
         self._bytes = np.frombuffer(view, np.uint8)
-        self._chunks = self._bytes[_CHUNKS_AT:_PIECES_AT].view(CHUNK)
-        self._pieces = self._bytes[_PIECES_AT:_DIGESTS_AT].view(PIECE)
-        self.digests: npt.NDArray[np.uint64] = self._bytes[_DIGESTS_AT:_ERRORS_AT].view("<u8")
-        self.errors: npt.NDArray[np.uint32] = self._bytes[_ERRORS_AT:_END].view("<u4")
+        self.digests: npt.NDArray[np.uint64] = self._bytes[:_ERRORS_AT].view("<u8")
+        self.errors: npt.NDArray[np.uint32] = self._bytes[_ERRORS_AT:].view("<u4")
         self.begun = begun
         self.ended = ended
-        """Events with times, around the kernels."""
+        """Events with times, around the decoding."""
 
-    def fill(self, staged: Sequence[Staged], region: int, destination: int) -> None:
-        """Say where the chunks of a batch lie and go to."""
+    def clear(self) -> None:
+        """Forget what was said of another batch."""
         self._bytes[:] = 0
-        for row, one in enumerate(staged):
-            job, stored = one.job, region + one.stored_at
-            output = destination + job.place if one.decoded_at is None else region + one.decoded_at
-            self._chunks[row] = (stored, job.size, output, job.decoded_size)
-            self._pieces[row] = (stored, job.size)
 
 
 class _Report:
@@ -111,6 +111,9 @@ class CudaDecoder:
         self._kernels = Kernels(context, context.handle)
         self._kernels.prepare()
         self._make_tables()
+        with context:
+            made = [driver.cuStreamCreate(_BESIDE_OTHERS) for _ in range(_CHECKS)]
+        self._checks = deque(context.check("create a stream", result) for result in made)
 
     def stage_in(self, staging: DeviceBuffer) -> None:
         """Use `staging`; what was used before is not read any more."""
@@ -142,6 +145,9 @@ class CudaDecoder:
         with self._cuda:
             for event in self._events:
                 driver.cuEventDestroy(event)
+            for check in self._checks:
+                driver.cuStreamSynchronize(check)
+                driver.cuStreamDestroy(check)
         self._tables.clear()
         for slab in self._slabs:
             slab.close()
@@ -169,42 +175,49 @@ class CudaDecoder:
         failure = link.tail.take_failure()
         filled = link.tail.mark()
         self._stream.remember(failure)
-        region = self._staging.address + start
-        table.fill(batch.staged, region, destination.address)  # type: ignore[attr-defined]
-        if batch.staged:
-            self._copy(region, table.address, _END)
         self._stream.wait_for(filled)
-        self._destroy(filled)
         if batch.staged and failure is None:
             try:
-                self._launch(batch, table, region, destination)
+                self._launch(batch, table, (start, destination), filled)
             except SllmError as error:
                 self._stream.remember(error)
+        self._destroy(filled)
         self._ring.give(start, batch.size, self._stream.mark())
 
-    def _launch(self, batch: Batch, table: _Table, region: int, destination: Any) -> None:
-        """Enqueue all that is done with a batch whose bytes have come."""
-        stream, handle = self._stream, self._stream.handle
-        self._record(table.begun)
+    def _launch(self, batch: Batch, table: _Table, where: tuple[int, Any], filled: Any) -> None:
+        """Enqueue all that is done with a batch whose bytes have come by the event `filled`."""
+        region, destination = self._staging.address + where[0], where[1]
+        table.clear()
+        checked = None
         if any(one.job.digest is not None for one in batch.staged):
-            pieces, digests = region + _PIECES_AT, region + _DIGESTS_AT
-            self._kernels.checksum(pieces, digests, len(batch.staged), handle)
+            checked = self._check(batch, table, region, filled)
+        self._record(table.begun)
         row = 0
         for codec, group in groupby(batch.staged, key=lambda one: one.job.codec):
-            sizes = tuple(one.job.decoded_size for one in group)
+            chunks = np.array([_chunk(one, region, destination) for one in group], CHUNK)
             if codec != RAW:
-                chunks = region + _CHUNKS_AT + row * CHUNK.itemsize
-                errors = region + _ERRORS_AT + row * 4
-                self._kernels.decode(codec, chunks, errors, sizes, handle)
-            row += len(sizes)
+                errors = table.errors_at + row * 4
+                self._kernels.decode(codec, chunks, errors, self._stream.handle)
+            row += len(chunks)
         for one in batch.staged:
             self._move(one, region, destination)
         self._record(table.ended)
+        if checked is not None:
+            self._stream.wait_for(checked)
+            self._destroy(checked)
+
+    def _check(self, batch: Batch, table: _Table, region: int, filled: Any) -> Any:
+        """Enqueue the digests of a batch; return the event behind them."""
+        stream = self._checks[0]
+        self._checks.rotate()
+        pieces = np.array([(region + one.stored_at, one.job.size) for one in batch.staged], PIECE)
         with self._cuda:
-            size = _END - _DIGESTS_AT
-            to, origin = table.address + _DIGESTS_AT, region + _DIGESTS_AT
-            result = driver.cuMemcpyDtoHAsync(to, origin, size, handle)
-        stream.fail("copy from the device", result[0])
+            self._stream.fail("wait for a copy", driver.cuStreamWaitEvent(stream, filled, 0)[0])
+        self._kernels.checksum(pieces, table.digests_at, stream)
+        with self._cuda:
+            event = self._cuda.check("create an event", driver.cuEventCreate(_WITHOUT_TIMES))
+            self._stream.fail("record an event", driver.cuEventRecord(event, stream)[0])
+        return event
 
     def _move(self, one: Staged, region: int, destination: Any) -> None:
         """Copy what was not decoded to its place."""
@@ -217,11 +230,6 @@ class CudaDecoder:
             with self._cuda:
                 result = driver.cuMemcpyDtoDAsync(to, start, high - low, self._stream.handle)
             self._stream.fail("copy on the device", result[0])
-
-    def _copy(self, to: int, origin: int, size: int) -> None:
-        with self._cuda:
-            result = driver.cuMemcpyHtoDAsync(to, origin, size, self._stream.handle)
-        self._stream.fail("copy a table to the device", result[0])
 
     def _record(self, event: Any) -> None:
         with self._cuda:
@@ -258,7 +266,7 @@ class CudaDecoder:
         return self._tables.popleft()
 
     def _make_tables(self) -> None:
-        slab = self._pin(_TABLES * TABLE_BYTES)
+        slab = self._pin(_TABLES * _TABLE_BYTES)
         self._slabs.append(slab)
         flags = driver.CUevent_flags.CU_EVENT_DEFAULT
         with self._cuda:
@@ -266,8 +274,15 @@ class CudaDecoder:
         events = [self._cuda.check("create an event", result) for result in made]
         self._events += events
         for number in range(_TABLES):
-            view = slab.view[number * TABLE_BYTES : (number + 1) * TABLE_BYTES]
+            view = slab.view[number * _TABLE_BYTES : (number + 1) * _TABLE_BYTES]
             self._tables.append(_Table(view, *events[2 * number : 2 * number + 2]))
+
+
+def _chunk(one: Staged, region: int, destination: Any) -> tuple[int, int, int, int]:
+    """Return a `CHUNK`."""
+    job = one.job
+    output = destination.address + job.place if one.decoded_at is None else region + one.decoded_at
+    return region + one.stored_at, job.size, output, job.decoded_size
 
 
 def _wrong(batch: Batch, table: _Table) -> WrongChunkError | None:

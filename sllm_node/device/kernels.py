@@ -1,17 +1,17 @@
 """The kernels in kernels/: what they are called, what they take, and how they get onto a device.
 
-Each has one entry point, named like its file. All take the addresses of arrays in device memory: one
-of descriptors, laid out as `CHUNK` or `PIECE` here, and one for results. One launch works on many
-chunks. The references are `codec.exponent.decode` and `checkpoint.digest.chunk_digest`.
+Each has one entry point, named like its file. One launch works on many chunks, whose descriptors,
+laid out as `CHUNK` or `PIECE` here, travel with it as a parameter: no copy has to bring them. Results
+go to an array in device memory, or in pinned memory. The references are `codec.exponent.decode` and `checkpoint.digest.chunk_digest`.
 """
 
-import ctypes
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 from cuda.bindings import driver
 
 from sllm_node.device import nvrtc
@@ -41,8 +41,8 @@ DECODERS: Final = {
 }
 """The kernel for each codec."""
 KERNELS: Final = (*DECODERS.values(), CHECKSUM)
-CHUNKS_MAX: Final = 65535
-"""Of one launch."""
+CHUNKS_MAX: Final = 120
+"""Of one launch: their descriptors fit into 4 KiB of parameters."""
 
 _ELEMENTS: Final = 8 * 4096
 """What a thread block decodes: eight warps, a block of the codec each."""
@@ -92,21 +92,21 @@ class Kernels:
         for name in names:
             self._function(name)
 
-    def decode(
-        self, codec: str, chunks: int, errors: int, sizes: tuple[int, ...], stream: Any
-    ) -> None:
-        """Enqueue the decoding of `CHUNK`s at address `chunks`, of decoded `sizes`.
+    def decode(self, codec: str, chunks: npt.NDArray[np.void], errors: int, stream: Any) -> None:
+        """Enqueue the decoding of (n,) `CHUNK`s; `errors` is the address of n zeroed u32."""
+        sizes, step = chunks["output_size"], _ELEMENTS * _ELEMENT_BYTES[codec]
+        for start in range(0, len(chunks), CHUNKS_MAX):
+            some = chunks[start : start + CHUNKS_MAX]
+            blocks = max(1, -(-int(sizes[start : start + CHUNKS_MAX].max()) // step))
+            grid = (blocks, len(some))
+            self._launch(DECODERS[codec], grid, _DECODER_THREADS, some, errors + 4 * start, stream)
 
-        `errors` is the address of a zeroed u32 for each.
-        """
-        assert 0 < len(sizes) <= CHUNKS_MAX
-        blocks = max(1, -(-max(sizes) // (_ELEMENTS * _ELEMENT_BYTES[codec])))
-        grid = (blocks, len(sizes))
-        self._launch(DECODERS[codec], grid, _DECODER_THREADS, (chunks, errors), stream)
-
-    def checksum(self, pieces: int, digests: int, count: int, stream: Any) -> None:
-        """Enqueue the digests of `count` `PIECE`s at address `pieces` to u64s at `digests`."""
-        self._launch(CHECKSUM, (count, 1), _CHECKSUM_THREADS, (pieces, digests), stream)
+    def checksum(self, pieces: npt.NDArray[np.void], digests: int, stream: Any) -> None:
+        """Enqueue the digests of (n,) `PIECE`s to n u64 at address `digests`."""
+        for start in range(0, len(pieces), CHUNKS_MAX):
+            some = pieces[start : start + CHUNKS_MAX]
+            grid = (len(some), 1)
+            self._launch(CHECKSUM, grid, _CHECKSUM_THREADS, some, digests + 8 * start, stream)
 
     def close(self) -> None:
         """Unload what was loaded; nothing launched may be under way."""
@@ -120,14 +120,18 @@ class Kernels:
         name: str,
         grid: tuple[int, int],
         threads: int,
-        addresses: tuple[int, ...],
+        descriptors: npt.NDArray[np.void],
+        results: int,
         stream: Any,
     ) -> None:
         function = self._function(name)
-        arguments = (addresses, (ctypes.c_void_p,) * len(addresses))
+        table = np.zeros(CHUNKS_MAX, descriptors.dtype)
+        table[: len(descriptors)] = descriptors
+        address = np.array([results], np.uint64)
+        parameters = np.array([table.ctypes.data, address.ctypes.data], np.uint64)
         with self._context:
             launched = driver.cuLaunchKernel(
-                function, *grid, 1, threads, 1, 1, 0, stream, arguments, 0
+                function, *grid, 1, threads, 1, 1, 0, stream, parameters.ctypes.data, 0
             )
         self._context.check(f"launch {name}", (*launched, None))
 

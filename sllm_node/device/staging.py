@@ -1,7 +1,7 @@
 """Plans staging memory for a decoder: which chunks go together, and where they lie. Pure.
 
-Each *batch* of chunks gets a region of the ring: a table of what to do, the chunks as they are
-stored, and room for those chunks that go to their destination in part. Regions are taken in turn.
+Each *batch* of chunks gets a region of the ring: the chunks as they are stored, and room for those
+chunks that go to their destination in part. Regions are taken in turn.
 What reads a region is known by a token, which whoever takes the same memory later must wait for.
 """
 
@@ -13,10 +13,8 @@ from sllm_node.codec.names import RAW
 from sllm_node.core.units import PAGE, align_up
 from sllm_node.device.base import ChunkJob
 
-JOBS_MAX: Final = 128
-"""Of one batch."""
-TABLE_BYTES: Final = 64 * JOBS_MAX
-"""At the beginning of a region."""
+JOBS_MAX: Final = 120
+"""Of one batch; one launch decodes as many."""
 
 TokenT = TypeVar("TokenT")
 
@@ -60,12 +58,12 @@ class Batch:
 def batches(jobs: Sequence[ChunkJob], limit: int) -> Iterator[Batch]:
     """Yield `jobs` in batches of at most `limit` bytes; one that needs more is alone."""
     some: list[ChunkJob] = []
-    size = TABLE_BYTES
+    size = 0
     for job in jobs:
         needed = _staged_bytes(job)
         if some and (size + needed > limit or len(some) == JOBS_MAX):
             yield _batch(some)
-            some, size = [], TABLE_BYTES
+            some, size = [], 0
         some.append(job)
         size += needed
     if some:
@@ -90,7 +88,7 @@ def _batch(jobs: Sequence[ChunkJob]) -> Batch:
     direct = tuple(job for job in jobs if _is_direct(job))
     others = [job for job in jobs if not _is_direct(job)]
     stored: dict[int, int] = {}
-    end = TABLE_BYTES
+    end = 0
     for job in others:
         stored[job.offset] = end
         end += align_up(job.size, PAGE)

@@ -12,14 +12,12 @@ from typing import Final
 
 from sllm_node.core.errors import DeviceError, DeviceMemoryError, KernelError, ModelBusyError
 from sllm_node.core.types import ModelId, Part
-from sllm_node.core.units import KIB, align_up
+from sllm_node.core.units import align_up
 from sllm_node.device.base import Decoder, Device, DeviceBuffer, DeviceRange, Event, Stream
 from sllm_node.store.arena import Arena
 
 log = logging.getLogger(__name__)
 
-TABLES_BYTES: Final = 16 * KIB
-"""Of staging memory, beside the chunks."""
 STAGED_CHUNKS: Final = 4
 """File chunks, stored and decoded, that staging memory must hold at least when it is taken."""
 
@@ -128,10 +126,10 @@ class DeviceTier:
         if self._staging_failed and not self.loads:
             self._drop_staging()
         if self._staging is None:
-            self._take_staging(2 * STAGED_CHUNKS * chunk_bytes + TABLES_BYTES, beside)
+            self._take_staging(2 * STAGED_CHUNKS * chunk_bytes, beside)
         assert self._staging is not None
         assert self._staged is not None
-        if self._staging.size < 2 * chunk_bytes + TABLES_BYTES:
+        if self._staging.size < 2 * chunk_bytes:
             raise DeviceError(
                 self.device.name,
                 f"chunks of {chunk_bytes} bytes can't be decoded in {self._staging.size} bytes of "
