@@ -6,8 +6,8 @@
 //
 // XXH3 adds up stripes of 64 bytes within blocks of 1 KiB, in any order, and scrambles its eight sums
 // after each block. So eight warps add up blocks, 32 blocks a tile, and the ninth goes from block to
-// block, one tile behind: 32 short steps, in the time in which the next tile comes. One piece at a time
-// would go at about the rate of a link; the pieces of a copy together go at that of memory.
+// block, one tile behind: 32 short steps, in the time in which the next tile comes. That chain of steps is
+// what bounds one piece; the pieces of a launch go side by side.
 #include "integers.cuh"
 
 struct Piece {  // the same in device/kernels.py: PIECE
@@ -46,13 +46,21 @@ __device__ __forceinline__ u64 secret_at(u32 byte) {
 
 __device__ __forceinline__ u64 product(u64 keyed) { return (keyed & 0xffffffffull) * (keyed >> 32); }
 
+__device__ __forceinline__ u64 scrambled(u64 sum, u64 key) { return (sum ^ sum >> 47 ^ key) * PRIME32_1; }
+
 __device__ __forceinline__ u64 folded(u64 a, u64 b) { return a * b ^ __umul64hi(a, b); }
 
-// The eight sums of a block: lane l has words 2 l, 2 l + 1 of each half; lanes that are equal modulo 4
-// have the same two sums.
-__device__ __forceinline__ void add_up(const u64 *block, const u64 (&key)[4], u32 lane, u64 *sums) {
-    const ulonglong2 near = ((const ulonglong2 *)block)[lane];
-    const ulonglong2 far = ((const ulonglong2 *)(block + WORDS / 2))[lane];
+struct Words {  // what a lane holds of a block: words 2 l, 2 l + 1 of each half
+    ulonglong2 near, far;
+};
+
+__device__ __forceinline__ Words load(const u64 *block, u32 lane) {
+    return {((const ulonglong2 *)block)[lane], ((const ulonglong2 *)(block + WORDS / 2))[lane]};
+}
+
+// The eight sums of a block; lanes that are equal modulo 4 have the same two.
+__device__ __forceinline__ void add_up(const Words &words, const u64 (&key)[4], u32 lane, u64 *sums) {
+    const ulonglong2 near = words.near, far = words.far;
     u64 even = near.y + far.y + product(near.x ^ key[0]) + product(far.x ^ key[2]);
     u64 odd = near.x + far.x + product(near.y ^ key[1]) + product(far.y ^ key[3]);
 #pragma unroll
@@ -94,25 +102,30 @@ extern "C" __global__ void __launch_bounds__(288) checksum_chunks(
         return;
     }
     const u64 *words = (const u64 *)piece.bytes;
-    const u64 blocks = (piece.size - 1) / (8 * WORDS);
-    const u64 tiles = (blocks + TILE - 1) / TILE;
+    const u32 blocks = (u32)((piece.size - 1) / (8 * WORDS));  // up to 4 TiB
+    const u32 tiles = (blocks + TILE - 1) / TILE;
     const u32 place = lane / 4 + 2 * (lane % 4);
     const u64 key[4] = {SECRET[place], SECRET[place + 1], SECRET[place + 8], SECRET[place + 9]};
     const u64 scramble = SECRET[STRIPES + lane % 8];
     u64 sum = START[lane % 8];
-    for (u64 tile = 0; tile <= tiles; tile++) {
+    Words next[TILE / PRODUCERS];  // loaded one tile ahead
+#pragma unroll 1
+    for (u32 tile = 0; tile <= tiles + 1; tile++) {
         if (warp < PRODUCERS) {
 #pragma unroll
-            for (u32 i = 0; i < TILE; i += PRODUCERS) {
-                const u64 block = tile * TILE + warp + i;
-                if (block < blocks) add_up(words + block * WORDS, key, lane, sums[tile & 1][warp + i]);
+            for (u32 i = 0; i < TILE / PRODUCERS; i++) {
+                const u32 row = warp + i * PRODUCERS;
+                if (tile && (tile - 1) * TILE + row < blocks) add_up(next[i], key, lane, sums[tile & 1][row]);
+                if (tile * TILE + row < blocks) next[i] = load(words + (u64)(tile * TILE + row) * WORDS, lane);
             }
-        } else if (tile && lane < 8) {
-            const u64 left = blocks - (tile - 1) * TILE;
-            const u32 count = left < TILE ? (u32)left : TILE;
-            for (u32 i = 0; i < count; i++) {
-                sum += sums[(tile - 1) & 1][i][lane];
-                sum = (sum ^ sum >> 47 ^ scramble) * PRIME32_1;
+        } else if (tile > 1 && lane < 8) {
+            const u32 left = blocks - (tile - 2) * TILE;
+            const u64(*from)[8] = sums[(tile - 1) & 1];
+            if (left >= TILE) {
+#pragma unroll 8
+                for (u32 i = 0; i < TILE; i++) sum = scrambled(sum + from[i][lane], scramble);
+            } else {
+                for (u32 i = 0; i < left; i++) sum = scrambled(sum + from[i][lane], scramble);
             }
         }
         __syncthreads();

@@ -53,8 +53,8 @@ class Run:
     seed: int
     encoded: Checkpoint | None = None
     """The same numbers, encoded."""
-    gaussian: bool = False
-    """Whether they are distributed as trained weights; else every bit is random."""
+    kind: random_checkpoint.Kind = random_checkpoint.FINITE
+    """Of numbers."""
     with_disk: bool = True
     samples: dict[str, list[float]] = field(default_factory=dict)
     """Seconds, by contestant."""
@@ -96,9 +96,7 @@ def same_bytes(run: Run, lease: Lease) -> bool:
         for start in range(0, len(made), COMPARED_AT_ONCE):
             some = made[start : start + COMPARED_AT_ONCE]
             wanted = threads.map(
-                lambda chunk: random_checkpoint.chunk_bytes(
-                    chunk[1], chunk[2], gaussian=run.gaussian
-                ),
+                lambda chunk: random_checkpoint.chunk_bytes(chunk[1], chunk[2], kind=run.kind),
                 some,
             )
             for (place, _, size), data in zip(some, wanted, strict=True):
@@ -340,8 +338,11 @@ SCENARIOS = {
 }
 
 
-TWICE = {"codec", "incompressible"}
-"""These load the same numbers raw and encoded: such as trained weights have, and random bits."""
+TWICE: dict[str, random_checkpoint.Kind] = {
+    "codec": random_checkpoint.GAUSSIAN,
+    "incompressible": random_checkpoint.NOISE,
+}
+"""These load the same numbers raw and encoded."""
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -374,20 +375,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     scenarios = options.scenarios.split(",")
-    if not TWICE.issuperset(scenarios) and not (options.store / options.shape).exists():
+    if set(scenarios) - set(TWICE) and not (options.store / options.shape).exists():
         start = time.perf_counter()
         size = random_checkpoint.write(options.store, options.shape)
         print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     catalog = Catalog(options.store)
     catalog.scan()
     checkpoint = None
-    if not TWICE.issuperset(scenarios):
+    if set(scenarios) - set(TWICE):
         checkpoint = catalog.get(ModelId(options.shape))
     results = {}
     for scenario in scenarios:
-        encoded, gaussian = None, scenario == "codec"
+        encoded, kind = None, TWICE.get(scenario, random_checkpoint.FINITE)
         if scenario in TWICE:
-            checkpoint, encoded = _both(options.store, options.shape, gaussian=gaussian)
+            checkpoint, encoded = _both(options.store, options.shape, kind)
         assert checkpoint is not None
         devices = _devices(options.devices.split(","), checkpoint.index.size)
         chunk = options.chunk * MIB
@@ -401,7 +402,7 @@ def main() -> None:
             read_block_bytes=ByteSize(options.block * MIB),
         )
         run = Run(
-            checkpoint, devices, config, options.rounds, 0, encoded, gaussian,
+            checkpoint, devices, config, options.rounds, 0, encoded, kind,
             with_disk=not options.no_disk,
         )  # fmt: skip
         start = time.perf_counter()
@@ -425,13 +426,12 @@ def main() -> None:
         options.out.write_text(json.dumps(results, indent=1))
 
 
-def _both(store: Path, shape: str, *, gaussian: bool) -> tuple[Checkpoint, Checkpoint]:
+def _both(store: Path, shape: str, kind: random_checkpoint.Kind) -> tuple[Checkpoint, Checkpoint]:
     """Return weights of `shape`, raw and encoded, written if they are not there."""
-    kind = "gaussian" if gaussian else "random"
     raw, encoded = f"{shape}-{kind}", f"{shape}-{kind}-codec"
     if not (store / raw).exists():
         start = time.perf_counter()
-        size = random_checkpoint.write(store, shape, raw, gaussian=gaussian)
+        size = random_checkpoint.write(store, shape, raw, kind=kind)
         print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     if not (store / encoded).exists():
         start = time.perf_counter()

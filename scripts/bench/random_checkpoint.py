@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from os import cpu_count
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import xxhash
@@ -34,13 +34,21 @@ from tests.models import make_source
 SHARD_BYTES: Final = 4 * GIB
 CHUNK_BYTES: Final = 16 * MIB
 
+Kind = Literal["finite", "gaussian", "noise"]
+FINITE: Final[Kind] = "finite"
+"""Random numbers of ordinary size, quickly made."""
+GAUSSIAN: Final[Kind] = "gaussian"
+"""Distributed as in trained weights: what codecs are measured with."""
+NOISE: Final[Kind] = "noise"
+"""Every bit random: nothing makes these smaller."""
+
 
 def write(
-    root: Path, shape: str, name: str | None = None, seed: int = 0, *, gaussian: bool = False
+    root: Path, shape: str, name: str | None = None, seed: int = 0, *, kind: Kind = FINITE
 ) -> int:
     """Write the checkpoint `name` of `shape` under `root` and return its bytes.
 
-    `gaussian`: numbers as trained weights have them, for measuring codecs; they take longer to make.
+    `kind`: of numbers; those that are distributed as in trained weights take longer to make.
     """
     found = find_shape(shape)
     specs = [TensorSpec(tensor.name, "BF16", tensor.dimensions) for tensor in found.tensors]
@@ -60,7 +68,7 @@ def write(
                         chunk_seed(seed, number, at),
                         at,
                         min(CHUNK_BYTES, size - at),
-                        gaussian,
+                        kind,
                     )
                     for at in range(0, size, CHUNK_BYTES)
                 ]
@@ -89,21 +97,23 @@ def chunk_seed(seed: int, shard: int, offset: int) -> int:
     return (seed << 48) + (shard << 36) + offset // CHUNK_BYTES
 
 
-def chunk_bytes(seed: int, size: int, *, gaussian: bool = False) -> bytes:
+def chunk_bytes(seed: int, size: int, *, kind: Kind = FINITE) -> bytes:
     """Return the bytes of the file chunk that has this seed."""
     numbers = np.random.Generator(np.random.SFC64(seed))
-    if gaussian:
+    if kind == NOISE:
+        return numbers.bytes(size)
+    if kind == GAUSSIAN:
         drawn = numbers.standard_normal(size // 2, np.float32) * np.float32(0.02)
         return bytes((drawn.view(np.uint32) >> 16).astype(np.uint16).data)
     made = numbers.integers(0, 1 << 16, size // 2, np.uint16)
     return bytes((made & 0x81FF | 0x3C00).data)
 
 
-def _write_chunk(job: tuple[int, int, int, int, bool]) -> int:
+def _write_chunk(job: tuple[int, int, int, int, Kind]) -> int:
     from os import pwrite
 
-    descriptor, seed, offset, size, gaussian = job
-    data = chunk_bytes(seed, size, gaussian=gaussian)
+    descriptor, seed, offset, size, kind = job
+    data = chunk_bytes(seed, size, kind=kind)
     done = 0
     while done < size:
         done += pwrite(descriptor, data[done:], offset + done)
