@@ -203,15 +203,16 @@ async def codec(run: Run) -> None:
     store = await store_of(run, relay=len(run.devices) > 1, pool_bytes=ByteSize(pool))
     names = {"raw": run.model, "codec": run.encoded.model}
     loads = {
-        (name, cold): loader(run, store, run.whole(0), "operator", cold=cold, model=model)
+        (name, cold, links): loader(run, store, run.whole(0), "operator", cold=cold, model=model)
         for name, model in names.items()
         for cold in (False, True)
+        for links in (False, True)
     }
 
     def over(name: str, *, links: bool, cold: bool = False) -> Callable[[], Awaitable[float]]:
         async def load() -> float:
             store.lend_links(lambda device: not links)
-            return float(await loads[name, cold]())
+            return float(await loads[name, cold, links]())
 
         return load
 

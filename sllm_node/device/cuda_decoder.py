@@ -162,9 +162,10 @@ class CudaDecoder:
         destination: DeviceBuffer,
         source: memoryview,
     ) -> None:
-        start, readers = self._ring.take(batch.size)
+        start, readers, ended = self._ring.take(batch.size)
         for event in readers:
             link.tail.wait_for(event)
+        for event in ended:
             self._destroy(event)
         for begin, at, size in batch.runs():
             link.copy_in(self._staging, start + at, source[begin : begin + size])

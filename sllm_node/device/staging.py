@@ -57,49 +57,37 @@ class Batch:
 
 def batches(jobs: Sequence[ChunkJob], limit: int) -> Iterator[Batch]:
     """Yield `jobs` in batches of at most `limit` bytes; one that needs more is alone."""
-    some: list[ChunkJob] = []
+    some: list[tuple[ChunkJob, int, int]] = []
     size = 0
     for job in jobs:
-        needed = _staged_bytes(job)
-        if some and (size + needed > limit or len(some) == JOBS_MAX):
+        stored, room = _staged_bytes(job)
+        if some and (size + stored + room > limit or len(some) == JOBS_MAX):
             yield _batch(some)
             some, size = [], 0
-        some.append(job)
-        size += needed
+        some.append((job, stored, room))
+        size += stored + room
     if some:
         yield _batch(some)
 
 
-def _is_direct(job: ChunkJob) -> bool:
-    return job.codec == RAW and job.digest is None
+def _staged_bytes(job: ChunkJob) -> tuple[int, int]:
+    """Return the bytes that it needs in a region, stored and decoded."""
+    if job.codec == RAW:
+        return (0 if job.digest is None else align_up(job.size, PAGE)), 0
+    return align_up(job.size, PAGE), 0 if job.is_whole else align_up(job.decoded_size, PAGE)
 
 
-def _needs_room(job: ChunkJob) -> bool:
-    return job.codec != RAW and not job.is_whole
-
-
-def _staged_bytes(job: ChunkJob) -> int:
-    if _is_direct(job):
-        return 0
-    return align_up(job.size, PAGE) + (align_up(job.decoded_size, PAGE) if _needs_room(job) else 0)
-
-
-def _batch(jobs: Sequence[ChunkJob]) -> Batch:
-    direct = tuple(job for job in jobs if _is_direct(job))
-    others = [job for job in jobs if not _is_direct(job)]
-    stored: dict[int, int] = {}
-    end = 0
-    for job in others:
-        stored[job.offset] = end
-        end += align_up(job.size, PAGE)
-    staged = []
-    for job in sorted(others, key=lambda job: job.codec):
-        room = None
-        if _needs_room(job):
-            room = end
-            end += align_up(job.decoded_size, PAGE)
-        staged.append(Staged(job, stored[job.offset], room))
-    return Batch(tuple(staged), direct, end)
+def _batch(jobs: Sequence[tuple[ChunkJob, int, int]]) -> Batch:
+    direct, staged = [], []
+    stored_end, room_end = 0, sum(stored for _, stored, _ in jobs)
+    for job, stored, room in jobs:
+        if stored:
+            staged.append(Staged(job, stored_end, room_end if room else None))
+            stored_end, room_end = stored_end + stored, room_end + room
+        else:
+            direct.append(job)
+    staged.sort(key=lambda one: one.job.codec)
+    return Batch(tuple(staged), tuple(direct), room_end)
 
 
 class Ring(Generic[TokenT]):
@@ -110,14 +98,28 @@ class Ring(Generic[TokenT]):
         self._next = 0
         self._taken: list[tuple[int, int, TokenT]] = []
 
-    def take(self, size: int) -> tuple[int, list[TokenT]]:
-        """Return where the next region begins, and the tokens to wait for, which are forgotten."""
+    def take(self, size: int) -> tuple[int, list[TokenT], list[TokenT]]:
+        """Return where the next region begins, whom to wait for, and who is forgotten with that.
+
+        Whoever read memory of the region is to be waited for, and remembered as long as there is
+        other memory that he read: the next one to take that may come by another link.
+        """
         assert size <= self.size
         start = self._next if self._next + size <= self.size else 0
         end = self._next = start + size
-        over = [taken for taken in self._taken if taken[0] < end and start < taken[1]]
-        self._taken = [taken for taken in self._taken if taken not in over]
-        return start, [token for _, _, token in over]
+        kept: list[tuple[int, int, TokenT]] = []
+        waits, ended = [], []
+        for low, high, token in self._taken:
+            if end <= low or high <= start:
+                kept.append((low, high, token))
+                continue
+            waits.append(token)
+            rest = [(low, start, token)] * (low < start) + [(end, high, token)] * (end < high)
+            kept += rest
+            if not rest:
+                ended.append(token)
+        self._taken = kept
+        return start, waits, ended
 
     def give(self, start: int, size: int, token: TokenT) -> None:
         """Whoever takes this region later must wait for `token`."""
@@ -126,4 +128,4 @@ class Ring(Generic[TokenT]):
     def tokens(self) -> list[TokenT]:
         """Return and forget what is left."""
         left, self._taken = self._taken, []
-        return [token for _, _, token in left]
+        return list(dict.fromkeys(token for _, _, token in left))

@@ -55,16 +55,23 @@ def test_batches_keep_to_their_limits_and_lose_nothing():
 @given(st.lists(st.integers(1, 10), max_size=60))
 def test_nobody_takes_memory_of_the_ring_without_waiting_for_its_reader(sizes):
     ring = Ring(10)
-    readers = {}
+    readers, forgotten = {}, []
     for token, size in enumerate(sizes):
-        start, waited = ring.take(size)
+        start, waited, ended = ring.take(size)
         assert 0 <= start <= 10 - size
-        for byte in range(start, start + size):
-            assert readers.pop(byte, None) in (None, *waited)
-        assert not set(waited) & set(readers.values()) or set(waited) <= set(range(token))
+        wanted = {readers[byte] for byte in range(start, start + size) if byte in readers}
+        assert set(waited) == wanted
         readers |= dict.fromkeys(range(start, start + size), token)
-        for byte, reader in list(readers.items()):
-            if reader in waited:
-                del readers[byte]
+        forgotten += ended
+        assert not set(ended) & set(readers.values())
         ring.give(start, size, token)
-    assert set(readers.values()) <= set(ring.tokens())
+    left = ring.tokens()
+    assert set(left) == set(readers.values())
+    assert sorted(left + forgotten) == list(range(len(sizes)))
+
+
+def test_a_reader_of_two_regions_is_waited_for_by_both_who_take_them():
+    ring = Ring(8)
+    ring.give(ring.take(8)[0], 8, "reader")
+    assert ring.take(4) == (0, ["reader"], [])
+    assert ring.take(4) == (4, ["reader"], ["reader"])
