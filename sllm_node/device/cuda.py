@@ -18,7 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Thread, local
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -52,6 +52,16 @@ _POISON: Final = frozenset(
 OnLost = Callable[[DeviceLostError], None]
 
 
+class _Entered(local):
+    """Whose contexts a thread has made current, the innermost last."""
+
+    def __init__(self) -> None:
+        self.contexts: list[_Driver] = []
+
+
+_ENTERED: Final = _Entered()
+
+
 class _Driver:
     """The context of one device: checked calls with it current."""
 
@@ -64,10 +74,16 @@ class _Driver:
         self._losing = Lock()
 
     def __enter__(self) -> None:
-        driver.cuCtxPushCurrent(self.context)
+        contexts = _ENTERED.contexts
+        if not contexts or contexts[-1] is not self:
+            driver.cuCtxPushCurrent(self.context)
+        contexts.append(self)
 
     def __exit__(self, *_: object) -> None:
-        driver.cuCtxPopCurrent()
+        contexts = _ENTERED.contexts
+        contexts.pop()
+        if not contexts or contexts[-1] is not self:
+            driver.cuCtxPopCurrent()
 
     def check(self, what: str, result: tuple[Any, ...]) -> Any:
         """Return what a driver call gave.

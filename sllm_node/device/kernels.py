@@ -73,13 +73,27 @@ class Context(Protocol):
         """Return what a driver call gave; raise what it failed with."""
 
 
+class _Parameters:
+    """What a launch is given, and the list of addresses that says where; copied by the launch."""
+
+    def __init__(self, dtype: np.dtype[np.void]) -> None:
+        self.descriptors = np.zeros(CHUNKS_MAX, dtype)
+        self.results = np.zeros(1, np.uint64)
+        self._list = np.array([self.descriptors.ctypes.data, self.results.ctypes.data], np.uint64)
+        self.address = self._list.ctypes.data
+
+
 class Kernels:
-    """The kernels of one device, each compiled and loaded when it is first asked for."""
+    """The kernels of one device, each compiled and loaded when it is first asked for.
+
+    Launches belong to one thread.
+    """
 
     def __init__(self, context: Context, handle: Any, cache: Path | None = None) -> None:
         self._context = context
         self._cache = cache
         self._loaded: dict[str, tuple[Any, Any]] = {}
+        self._parameters = _Parameters(CHUNK), _Parameters(PIECE)
         self.architecture = self._architecture(handle)
 
     def prepare(self, names: Iterable[str] = KERNELS) -> None:
@@ -125,13 +139,12 @@ class Kernels:
         stream: Any,
     ) -> None:
         function = self._function(name)
-        table = np.zeros(CHUNKS_MAX, descriptors.dtype)
-        table[: len(descriptors)] = descriptors
-        address = np.array([results], np.uint64)
-        parameters = np.array([table.ctypes.data, address.ctypes.data], np.uint64)
+        table = self._parameters[descriptors.dtype == PIECE]
+        table.descriptors[: len(descriptors)] = descriptors
+        table.results[0] = results
         with self._context:
             launched = driver.cuLaunchKernel(
-                function, *grid, 1, threads, 1, 1, 0, stream, parameters.ctypes.data, 0
+                function, *grid, 1, threads, 1, 1, 0, stream, table.address, 0
             )
         self._context.check(f"launch {name}", (*launched, None))
 
