@@ -17,8 +17,8 @@ from sllm_node.core.metrics import Metrics
 
 ROOT = Path(__file__).parent.parent
 LAYERS = (
-    "core", "checkpoint", "device", "store", "engine", "convert", "library", "schedule", "server",
-    "node", "bench", "cli",
+    "core", "codec", "checkpoint", "device", "store", "engine", "convert", "library", "schedule",
+    "server", "node", "bench", "cli",
 )  # fmt: skip
 
 

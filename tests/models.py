@@ -159,12 +159,15 @@ def make_checkpoint(
     *,
     chunk_bytes: int = 16 * 1024,
     shard_bytes: int = 128 * 1024,
+    codec: str = "auto",
     **overrides: Any,
 ) -> Checkpoint:
     """Write a seeded model of `family` to `store` in our format."""
     from sllm_node.convert.convert import ConvertOptions, convert
 
-    options = ConvertOptions(chunk_bytes=chunk_bytes, shard_bytes=shard_bytes, force=True)
+    options = ConvertOptions(
+        chunk_bytes=chunk_bytes, shard_bytes=shard_bytes, force=True, codec=codec
+    )
     with tempfile.TemporaryDirectory() as folder:
         source = make_source(Path(folder) / name, family, dtype, seed, **overrides)
         return convert(str(source), name, store, options)

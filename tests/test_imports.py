@@ -2,16 +2,28 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+CUDA = [("device", name) for name in ("cuda.py", "cuda_decoder.py", "kernels.py", "nvrtc.py")]
 LIGHT = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in ("core", "checkpoint", "device", "store", "schedule", "server", "cli", "node")
+    for folder in (
+        "core",
+        "codec",
+        "checkpoint",
+        "device",
+        "store",
+        "schedule",
+        "server",
+        "cli",
+        "node",
+    )
     for path in sorted((ROOT / "sllm_node" / folder).glob("*.py"))
-    if path.name != "__init__.py" and path.parts[-2:] != ("device", "cuda.py")
+    if path.name != "__init__.py" and path.parts[-2:] not in CUDA
 ]
 HEAVY = ("torch", "transformers", "cuda")
 
@@ -22,7 +34,7 @@ def run(code):
     )
 
 
-@pytest.mark.parametrize("package", ["core", "checkpoint", "device", "store", "cli"])
+@pytest.mark.parametrize("package", ["core", "codec", "checkpoint", "device", "store", "cli"])
 def test_light_packages_import_without_the_heavy_ones(package):
     modules = [name for name in LIGHT if name.split(".")[1] == package]
     code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY} if m in sys.modules])"
@@ -40,3 +52,15 @@ def test_help_is_shown_without_torch():
     done = run(code)
     assert "check-config" in done.stdout
     assert done.stdout.strip().endswith("HEAVY []")
+
+
+def test_every_package_and_the_kernels_go_into_a_wheel():
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "setuptools"
+    ]
+    found = {path.parent for path in (ROOT / "sllm_node").rglob("__init__.py")}
+    names = {".".join(path.relative_to(ROOT).parts) for path in found}
+    assert set(setuptools["packages"]) == {*names, "sllm_node._kernels"}
+    assert setuptools["package-dir"] == {"sllm_node._kernels": "kernels"}
+    patterns = setuptools["package-data"]["sllm_node._kernels"]
+    assert {path.suffix for path in (ROOT / "kernels").iterdir()} == {p[1:] for p in patterns}

@@ -11,6 +11,8 @@ on the device once, against bytes made again from their seeds.
 import argparse
 import asyncio
 import json
+import os
+import shutil
 import statistics
 import time
 from collections.abc import Awaitable, Callable, Sequence
@@ -25,11 +27,12 @@ import torch
 from scripts.bench import random_checkpoint
 from scripts.bench.device import wait
 from sllm_node.bench.shapes import SHAPE_NAMES
-from sllm_node.checkpoint.catalog import Catalog, Checkpoint
+from sllm_node.checkpoint.catalog import Catalog, Checkpoint, open_checkpoint
+from sllm_node.checkpoint.recode import recode
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import LoadReport, ModelId, Part, Placement, Tier
+from sllm_node.core.types import ModelId, Part, Placement, Tier
 from sllm_node.core.units import GIB, MIB, align_up
 from sllm_node.device.base import Device
 from sllm_node.device.cpu import CpuDevice
@@ -48,6 +51,11 @@ class Run:
     config: StoreConfig
     rounds: int
     seed: int
+    encoded: Checkpoint | None = None
+    """The same numbers, encoded."""
+    kind: random_checkpoint.Kind = random_checkpoint.FINITE
+    """Of numbers."""
+    with_disk: bool = True
     samples: dict[str, list[float]] = field(default_factory=dict)
     """Seconds, by contestant."""
     extra: dict[str, Any] = field(default_factory=dict)
@@ -88,7 +96,8 @@ def same_bytes(run: Run, lease: Lease) -> bool:
         for start in range(0, len(made), COMPARED_AT_ONCE):
             some = made[start : start + COMPARED_AT_ONCE]
             wanted = threads.map(
-                lambda chunk: random_checkpoint.chunk_bytes(chunk[1], chunk[2]), some
+                lambda chunk: random_checkpoint.chunk_bytes(chunk[1], chunk[2], kind=run.kind),
+                some,
             )
             for (place, _, size), data in zip(some, wanted, strict=True):
                 host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
@@ -111,25 +120,36 @@ async def store_of(run: Run, **config: Any) -> Store:
     return store
 
 
-def loader(run: Run, store: Store, placement: Placement, reason: str, *, cold: bool) -> Any:
+def loader(
+    run: Run,
+    store: Store,
+    placement: Placement,
+    reason: str,
+    *,
+    cold: bool,
+    model: ModelId | None = None,
+) -> Any:
     """Return a contestant: load, give back, evict."""
-    reports: list[LoadReport] = []
-    store.on_load = reports.append
+    wanted = model or run.model
     checked: list[bool] = []
 
     async def load() -> float:
         start = time.perf_counter()
-        lease = await store.acquire(run.model, placement)
+        lease = await store.acquire(wanted, placement)
         seconds = time.perf_counter() - start
+        report = lease.report
+        assert report is not None
         if not checked:
             checked.append(same_bytes(run, lease))
             assert checked[0], "the bytes on the device are not those of the checkpoint"
-        run.extra.setdefault("first_copy_ms", []).append(1e3 * reports[-1].first_copy_s)
-        run.extra["relayed_share"] = reports[-1].bytes_relayed / run.size
+        run.extra.setdefault("first_copy_ms", []).append(1e3 * report.first_copy_s)
+        run.extra["relayed_share"] = report.bytes_relayed / run.size
+        if report.decode_s:
+            run.extra.setdefault("decode_gbps", []).append(run.size / report.decode_s / 1e9)
         lease.release()
-        store.evict(run.model, Tier.DEVICE, reason, placement)
+        store.evict(wanted, Tier.DEVICE, reason, placement)
         if cold:
-            store.evict(run.model, Tier.DRAM, reason)
+            store.evict(wanted, Tier.DRAM, reason)
         await asyncio.sleep(0.05)  # the memory thread unmaps
         return seconds
 
@@ -171,6 +191,44 @@ async def dram(run: Run) -> None:
     await run.rounds_of(
         ("copy", copy), ("ours", loader(run, store, run.whole(0), "operator", cold=False))
     )
+    close()
+    await store.close()
+
+
+async def codec(run: Run) -> None:
+    """Raw and encoded, from the pinned pool over one link and over all, and from storage."""
+    assert run.encoded is not None
+    chunk, sizes = run.config.chunk_bytes, (run.size, run.encoded.index.file_size)
+    pool = sum(int(1.05 * size) // chunk * chunk + 16 * chunk for size in sizes)
+    store = await store_of(run, relay=len(run.devices) > 1, pool_bytes=ByteSize(pool))
+    names = {"raw": run.model, "codec": run.encoded.model}
+    loads = {
+        (name, cold, links): loader(run, store, run.whole(0), "operator", cold=cold, model=model)
+        for name, model in names.items()
+        for cold in (False, True)
+        for links in (False, True)
+    }
+
+    def over(name: str, *, links: bool, cold: bool = False) -> Callable[[], Awaitable[float]]:
+        async def load() -> float:
+            store.lend_links(lambda device: not links)
+            return float(await loads[name, cold, links]())
+
+        return load
+
+    for model in names.values():
+        await store.prefetch(model)
+    held = {name: store.residency(model)[Tier.DRAM] for name, model in names.items()}
+    run.extra["dram_ratio"] = held["codec"] / held["raw"]
+    copy, close = copier(run)
+    contestants = [("copy", copy), *((name, over(name, links=False)) for name in names)]
+    if len(run.devices) > 1:
+        count = len(run.devices)
+        contestants += [(f"{name}, {count} links", over(name, links=True)) for name in names]
+    await run.rounds_of(*contestants)
+    if run.with_disk:
+        colds = [(f"{name}, disk", over(name, links=False, cold=True)) for name in names]
+        await run.rounds_of(*colds)
     close()
     await store.close()
 
@@ -271,12 +329,21 @@ async def small_pool(run: Run) -> None:
 
 SCENARIOS = {
     "dram": dram,
+    "codec": codec,
+    "incompressible": codec,
     "disk": disk,
     "relay": relay,
     "clone": clone,
     "neighbour": neighbour,
     "small-pool": small_pool,
 }
+
+
+TWICE: dict[str, random_checkpoint.Kind] = {
+    "codec": random_checkpoint.GAUSSIAN,
+    "incompressible": random_checkpoint.NOISE,
+}
+"""These load the same numbers raw and encoded."""
 
 
 def summary(run: Run) -> dict[str, Any]:
@@ -303,17 +370,27 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=8)
     parser.add_argument("--verify", default="first")
     parser.add_argument("--block", type=int, default=0, help="MiB; store.read_block_bytes")
+    parser.add_argument(
+        "--no-disk", action="store_true", help="no loads from storage in codec and incompressible"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    if not (options.store / options.shape).exists():
+    scenarios = options.scenarios.split(",")
+    if set(scenarios) - set(TWICE) and not (options.store / options.shape).exists():
         start = time.perf_counter()
         size = random_checkpoint.write(options.store, options.shape)
         print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
     catalog = Catalog(options.store)
     catalog.scan()
-    checkpoint = catalog.get(ModelId(options.shape))
+    checkpoint = None
+    if set(scenarios) - set(TWICE):
+        checkpoint = catalog.get(ModelId(options.shape))
     results = {}
-    for scenario in options.scenarios.split(","):
+    for scenario in scenarios:
+        encoded, kind = None, TWICE.get(scenario, random_checkpoint.FINITE)
+        if scenario in TWICE:
+            checkpoint, encoded = _both(options.store, options.shape, kind)
+        assert checkpoint is not None
         devices = _devices(options.devices.split(","), checkpoint.index.size)
         chunk = options.chunk * MIB
         spare = len(checkpoint.index.shards) + 8
@@ -325,7 +402,10 @@ def main() -> None:
             verify=options.verify,
             read_block_bytes=ByteSize(options.block * MIB),
         )
-        run = Run(checkpoint, devices, config, options.rounds, 0)
+        run = Run(
+            checkpoint, devices, config, options.rounds, 0, encoded, kind,
+            with_disk=not options.no_disk,
+        )  # fmt: skip
         start = time.perf_counter()
         asyncio.run(SCENARIOS[scenario](run))
         for device in devices:
@@ -345,6 +425,25 @@ def main() -> None:
         print(f"  worst {extra}, scenario took {time.perf_counter() - start:.0f} s", flush=True)
     if options.out:
         options.out.write_text(json.dumps(results, indent=1))
+
+
+def _both(store: Path, shape: str, kind: random_checkpoint.Kind) -> tuple[Checkpoint, Checkpoint]:
+    """Return weights of `shape`, raw and encoded, written if they are not there."""
+    raw, encoded = f"{shape}-{kind}", f"{shape}-{kind}-codec"
+    if not (store / raw).exists():
+        start = time.perf_counter()
+        size = random_checkpoint.write(store, shape, raw, kind=kind)
+        print(f"wrote {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s", flush=True)
+    if not (store / encoded).exists():
+        start = time.perf_counter()
+        copy = store / f"{encoded}-new"
+        shutil.copytree(store / raw, copy, copy_function=os.link)
+        made = recode(open_checkpoint(copy), "auto")
+        copy.rename(store / encoded)
+        seconds, index = time.perf_counter() - start, made.index
+        share = index.file_size / index.size
+        print(f"encoded at {index.size / seconds / 1e6:.0f} MB/s to {share:.4f}", flush=True)
+    return open_checkpoint(store / raw), open_checkpoint(store / encoded)
 
 
 def _devices(names: Sequence[str], size: int) -> list[Device]:

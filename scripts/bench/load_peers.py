@@ -20,7 +20,7 @@ from typing import Any
 from scripts.bench import figures
 from sllm_node.bench.ceilings import PLAIN_READER
 from sllm_node.bench.compare import ComparisonPlan, compare
-from sllm_node.bench.contestants import CONTESTANT_NAMES, OURS
+from sllm_node.bench.contestants import CONTESTANT_NAMES, OF_OURS, OURS
 from sllm_node.bench.devices import cuda_count
 from sllm_node.bench.machine import one_line
 from sllm_node.bench.shapes import SHAPE_NAMES
@@ -109,7 +109,8 @@ def best_peer(summary: dict[str, Any], scenario: str) -> str | None:
     """Return the fastest of the peers."""
     rows = summary["scenarios"].get(scenario, {}).get("contestants", [])
     return next(
-        (row["name"] for row in rows if row["name"] != OURS and row["spread"] is not None), None
+        (row["name"] for row in rows if row["name"] not in OF_OURS and row["spread"] is not None),
+        None,
     )
 
 

@@ -10,9 +10,10 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from os import cpu_count
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import numpy as np
 import xxhash
@@ -34,9 +35,24 @@ from tests.models import make_source
 SHARD_BYTES: Final = 4 * GIB
 CHUNK_BYTES: Final = 16 * MIB
 
+Kind = Literal["finite", "gaussian", "noise"]
+FINITE: Final[Kind] = "finite"
+"""Random numbers of ordinary size, quickly made."""
+GAUSSIAN: Final[Kind] = "gaussian"
+"""Distributed as in trained weights: what codecs are measured with."""
+GAUSSIAN_CHUNKS: Final = 61
+"""That differ: they take long to make. No two neighbours are the same."""
+NOISE: Final[Kind] = "noise"
+"""Every bit random: nothing makes these smaller."""
 
-def write(root: Path, shape: str, name: str | None = None, seed: int = 0) -> int:
-    """Write the checkpoint `name` of `shape` under `root` and return its bytes."""
+
+def write(
+    root: Path, shape: str, name: str | None = None, seed: int = 0, *, kind: Kind = FINITE
+) -> int:
+    """Write the checkpoint `name` of `shape` under `root` and return its bytes.
+
+    `kind`: of numbers.
+    """
     found = find_shape(shape)
     specs = [TensorSpec(tensor.name, "BF16", tensor.dimensions) for tensor in found.tensors]
     layout = plan_layout(specs, SHARD_BYTES)
@@ -50,7 +66,13 @@ def write(root: Path, shape: str, name: str | None = None, seed: int = 0) -> int
             with path.open("r+b") as file:
                 file.truncate(size)
                 jobs = [
-                    (file.fileno(), chunk_seed(seed, number, at), at, min(CHUNK_BYTES, size - at))
+                    (
+                        file.fileno(),
+                        chunk_seed(seed, number, at),
+                        at,
+                        min(CHUNK_BYTES, size - at),
+                        kind,
+                    )
                     for at in range(0, size, CHUNK_BYTES)
                 ]
                 digests = tuple(threads.map(_write_chunk, jobs))
@@ -78,17 +100,29 @@ def chunk_seed(seed: int, shard: int, offset: int) -> int:
     return (seed << 48) + (shard << 36) + offset // CHUNK_BYTES
 
 
-def chunk_bytes(seed: int, size: int) -> bytes:
+def chunk_bytes(seed: int, size: int, *, kind: Kind = FINITE) -> bytes:
     """Return the bytes of the file chunk that has this seed."""
-    made = np.random.Generator(np.random.SFC64(seed)).integers(0, 1 << 16, size // 2, np.uint16)
+    numbers = np.random.Generator(np.random.SFC64(seed))
+    if kind == NOISE:
+        return numbers.bytes(size)
+    if kind == GAUSSIAN:
+        return _gaussian(seed % GAUSSIAN_CHUNKS, CHUNK_BYTES)[:size]
+    made = numbers.integers(0, 1 << 16, size // 2, np.uint16)
     return bytes((made & 0x81FF | 0x3C00).data)
 
 
-def _write_chunk(job: tuple[int, int, int, int]) -> int:
+@cache
+def _gaussian(seed: int, size: int) -> bytes:
+    drawn = np.random.Generator(np.random.SFC64(seed)).standard_normal(size // 2, np.float32)
+    drawn *= np.float32(0.02)
+    return bytes((drawn.view(np.uint32) >> 16).astype(np.uint16).data)
+
+
+def _write_chunk(job: tuple[int, int, int, int, Kind]) -> int:
     from os import pwrite
 
-    descriptor, seed, offset, size = job
-    data = chunk_bytes(seed, size)
+    descriptor, seed, offset, size, kind = job
+    data = chunk_bytes(seed, size, kind=kind)
     done = 0
     while done < size:
         done += pwrite(descriptor, data[done:], offset + done)
@@ -99,6 +133,6 @@ def chunks(index: TensorIndex, seed: int) -> Iterator[tuple[int, int, int]]:
     """Yield (place on the device, seed, size) of every file chunk."""
     for number, shard in enumerate(index.shards):
         base = index.shard_base(number)
-        for offset in range(0, shard.size, index.chunk_bytes):
-            size = min(index.chunk_bytes, shard.size - offset)
+        for offset in range(0, shard.size, CHUNK_BYTES):
+            size = min(CHUNK_BYTES, shard.size - offset)
             yield base + offset, chunk_seed(seed, number, offset), size

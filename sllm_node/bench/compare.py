@@ -12,7 +12,14 @@ import msgspec
 
 from sllm_node.bench.ablation import Ablation, AblationPlan, run_ablation
 from sllm_node.bench.ceilings import CopyCeiling, DiskCeiling
-from sllm_node.bench.contestants import CONTESTANT_NAMES, OURS, Contestant, Ours, find_peer
+from sllm_node.bench.contestants import (
+    CONTESTANT_NAMES,
+    OF_OURS,
+    Contestant,
+    Ours,
+    OursEncoded,
+    find_peer,
+)
 from sllm_node.bench.devices import check_device, is_cuda, release_cached
 from sllm_node.bench.files import ModelFiles, PageCache, prepare_shape, prepare_source
 from sllm_node.bench.machine import describe_machine
@@ -70,12 +77,14 @@ def compare(
     """
     began = clock.now()
     check_device(plan.device)
-    peers = [find_peer(name) for name in plan.contestants if name != OURS]
+    peers = [find_peer(name) for name in plan.contestants if name not in OF_OURS]
     files = _prepare(plan)
     tell(f"files ready after {clock.now() - began:.1f} s: {files[0].size / 1e9:.2f} GB a copy")
     config = _config_for(config, files[0], plan.device)
     ours = Ours(config)
-    contestants: list[Contestant] = [*([ours] if OURS in plan.contestants else []), *peers]
+    both: tuple[Contestant, ...] = (ours, OursEncoded(ours))
+    of_ours = [one for one in both if one.name in plan.contestants]
+    contestants: list[Contestant] = [*of_ours, *peers]
     report = Report(
         title=f"Loading {_title(plan)} onto {plan.device}",
         machine=describe_machine(plan.store, plan.command),
@@ -86,11 +95,13 @@ def compare(
     )
     barred = _barred(plan, peers, tell)
     run = _Run(plan, files, report, clock, tell, began)
-    if ours in contestants:
+    if of_ours:
         with goes_on(report, "our store", tell):
-            barred[OURS] = "did not start; see below"
+            names = [one.name for one in of_ours]
+            barred |= dict.fromkeys(names, "did not start; see below")
             ours.start(files[0].checkpoint, plan.device)
-            del barred[OURS]
+            for name in names:
+                del barred[name]
     able = [contestant for contestant in contestants if contestant.name not in barred]
     try:
         run.scenarios(able, barred, config)
@@ -198,8 +209,12 @@ def _title(plan: ComparisonPlan) -> str:
 
 def _config_for(config: StoreConfig, files: ModelFiles, device: str) -> StoreConfig:
     """Return `config` with a pool that holds the model, threads as the machine has, warm blocks."""
-    index = files.checkpoint.index
-    pool = align_up(index.size, config.chunk_bytes) + len(index.shards) * config.chunk_bytes
+    pool = 0
+    for checkpoint in (files.checkpoint, files.encoded):
+        if checkpoint is not None:
+            index, chunk = checkpoint.index, config.chunk_bytes
+            size = index.file_size + (index.file_size // 16 if index.is_encoded else 0)
+            pool += align_up(size, chunk) + len(index.shards) * chunk
     threads = max(config.reader_threads, min(_THREADS_MAX, len(os.sched_getaffinity(0))))
     return msgspec.structs.replace(
         config,

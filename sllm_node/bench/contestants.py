@@ -25,14 +25,18 @@ from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import BenchError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import Tier
+from sllm_node.core.types import ModelId, Tier
 from sllm_node.core.units import MIB
 from sllm_node.engine.weights import tensor_views
 from sllm_node.store.lease import Lease
 from sllm_node.store.store import Store
 
 Tensors = dict[str, torch.Tensor]
-OURS: Final = "sllm_node"
+OURS: Final = "sllm_node raw"
+OURS_ENCODED: Final = "sllm_node codec"
+OF_OURS: Final = (OURS, OURS_ENCODED)
+BOTH_OF_OURS: Final = "sllm_node"
+"""As a name of contestants: the two above."""
 _DEVICE_SLACK: Final = 64 * MIB
 
 
@@ -189,6 +193,7 @@ class Ours:
     in_module_layout = True
 
     def __init__(self, config: StoreConfig) -> None:
+        """Take `config`, whose pool holds every checkpoint that is loaded."""
         self._config = config
         self._runner: asyncio.Runner | None = None
         self._device: Any = None
@@ -206,7 +211,8 @@ class Ours:
         Raises:
             DeviceError: the system refuses.
         """
-        self._device = open_device(device, checkpoint.index.size + _DEVICE_SLACK)
+        room = checkpoint.index.size + _DEVICE_SLACK + self._config.decode_staging_bytes
+        self._device = open_device(device, room)
         self._runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
         catalog = Catalog(checkpoint.path.parent)
         clock, metrics = MonotonicClock(), Metrics()
@@ -214,11 +220,15 @@ class Ours:
         self._runner.run(self._store.start())
 
     def load(self, files: ModelFiles, device: str, *, warm: bool) -> Loaded:
+        return self.load_model(files.model, device, warm=warm)
+
+    def load_model(self, model: ModelId, device: str, *, warm: bool) -> Loaded:
+        """Load one of the checkpoints beside the first one."""
         assert self._runner is not None, "the contestant is not started"
         assert self._store is not None, "the contestant is not started"
         if not warm:
-            self._store.evict(files.model, Tier.DRAM, "bench")
-        lease = self._runner.run(self._store.acquire(files.model))
+            self._store.evict(model, Tier.DRAM, "bench")
+        lease = self._runner.run(self._store.acquire(model))
         try:
             tensors = tensor_views(lease.checkpoint.index, lease.parts)
             places = {str(tensor.device) for tensor in tensors.values()}
@@ -226,12 +236,12 @@ class Ours:
         except BaseException:
             lease.release()
             raise
-        return Loaded(tensors, lambda: self._give_back(files, lease))
+        return Loaded(tensors, lambda: self._give_back(model, lease))
 
-    def _give_back(self, files: ModelFiles, lease: Lease) -> None:
+    def _give_back(self, model: ModelId, lease: Lease) -> None:
         assert self._store is not None
         lease.release()
-        self._store.evict(files.model, Tier.DEVICE, "bench")
+        self._store.evict(model, Tier.DEVICE, "bench")
 
     def close(self) -> None:
         if self._runner is None or self._store is None:
@@ -240,6 +250,29 @@ class Ours:
         self._runner.close()
         self._device.close()
         self._runner = self._store = None
+
+
+class OursEncoded:
+    """The same store with the same model, encoded."""
+
+    name = OURS_ENCODED
+    in_module_layout = True
+
+    def __init__(self, ours: Ours) -> None:
+        self._ours = ours
+
+    def version(self) -> str | None:
+        return self._ours.version()
+
+    def refusal(self, device: str) -> str | None:
+        return None
+
+    def load(self, files: ModelFiles, device: str, *, warm: bool) -> Loaded:
+        assert files.encoded is not None, "the model was not encoded"
+        return self._ours.load_model(files.encoded.model, device, warm=warm)
+
+    def close(self) -> None:
+        """Do nothing: the store is closed by its other contestant."""
 
 
 @contextmanager
@@ -266,7 +299,17 @@ _PEERS: Final[dict[str, Callable[[], Contestant]]] = {
         "instanttensor", "instanttensor", load_instanttensor, cuda_only=True
     ),
 }
-CONTESTANT_NAMES: Final = (OURS, *_PEERS)
+CONTESTANT_NAMES: Final = (OURS, OURS_ENCODED, *_PEERS)
+
+
+def contestant_names(text: str | None) -> tuple[str, ...]:
+    """Return the names in a list with commas; None: all."""
+    if not text:
+        return CONTESTANT_NAMES
+    names: list[str] = []
+    for name in text.split(","):
+        names += OF_OURS if name == BOTH_OF_OURS else (name,)
+    return tuple(names)
 
 
 def find_peer(name: str) -> Contestant:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from sllm_node.bench.ceilings import PLAIN_COPY, PLAIN_READER
-from sllm_node.bench.contestants import OURS
+from sllm_node.bench.contestants import OF_OURS, OURS
 from sllm_node.bench.scenarios import ScenarioResult
 
 
@@ -91,7 +91,7 @@ def headline(
     found: dict[str, float] = {}
     for result in results:
         rows = {row.name: row for row in rows_of(result, versions) if row.spread}
-        peers = [row.speedup for name, row in rows.items() if name != OURS and row.speedup]
+        peers = [row.speedup for name, row in rows.items() if name not in OF_OURS and row.speedup]
         if result.scenario == "cached" and (row := rows.get("safetensors")) and row.speedup:
             found["cached_speedup_over_safetensors"] = row.speedup
         if result.scenario == "random" and peers:

@@ -14,7 +14,8 @@ from typing import Final
 from sllm_node.bench.shapes import Shape
 from sllm_node.bench.synthesis import check_room, synthesise
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
-from sllm_node.convert.convert import convert
+from sllm_node.codec.names import AUTO, RAW
+from sllm_node.convert.convert import ConvertOptions, convert
 from sllm_node.core.errors import BenchError
 from sllm_node.core.types import ModelId
 
@@ -28,7 +29,9 @@ class ModelFiles:
     folder: Path
     """Config and safetensors, as on the hub."""
     checkpoint: Checkpoint
-    """Ours."""
+    """Ours, raw."""
+    encoded: Checkpoint | None = None
+    """Ours, with the codec that a conversion takes by itself."""
 
     @property
     def model(self) -> ModelId:
@@ -46,7 +49,8 @@ class ModelFiles:
 
     def all(self) -> list[Path]:
         """Return every file whose bytes are weights."""
-        shards = [self.checkpoint.path / shard.name for shard in self.checkpoint.index.shards]
+        ours = [one for one in (self.checkpoint, self.encoded) if one is not None]
+        shards = [one.path / shard.name for one in ours for shard in one.index.shards]
         return [*map(Path, self.safetensors()), *shards]
 
 
@@ -83,7 +87,7 @@ def _copies(first: Path, name: str, store: Path, copies: int) -> list[ModelFiles
     for number in range(1, copies):
         folder = store / "safetensors" / f"{name}-{number}"
         if not folder.is_dir():
-            check_room(store, 2 * made[0].size)
+            check_room(store, 3 * made[0].size)
             hidden = folder.parent / f".tmp-{folder.name}"
             shutil.rmtree(hidden, ignore_errors=True)
             shutil.copytree(first, hidden)
@@ -96,9 +100,12 @@ def _copies(first: Path, name: str, store: Path, copies: int) -> list[ModelFiles
 def _with_checkpoint(folder: Path, name: str, store: Path) -> ModelFiles:
     root = store / "sllm"
     root.mkdir(parents=True, exist_ok=True)
-    if not (root / name).is_dir():
-        convert(str(folder), name, root)
-    return ModelFiles(folder, Catalog(root).get(ModelId(name)))
+    encoded = f"{name}-codec"
+    for checkpoint, codec in ((name, RAW), (encoded, AUTO)):
+        if not (root / checkpoint).is_dir():
+            convert(str(folder), checkpoint, root, ConvertOptions(codec=codec))
+    catalog = Catalog(root)
+    return ModelFiles(folder, catalog.get(ModelId(name)), catalog.get(ModelId(encoded)))
 
 
 def read_at(descriptor: int, view: memoryview, offset: int) -> None:

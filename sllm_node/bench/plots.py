@@ -10,7 +10,7 @@ mpl.use("Agg")
 from matplotlib import pyplot as plt
 
 from sllm_node.bench.ablation import AblationResult
-from sllm_node.bench.contestants import OURS
+from sllm_node.bench.contestants import OF_OURS
 from sllm_node.bench.figures import ceiling_of, gigabytes, rows_of, spread_of
 from sllm_node.bench.machine import one_line
 
@@ -102,7 +102,7 @@ def _names(axes: Any, names: list[str]) -> None:
 
 
 def _colour(name: str) -> str:
-    return _OURS if name == OURS else _PEER
+    return _OURS if name in OF_OURS else _PEER
 
 
 def _saved(figure: Any, path: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 import orjson
 
 from sllm_node.bench.ablation import AblationResult
-from sllm_node.bench.contestants import OURS
+from sllm_node.bench.contestants import OF_OURS
 from sllm_node.bench.devices import is_cuda
 from sllm_node.bench.figures import Row, ceiling_of, gigabytes, headline, rows_of, spread_of
 from sllm_node.bench.machine import one_line
@@ -149,7 +149,7 @@ def _cells(row: Row) -> tuple[str, ...]:
     if row.spread is None or row.bytes_per_s is None:
         return (row.name, row.version, *("",) * 6, row.remark)
     spread = row.spread
-    is_peer = row.speedup is not None and row.name != OURS
+    is_peer = row.speedup is not None and row.name not in OF_OURS
     return (
         row.name,
         row.version,

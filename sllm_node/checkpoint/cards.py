@@ -112,7 +112,9 @@ class Cards:
         index = read_index(folder)
         bits = read_bits(folder, index)
         sizes = chunk_sizes(index)
-        return sum(size for size, is_here in zip(sizes, bits, strict=True) if is_here), index.size
+        return sum(
+            size for size, is_here in zip(sizes, bits, strict=True) if is_here
+        ), index.file_size
 
     def write(self, model: ModelId, remote: str, files: dict[str, bytes]) -> None:
         """Make a card, or put it in place of one whose bytes are of no use any more.
@@ -175,9 +177,7 @@ def read_index(folder: Path) -> TensorIndex:
 def chunk_sizes(index: TensorIndex) -> tuple[int, ...]:
     """Return the size of each file chunk, shard after shard: the order of the bits."""
     return tuple(
-        min(index.chunk_bytes, shard.size - offset)
-        for shard in index.shards
-        for offset in range(0, shard.size, index.chunk_bytes)
+        chunk.size for number in range(len(index.shards)) for chunk in index.file_chunks(number)
     )
 
 
@@ -228,7 +228,7 @@ def complete(checkpoint: Checkpoint, store: Path) -> None:
 
 def _are_whole(folder: Path, index: TensorIndex) -> bool:
     """Tell whether bits and shards are there, at their full size."""
-    wanted = {shard.name: shard.size for shard in index.shards}
+    wanted = {shard.name: shard.file_size for shard in index.shards}
     wanted[BITS_FILE] = len(pack_bits([False] * len(chunk_sizes(index))))
     try:
         return all((folder / name).stat().st_size == size for name, size in wanted.items())
@@ -262,7 +262,7 @@ def _ready_shards(folder: Path, index: TensorIndex, changed: int) -> tuple[Shard
             clear(folder)
             for shard in index.shards:
                 with (folder / shard.name).open("xb") as file:
-                    file.truncate(shard.size)
+                    file.truncate(shard.file_size)
             # The last one: whoever holds it open never writes to shards of an earlier time.
             none = pack_bits([False] * len(chunk_sizes(index)))
             (folder / BITS_FILE).write_bytes(none)

@@ -93,9 +93,9 @@ def _shard_identity(folder: Path, shard: Shard) -> ShardIdentity:
         identity = identity_of(path.stat())
     except OSError as error:
         raise CheckpointFormatError(str(path), f"can't be read: {error.strerror}") from error
-    if identity.size != shard.size:
+    if identity.size != shard.file_size:
         raise CheckpointFormatError(
-            str(path), f"has {identity.size} bytes, the index says {shard.size}; convert again"
+            str(path), f"has {identity.size} bytes, the index says {shard.file_size}; convert again"
         )
     return identity
 

@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.checkpoint.index import FLOAT_DTYPES
+from sllm_node.checkpoint.index import FLOAT_DTYPES, TensorIndex
+from sllm_node.checkpoint.stored import all_chunks
 
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -23,13 +24,35 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "context_tokens": index.context_tokens,
         "bytes": index.size,
         "bytes_by_dtype": dict(bytes_by_dtype.most_common()),
+        "bytes_on_disk": index.file_size,
+        "ratio": round(index.file_size / index.size, 4),
+        "ratio_by_dtype": _ratios(index),
         "tensors": len(index.tensors),
         "tied": dict(index.aliases),
         "shards": len(index.shards),
         "chunk_bytes": index.chunk_bytes,
         "chunks": sum(len(shard.digests) for shard in index.shards),
         "codec": index.codec,
+        "codecs": dict(Counter(chunk.codec for chunk in all_chunks(checkpoint)).most_common()),
         "format_version": index.version,
         "created": datetime.fromtimestamp(index.created, UTC).isoformat(),
         "path": str(checkpoint.path),
     }
+
+
+def _ratios(index: TensorIndex) -> dict[str, float]:
+    """Return stored over decoded bytes of each dtype; a chunk of several counts for each by share."""
+    decoded: Counter[str] = Counter()
+    stored: dict[str, float] = {}
+    ratios = [
+        [chunk.size / chunk.decoded_size for chunk in index.file_chunks(number)]
+        for number in range(len(index.shards))
+    ]
+    for entry in index.tensors:
+        start, end = entry.offset, entry.offset + entry.size
+        for number in range(start // index.chunk_bytes, -(-end // index.chunk_bytes)):
+            low, high = number * index.chunk_bytes, (number + 1) * index.chunk_bytes
+            size = min(end, high) - max(start, low)
+            decoded[entry.dtype] += size
+            stored[entry.dtype] = stored.get(entry.dtype, 0) + size * ratios[entry.shard][number]
+    return {dtype: round(stored[dtype] / size, 4) for dtype, size in decoded.most_common() if size}

@@ -4,23 +4,34 @@
 a shard file; on a device the shards lie one after another, so a tensor begins at
 `shard_base(entry.shard) + entry.offset`. What `from_json` returns is consistent: shards are whole
 pages, tensors are aligned, in bounds and do not overlap, and there is one digest for each chunk.
+
+Version 1 has shards of raw bytes. In version 2 each file chunk has a codec of its own. Tensors lie
+where they would without codecs: places, sizes and `chunk_bytes` count decoded bytes. In the file the
+encoded chunks lie one after another, each padded to whole pages; a digest covers what is stored,
+padding included.
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Annotated, Final
 
 import msgspec
 from msgspec import Meta
 
+from sllm_node.codec.chunks import CODECS
+from sllm_node.codec.exponent import DECODED_BYTES_MAX
+from sllm_node.codec.names import EXPONENT, RAW
 from sllm_node.core.errors import CheckpointFormatError
 from sllm_node.core.units import PAGE
 
 INDEX_FILE: Final = "tensor_index.json"
 VERSION: Final = 1
-CODEC: Final = "raw"
+ENCODED_VERSION: Final = 2
+CODEC: Final = RAW
 NO_ARCHITECTURE: Final = "none"
 """What an index says of tensors that are no model: they can be loaded, not served."""
 TENSOR_ALIGNMENT: Final = 256
@@ -60,6 +71,31 @@ class Shard:
     """A multiple of 4 KiB."""
     digests: tuple[int, ...]
     """xxh3_64 of each chunk; the last chunk may be shorter."""
+    codecs: tuple[str, ...] = ()
+    """Of each chunk; none: all are raw."""
+    stored: tuple[int, ...] = ()
+    """Bytes that each chunk takes in the file, whole pages; none: as many as decoded."""
+
+    @property
+    def file_size(self) -> int:
+        """Bytes of the file; `size` counts what it decodes to."""
+        return sum(self.stored) if self.codecs else self.size
+
+
+@dataclass(frozen=True, slots=True)
+class FileChunk:
+    """The bytes of a shard under one digest, which decode by themselves."""
+
+    shard: int
+    offset: int
+    """In the file, a multiple of 4 KiB."""
+    size: int
+    """In the file, too."""
+    digest: int
+    codec: str
+    start: int
+    """Where it decodes to, from the start of the shard as it lies on a device."""
+    decoded_size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +126,38 @@ class TensorIndex:
         """Bytes of all shards, which is what the checkpoint takes on a device."""
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def file_size(self) -> int:
+        """Bytes of all shard files."""
+        return sum(shard.file_size for shard in self.shards)
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether some chunk has to be decoded."""
+        return self.codec != RAW
+
+    def file_chunks(self, shard: int) -> tuple[FileChunk, ...]:
+        """Return the file chunks of `shard` in order."""
+        return self.chunks_within(shard, 0, self.shards[shard].file_size)
+
+    def chunks_within(self, shard: int, offset: int, size: int) -> tuple[FileChunk, ...]:
+        """Return the file chunks of a range of the shard's file, which begins and ends with some."""
+        found, step = self.shards[shard], self.chunk_bytes
+        if not found.stored:
+            first, last = offset // step, chunk_count(offset + size, step)
+            sizes = [min(step, found.size - number * step) for number in range(first, last)]
+            offsets: Iterable[int] = range(first * step, last * step, step)
+            stored, codecs = sizes, (RAW,) * len(sizes)
+        else:
+            places = _offsets(found.stored)
+            first, last = bisect_left(places, offset), bisect_left(places, offset + size)
+            sizes = [min(step, found.size - number * step) for number in range(first, last)]
+            offsets, stored = places[first:last], list(found.stored[first:last])
+            codecs = found.codecs[first:last]
+        starts, digests = range(first * step, last * step, step), found.digests[first:last]
+        columns = zip(offsets, stored, digests, codecs, starts, sizes, strict=False)
+        return tuple(FileChunk(shard, *row) for row in columns)
+
     def shard_base(self, shard: int) -> int:
         """Return where `shard` begins when the shards lie one after another."""
         return sum(before.size for before in self.shards[:shard])
@@ -109,6 +177,12 @@ class TensorIndex:
             and entry.offset < offset + size
             and offset < entry.offset + entry.size
         )
+
+
+@lru_cache(maxsize=64)
+def _offsets(stored: tuple[int, ...]) -> tuple[int, ...]:
+    """Return where chunks of these sizes begin, and where the last one ends."""
+    return tuple(accumulate(stored, initial=0))
 
 
 def shard_name(number: int) -> str:
@@ -133,10 +207,12 @@ class _Version(msgspec.Struct):
     version: int
 
 
-class _JsonShard(msgspec.Struct, forbid_unknown_fields=True):
+class _JsonShard(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     name: str
     size: _Count
     digests: tuple[_Digest, ...]
+    codecs: tuple[str, ...] = ()
+    stored: tuple[_Count, ...] = ()
 
 
 class _JsonTensor(msgspec.Struct, forbid_unknown_fields=True):
@@ -165,7 +241,13 @@ class _JsonIndex(msgspec.Struct, forbid_unknown_fields=True):
 def to_json(index: TensorIndex) -> bytes:
     """Return the index as it is stored."""
     shards = tuple(
-        _JsonShard(shard.name, shard.size, tuple(f"{digest:016x}" for digest in shard.digests))
+        _JsonShard(
+            shard.name,
+            shard.size,
+            tuple(f"{digest:016x}" for digest in shard.digests),
+            shard.codecs,
+            shard.stored,
+        )
         for shard in index.shards
     )
     tensors = tuple(
@@ -197,9 +279,11 @@ def from_json(data: bytes, path: str) -> TensorIndex:
     """
     try:
         version = msgspec.json.decode(data, type=_Version).version
-        if version != VERSION:
+        if version not in (VERSION, ENCODED_VERSION):
             raise CheckpointFormatError(
-                path, f"has format version {version}, this release reads {VERSION}; convert again"
+                path,
+                f"has format version {version}, this release reads {VERSION} and "
+                f"{ENCODED_VERSION}; convert again",
             )
         index = _from_wire(msgspec.json.decode(data, type=_JsonIndex))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -220,7 +304,13 @@ def _from_wire(wire: _JsonIndex) -> TensorIndex:
         chunk_bytes=wire.chunk_bytes,
         created=wire.created,
         shards=tuple(
-            Shard(shard.name, shard.size, tuple(int(digest, 16) for digest in shard.digests))
+            Shard(
+                shard.name,
+                shard.size,
+                tuple(int(digest, 16) for digest in shard.digests),
+                shard.codecs,
+                shard.stored,
+            )
             for shard in wire.shards
         ),
         tensors=tuple(
@@ -236,12 +326,17 @@ def _from_wire(wire: _JsonIndex) -> TensorIndex:
 
 def _contradiction(index: TensorIndex) -> str | None:
     """Return the first thing that is wrong with `index`."""
-    if index.codec != CODEC:
-        return f"has codec {index.codec!r}, this release reads {CODEC!r}"
+    wanted = EXPONENT if index.version == ENCODED_VERSION else RAW
+    if index.codec != wanted:
+        return (
+            f"has codec {index.codec!r}, this release reads {wanted!r} in version {index.version}"
+        )
     if index.context_tokens < 1:
         return "has no context length"
     if index.chunk_bytes < PAGE or index.chunk_bytes % PAGE:
         return f"chunk size {index.chunk_bytes} is not a multiple of {PAGE}"
+    if index.is_encoded and index.chunk_bytes > DECODED_BYTES_MAX:
+        return f"chunk size {index.chunk_bytes} is more than {DECODED_BYTES_MAX}"
     if not index.shards:
         return "names no shard"
     problems = (
@@ -262,6 +357,22 @@ def _shard_problem(index: TensorIndex, number: int) -> str | None:
     wanted = chunk_count(shard.size, index.chunk_bytes)
     if len(shard.digests) != wanted:
         return f"{shard.name}: {len(shard.digests)} digests for {wanted} chunks"
+    problem = _codec_problem(index, number)
+    return problem and f"{shard.name}: {problem}"
+
+
+def _codec_problem(index: TensorIndex, number: int) -> str | None:
+    shard = index.shards[number]
+    wanted = len(shard.digests) if index.is_encoded else 0
+    if len(shard.codecs) != wanted or len(shard.stored) != wanted:
+        return f"{len(shard.codecs)} codecs and {len(shard.stored)} sizes for {wanted} chunks"
+    for chunk in index.file_chunks(number):
+        if chunk.codec not in CODECS:
+            return f"unknown codec {chunk.codec!r}"
+        if chunk.size < PAGE or chunk.size % PAGE or chunk.size > chunk.decoded_size:
+            return f"a chunk of {chunk.decoded_size} bytes is stored in {chunk.size}"
+        if chunk.codec == RAW and chunk.size != chunk.decoded_size:
+            return f"a raw chunk of {chunk.decoded_size} bytes is stored in {chunk.size}"
     return None
 
 

@@ -72,7 +72,7 @@ def load(  # noqa: PLR0913, PLR0917 - an option each
     if name is not None or (shape is None) == (source is None):
         fail("give one of NAME (a checkpoint of the store), --shape and --source")
     from sllm_node.bench.compare import ComparisonPlan
-    from sllm_node.bench.contestants import CONTESTANT_NAMES
+    from sllm_node.bench.contestants import contestant_names
 
     plan = ComparisonPlan(
         store=folder / BENCH_FOLDER,
@@ -82,7 +82,7 @@ def load(  # noqa: PLR0913, PLR0917 - an option each
         device=device,
         rounds=rounds,
         copies=copies,
-        contestants=tuple(contestants.split(",")) if contestants else CONTESTANT_NAMES,
+        contestants=contestant_names(contestants),
         with_ablation=ablation,
         with_probe=probe,
         seed=seed,

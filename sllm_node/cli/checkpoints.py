@@ -1,4 +1,4 @@
-"""Commands on the checkpoints of a store folder: convert, ls, inspect, verify, rm. No node is needed."""
+"""Commands on the checkpoints of a store folder: convert, recode, ls, inspect, verify, rm. No node is needed."""
 
 import sys
 from collections.abc import Iterator
@@ -9,32 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sllm_node.cli.output import print_json, print_table, say, tell
+from sllm_node.codec.names import AUTO, CHOICES, DEFAULT
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import SllmError, StoreFolderError
 from sllm_node.core.types import ModelId
-from sllm_node.core.units import MIB, format_size, parse_size
+from sllm_node.core.units import format_size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sllm_node.checkpoint.catalog import Catalog, Checkpoint
-
-StoreFolder = Annotated[
-    Path,
-    typer.Option("--store", envvar="SLLM_NODE_STORE", help="folder of converted checkpoints"),
-]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
-Name = Annotated[str, typer.Argument(help="the checkpoint's name")]
-DEFAULT_STORE = Path(StoreConfig().path)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to `app`."""
-    for name, command in (
-        ("convert", convert), ("ls", list_checkpoints), ("inspect", inspect),
-        ("verify", verify), ("rm", remove),
-    ):  # fmt: skip
-        app.command(name)(command)
 
 
 def _size(text: str) -> int:
@@ -44,6 +28,31 @@ def _size(text: str) -> int:
         raise typer.BadParameter(str(error)) from error
 
 
+StoreFolder = Annotated[
+    Path,
+    typer.Option("--store", envvar="SLLM_NODE_STORE", help="folder of converted checkpoints"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Name = Annotated[str, typer.Argument(help="the checkpoint's name")]
+ChunkSize = Annotated[
+    int | None,
+    typer.Option(
+        parser=_size, metavar="SIZE", help="bytes under one checksum (16MiB raw, 2MiB encoded)"
+    ),
+]
+Codec = Annotated[str, typer.Option(help=f"how bytes are stored: {', '.join(CHOICES)}")]
+DEFAULT_STORE = Path(StoreConfig().path)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `app`."""
+    for name, command in (
+        ("convert", convert), ("ls", list_checkpoints), ("inspect", inspect),
+        ("verify", verify), ("recode", recode), ("rm", remove),
+    ):  # fmt: skip
+        app.command(name)(command)
+
+
 def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     source: Annotated[str, typer.Argument(help="folder of safetensors, GGUF file, or hub id")],
     name: Annotated[str, typer.Option(help="what clients will call the model")],
@@ -51,9 +60,8 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     dtype: Annotated[
         str | None, typer.Option(help="cast weights: float32, bfloat16, float16 (default: keep)")
     ] = None,
-    chunk_size: Annotated[
-        int, typer.Option(parser=_size, metavar="SIZE", help="bytes under one checksum")
-    ] = 16 * MIB,
+    chunk_size: ChunkSize = None,
+    codec: Codec = DEFAULT,
     *,
     force: Annotated[bool, typer.Option(help="replace a checkpoint of that name")] = False,
     as_json: AsJson = False,
@@ -63,7 +71,7 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     from sllm_node.convert.convert import ConvertOptions
     from sllm_node.convert.convert import convert as run
 
-    options = ConvertOptions(dtype=dtype, chunk_bytes=chunk_size, force=force)
+    options = ConvertOptions(dtype=dtype, chunk_bytes=chunk_size, force=force, codec=codec)
     with _progress(f"converting {name}") as advance:
         checkpoint = run(
             source, name, store, options, progress=lambda p: advance(p.bytes_done, p.bytes_total)
@@ -73,8 +81,39 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     else:
         say(
             f"{name}: {format_size(checkpoint.index.size)}, "
-            f"{len(checkpoint.index.tensors)} tensors, in {checkpoint.path}"
+            f"{len(checkpoint.index.tensors)} tensors, in {checkpoint.path}{_how(checkpoint)}"
         )
+
+
+def recode(
+    name: Name,
+    store: StoreFolder = DEFAULT_STORE,
+    codec: Codec = AUTO,
+    chunk_size: ChunkSize = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint anew with another codec, in place; no byte of its tensors changes."""
+    from sllm_node.checkpoint.describe import describe
+    from sllm_node.checkpoint.recode import recode as run
+
+    before = _catalog(store).get(ModelId(name))
+    with _progress(f"recoding {name}") as advance:
+        checkpoint = run(before, codec, chunk_size, progress=advance)
+    if as_json:
+        print_json(describe(checkpoint))
+        return
+    say(
+        f"{name}: {format_size(before.index.file_size)} on disk before, "
+        f"{format_size(checkpoint.index.file_size)} now{_how(checkpoint)}"
+    )
+
+
+def _how(checkpoint: "Checkpoint") -> str:
+    index = checkpoint.index
+    if not index.is_encoded:
+        return ""
+    return f" ({100 * index.file_size / index.size:.1f} % of raw, codec {index.codec})"
 
 
 def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = False) -> None:
@@ -83,7 +122,11 @@ def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = Fa
 
     catalog = _catalog(store)
     found = [
-        {**describe(catalog.get(model)), "tier": "nvme", "fetched": catalog.get(model).index.size}
+        {
+            **describe(catalog.get(model)),
+            "tier": "nvme",
+            "fetched": catalog.get(model).index.file_size,
+        }
         for model in catalog.models()
     ] + list(_at_remotes(store))
     problems = {name: str(problem) for name, problem in catalog.problems.items()}
@@ -93,7 +136,7 @@ def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = Fa
     rows: list[tuple[str, ...]] = [
         (
             d["name"], d["architecture"], d["dtype"], f"{d['parameters'] / 1e6:,.0f} M",
-            format_size(d["bytes"]), d["tier"], f"{100 * d['fetched'] / max(1, d['bytes']):.0f} %",
+            format_size(d["bytes"]), d["tier"], f"{100 * d['fetched'] / max(1, d['bytes_on_disk']):.0f} %",
         )
         for d in found
     ]  # fmt: skip
@@ -144,14 +187,14 @@ def verify(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = 
     if as_json:
         print_json({
             "name": name,
-            "bytes": checkpoint.index.size,
+            "bytes": checkpoint.index.file_size,
             "damaged": [
                 {"shard": d.shard, "offset": d.offset, "size": d.size, "tensors": list(d.tensors), "problem": d.problem}
                 for d in damages
             ],
         })  # fmt: skip
     elif not damages:
-        say(f"{name}: {format_size(checkpoint.index.size)} verified, no damage")
+        say(f"{name}: {format_size(checkpoint.index.file_size)} verified, no damage")
     for damage in [] if as_json else damages:
         say(
             f"{name}: {damage.shard} bytes {damage.offset} to {damage.offset + damage.size}: "

@@ -21,7 +21,10 @@ from sllm_node.checkpoint.output import (
     temporary_folder,
     write_errors_named,
 )
-from sllm_node.checkpoint.writer import ShardWriter, write_index
+from sllm_node.checkpoint.recode import check_codec
+from sllm_node.checkpoint.sinks import chunk_bytes_or_default
+from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
+from sllm_node.codec.names import DEFAULT
 from sllm_node.convert.mapping import GroupRunner
 from sllm_node.convert.plan import Plan, plan_tensors, tensor_bytes
 from sllm_node.convert.sources import Download, Source, download_from_hub, open_source
@@ -29,7 +32,7 @@ from sllm_node.convert.tensors import dtype_named
 from sllm_node.convert.texts import context_tokens, library_errors_named, set_dtype
 from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.errors import ConversionError, UnsupportedArchitectureError
-from sllm_node.core.units import GIB, MIB, PAGE
+from sllm_node.core.units import GIB, PAGE
 from sllm_node.engine.skeleton import (
     SUPPORTED,
     architecture,
@@ -50,12 +53,14 @@ class ConvertOptions:
 
     dtype: str | None = None
     """What to cast float tensors to; None keeps the source's, and dequantises to bfloat16."""
-    chunk_bytes: int = 16 * MIB
-    """What one digest covers."""
+    chunk_bytes: int | None = None
+    """What one digest covers, before it is encoded; None: what suits the codec."""
     shard_bytes: int = 4 * GIB
     """The size of a shard at most, but for a tensor that is larger."""
     force: bool = False
     """Replace a checkpoint of that name."""
+    codec: str = DEFAULT
+    """One of `codec.chunks.CHOICES`."""
     servable: bool = True
     """Refuse what a node can't serve: other architectures, folders without a tokenizer."""
 
@@ -96,7 +101,8 @@ def convert(
         StoreFullError: the checkpoint does not fit on the disk.
         StorageWriteError: the disk failed.
     """
-    _check(name, store, options)
+    chunk_bytes = chunk_bytes_or_default(options.chunk_bytes, options.codec)
+    _check(name, store, options, chunk_bytes)
     dtype = _dtype(options)
     download = surroundings.download
     with open_source(source, dtype, download, needs_tokenizer=options.servable) as opened:
@@ -120,6 +126,7 @@ def convert_opened(
         As `convert` does.
     """
     dtype = _dtype(options)
+    chunk_bytes = chunk_bytes_or_default(options.chunk_bytes, options.codec)
     store, name = destination.parent, destination.name
     space = SpaceNeeded()
     files = surroundings.files
@@ -130,7 +137,7 @@ def convert_opened(
         set_dtype(folder, plan.compute_dtype)
         layout = plan_layout((tensor.spec for tensor in plan.tensors), options.shard_bytes)
         space.require(layout.size, store, files)
-        with ShardWriter(folder, layout, options.chunk_bytes, files) as writer:
+        with ShardWriter(folder, layout, chunk_bytes, files, options.codec) as writer:
             shards = _write(plan, layout, writer, GroupRunner(model), progress)
         index = TensorIndex(
             version=VERSION,
@@ -138,13 +145,13 @@ def convert_opened(
             architecture=architecture(model.config),
             dtype=plan.dtype,
             context_tokens=context_tokens(model.config),
-            chunk_bytes=options.chunk_bytes,
+            chunk_bytes=chunk_bytes,
             created=int(surroundings.clock.wall()),
-            shards=shards,
+            shards=(),
             tensors=layout.tensors,
             aliases=plan.aliases,
         )
-        write_index(folder, index, files)
+        write_index(folder, with_shards(index, shards), files)
         publish(folder, destination, files, replace=options.force)
     return open_checkpoint(destination)
 
@@ -153,7 +160,7 @@ def _dtype(options: ConvertOptions) -> str | None:
     return dtype_named(options.dtype) if options.dtype is not None else None
 
 
-def _check(name: str, store: Path, options: ConvertOptions) -> None:
+def _check(name: str, store: Path, options: ConvertOptions, chunk_bytes: int) -> None:
     if not is_model_name(name):
         raise ConversionError(
             f"name {name!r}",
@@ -166,9 +173,10 @@ def _check(name: str, store: Path, options: ConvertOptions) -> None:
             f"is taken in {store}; 'sllm-node rm {name}' removes that checkpoint, "
             "--force replaces it",
         )
-    for what, size in (("chunk", options.chunk_bytes), ("shard", options.shard_bytes)):
-        if size < PAGE or size % PAGE:
-            raise ConversionError(f"{what} size {size}", f"is not a multiple of {PAGE} bytes")
+    check_codec(options.codec, chunk_bytes)
+    if options.shard_bytes < PAGE or options.shard_bytes % PAGE:
+        problem = f"is not a multiple of {PAGE} bytes"
+        raise ConversionError(f"shard size {options.shard_bytes}", problem)
 
 
 def _build(folder: Path, origin: str, *, servable: bool) -> tuple[Any, tuple[str, ...]]:

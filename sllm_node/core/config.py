@@ -59,11 +59,13 @@ class StoreConfig(Section, frozen=True):
     reader_threads: Count = 8
     max_concurrent_loads: Count = 2
     verify: Literal["first", "always", "never"] = "first"
+    verify_on_device: bool = True
     direct_io: bool = True
     read_block_bytes: ByteSize = _size("0")
     piece_bytes: ByteSize = _size("256MiB")
     relay: bool = True
     relay_max_sessions: NotNegative = 0
+    decode_staging_bytes: ByteSize = _size("512MiB")
 
 
 class DeviceConfig(Section, frozen=True):

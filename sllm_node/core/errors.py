@@ -255,6 +255,19 @@ class CheckpointFormatError(CheckpointError):
         self.problem = problem
 
 
+class CodecError(CheckpointError):
+    """An encoded chunk whose bytes its codec can't have written."""
+
+    code = "codec_error"
+
+    def __init__(self, codec: str, problem: str) -> None:
+        super().__init__(
+            f"a chunk encoded by {codec} is damaged: {problem}; convert the checkpoint again"
+        )
+        self.codec = codec
+        self.problem = problem
+
+
 class ChecksumError(CheckpointError):
     """Bytes read are not the bytes written."""
 
@@ -516,6 +529,17 @@ class DeviceLostError(DeviceError):
     """The device's context is poisoned: nothing on it works in this process any more."""
 
     code = "device_lost"
+
+
+class KernelError(SllmError):
+    """A kernel that can't be compiled or launched."""
+
+    code = "kernel_error"
+
+    def __init__(self, kernel: str, problem: str) -> None:
+        super().__init__(f"kernel {kernel}: {problem}")
+        self.kernel = kernel
+        self.problem = problem
 
 
 class LoadFailedError(SllmError):

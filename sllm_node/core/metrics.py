@@ -34,6 +34,12 @@ class Metrics:
         self.load_bytes = counter(
             "sllm_load_bytes", "Bytes delivered to the device by source tier", ["source"]
         )
+        self.load_stored_bytes = counter(
+            "sllm_load_stored_bytes", "Bytes carried to devices, as they are stored: encoded"
+        )
+        self.decode_seconds = counter(
+            "sllm_decode_seconds", "Time that devices spent decoding weights"
+        )
         self.first_copy_seconds = histogram(
             "sllm_load_first_copy_seconds",
             "Load asked for to first chunk copy",

@@ -97,6 +97,10 @@ class LoadReport:
     verified_bytes: int
     bytes_from_remote: int = 0
     """Of `bytes_from_nvme`: those that a remote had to send first."""
+    bytes_stored: int = 0
+    """What was carried, as it is stored; all others count decoded bytes."""
+    decode_s: float = 0.0
+    """Of all decoding together; it runs beside the copies, and several at once on a CPU."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,8 @@ enqueued before it is done. Mapping is such a sequence too: what is unmapped is 
 mapped afterwards. Every method returns at once unless it says that it waits.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -18,6 +19,11 @@ Done = Callable[[BaseException | None], None]
 """Called once when an event happens, with the failure if there was one.
 
 From any thread: hand over to the event loop at once.
+"""
+Decoded = Callable[[BaseException | None, float], None]
+"""Called once, from any thread, when chunks are decoded: the failure, and the seconds it took.
+
+A failure that is a chunk's own is a `WrongChunkError`.
 """
 
 
@@ -115,6 +121,69 @@ class Stream(Protocol):
         """Wait for what is enqueued, then free the stream."""
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkJob:
+    """A file chunk in pinned memory and where its decoded bytes go."""
+
+    codec: str
+    offset: int
+    """In the source, a multiple of 4 KiB."""
+    size: int
+    place: int
+    """In the destination, of the first decoded byte; outside of it if only a part goes there."""
+    decoded_size: int
+    writes: tuple[tuple[int, int], ...]
+    """Bytes [start, end) of the destination that may be written, in order; the others are kept."""
+    digest: int | None = None
+    """What the stored bytes must have, as they lie on the device; None: don't look."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the chunk goes to the destination."""
+        return self.writes == ((self.place, self.place + self.decoded_size),)
+
+
+class WrongChunkError(Exception):
+    """A chunk that is not what it should be. Never leaves the store."""
+
+    def __init__(self, job: ChunkJob, problem: str | None) -> None:
+        super().__init__(problem or "the digest is another one")
+        self.job = job
+        self.problem = problem
+        """What its codec says; None: the digest is another one."""
+
+
+class Decoder(Protocol):
+    """Decodes chunks onto one device, behind the copies that bring them."""
+
+    @property
+    def needs_staging(self) -> bool:
+        """Whether it wants device memory for encoded bytes before it decodes the first ones."""
+
+    @property
+    def verifies(self) -> bool:
+        """Whether it is the better place to compare digests than the host."""
+
+    def stage_in(self, staging: DeviceBuffer) -> None:
+        """Use this memory, which stays the caller's; it is there before anything is decoded."""
+
+    def decode(
+        self,
+        link: Stream,
+        destination: DeviceBuffer,
+        source: memoryview,
+        jobs: Sequence[ChunkJob],
+        done: Decoded,
+    ) -> None:
+        """Enqueue the copy of `jobs` from `source` by `link`, and their decoding behind it.
+
+        `source`, pinned memory, must stay untouched until `done` is called.
+        """
+
+    def close(self) -> None:
+        """Wait for what is enqueued, then free the rest."""
+
+
 class Device(Protocol):
     """One accelerator."""
 
@@ -170,6 +239,14 @@ class Device(Protocol):
 
         Raises:
             DeviceMemoryError: the sibling has no room for the relay's staging memory.
+        """
+
+    def decoder(self) -> Decoder:
+        """Return a decoder to this device; waits until its kernels are compiled.
+
+        Raises:
+            KernelError: they can't be.
+            DeviceError: the driver refuses.
         """
 
     def can_reach(self, sibling: "Device") -> bool:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from sllm_node.core.errors import DeviceError
 from sllm_node.core.units import PAGE, align_up
 from sllm_node.device.base import Device, DeviceBuffer, Done
+from sllm_node.device.cpu_decoder import CpuDecoder
 from sllm_node.device.host import discard, map_memory, touch
 from sllm_node.device.ledger import Ledger
 
@@ -209,6 +210,9 @@ class CpuDevice:
     def relay(self, sibling: Device) -> CpuStream:
         assert sibling is not self
         return CpuStream()
+
+    def decoder(self) -> CpuDecoder:
+        return CpuDecoder()
 
     def can_reach(self, sibling: Device) -> bool:
         return isinstance(sibling, CpuDevice)

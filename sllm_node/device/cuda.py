@@ -1,4 +1,4 @@
-"""An NVIDIA GPU through the CUDA driver: the only module that calls it.
+"""An NVIDIA GPU through the CUDA driver, which only this module, its decoder and its kernels call.
 
 Device memory is virtual: a range of addresses is reserved once, and physical memory is created,
 mapped and unmapped piece by piece by one thread a device, in order. Siblings (other GPUs of this
@@ -24,9 +24,10 @@ from typing import Any, Final, Self
 
 from cuda.bindings import driver
 
-from sllm_node.core.errors import DeviceError, DeviceLostError
+from sllm_node.core.errors import DeviceError, DeviceLostError, SllmError
 from sllm_node.core.units import MIB, align_up
 from sllm_node.device.base import Device, DeviceBuffer, Done
+from sllm_node.device.cuda_decoder import CudaDecoder
 from sllm_node.device.host import address_of, map_memory, prefer_nodes, touch
 from sllm_node.device.ledger import Ledger
 
@@ -308,8 +309,8 @@ class CudaStream:
         with cuda:
             flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
             self.handle = cuda.check("create a stream", driver.cuStreamCreate(flags))
-        self._failure: DeviceError | None = None
-        self._watched: SimpleQueue[tuple[Any, Done, DeviceError | None] | None] = SimpleQueue()
+        self._failure: SllmError | None = None
+        self._watched: SimpleQueue[tuple[Any, Done, SllmError | None] | None] = SimpleQueue()
         self._watcher = Thread(target=self._watch, name="sllm-events", daemon=True)
         self._watcher.start()
 
@@ -352,6 +353,24 @@ class CudaStream:
             self.fail("record an event", driver.cuEventRecord(event, self.handle)[0])
         return CudaEvent(event, self)
 
+    @property
+    def tail(self) -> "CudaStream":
+        """Where bytes arrive: for a stream that is several, the last one."""
+        return self
+
+    def mark(self) -> Any:
+        """Return an event of the driver, behind all that was enqueued, for other streams."""
+        flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        with self._cuda:
+            event = self._cuda.check("create an event", driver.cuEventCreate(flags))
+            self.fail("record an event", driver.cuEventRecord(event, self.handle)[0])
+        return event
+
+    def wait_for(self, event: Any) -> None:
+        """Let what is enqueued from now on wait for `event`, of any device."""
+        with self._cuda:
+            self.fail("wait for an event", driver.cuStreamWaitEvent(self.handle, event, 0)[0])
+
     def close(self) -> None:
         with self._cuda:
             driver.cuStreamSynchronize(self.handle)
@@ -372,11 +391,11 @@ class CudaStream:
         """Remember a failure for the next event."""
         self.remember(self._cuda.error(what, code))
 
-    def remember(self, failure: DeviceError | None) -> None:
+    def remember(self, failure: SllmError | None) -> None:
         """Let the next event tell of `failure`, if it is the first."""
         self._failure = self._failure or failure
 
-    def take_failure(self) -> DeviceError | None:
+    def take_failure(self) -> SllmError | None:
         """Return what failed since the last event, and forget it."""
         failure, self._failure = self._failure, None
         return failure
@@ -442,6 +461,11 @@ class CudaRelay:
         source_range: tuple[int, int],
     ) -> None:
         self._bridge.copy_device(destination, offset, source, source_range)
+
+    @property
+    def tail(self) -> CudaStream:
+        """The stream on which bytes arrive."""
+        return self._bridge
 
     def record(self) -> CudaEvent:
         return self._bridge.record()
@@ -550,6 +574,9 @@ class CudaDevice:
     def relay(self, sibling: Device) -> CudaRelay:
         assert isinstance(sibling, CudaDevice)
         return CudaRelay(self, sibling)
+
+    def decoder(self) -> CudaDecoder:
+        return CudaDecoder(self.cuda, self.stream(), lambda size: self.pin(size, huge_pages=False))
 
     def can_reach(self, sibling: Device) -> bool:
         return isinstance(sibling, CudaDevice) and sibling.ordinal in self._reachable

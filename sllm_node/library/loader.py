@@ -21,6 +21,7 @@ from typing import Any, Final, Generic, TypeVar
 import uvloop
 
 from sllm_node.checkpoint.catalog import Checkpoint
+from sllm_node.checkpoint.index import TensorIndex
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.errors import ArgumentError, LoadFailedError, ModelNotFoundError, SllmError
@@ -291,13 +292,20 @@ def _check_pool(found: _Open, pool_bytes: int | None, checkpoint: Checkpoint) ->
     problem = None
     if pool_bytes not in (None, found.pool_bytes):
         problem = f"{pool_bytes} bytes asked for, and one of {found.pool_bytes} is open"
-    elif found.chunk_bytes % checkpoint.index.chunk_bytes:
+    elif not _fits(checkpoint.index, found.chunk_bytes):
         problem = (
             f"{checkpoint.path} has chunks of {checkpoint.index.chunk_bytes} bytes, which don't "
             f"fill those of the pool that is open ({found.chunk_bytes})"
         )
     if problem is not None:
         raise ArgumentError("pool_bytes", f"{problem}; call release_pool() before this load")
+
+
+def _fits(index: TensorIndex, chunk_bytes: int) -> bool:
+    """Tell whether chunks of the pool hold file chunks, and raw ones without a gap."""
+    if index.is_encoded:
+        return index.chunk_bytes <= chunk_bytes
+    return chunk_bytes % index.chunk_bytes == 0
 
 
 def _store_config(pool_bytes: int, file_chunk_bytes: int) -> StoreConfig:

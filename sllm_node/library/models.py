@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.index import TensorIndex
+from sllm_node.codec.names import RAW
 from sllm_node.convert.convert import ConvertOptions, convert_opened
 from sllm_node.convert.mapping import kept_in_fp32
 from sllm_node.convert.memory import open_model
@@ -39,7 +40,7 @@ def save(
     """Do what `sllm_node.transformers.save_model` promises."""
     target = destination(directory, overwrite=overwrite)
     name = None if dtype is None else stored_dtype(dtype)
-    options = ConvertOptions(dtype=name, force=overwrite, servable=False)
+    options = ConvertOptions(dtype=name, force=overwrite, servable=False, codec=RAW)
     with shown(f"saving {target.name}", progress=progress) as show:
         write = partial(
             convert_opened,

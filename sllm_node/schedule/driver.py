@@ -420,10 +420,12 @@ class Service(Generic[CodecT]):
         self._telemetry.watch(model)
         self._last_ticket += 1
         residency = self._store.residency(model)
-        size = checkpoint.index.size
+        size, stored = checkpoint.index.size, checkpoint.index.file_size
+        in_dram = residency.get(Tier.DRAM, 0) * size // stored  # as what it decodes to
+        on_nvme = residency.get(Tier.NVME, stored) * size // stored
         bytes_moved = max(0, size - residency.get(Tier.DEVICE, 0))
-        from_nvme = max(0, bytes_moved - residency.get(Tier.DRAM, 0))
-        from_remote = min(from_nvme, size - residency.get(Tier.NVME, size))
+        from_nvme = max(0, bytes_moved - in_dram)
+        from_remote = min(from_nvme, size - on_nvme)
         return Ticket(
             TicketId(self._last_ticket),
             model,

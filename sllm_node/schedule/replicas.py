@@ -199,6 +199,8 @@ class Replicas(Generic[CodecT]):
                 "bytes_from_sibling": report.bytes_from_sibling,
                 "bytes_kept": report.bytes_kept,
                 "bytes_from_remote": report.bytes_from_remote,
+                "bytes_stored": report.bytes_stored,
+                "decode_s": round(report.decode_s, 4),
             }
         log.info("load finished", extra=fields)
 

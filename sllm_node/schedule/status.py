@@ -18,7 +18,7 @@ def model_status(
     return ModelStatus(
         model=checkpoint.model,
         state=view.state,
-        tier=_nearest_tier(view.state, residency, index.size),
+        tier=_nearest_tier(view.state, residency, index.file_size),
         bytes_total=index.size,
         bytes_by_tier=residency,
         dtype=index.dtype,

@@ -32,7 +32,7 @@ DEVICE_SLACK = 64 * MIB
 
 @dataclass(frozen=True, slots=True)
 class LoadBench:
-    """Bytes per second, one number a round."""
+    """Bytes per second of the files, one number a round; `device` counts what is delivered."""
 
     bytes_total: int
     plain: tuple[float, ...]
@@ -73,7 +73,7 @@ async def bench_load(
         plain = PlainReader(checkpoint, config, device)
         await verified.start()
         await unverified.start()
-        result = LoadBench(index.size, (), (), (), (), ())
+        result = LoadBench(index.file_size, (), (), (), (), ())
         try:
             for number in range(rounds + 1):  # the first warms up and does not count
                 took = [

@@ -2,11 +2,12 @@
 
 Theory of operation. All state belongs to the event loop; five kinds of work run elsewhere and come
 back as calls on the loop: mapping device memory (the device's memory thread), opening the shards and
-reading a unit (reader threads), checking a unit's checksums (checker threads), copying (streams).
+reading a unit (reader threads), checking a unit's checksums (checker threads), copying (streams), and
+decoding encoded units behind their copies (the device's decoder).
 Nothing waits for a whole phase:
 
-    missing unit:  take a chunk -> read -> check -> copy -> done
-    unit in DRAM:                                   copy -> done     (first; checked if always)
+    missing unit:  take a chunk -> read -> check -> copy -> decode -> done
+    unit in DRAM:                                   copy -> decode -> done  (first; checked if always)
 
 `pump` is called whenever something may go on. It issues what comes from DRAM, MAX_ISSUED units at a
 time, since issuing thousands would hold up every token stream of the node. It starts reads while
@@ -27,8 +28,15 @@ from collections.abc import Callable
 from functools import partial
 
 from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.core.errors import CheckpointChangedError, PoolExhaustedError
+from sllm_node.core.errors import (
+    CheckpointChangedError,
+    ChecksumError,
+    CodecError,
+    PoolExhaustedError,
+)
 from sllm_node.core.types import LoadProgress, LoadReport, Placement, Tier
+from sllm_node.device.base import WrongChunkError
+from sllm_node.store.decoding import by_target, jobs_of, named
 from sllm_node.store.pipeline import (
     CLONE_BYTES,
     MAX_ISSUED,
@@ -122,11 +130,11 @@ class Load:
             self._cached = within(self._cached, ranges)
             self._missing = within(self._missing, ranges)
         self._moved.wanted = wanted if self.targets else size
-        read = sum(unit.size for unit in self._missing)
+        read = sum(unit.device_size for unit in self._missing)
         self._moved.dram = max(0, self._moved.wanted - read)
 
     def _slices_of(self, unit: Unit) -> list[Slice]:
-        start, end = unit.device_offset, unit.device_offset + unit.size
+        start, end = unit.device_offset, unit.device_end
         slices = []
         for target in self.targets:
             for low, high in target.wants:
@@ -210,15 +218,23 @@ class Load:
         if not self._is_mapped(unit):
             return False
         self._cached.pop()
-        if self._machinery.verify == "always":
+        if self._machinery.verify == "always" and self._verifies_on_device:
+            self._copy(unit, verify=True)
+        elif self._machinery.verify == "always":
             chunk = self._ledger.hold(self.model, unit.index)
             view = self._machinery.pool.view(chunk, unit.size)
             self._check(unit, view, self._on_checked_again)
         elif self.targets:
             self._copy(unit)
         else:
-            self._moved.done += unit.size
+            self._moved.done += unit.device_size
         return True
+
+    @property
+    def _verifies_on_device(self) -> bool:
+        targets = self.targets
+        is_wanted = bool(targets) and self._machinery.verify_on_device
+        return is_wanted and all(target.tier.decoder.verifies for target in targets)
 
     def _is_mapped(self, unit: Unit) -> bool:
         return all(cut.end <= cut.target.ready_to for cut in self._slices_of(unit))
@@ -242,8 +258,11 @@ class Load:
             return not self._ledger.is_verified(self.model, unit.index)
         return policy == "always"
 
-    def _copy(self, unit: Unit) -> None:
+    def _copy(self, unit: Unit, *, verify: bool = False) -> None:
         """Send a unit that is in DRAM to every target that wants of it."""
+        if verify or unit.is_encoded:
+            self._decode(unit, verify=verify)
+            return
         for cut in self._slices_of(unit):
             chunk = self._ledger.hold(self.model, unit.index)
             view = self._machinery.pool.view(chunk, unit.size)
@@ -252,6 +271,24 @@ class Load:
             place = cut.start - cut.target.part.start
             copy = partial(link.stream.copy_in, cut.target.buffer, place, view)
             self._copy_by(link, copy, len(view), partial(self._on_copied, unit))
+
+    def _decode(self, unit: Unit, *, verify: bool) -> None:
+        """Send a unit to every target that wants of it, to be decoded or checked there."""
+        loop = self._machinery.loop
+        self._moved.verified += unit.device_size if verify else 0
+        for target, cuts in by_target(self._slices_of(unit)):
+            chunk = self._ledger.hold(self.model, unit.index)
+            view = self._machinery.pool.view(chunk, unit.size)
+            jobs = jobs_of(unit, cuts, verify=verify)
+            link = target.tier.link()
+            carried = sum(job.size for job in jobs)
+            delivered = sum(cut.end - cut.start for cut in cuts)
+            done = self._sent(link, carried, delivered, partial(self._on_copied, unit))
+            tell = partial(call_on, loop, partial(self._on_decoded, unit, done))
+            try:
+                target.tier.decoder.decode(link.stream, target.buffer, view, jobs, tell)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the load ends with it
+                loop.call_soon(done, error)
 
     def _clone(self, source: Source) -> None:
         """Send everything from a sibling device, once its places are mapped."""
@@ -272,13 +309,7 @@ class Load:
         self, link: Link, copy: Callable[[], None], size: int, tell: "Callable[..., None]"
     ) -> None:
         """Enqueue a copy of `size` bytes; `tell` is called when it is done, or can't be."""
-        if self._first_copy is None:
-            self._first_copy = self._machinery.clock.now()
-        self._copying += 1
-        link.outstanding += size
-        if link.through is not None:
-            self._moved.relayed += size
-        done, loop = partial(self._link_done, link, size, tell), self._machinery.loop
+        done, loop = self._sent(link, size, size, tell), self._machinery.loop
         try:
             copy()
             event = link.stream.record()
@@ -286,6 +317,19 @@ class Load:
             loop.call_soon(done, error)  # not at once: whoever issues the copy is still counting
         else:
             event.on_done(lambda error: call_on(loop, done, error))
+
+    def _sent(
+        self, link: Link, carried: int, delivered: int, tell: "Callable[..., None]"
+    ) -> "Callable[[BaseException | None], None]":
+        """Count what is on its way by `link`; return what is to be called when it is there."""
+        if self._first_copy is None:
+            self._first_copy = self._machinery.clock.now()
+        self._copying += 1
+        self._moved.stored += carried
+        link.outstanding += carried
+        if link.through is not None:
+            self._moved.relayed += delivered
+        return partial(self._link_done, link, carried, delivered, tell)
 
     def _watch(self, target: Target) -> None:
         """Be told when memory is mapped."""
@@ -319,7 +363,7 @@ class Load:
 
     def _on_checked(self, unit: Unit, error: BaseException | None, _: object) -> None:
         self._checking -= 1
-        self._moved.verified += unit.size
+        self._moved.verified += unit.device_size
         self._settle(unit, error, verified=True)
 
     def _settle(self, unit: Unit, error: BaseException | None, *, verified: bool) -> None:
@@ -329,7 +373,7 @@ class Load:
             self._fail(error)
         else:
             self._ledger.filled(self.model, unit.index, verified=verified)
-            self._moved.nvme += unit.size
+            self._moved.nvme += unit.device_size
             self._deliver(unit)
         self._go_on()
 
@@ -337,7 +381,7 @@ class Load:
         """A unit that was in DRAM has been checked."""
         self._checking -= 1
         self._ledger.unhold(self.model, unit.index, copied=False)
-        self._moved.verified += unit.size
+        self._moved.verified += unit.device_size
         if error is not None:
             self._ledger.drop(self.model, unit.index)
             self._fail(error)
@@ -349,7 +393,8 @@ class Load:
         if self._error is not None:
             return
         if not self.targets:
-            self._moved.done += unit.size
+            self._moved.done += unit.device_size
+            self._moved.stored += unit.size
         elif self._is_mapped(unit):
             self._copy(unit)
         else:
@@ -378,19 +423,38 @@ class Load:
             self._ledger.unhold(self.model, unit.index, copied=False)
 
     def _link_done(
-        self, link: Link, size: int, tell: "Callable[..., None]", error: BaseException | None
+        self,
+        link: Link,
+        carried: int,
+        delivered: int,
+        tell: "Callable[..., None]",
+        error: BaseException | None,
     ) -> None:
-        link.outstanding -= size
+        link.outstanding -= carried
         self._copying -= 1
         if error is not None:
             self._fail(error)
         else:
-            self._moved.done += size
+            self._moved.done += delivered
         tell(error)
         self._go_on()
 
     def _on_copied(self, unit: Unit, error: BaseException | None) -> None:
         self._ledger.unhold(self.model, unit.index, copied=error is None)
+        if isinstance(error, CodecError | ChecksumError):
+            self._ledger.drop(self.model, unit.index)
+
+    def _on_decoded(
+        self,
+        unit: Unit,
+        done: "Callable[[BaseException | None], None]",
+        error: BaseException | None,
+        seconds: float,
+    ) -> None:
+        self._moved.decode_s += seconds
+        if isinstance(error, WrongChunkError):
+            error = named(self.checkpoint, unit, error)
+        done(error)
 
     def _on_cloned(self, error: BaseException | None) -> None:
         if error is None:
@@ -420,7 +484,8 @@ class Load:
 
     def _finish(self) -> None:
         self._ledger.end_load(self.model)
-        self._moved.remote = fetched_bytes(self._files)
+        index = self.checkpoint.index
+        self._moved.remote = fetched_bytes(self._files) * index.size // index.file_size
         close_shards(self._files)
         self._files = ()
         if isinstance(self._error, CheckpointChangedError):
@@ -450,4 +515,6 @@ class Load:
             first_copy_s=first_copy - self._asked,
             verified_bytes=moved.verified,
             bytes_from_remote=moved.remote,
+            bytes_stored=moved.stored,
+            decode_s=moved.decode_s,
         )

@@ -17,7 +17,7 @@ class Observed:
 
     def __init__(self, metrics: Metrics, ledger: Residency) -> None:
         self.bandwidth: dict[Tier, float] = {}
-        """Bytes/s of a tier on the way to the device, from loads that it was the slowest part of."""
+        """Decoded bytes/s of a tier on the way to the device, from loads that it held up most."""
         self._metrics = metrics
         self._ledger = ledger
         self._tiers: tuple[DeviceTier, ...] = ()
@@ -41,6 +41,8 @@ class Observed:
             (Tier.REMOTE, report.bytes_from_remote),
         ):  # fmt: skip
             self._metrics.load_bytes.labels(tier.value).inc(size)
+        self._metrics.load_stored_bytes.inc(report.bytes_stored)
+        self._metrics.decode_seconds.inc(report.decode_s)
         self._learn(source, report)
 
     def failed(self, load: Load, error: BaseException) -> None:

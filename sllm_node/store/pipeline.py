@@ -39,6 +39,8 @@ class Machinery:
     checkers: ThreadPoolExecutor
     files: FileSystem
     verify: Verify
+    verify_on_device: bool
+    """What is checked again goes to devices unchecked, where these can check it."""
     max_reads: int
     wait_for_chunk: "Callable[[Load], bool]"
     """Call `pump` of the load when a chunk may have become free; False: none ever will."""
@@ -78,7 +80,7 @@ class Source:
 
 @dataclass(slots=True)
 class Moved:
-    """Bytes, by where they came from."""
+    """Bytes, by where they came from, and the time of their decoding."""
 
     wanted: int = 0
     done: int = 0
@@ -89,6 +91,9 @@ class Moved:
     """Of those from NVMe: fetched first."""
     relayed: int = 0
     verified: int = 0
+    stored: int = 0
+    """As stored; all others count what is delivered."""
+    decode_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +110,7 @@ def within(units: Sequence[Unit], ranges: Sequence[tuple[int, int]]) -> list[Uni
     starts = [start for start, _ in ranges]
     found = []
     for unit in units:
-        at = bisect_left(starts, unit.device_offset + unit.size) - 1
+        at = bisect_left(starts, unit.device_end) - 1
         if at >= 0 and ranges[at][1] > unit.device_offset:
             found.append(unit)
     return found

@@ -30,6 +30,7 @@ import numpy as np
 import xxhash
 
 from sllm_node.checkpoint.catalog import Checkpoint, ShardIdentity, identity_of
+from sllm_node.checkpoint.index import FileChunk
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import CheckpointChangedError, ChecksumError, StorageReadError
 from sllm_node.core.types import ModelId
@@ -298,14 +299,18 @@ def check_unit(checkpoint: Checkpoint, unit: Unit, view: memoryview) -> None:
     Raises:
         ChecksumError: naming the first file chunk that differs.
     """
+    for chunk in unit.chunks:
+        start = chunk.offset - unit.offset
+        if xxhash.xxh3_64_intdigest(view[start : start + chunk.size]) != chunk.digest:
+            raise checksum_error(checkpoint, chunk)
+
+
+def checksum_error(checkpoint: Checkpoint, chunk: FileChunk) -> ChecksumError:
+    """Return what says that the bytes of `chunk` are not those that were written."""
     index = checkpoint.index
-    shard = index.shards[unit.shard]
-    for start in range(0, unit.size, index.chunk_bytes):
-        piece = view[start : start + index.chunk_bytes]
-        offset = unit.offset + start
-        if xxhash.xxh3_64_intdigest(piece) != shard.digests[offset // index.chunk_bytes]:
-            tensors = tuple(index.tensors_in(unit.shard, offset, len(piece)))
-            raise ChecksumError(checkpoint.model, shard.name, offset, len(piece), tensors)
+    tensors = index.tensors_in(chunk.shard, chunk.start, chunk.decoded_size)
+    shard = index.shards[chunk.shard].name
+    return ChecksumError(checkpoint.model, shard, chunk.offset, chunk.size, tensors)
 
 
 def _read_error(model: ModelId, shard: str, offset: int, error: OSError) -> StorageReadError:

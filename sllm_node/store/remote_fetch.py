@@ -170,11 +170,9 @@ class Range:
 
     def wrong_chunks(self, view: memoryview) -> list[tuple[int, int]]:
         """Return (start, size) in `view` of the file chunks whose digest is not the index's."""
-        index = self.checkpoint.index
-        digests = index.shards[self.shard].digests
         wrong = []
-        for start in range(0, len(view), index.chunk_bytes):
-            piece = view[start : start + index.chunk_bytes]
-            if chunk_digest(piece) != digests[(self.offset + start) // index.chunk_bytes]:
-                wrong.append((start, len(piece)))
+        for chunk in self.checkpoint.index.chunks_within(self.shard, self.offset, len(view)):
+            start = chunk.offset - self.offset
+            if chunk_digest(view[start : start + chunk.size]) != chunk.digest:
+                wrong.append((start, chunk.size))
         return wrong

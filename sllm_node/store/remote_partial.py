@@ -17,6 +17,7 @@ import errno
 import logging
 import os
 import threading
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -74,6 +75,11 @@ class Partial:
         self._flush_bytes = flush_bytes
         index = checkpoint.index
         counts = [len(shard.digests) for shard in index.shards]
+        self._offsets = [
+            [*(chunk.offset for chunk in index.file_chunks(number)), shard.file_size]
+            for number, shard in enumerate(index.shards)
+        ]
+        """Where the chunks of each shard begin in its file, and where the last one ends."""
         self._first = [sum(counts[:number]) for number in range(len(counts))]
         bits = read_bits(checkpoint.path, index)
         self._states = [_State.HERE if bit else _State.MISSING for bit in bits]
@@ -132,9 +138,7 @@ class Partial:
         Raises:
             InterruptedError: `stop` was set.
         """
-        chunk_bytes = self.checkpoint.index.chunk_bytes
-        begin = self._first[shard] + offset // chunk_bytes
-        end = begin + -(-size // chunk_bytes)
+        begin, end = self._numbers(shard, offset, size)
         with self._change:
             self._change.wait_for(lambda: self._states[begin] is not _State.COMING or stop.is_set())
             if stop.is_set():
@@ -145,8 +149,8 @@ class Partial:
             if found is _State.MISSING:
                 self._states[begin:last] = [_State.COMING] * (last - begin)
                 self._coming += last - begin
-        run_size = min(size, (last - begin) * chunk_bytes)
-        return Run(shard, offset, run_size, found is _State.HERE)
+        ends_at = self._offsets[shard][last - self._first[shard]]
+        return Run(shard, offset, ends_at - offset, found is _State.HERE)
 
     def wake(self) -> None:
         """Let those who wait look at their `stop` again."""
@@ -178,9 +182,12 @@ class Partial:
         return True
 
     def _chunks(self, run: Run) -> tuple[int, int]:
-        chunk_bytes = self.checkpoint.index.chunk_bytes
-        begin = self._first[run.shard] + run.offset // chunk_bytes
-        return begin, begin - (-run.size // chunk_bytes)
+        return self._numbers(run.shard, run.offset, run.size)
+
+    def _numbers(self, shard: int, offset: int, size: int) -> tuple[int, int]:
+        """Return the first chunk of a range, and the one behind its last, as `_states` has them."""
+        first, offsets = self._first[shard], self._offsets[shard]
+        return first + bisect_left(offsets, offset), first + bisect_left(offsets, offset + size)
 
     def _set(self, run: Run, state: _State) -> None:
         begin, end = self._chunks(run)
@@ -253,13 +260,13 @@ class Partial:
             self._stop_keeping(error)
             return
         self.is_complete = True
-        size = self.checkpoint.index.size
+        size = self.checkpoint.index.file_size
         log.info("fetched", extra={"model": self.checkpoint.model, "bytes": size})
 
     def _stop_keeping(self, error: OSError) -> None:
         if error.errno in _FULL:
             status = os.statvfs(self._store)
-            missing = self.checkpoint.index.size - self._bytes_here
+            missing = self.checkpoint.index.file_size - self._bytes_here
             free = status.f_bavail * status.f_frsize
             problem: CheckpointError = StoreFullError(str(self._store), missing, free)
         else:

@@ -2,7 +2,7 @@
 
 A checkpoint is a row of *units*, each as many file chunks of one shard as fit into a pool chunk. A
 unit is EMPTY, FILLING (a chunk is taken, a reader writes to it), or FILLED. A filled unit is *held*
-while a copy reads it.
+while a copy reads it. Bytes here are those of the files: encoded ones stay encoded in DRAM.
 
 A load takes chunks one by one: a free one; else one of another model, taken from the tail of the
 least recently used model that isn't pinned or loading, so that a victim stays partly cached and
@@ -12,11 +12,12 @@ answer when all that is left is in flight: whoever asked waits until something i
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
-from sllm_node.checkpoint.index import TensorIndex
+from sllm_node.checkpoint.index import FileChunk, TensorIndex
+from sllm_node.codec.names import RAW
 from sllm_node.core.errors import CheckpointFormatError
 from sllm_node.core.types import ModelId
 
@@ -28,32 +29,73 @@ class Unit:
     index: int
     shard: int
     offset: int
+    """In the file."""
     size: int
+    """In the file and in the pool."""
     device_offset: int
+    device_size: int
+    """Decoded; what it takes on a device."""
+    chunks: tuple[FileChunk, ...] = ()
+    """What lies in it, in order."""
+
+    @property
+    def device_end(self) -> int:
+        """Where it ends on a device."""
+        return self.device_offset + self.device_size
+
+    @property
+    def is_encoded(self) -> bool:
+        """Whether some of its chunks have to be decoded."""
+        return any(chunk.codec != RAW for chunk in self.chunks)
 
 
 def units_of(index: TensorIndex, chunk_bytes: int) -> tuple[Unit, ...]:
     """Cut a checkpoint into units for a pool whose chunks are `chunk_bytes`.
 
     Raises:
-        CheckpointFormatError: a file chunk does not fit into a pool chunk evenly.
+        CheckpointFormatError: raw file chunks do not fill a pool chunk evenly, or an encoded one is
+            larger.
     """
+    _check_chunks(index, chunk_bytes)
+    units: list[Unit] = []
+    base = 0
+    for number, shard in enumerate(index.shards):
+        for chunks in _grouped(index.file_chunks(number), chunk_bytes):
+            first, last = chunks[0], chunks[-1]
+            size = last.offset + last.size - first.offset
+            decoded = last.start + last.decoded_size - first.start
+            place = base + first.start
+            units.append(Unit(len(units), number, first.offset, size, place, decoded, chunks))
+        base += shard.size
+    return tuple(units)
+
+
+def _grouped(chunks: Sequence[FileChunk], size: int) -> Iterator[tuple[FileChunk, ...]]:
+    """Yield runs of chunks of at most `size` bytes in the file, each as long as can be."""
+    begin = 0
+    for end, chunk in enumerate(chunks):
+        if chunk.offset + chunk.size - chunks[begin].offset > size:
+            yield tuple(chunks[begin:end])
+            begin = end
+    yield tuple(chunks[begin:])
+
+
+def _check_chunks(index: TensorIndex, chunk_bytes: int) -> None:
+    if index.is_encoded:
+        largest = max(size for shard in index.shards for size in shard.stored)
+        if largest > chunk_bytes:
+            raise CheckpointFormatError(
+                index.model,
+                f"has chunks of up to {largest} bytes, more than store.chunk_bytes = "
+                f"{chunk_bytes}; recode it with a smaller --chunk-size or change the config",
+            )
+        return
     if chunk_bytes % index.chunk_bytes:
         raise CheckpointFormatError(
             index.model,
             f"its chunks are {index.chunk_bytes} bytes, of which store.chunk_bytes = {chunk_bytes} "
             f"is no multiple; convert it with --chunk-size {chunk_bytes} or change the config",
         )
-    cuts = [
-        (number, offset, min(chunk_bytes, shard.size - offset))
-        for number, shard in enumerate(index.shards)
-        for offset in range(0, shard.size, chunk_bytes)
-    ]
-    bases = [index.shard_base(number) for number in range(len(index.shards))]
-    return tuple(
-        Unit(i, shard, offset, size, bases[shard] + offset)
-        for i, (shard, offset, size) in enumerate(cuts)
-    )
 
 
 class UnitState(Enum):
@@ -121,7 +163,7 @@ class Residency:
         return self._rows[model].units
 
     def bytes_of(self, model: ModelId) -> int:
-        """Return how many bytes of `model` are in DRAM."""
+        """Return how many bytes of `model`'s files are in DRAM."""
         row = self._rows.get(model)
         return row.filled_bytes if row else 0
 

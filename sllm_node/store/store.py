@@ -17,12 +17,13 @@ from functools import partial
 from typing import Protocol
 
 from sllm_node.checkpoint.catalog import Checkpoint
+from sllm_node.checkpoint.index import TensorIndex
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import LoadFailedError, ModelBusyError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Part, Placement, Tier
-from sllm_node.device.base import Device, DeviceBuffer
+from sllm_node.device.base import Device, DeviceBuffer, Event
 from sllm_node.store.lease import Lease, LeasedPart, Resident
 from sllm_node.store.loader import Load
 from sllm_node.store.observed import Observed
@@ -99,6 +100,8 @@ class Store:
         pool = await loop.run_in_executor(readers, self._take_pool)
         try:
             self._open_tiers()
+            for tier in self._tiers.values():
+                await loop.run_in_executor(readers, tier.prepare_decoder)
         except BaseException:
             for tier in self._tiers.values():
                 tier.close()
@@ -115,6 +118,7 @@ class Store:
             checkers=checkers,
             files=self._files,
             verify=config.verify,
+            verify_on_device=config.verify_on_device,
             max_reads=READS_PER_THREAD * config.reader_threads,
             wait_for_chunk=self._wait_for_chunk,
             chunk_given_back=self._wake_one,
@@ -125,7 +129,7 @@ class Store:
 
     def _open_tiers(self) -> None:
         for device in self._devices:
-            self._tiers[device.name] = DeviceTier(device, self._config.piece_bytes)
+            self._tiers[device.name] = self._new_tier(device)
         if self._config.relay:
             for tier in self._tiers.values():
                 tier.relay_through(tuple(self._tiers.values()))
@@ -134,8 +138,12 @@ class Store:
         """Take one more device in; its link is its own only."""
         assert self._machinery is not None, "the store is not started"
         self._devices = (*self._devices, device)
-        self._tiers[device.name] = DeviceTier(device, self._config.piece_bytes)
+        self._tiers[device.name] = self._new_tier(device)
         self._observed.watch(tuple(self._tiers.values()))
+
+    def _new_tier(self, device: Device) -> DeviceTier:
+        config = self._config
+        return DeviceTier(device, config.piece_bytes, staging_bytes=config.decode_staging_bytes)
 
     def _take_pool(self) -> PinnedPool:
         config = self._config
@@ -183,18 +191,18 @@ class Store:
         return bool(self._residents.get(model))
 
     def residency(self, model: ModelId) -> dict[Tier, int]:
-        """Return the bytes of `model` on each tier; NVME has what the catalogue has."""
+        """Return the bytes of `model` on each tier, as they lie there: decoded on DEVICE only."""
         opened = self._opened.get(model) or self._catalog.get(model)
-        size = opened.index.size
+        size, file_size = opened.index.size, opened.index.file_size
         cached = sum(tier.arena.filled_bytes(model) for tier in self._tiers.values())
         found = {
             Tier.DEVICE: size if self.is_on_device(model) else min(cached, size),
             Tier.DRAM: self._ledger.bytes_of(model),
-            Tier.NVME: size,
+            Tier.NVME: file_size,
         }
         come = None if self._remote is None else self._remote.bytes_come(model)
         if come is not None:
-            found[Tier.NVME], found[Tier.REMOTE] = come, opened.index.size
+            found[Tier.NVME], found[Tier.REMOTE] = come, file_size
         return found
 
     def on_devices(self, model: ModelId) -> dict[str, int]:
@@ -376,7 +384,7 @@ class Store:
             raise LoadFailedError(model, "the store is closing")
         checkpoint = self._catalog.get(model)
         self._know(checkpoint)
-        targets = self._targets(model, placement)
+        targets = self._targets(checkpoint, placement)
         source = self._source(model, placement)
         machinery = self._machinery
         if checkpoint.remote is not None and self._remote is not None:
@@ -385,7 +393,7 @@ class Store:
         self._loads[model] = load
         self._waiters[model] = 0
         self._observed.show()
-        is_warm = self._ledger.bytes_of(model) == checkpoint.index.size or source is not None
+        is_warm = self._ledger.bytes_of(model) == checkpoint.index.file_size or source is not None
         if is_warm or self._active < self._config.max_concurrent_loads:
             # A warm load needs neither disk nor chunks: it never waits for others.
             self._active += 1
@@ -394,29 +402,45 @@ class Store:
             self._slot_queue.append(load)
         return load
 
-    def _targets(self, model: ModelId, placement: Placement) -> tuple[Target, ...]:
+    def _targets(self, checkpoint: Checkpoint, placement: Placement) -> tuple[Target, ...]:
         """Hold the rows of all parts and put memory behind them.
 
         Raises:
             DeviceMemoryError: a device has no room; nothing was taken.
+            KernelError: a device can't decode.
         """
+        model, index = checkpoint.model, checkpoint.index
         tiers = [self._tiers[part.device] for part in placement]
         wanted = [tier.prepare(model, part) for tier, part in zip(tiers, placement, strict=True)]
         for tier in tiers:
             tier.arena.hold(model)
         try:
+            staged = [
+                tier.stage(index.chunk_bytes, size) if self._decodes(index) and size else ()
+                for tier, size in zip(tiers, wanted, strict=True)
+            ]
             for tier, size in zip(tiers, wanted, strict=True):
                 tier.check_room(size)
         except SllmError:
             for tier in tiers:
                 tier.arena.release(model)
             raise
-        return tuple(self._target(model, tier, p) for tier, p in zip(tiers, placement, strict=True))
+        parts = zip(tiers, placement, staged, strict=True)
+        return tuple(self._target(model, tier, part, events) for tier, part, events in parts)
 
-    def _target(self, model: ModelId, tier: DeviceTier, part: Part) -> Target:
+    def _decodes(self, index: TensorIndex) -> bool:
+        """Tell whether a decoder is needed, to decode or to compare digests."""
+        config = self._config
+        return index.is_encoded or (config.verify == "always" and config.verify_on_device)
+
+    def _target(
+        self, model: ModelId, tier: DeviceTier, part: Part, staged: tuple[Event, ...]
+    ) -> Target:
         wants, ready_to = tier.arena.wants(model), tier.ready_to(model)
         tier.loads += 1
-        return Target(tier, part, wants, tier.buffer(model), ready_to, tier.map(model))
+        # Memory is mapped in order: staging memory is there before any of the row's.
+        events = tuple((ready_to, event) for event in staged)
+        return Target(tier, part, wants, tier.buffer(model), ready_to, events + tier.map(model))
 
     def _source(self, model: ModelId, placement: Placement) -> Source | None:
         """Borrow a replica on one device from which all of `placement` can be cloned."""

@@ -5,14 +5,21 @@ a way for bytes to come: the device's own stream, or a relay through a sibling t
 go to the link with the fewest bytes under way, so each gets as many as it can carry.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
-from sllm_node.core.errors import DeviceMemoryError, ModelBusyError
+from sllm_node.core.errors import DeviceError, DeviceMemoryError, KernelError, ModelBusyError
 from sllm_node.core.types import ModelId, Part
 from sllm_node.core.units import align_up
-from sllm_node.device.base import Device, DeviceBuffer, DeviceRange, Event, Stream
+from sllm_node.device.base import Decoder, Device, DeviceBuffer, DeviceRange, Event, Stream
 from sllm_node.store.arena import Arena
+
+log = logging.getLogger(__name__)
+
+STAGED_CHUNKS: Final = 4
+"""File chunks, stored and decoded, that staging memory must hold at least when it is taken."""
 
 
 @dataclass(slots=True)
@@ -40,6 +47,12 @@ class DeviceTier:
     """Loads under way that end here: while there are any, the link is not lent."""
     is_busy: Callable[[], bool] = lambda: False
     """Whether its replicas work so much that its link must not be lent."""
+    staging_bytes: int = 0
+    """What the decoder may have for encoded bytes."""
+    _decoder: Decoder | None = None
+    _staging: DeviceRange | None = None
+    _staged: Event | None = None
+    _staging_failed: bool = False
     _ranges: dict[ModelId, DeviceRange] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -72,8 +85,77 @@ class DeviceTier:
 
     @property
     def capacity(self) -> int:
-        """Bytes of the device that are not staging memory of relays."""
-        return self.device.memory_total - self.lent
+        """Bytes of the device that are not staging memory."""
+        decoder = self._decoder
+        staging = self.staging_bytes if decoder is not None and decoder.needs_staging else 0
+        return self.device.memory_total - self.lent - staging
+
+    # --- decoding -----------------------------------------------------------------------------
+
+    def prepare_decoder(self) -> None:
+        """Compile kernels now; from any thread, before the first load."""
+        try:
+            self._decoder = self.device.decoder()
+        except KernelError as error:  # raw checkpoints can be loaded all the same
+            fields = {"device": self.device.name, "reason": str(error)}
+            log.warning("encoded checkpoints can't be loaded here", extra=fields)
+
+    @property
+    def decoder(self) -> Decoder:
+        """What decodes onto the device; the first time, this waits until kernels are compiled.
+
+        Raises:
+            KernelError: they can't be.
+            DeviceError: the driver refuses.
+        """
+        if self._decoder is None:
+            self._decoder = self.device.decoder()
+        return self._decoder
+
+    def stage(self, chunk_bytes: int, beside: int) -> tuple[Event, ...]:
+        """Take staging memory for decoding, once; return when it is there.
+
+        File chunks have up to `chunk_bytes`; `beside` bytes of memory are needed besides.
+
+        Raises:
+            DeviceMemoryError: no room.
+            DeviceError: the staging memory is too small for such chunks.
+        """
+        if not self.decoder.needs_staging:
+            return ()
+        if self._staging_failed and not self.loads:
+            self._drop_staging()
+        if self._staging is None:
+            self._take_staging(2 * STAGED_CHUNKS * chunk_bytes, beside)
+        assert self._staging is not None
+        assert self._staged is not None
+        if self._staging.size < 2 * chunk_bytes:
+            raise DeviceError(
+                self.device.name,
+                f"chunks of {chunk_bytes} bytes can't be decoded in {self._staging.size} bytes of "
+                "staging memory; raise store.decode_staging_bytes",
+            )
+        return (self._staged,)
+
+    def _take_staging(self, least: int, beside: int) -> None:
+        room = self._free() + self.arena.cached_bytes - beside
+        if least > room:
+            raise DeviceMemoryError(
+                self.device.name, least + beside, room + beside, self.device.memory_total
+            )
+        grain = self.device.granularity
+        size = max(min(self.staging_bytes, room) // grain * grain, least)
+        self._staging, self._staged = self.allocate(size)
+        self._staged.on_done(self._note_staged)
+        self.decoder.stage_in(self._staging)
+
+    def _note_staged(self, error: BaseException | None) -> None:
+        self._staging_failed = error is not None
+
+    def _drop_staging(self) -> None:
+        if self._staging is not None:
+            self._staging.close()
+        self._staging, self._staged, self._staging_failed = None, None, False
 
     # --- memory -------------------------------------------------------------------------------
 
@@ -183,6 +265,9 @@ class DeviceTier:
         for model in list(self._ranges):
             if not self.arena.is_held(model):
                 self.forget(model)
+        if self._decoder is not None:
+            self._decoder.close()
+        self._drop_staging()
         for link in (self.own, *self.relays):
             link.stream.close()
 

@@ -11,7 +11,7 @@ from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import BenchError, DeviceError
 from tests.unit.bench.rig import no_drop
 
-CONTESTANTS = ("sllm_node", "safetensors", "instanttensor")
+CONTESTANTS = ("sllm_node raw", "sllm_node codec", "safetensors", "instanttensor")
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def test_a_comparison_on_the_tiny_shape_is_whole(store, tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     rows = {row["name"]: row for row in summary["scenarios"]["cached"]["contestants"]}
     assert set(rows) == set(CONTESTANTS)
-    assert rows["sllm_node"]["remark"] == rows["safetensors"]["remark"] == "39 tensors equal"
+    assert rows["sllm_node raw"]["remark"] == rows["safetensors"]["remark"] == "39 tensors equal"
     assert rows["instanttensor"]["spread"] is None
     assert summary["scenarios"]["cached"]["ceiling"]["bytes_per_s"] > 0
     assert report.ablation is None

@@ -9,7 +9,7 @@ from tests.unit.bench.rig import no_drop
 
 def test_copies_are_real_copies(files):
     first, second = (one.all() for one in files)
-    assert len(first) == len(second) == 2
+    assert len(first) == len(second) == 3
     for one, other in zip(first, second, strict=True):
         assert one.stat().st_ino != other.stat().st_ino
     assert first[0].read_bytes() == second[0].read_bytes()

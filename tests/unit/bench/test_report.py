@@ -8,11 +8,15 @@ from sllm_node.bench.machine import describe_machine, one_line
 from sllm_node.bench.report import Report
 from sllm_node.bench.scenarios import Sample, ScenarioResult
 
-VERSIONS = {"sllm_node": "0", "safetensors": "1", "runai": None, "broken": "2"}
+VERSIONS = {"sllm_node raw": "0", "safetensors": "1", "runai": None, "broken": "2"}
 
 
 def result(scenario="cached", **seconds):
-    names = {"plain_copy": "plain copy", "plain_reader": "plain reader"}
+    names = {
+        "plain_copy": "plain copy",
+        "plain_reader": "plain reader",
+        "sllm_node": "sllm_node raw",
+    }
     samples = [
         Sample(scenario, number, names.get(name, name), "tiny-0", value)
         for name, values in seconds.items()
@@ -36,12 +40,12 @@ def report(tmp_path):
 
 
 def test_the_warm_up_does_not_count():
-    assert spread_of(CACHED.seconds("sllm_node")).median == 1.0
+    assert spread_of(CACHED.seconds("sllm_node raw")).median == 1.0
 
 
 def test_rows_tell_rate_share_of_the_ceiling_and_speedup_fastest_first():
     first, second, *rest = rows_of(CACHED, VERSIONS)
-    assert (first.name, first.bytes_per_s, first.ceiling_share) == ("sllm_node", 1e9, 0.5)
+    assert (first.name, first.bytes_per_s, first.ceiling_share) == ("sllm_node raw", 1e9, 0.5)
     assert (second.name, second.speedup) == ("safetensors", 7.0)
     assert {(row.name, row.spread, row.remark) for row in rest} == {
         ("runai", None, "not installed"),

@@ -3,6 +3,8 @@
 import errno
 import os
 
+import numpy as np
+
 from sllm_node.checkpoint.catalog import open_checkpoint
 from sllm_node.checkpoint.index import VERSION, TensorIndex
 from sllm_node.checkpoint.layout import TensorSpec, plan_layout
@@ -13,7 +15,7 @@ from sllm_node.checkpoint.output import (
     temporary_folder,
     write_errors_named,
 )
-from sllm_node.checkpoint.writer import ShardWriter, write_index
+from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 
 SPECS = (
     TensorSpec("a", "U8", (5000,)),
@@ -23,14 +25,32 @@ SPECS = (
     TensorSpec("d", "I64", ()),
 )
 
+WEIGHTS = (
+    TensorSpec("a", "U8", (5000,)),
+    TensorSpec("weight", "BF16", (300, 100)),
+    TensorSpec("scales", "F32", (10,)),
+    TensorSpec("weight.other", "BF16", (20_000,)),
+)
+
 
 def content(spec):
-    """Return bytes that tell tensors from each other."""
+    """Return bytes that tell tensors from each other; those of weights can be encoded."""
+    if spec.name.startswith("weight"):
+        drawn = np.random.default_rng(len(spec.name)).standard_normal(spec.size // 2)
+        return (drawn.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
     return bytes((len(spec.name) + ord(spec.name[0]) + i) % 251 for i in range(spec.size))
 
 
 def write_raw(
-    store, name="m", specs=SPECS, *, chunk_bytes=4096, shard_bytes=8192, files=None, replace=False
+    store,
+    name="m",
+    specs=SPECS,
+    *,
+    chunk_bytes=4096,
+    shard_bytes=8192,
+    files=None,
+    replace=False,
+    codec="raw",
 ):
     """Write a checkpoint as the conversion does, of made-up bytes."""
     files = files or DiskFiles()
@@ -38,7 +58,7 @@ def write_raw(
     space = SpaceNeeded()
     with write_errors_named(store, space, files), temporary_folder(store, name) as folder:
         space.require(layout.size, store, files)
-        with ShardWriter(folder, layout, chunk_bytes, files) as writer:
+        with ShardWriter(folder, layout, chunk_bytes, files, codec) as writer:
             for spec, entry in zip(specs, layout.tensors, strict=True):
                 writer.begin(entry)
                 writer.write(memoryview(content(spec)))
@@ -51,11 +71,11 @@ def write_raw(
             context_tokens=512,
             chunk_bytes=chunk_bytes,
             created=1_700_000_000,
-            shards=shards,
+            shards=(),
             tensors=layout.tensors,
             aliases=(("tied", "a"),),
         )
-        write_index(folder, index, files)
+        write_index(folder, with_shards(index, shards), files)
         publish(folder, store / name, files, replace=replace)
     return open_checkpoint(store / name)
 

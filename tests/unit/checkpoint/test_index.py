@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sllm_node.checkpoint.index import (
     DTYPE_BYTES,
+    FileChunk,
     Shard,
     TensorEntry,
     TensorIndex,
@@ -98,8 +99,8 @@ def test_deeply_nested_json_is_a_format_error():
 
 
 def test_the_index_of_another_version_is_refused_with_what_to_do():
-    with pytest.raises(CheckpointFormatError, match=r"format version 2.*convert again"):
-        from_json(to_json(replace(INDEX, version=2)), "x")
+    with pytest.raises(CheckpointFormatError, match=r"format version 3.*convert again"):
+        from_json(to_json(replace(INDEX, version=3)), "x")
 
 
 A, B, E, C = INDEX.tensors
@@ -149,3 +150,74 @@ def test_a_range_names_the_tensors_that_have_bytes_in_it(shard, offset, size, na
 
 def test_a_scalar_has_one_element_and_an_empty_tensor_none():
     assert (tensor_size("I64", ()), tensor_size("F8_E4M3", (3, 0))) == (8, 0)
+
+
+ENCODED = replace(
+    INDEX,
+    version=2,
+    codec="exp",
+    chunk_bytes=8192,
+    shards=(
+        Shard("shard-00000.bin", 20480, (1, 2, 3), ("exp-f32", "raw", "raw"), (4096, 8192, 4096)),
+        Shard("shard-00001.bin", 4096, (4,), ("raw",), (4096,)),
+    ),
+)
+
+
+def test_an_encoded_index_comes_back_as_it_was_written():
+    assert from_json(to_json(ENCODED), "x") == ENCODED
+
+
+def test_file_chunks_say_where_they_are_stored_and_where_they_decode_to():
+    assert ENCODED.file_chunks(0) == (
+        FileChunk(0, 0, 4096, 1, "exp-f32", 0, 8192),
+        FileChunk(0, 4096, 8192, 2, "raw", 8192, 8192),
+        FileChunk(0, 12288, 4096, 3, "raw", 16384, 4096),
+    )
+    assert (ENCODED.size, ENCODED.file_size) == (24576, 20480)
+    assert ENCODED.shard_base(1) == 20480
+
+
+def test_file_chunks_of_a_raw_checkpoint_decode_to_themselves():
+    assert INDEX.file_chunks(0) == (
+        FileChunk(0, 0, 4096, 1, "raw", 0, 4096),
+        FileChunk(0, 4096, 4096, 2**64 - 1, "raw", 4096, 4096),
+    )
+    assert not INDEX.is_encoded
+    assert INDEX.file_size == INDEX.size
+
+
+def test_an_index_of_version_1_is_written_as_ever():
+    assert b"codecs" not in to_json(INDEX)
+    assert b"stored" not in to_json(INDEX)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"codecs": ("zip", "raw", "raw")}, "unknown codec 'zip'"),
+        ({"codecs": ("raw", "raw", "raw")}, "a raw chunk of 8192 bytes is stored in 4096"),
+        ({"codecs": ("raw",)}, "1 codecs and 3 sizes for 3 chunks"),
+        ({"stored": (4096, 8192)}, "3 codecs and 2 sizes for 3 chunks"),
+        ({"stored": (4096, 12288, 4096)}, "8192 bytes is stored in 12288"),
+        ({"stored": (4000, 8192, 4096)}, "8192 bytes is stored in 4000"),
+        ({"stored": (0, 8192, 4096)}, "8192 bytes is stored in 0"),
+    ],
+)
+def test_an_encoded_shard_that_contradicts_itself_is_refused(changes, problem):
+    first, second = ENCODED.shards
+    broken = replace(ENCODED, shards=(replace(first, **changes), second))
+    with pytest.raises(CheckpointFormatError, match=f"shard-00000.bin: .*{problem}"):
+        from_json(to_json(broken), "x")
+
+
+def test_codec_and_version_must_fit():
+    for broken in (
+        replace(ENCODED, codec="raw"),
+        replace(INDEX, codec="exp"),
+        replace(ENCODED, version=1),
+        replace(INDEX, version=2, codec="exp"),
+        replace(ENCODED, chunk_bytes=1 << 31),
+    ):
+        with pytest.raises(CheckpointFormatError):
+            from_json(to_json(broken), "x")

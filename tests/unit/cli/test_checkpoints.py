@@ -8,6 +8,7 @@ from typer.testing import CliRunner
 
 from sllm_node.checkpoint.cards import Cards, pack_bits
 from sllm_node.cli.main import app, main
+from sllm_node.core.errors import ConversionError
 from sllm_node.core.types import ModelId
 from tests.models import make_checkpoint, make_source
 
@@ -53,6 +54,27 @@ def test_conversion_casts_replaces_and_answers_in_json(tmp_path):
     assert json.loads(run(*arguments).stdout)["dtype"] == "F32"
     forced = run(*arguments, "--force", "--dtype", "float16")
     assert json.loads(forced.stdout)["dtype"] == "F16"
+
+
+def test_a_checkpoint_is_encoded_verified_inspected_and_made_raw_again(tmp_path):
+    source, folder = make_source(tmp_path / "source", dtype="bfloat16"), tmp_path / "store"
+    at = ("--store", folder)
+    made = run("convert", source, "--name", "m", *at, "--codec", "auto", "--chunk-size", "64KiB")
+    assert "% of raw, codec exp" in made.stdout
+    assert "verified, no damage" in run("verify", "m", *at).stdout
+    described = json.loads(run("inspect", "m", *at, "--json").stdout)
+    assert described["format_version"] == 2
+    assert described["ratio_by_dtype"]["BF16"] < 0.8
+    assert described["bytes_on_disk"] < described["bytes"]
+    assert "now" in run("recode", "m", *at, "--codec", "raw").stdout
+    recoded = json.loads(run("recode", "m", *at, "--codec", "raw", "--json").stdout)
+    assert (recoded["format_version"], recoded["ratio"]) == (1, 1.0)
+
+
+def test_an_unknown_codec_is_refused_with_those_there_are(tmp_path):
+    source = make_source(tmp_path / "source", dtype="bfloat16")
+    with pytest.raises(ConversionError, match="none of auto, raw, exp"):
+        run("convert", source, "--name", "m", "--store", tmp_path / "store", "--codec", "zip")
 
 
 def test_everything_there_is_to_read_comes_as_json(store):

@@ -185,7 +185,7 @@ def test_a_pool_of_another_size_is_refused_until_it_is_given_back(loader, store)
 
 def test_a_pool_that_is_cut_otherwise_says_what_to_do(loader, store, tmp_path):
     load(loader, find(store / "llama"))
-    other = make_checkpoint(tmp_path, "m", chunk_bytes=48 * KIB)
+    other = make_checkpoint(tmp_path, "m", chunk_bytes=48 * KIB, codec="raw")
     with pytest.raises(ArgumentError, match="release_pool"):
         load(loader, find(other.path))
 

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from scripts.bench import load_peers
+from sllm_node.bench.contestants import OURS
 
 
 @pytest.fixture
@@ -11,10 +12,10 @@ def summary(tmp_path):
     loads = [
         {"scenario": scenario, "name": name, "round": number, "seconds": 1.0 if number else 50.0}
         for scenario in ("cached", "random")
-        for name in ("sllm_node", "safetensors", "runai", "plain reader")
+        for name in (OURS, "safetensors", "runai", "plain reader")
         for number in (1, 0, 2)
     ]
-    rows = [{"name": "sllm_node", "spread": {}}, {"name": "runai", "spread": {}}]
+    rows = [{"name": OURS, "spread": {}}, {"name": "runai", "spread": {}}]
     machine = {
         "processor": "p", "cpus": 16, "memory_bytes": 2**37, "file_system": "ext4",
         "disk": "nvme0", "kernel": "6", "command": "the command",

@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import torch
 import xxhash
 
@@ -17,10 +18,13 @@ from sllm_node.checkpoint.index import (
     shard_name,
     to_json,
 )
+from sllm_node.codec.chunks import encode_chunk
+from sllm_node.codec.names import EXPONENT, RAW
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId
+from sllm_node.core.units import align_up
 from sllm_node.device.cpu import CpuDevice
 from sllm_node.engine.weights import torch_name
 from sllm_node.store.arena import PieceState
@@ -32,8 +36,58 @@ PIECE = 12288
 """No multiple of a chunk: units straddle pieces."""
 
 
-def write_checkpoint(root: Path, name: str, shards=(5 * CHUNK, 2 * CHUNK + 4096), seed=0) -> bytes:
+ENCODED_CHUNK = 3 * 4096
+"""What `2 * CHUNK` bytes of weights take when they are encoded."""
+
+
+def pool_chunk(codec: str) -> int:
+    """Return the size of a pool chunk that holds one file chunk."""
+    return CHUNK if codec == RAW else ENCODED_CHUNK
+
+
+def weights(size: int, seed: str) -> bytes:
+    """Return bf16 numbers as models have them."""
+    drawn = np.random.default_rng(list(seed.encode())).standard_normal(size // 2)
+    return (drawn.astype("<f4").view("<u4") >> 16).astype("<u2").tobytes()
+
+
+def write_encoded(root: Path, name: str, shards, seed) -> bytes:
+    """Write weights, encoded, in twice as many bytes as `shards` say; return them."""
+    folder = root / name
+    folder.mkdir(parents=True, exist_ok=True)
+    whole, made, tensors, step = b"", [], [], 2 * CHUNK
+    for number, size in enumerate(2 * size for size in shards):
+        data = weights(size, f"{name}{seed}{number}")
+        whole += data
+        cuts = [data[start : start + step] for start in range(0, size, step)]
+        stored = []
+        for cut in cuts:
+            codec, encoded = encode_chunk("exp-bf16", memoryview(cut))
+            padded = bytes(encoded).ljust(align_up(len(encoded), 4096), b"\0")
+            stored.append((codec, padded) if len(padded) < len(cut) else (RAW, cut))
+        (folder / shard_name(number)).write_bytes(b"".join(data for _, data in stored))
+        digests = tuple(xxhash.xxh3_64_intdigest(data) for _, data in stored)
+        codecs = tuple(codec for codec, _ in stored)
+        sizes = tuple(len(data) for _, data in stored)
+        made.append(Shard(shard_name(number), size, digests, codecs, sizes))
+        tensors += [
+            TensorEntry(
+                f"t{number}.{i * step}", "BF16", (len(cut) // 2,), number, i * step, len(cut)
+            )
+            for i, cut in enumerate(cuts)
+        ]
+    shards, entries = tuple(made), tuple(tensors)
+    index = TensorIndex(2, name, "Handmade", "BF16", 16, step, 0, shards, entries, (), EXPONENT)
+    (folder / INDEX_FILE).write_bytes(to_json(index))
+    return whole
+
+
+def write_checkpoint(
+    root: Path, name: str, shards=(5 * CHUNK, 2 * CHUNK + 4096), seed=0, codec=None
+) -> bytes:
     """Write a checkpoint with one tensor a chunk; return its bytes as they lie on a device."""
+    if (codec or Rig.codec) != RAW:
+        return write_encoded(root, name, shards, seed)
     numbers = random.Random(f"{name}{seed}")
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,16 +148,24 @@ class FaultyFileSystem:
 class Rig:
     """A store over handmade checkpoints `a`, `b` and `c`, and what must be true when it is quiet."""
 
+    codec = RAW
+    """Of the checkpoints; tests are run with others, too."""
+
     def __init__(
         self, root: Path, *, chunks=16, memory=1 << 20, names="abc", devices=1, shards=(), **config
     ):
+        self.chunk = pool_chunk(self.codec)
+        self.scale = 1 if self.codec == RAW else 2
+        """Models are larger when they are encoded, with everything on devices."""
         sizes = {"shards": shards} if shards else {}
         self.bytes = {ModelId(name): write_checkpoint(root, name, **sizes) for name in names}
         self.root = root
         self.catalog = Catalog(root)
         self.catalog.scan()
+        indexes = {model: self.catalog.get(model).index for model in self.bytes}
+        self.stored = {model: index.file_size for model, index in indexes.items()}
         if isinstance(devices, int):
-            devices = [CpuDevice(memory, f"cpu:{number}") for number in range(devices)]
+            devices = [CpuDevice(self.scale * memory, f"cpu:{number}") for number in range(devices)]
         self.devices = devices
         self.device = self.devices[0]
         self.metrics = Metrics()
@@ -113,9 +175,12 @@ class Rig:
             self.catalog,
             self.devices,
             StoreConfig(
-                pool_bytes=ByteSize(chunks * CHUNK),
-                chunk_bytes=ByteSize(CHUNK),
-                **{"piece_bytes": ByteSize(PIECE), **settings},
+                **{
+                    "pool_bytes": ByteSize(chunks * self.chunk),
+                    "chunk_bytes": ByteSize(self.chunk),
+                    "piece_bytes": ByteSize(self.scale * PIECE),
+                    **settings,
+                },
             ),
             MonotonicClock(),
             self.metrics,

@@ -14,7 +14,7 @@ from sllm_node.core.types import ModelId, Tier
 from sllm_node.device.cpu import CpuDevice
 from sllm_node.store.remote import RemoteTier
 from sllm_node.store.store import Store
-from tests.unit.store.handmade import CHUNK, delivered_by, write_checkpoint
+from tests.unit.store.handmade import Rig, delivered_by, pool_chunk, write_checkpoint
 
 
 class Remote:
@@ -23,6 +23,7 @@ class Remote:
     def __init__(self, root: Path, contents: dict[str, bytes]):
         self.root = root
         self.bytes = contents
+        self.stored = {name: _stored(root / name) for name in contents}
         self.config: dict = {}
         self.asked: list[tuple[str, int, int]] = []
         self.headers: list[dict[str, str]] = []
@@ -90,13 +91,14 @@ class Node:
         root: Path,
         remotes: dict,
         *,
-        unit=CHUNK,
+        unit=None,
         open_disk=None,
         flush_bytes=1 << 28,
         **settings,
     ):
         self.root = root
         root.mkdir(exist_ok=True)
+        unit = unit or pool_chunk(Rig.codec)
         config = StoreConfig(
             path=str(root), pool_bytes=ByteSize(16 * unit), chunk_bytes=ByteSize(unit),
             huge_pages=False, reader_threads=2, max_concurrent_loads=4,
@@ -142,6 +144,10 @@ class Node:
 
     def sample(self, name: str, **labels) -> float:
         return self.metrics.registry.get_sample_value(name, labels) or 0.0
+
+
+def _stored(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("shard-*.bin"))
 
 
 def make_remote(root: Path, names="a", **options) -> Remote:

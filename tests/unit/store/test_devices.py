@@ -12,6 +12,8 @@ from sllm_node.core.types import ModelId, Part, Tier
 from sllm_node.device.cpu import CpuDevice, CpuEvent, CpuRange, CpuStream
 from tests.unit.store.handmade import PIECE, Rig, delivered_by
 
+pytestmark = pytest.mark.usefixtures("with_codecs")
+
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
 
 
@@ -88,7 +90,7 @@ async def test_a_device_can_be_added_to_a_store_that_runs(tmp_path):
         added = CpuDevice(1 << 20, "cpu:1")
         rig.store.add_device(added)
         rig.devices.append(added)
-        assert rig.store.capacities() == {"cpu:0": 1 << 20, "cpu:1": 1 << 20}
+        assert rig.store.capacities() == {"cpu:0": rig.scale << 20, "cpu:1": 1 << 20}
         await rig.check("a", halves(rig, "a"))
 
 
@@ -99,7 +101,8 @@ async def test_only_the_part_that_was_given_up_is_loaded_again(tmp_path):
         await rig.check("b", reason="room")
         await rig.check("c", reason="room")  # takes all of a
         assert rig.store.on_devices(A) == {}
-        one = await rig.store.allocate("cpu:0", PIECE)
+        one = await rig.store.allocate("cpu:0", rig.scale * PIECE)
+        size *= rig.scale
         assert 0 < rig.store.on_devices(B)["cpu:0"] < size
         kept = rig.store.on_devices(B)["cpu:0"]
         one.close()
@@ -207,7 +210,9 @@ async def test_no_room_on_one_of_two_devices_takes_nothing_on_the_other(tmp_path
         with await rig.store.acquire(B, on(rig, "b", 1)):
             used = rig.devices[0].memory_used
             with pytest.raises(DeviceMemoryError):
-                await rig.store.acquire(A, (Part("cpu:0", 0, 256), Part("cpu:1", 256, 61440)))
+                await rig.store.acquire(
+                    A, (Part("cpu:0", 0, 256), Part("cpu:1", 256, len(rig.bytes[A])))
+                )
             assert rig.devices[0].memory_used == used
         rig.assert_quiet()
 
@@ -215,17 +220,17 @@ async def test_no_room_on_one_of_two_devices_takes_nothing_on_the_other(tmp_path
 async def test_caches_give_way_to_other_memory(tmp_path):
     async with Rig(tmp_path, memory=8 * 8192) as rig:
         await rig.check("a", reason="room")
-        buffer = await rig.store.allocate("cpu:0", 7 * 8192)
+        buffer = await rig.store.allocate("cpu:0", 7 * rig.scale * 8192)
         shown = {
             state: rig.metrics.registry.get_sample_value(
                 "sllm_device_bytes", {"device": "cpu:0", "state": state}
             )
             for state in ("used", "cached")
         }
-        assert shown == {"used": 7 * 8192, "cached": rig.store.cached_bytes("cpu:0")}
+        assert shown == {"used": 7 * rig.scale * 8192, "cached": rig.store.cached_bytes("cpu:0")}
         assert rig.store.residency(A)[Tier.DEVICE] < len(rig.bytes[A])
         with pytest.raises(DeviceMemoryError):
-            await rig.store.allocate("cpu:0", 2 * 8192)
+            await rig.store.allocate("cpu:0", 2 * rig.scale * 8192)
         buffer.close()
         assert rig.device.memory_used == rig.store.cached_bytes("cpu:0")
 
@@ -234,11 +239,11 @@ async def test_memory_that_fails_to_be_mapped_for_nobody_any_more_is_given_back_
     told = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
     async with Rig(tmp_path, devices=[FailingDevice(1 << 20, "cpu:0")]) as rig:
-        asking = asyncio.create_task(rig.store.allocate("cpu:0", PIECE))
+        asking = asyncio.create_task(rig.store.allocate("cpu:0", rig.scale * PIECE))
         await asyncio.sleep(0)
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        asking = rig.store.allocate("cpu:0", PIECE)
+        asking = rig.store.allocate("cpu:0", rig.scale * PIECE)
         with pytest.raises(DeviceError, match="no memory came"):
             await asking
         assert rig.device.memory_used == 0

@@ -1,7 +1,7 @@
 from sllm_node.store.pipeline import within
 from sllm_node.store.residency import Unit
 
-UNITS = [Unit(number, 0, 10 * number, 10, 10 * number) for number in range(6)]
+UNITS = [Unit(number, 0, 10 * number, 10, 10 * number, 10) for number in range(6)]
 
 
 def wanted(*ranges):

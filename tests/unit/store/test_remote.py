@@ -27,8 +27,10 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import ModelId, Tier
 from sllm_node.store.remote_disk import CardDisk
-from tests.unit.store.handmade import CHUNK, write_checkpoint
+from tests.unit.store.handmade import Rig, pool_chunk, write_checkpoint
 from tests.unit.store.remote_rig import Node, make_remote
+
+pytestmark = pytest.mark.usefixtures("with_codecs")
 
 A = ModelId("a")
 
@@ -38,6 +40,11 @@ async def remote(tmp_path):
     made = make_remote(tmp_path / "remote", "ab")
     async with made.serving():
         yield made
+
+
+def chunk():
+    """Return what a file chunk takes in a shard, and one of the pool."""
+    return pool_chunk(Rig.codec)
 
 
 def only(remote, **options):
@@ -53,7 +60,7 @@ async def test_a_load_is_the_fetch_and_leaves_an_ordinary_checkpoint(tmp_path, r
         assert await node.load("a") == remote.bytes["a"]
         node.unload("a")
     assert verify(open_checkpoint(node.root / "a")) == []
-    assert remote.shard_bytes == len(remote.bytes["a"])
+    assert remote.shard_bytes == remote.stored["a"]
     names = {path.name for path in (node.root / "a").iterdir()}
     assert names == {
         "tensor_index.json", "config.json", "tokenizer.json", "shard-00000.bin", "shard-00001.bin",
@@ -80,7 +87,7 @@ async def test_the_report_and_the_metrics_tell_the_remotes_bytes(tmp_path, remot
         size = len(remote.bytes["a"])
         assert node.reports[0].bytes_from_remote == size
         assert node.sample("sllm_load_bytes_total", source="remote") == size
-        assert node.sample("sllm_remote_bytes_total", remote="r") >= size
+        assert node.sample("sllm_remote_bytes_total", remote="r") >= remote.stored["a"]
         assert node.store.bandwidth(Tier.REMOTE) > 0
         assert node.store.bandwidth(Tier.NVME) is None
         node.unload("a")
@@ -127,7 +134,7 @@ async def test_a_cancelled_load_goes_on_where_it_was(tmp_path, remote):
         assert here > 0
         remote.asked.clear()
         assert await node.load("a") == remote.bytes["a"]
-        assert remote.shard_bytes == len(remote.bytes["a"]) - here
+        assert remote.shard_bytes == remote.stored["a"] - here
         node.unload("a")
     assert is_here(node)
 
@@ -137,7 +144,7 @@ async def test_two_who_want_it_fetch_it_once(tmp_path, remote):
         await asyncio.gather(
             node.load("a"), node.load("a"), node.tier.pull("a"), node.tier.pull("a")
         )
-        assert remote.shard_bytes == len(remote.bytes["a"])
+        assert remote.shard_bytes == remote.stored["a"]
         assert is_here(node)
         node.unload("a")
 
@@ -147,13 +154,13 @@ async def test_a_pull_needs_neither_device_nor_pool(tmp_path, remote):
         await node.tier.pull("a")
         assert node.reports == []
         assert node.store.pool_chunks_used == 0
-        assert node.store.residency(A)[Tier.NVME] == len(remote.bytes["a"])
+        assert node.store.residency(A)[Tier.NVME] == remote.stored["a"]
         assert verify(open_checkpoint(node.root / "a")) == []
         await node.tier.pull("a")
 
 
 async def test_a_connection_cut_in_a_chunk_goes_on_where_it_ended(tmp_path, remote):
-    remote.cut[("shard-00000.bin", CHUNK)] = 5000
+    remote.cut[("shard-00000.bin", chunk())] = 5000
     async with Node(tmp_path / "n", only(remote)) as node:
         assert await node.load("a") == remote.bytes["a"]
         assert node.sample("sllm_remote_retries_total", remote="r") == 1
@@ -164,7 +171,7 @@ async def test_wrong_bytes_are_asked_for_again(tmp_path, remote):
     spoiled = []
 
     def spoil(name, start, data):
-        if name == "shard-00000.bin" and start == CHUNK and not spoiled:
+        if name == "shard-00000.bin" and start == chunk() and not spoiled:
             spoiled.append(start)
             return bytes(len(data))
         return data
@@ -176,9 +183,11 @@ async def test_wrong_bytes_are_asked_for_again(tmp_path, remote):
 
 
 async def test_bytes_that_stay_wrong_are_never_kept(tmp_path, remote):
-    remote.spoil = lambda name, start, data: bytes(len(data)) if start == CHUNK else data
+    remote.spoil = lambda name, start, data: bytes(len(data)) if start == chunk() else data
     async with Node(tmp_path / "n", only(remote)) as node:
-        with pytest.raises(RemoteChecksumError, match="remote 'r' sends wrong bytes 8192 to 16384"):
+        with pytest.raises(
+            RemoteChecksumError, match=f"remote 'r' sends wrong bytes {chunk()} to {2 * chunk()}"
+        ):
             await node.load("a")
         assert node.sample("sllm_checksum_failures_total") == 1
         failures = {"remote": "r", "reason": "remote_checksum_mismatch"}
@@ -212,7 +221,7 @@ async def test_a_remote_that_has_another_checkpoint_by_now_is_told(tmp_path, rem
 async def test_what_a_remote_refuses_is_a_typed_error(tmp_path, remote, status, kind):
     async def before(request):
         if request.match_info["file"].startswith("shard-"):
-            return web.Response(status=status, body=b"x" * CHUNK)
+            return web.Response(status=status, body=b"x" * chunk())
         return None
 
     async with Node(tmp_path / "n", only(remote)) as node:
@@ -249,7 +258,7 @@ async def test_a_remotes_models_are_listed_with_their_tier(tmp_path, remote):
                 "not_offered": [],
             }
         ]
-        size = len(remote.bytes["a"])
+        size = remote.stored["a"]
         wanted = {Tier.DEVICE: 0, Tier.DRAM: 0, Tier.NVME: 0, Tier.REMOTE: size}
         assert node.store.residency(A) == wanted
 
@@ -283,7 +292,7 @@ async def test_while_a_remote_is_down_another_that_has_the_same_is_asked(tmp_pat
         assert [seen["state"] for seen in node.tier.status()] == ["down", "ok"]
         remote.asked.clear()
         assert await node.load("a") == remote.bytes["a"]
-        assert remote.shard_bytes == len(remote.bytes["a"]) - here
+        assert remote.shard_bytes == remote.stored["a"] - here
         node.unload("a")
 
 
@@ -317,7 +326,7 @@ async def test_a_full_disk_costs_the_copy_and_not_the_load(tmp_path, remote):
             await node.tier.pull("a")
     assert not is_here(node)
     async with Node(tmp_path / "n", only(remote)) as node:
-        assert node.store.residency(A)[Tier.NVME] == 2 * CHUNK
+        assert node.store.residency(A)[Tier.NVME] == 2 * chunk()
         await node.tier.pull("a")
     assert verify(open_checkpoint(node.root / "a")) == []
 
@@ -471,7 +480,7 @@ async def test_a_crash_costs_only_what_was_not_flushed(tmp_path, remote):
     async with Node(tmp_path / "n", only(remote)) as node:
         assert node.store.residency(A)[Tier.NVME] == 0
         await node.tier.pull("a")
-    assert remote.shard_bytes == len(remote.bytes["a"])
+    assert remote.shard_bytes == remote.stored["a"]
     assert verify(open_checkpoint(node.root / "a")) == []
 
 
@@ -488,7 +497,7 @@ async def test_what_is_on_the_disk_in_the_middle_of_a_load_can_be_gone_on_with(t
 
     async def before(request):
         start = request.http_range.start
-        if request.match_info["file"] == "shard-00001.bin" and start == 2 * CHUNK:
+        if request.match_info["file"] == "shard-00001.bin" and start == 2 * chunk():
             await go_on.wait()
         return
 
@@ -507,9 +516,9 @@ async def test_what_is_on_the_disk_in_the_middle_of_a_load_can_be_gone_on_with(t
     remote.asked.clear()
     async with Node(tmp_path / "crashed", only(remote)) as node:
         here = node.store.residency(A)[Tier.NVME]
-        assert here >= 3 * CHUNK
+        assert here >= 3 * chunk()
         assert await node.load("a") == remote.bytes["a"]
-        assert remote.shard_bytes == len(remote.bytes["a"]) - here
+        assert remote.shard_bytes == remote.stored["a"] - here
         node.unload("a")
     assert verify(open_checkpoint(node.root / "a")) == []
 
@@ -530,14 +539,14 @@ async def test_what_was_damaged_here_before_all_has_come_is_fetched_again(tmp_pa
         here = node.store.residency(A)[Tier.NVME]
     card = node.tier.cards.root / "a"
     index = node.tier.cards.get(A).index
-    chunk = read_bits(card, index).index(True)
+    number = read_bits(card, index).index(True)
     with (card / "shard-00000.bin").open("r+b") as file:
-        file.seek(chunk * CHUNK)
+        file.seek(number * chunk())
         file.write(bytes(100))
     remote.asked.clear()
     async with Node(tmp_path / "n", only(remote)) as node:
         assert await node.load("a") == remote.bytes["a"]
-        assert remote.shard_bytes == len(remote.bytes["a"]) - here + CHUNK
+        assert remote.shard_bytes == remote.stored["a"] - here + chunk()
         node.unload("a")
     assert verify(open_checkpoint(node.root / "a")) == []
 
@@ -546,10 +555,10 @@ async def test_units_of_several_file_chunks_fetch_only_those_that_are_missing(tm
     async with Node(tmp_path / "n", only(remote)) as node:
         await stopped_after(remote, node, 3)
     remote.asked.clear()
-    async with Node(tmp_path / "n", only(remote), unit=4 * CHUNK) as node:
+    async with Node(tmp_path / "n", only(remote), unit=4 * chunk()) as node:
         here = node.store.residency(A)[Tier.NVME]
         assert await node.load("a") == remote.bytes["a"]
-        assert remote.shard_bytes == len(remote.bytes["a"]) - here
+        assert remote.shard_bytes == remote.stored["a"] - here
         node.unload("a")
     assert is_here(node)
 
@@ -617,7 +626,7 @@ async def test_bytes_that_have_come_outlive_a_look_that_lists_nothing(tmp_path, 
     assert node.tier.status()[0]["not_offered"] == []
     remote.asked.clear()
     assert await node.load("a") == remote.bytes["a"]
-    assert remote.shard_bytes == len(remote.bytes["a"]) - here
+    assert remote.shard_bytes == remote.stored["a"] - here
     node.unload("a")
     await node.__aexit__()
 

@@ -11,7 +11,7 @@ MODELS = {ModelId("a"): 3, ModelId("b"): 4, ModelId("c"): 9}
 
 
 def units(count):
-    return tuple(Unit(i, 0, i * 10, 10, i * 10) for i in range(count))
+    return tuple(Unit(i, 0, i * 10, 10, i * 10, 10) for i in range(count))
 
 
 def ledger_with(**filled):

@@ -21,6 +21,8 @@ from sllm_node.core.units import align_up
 from sllm_node.device.cpu import CpuDevice, CpuStream
 from tests.unit.store.handmade import CHUNK, Rig, delivered_by, replace_file, write_checkpoint
 
+pytestmark = pytest.mark.usefixtures("with_codecs")
+
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
 UNITS = 8
 
@@ -30,7 +32,7 @@ async def test_what_is_delivered_is_what_was_written(tmp_path):
         await rig.check("a")
         assert rig.reports[0].bytes_from_nvme == len(rig.bytes[A])
         assert rig.reports[0].verified_bytes == len(rig.bytes[A])
-        assert rig.store.residency(A)[Tier.DRAM] == len(rig.bytes[A])
+        assert rig.store.residency(A)[Tier.DRAM] == rig.stored[A]
         rig.assert_quiet()
 
 
@@ -53,7 +55,7 @@ async def test_a_model_larger_than_the_pool_streams_through_it(tmp_path):
     async with Rig(tmp_path, chunks=2) as rig:
         await rig.check("a")
         await rig.check("a")
-        assert 0 < rig.reports[1].bytes_from_dram <= 2 * CHUNK
+        assert 0 < rig.reports[1].bytes_from_dram <= 2 * rig.scale * CHUNK
         rig.assert_quiet()
 
 
@@ -62,9 +64,10 @@ async def test_a_partly_cached_model_reads_only_what_is_missing(tmp_path):
         await rig.check("a")
         await rig.check("b")
         cached = rig.store.residency(A)[Tier.DRAM]
-        assert 0 < cached < len(rig.bytes[A])
+        assert 0 < cached < rig.stored[A]
         await rig.check("a")
-        assert rig.reports[2].bytes_from_nvme == len(rig.bytes[A]) - cached
+        assert rig.reports[2].bytes_from_dram == cached // rig.chunk * rig.scale * CHUNK
+        assert rig.reports[2].bytes_from_nvme == len(rig.bytes[A]) - rig.reports[2].bytes_from_dram
 
 
 async def test_the_least_recently_used_model_gives_way(tmp_path):
@@ -73,7 +76,7 @@ async def test_the_least_recently_used_model_gives_way(tmp_path):
             await rig.check(model)
         await rig.check("c")
         assert rig.store.residency(B)[Tier.DRAM] == 0
-        assert rig.store.residency(A)[Tier.DRAM] == len(rig.bytes[A])
+        assert rig.store.residency(A)[Tier.DRAM] == rig.stored[A]
 
 
 async def test_many_callers_share_one_load(tmp_path):
@@ -118,7 +121,7 @@ async def test_prefetch_brings_a_model_into_dram_only(tmp_path):
     async with Rig(tmp_path) as rig:
         await rig.store.prefetch(A)
         assert rig.store.residency(A) == {
-            Tier.DEVICE: 0, Tier.DRAM: len(rig.bytes[A]), Tier.NVME: len(rig.bytes[A])
+            Tier.DEVICE: 0, Tier.DRAM: rig.stored[A], Tier.NVME: rig.stored[A]
         }  # fmt: skip
         await rig.check("a")
         assert rig.reports[-1].bytes_from_nvme == 0
@@ -127,7 +130,7 @@ async def test_prefetch_brings_a_model_into_dram_only(tmp_path):
 async def test_prefetch_of_a_model_larger_than_the_pool_brings_what_fits(tmp_path):
     async with Rig(tmp_path, chunks=3) as rig:
         await rig.store.prefetch(A)
-        assert rig.store.residency(A)[Tier.DRAM] == 3 * CHUNK
+        assert rig.store.residency(A)[Tier.DRAM] == 3 * rig.chunk
         rig.assert_quiet()
 
 
@@ -173,14 +176,14 @@ async def test_a_flipped_bit_is_named_by_shard_offset_and_tensor(tmp_path):
     async with Rig(tmp_path) as rig:
 
         def flip(view, offset, count):
-            if offset == 3 * CHUNK:
+            if offset == 3 * rig.chunk:
                 view[77] ^= 1
             return count
 
         rig.files.after_read = flip
         error = await recovers(rig, ChecksumError)
         assert (error.shard, error.offset, error.tensors) == (
-            "shard-00000.bin", 3 * CHUNK, (f"t0.{3 * CHUNK}",)
+            "shard-00000.bin", 3 * rig.chunk, (f"t0.{rig.scale * 3 * CHUNK}",)
         )  # fmt: skip
         assert rig.metrics.registry.get_sample_value("sllm_checksum_failures_total") == 1
 
@@ -298,7 +301,7 @@ async def test_an_unknown_model_is_not_found(tmp_path):
 async def test_chunks_that_do_not_fit_the_pool_are_refused_with_both_sizes(tmp_path):
     async with Rig(tmp_path) as rig:
         rig.store._config = type(rig.store._config)(chunk_bytes=4096)
-        with pytest.raises(CheckpointFormatError, match=r"8192.*4096"):
+        with pytest.raises(CheckpointFormatError, match=rf"{rig.chunk}.*4096"):
             await rig.store.acquire(A)
 
 
@@ -595,7 +598,7 @@ async def test_prefetches_that_joined_do_not_hold_up_an_abort(tmp_path):
         await aborting
         await asyncio.gather(*prefetches)
         assert not rig.store.is_on_device(A)
-        assert rig.store.residency(A)[Tier.DRAM] == len(rig.bytes[A])
+        assert rig.store.residency(A)[Tier.DRAM] == rig.stored[A]
         rig.assert_quiet()
 
 

@@ -1,0 +1,11 @@
+// decode_exp_f8e4m3: decodes many chunks of codec exp-f8e4m3 in one launch.
+//
+// chunks: gridDim.y EncodedChunk, errors: (gridDim.y,) u32, zero before the launch; host memory will do.
+// Grid: (most blocks of 4,096 elements of a chunk / 8, chunks), 256 threads, no shared memory.
+// Moves the encoded bytes in and the decoded bytes out, once each.
+#include "exponent_codec.cuh"
+
+extern "C" __global__ void __launch_bounds__(256) decode_exp_f8e4m3(
+    const __grid_constant__ EncodedChunks chunks, u32 *errors) {
+    decode_exponent<F8e4m3>(chunks, errors);
+}

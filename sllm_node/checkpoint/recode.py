@@ -1,0 +1,114 @@
+"""Writes a checkpoint anew with another codec, in place of itself; what it decodes to stays.
+
+The new one is made in a temporary folder beside the old one and takes its name in one step, so
+whoever stops it, at whatever moment, leaves the old one whole; it is simply started again.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Final
+
+from sllm_node.checkpoint.catalog import Checkpoint, open_checkpoint
+from sllm_node.checkpoint.index import INDEX_FILE
+from sllm_node.checkpoint.layout import Layout
+from sllm_node.checkpoint.output import (
+    DiskFiles,
+    OutputFiles,
+    SpaceNeeded,
+    publish,
+    temporary_folder,
+    write_errors_named,
+)
+from sllm_node.checkpoint.sinks import THREADS, chunk_bytes_or_default
+from sllm_node.checkpoint.stored import read_decoded
+from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
+from sllm_node.codec.exponent import DECODED_BYTES_MAX
+from sllm_node.codec.names import CHOICES, RAW
+from sllm_node.core.errors import ConversionError
+from sllm_node.core.units import MIB, PAGE
+
+_DISK: Final = DiskFiles()
+_WINDOW_BYTES: Final = 64 * MIB
+"""Of decoded chunks that are read ahead."""
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+
+
+def check_codec(codec: str, chunk_bytes: int) -> None:
+    """Refuse what no checkpoint can be written with.
+
+    Raises:
+        ConversionError: there is no such codec, or the chunks have a size that it can't take.
+    """
+    if codec not in CHOICES:
+        raise ConversionError(f"codec {codec!r}", f"is none of {', '.join(CHOICES)}")
+    if chunk_bytes < PAGE or chunk_bytes % PAGE:
+        raise ConversionError(f"chunk size {chunk_bytes}", f"is not a multiple of {PAGE} bytes")
+    if codec != RAW and chunk_bytes > DECODED_BYTES_MAX:
+        raise ConversionError(
+            f"chunk size {chunk_bytes}", f"is more than {DECODED_BYTES_MAX} bytes"
+        )
+
+
+def recode(
+    checkpoint: Checkpoint,
+    codec: str,
+    chunk_bytes: int | None = None,
+    *,
+    progress: Progress | None = None,
+    files: OutputFiles = _DISK,
+) -> Checkpoint:
+    """Let `checkpoint` have its bytes by `codec`, one of `CHOICES`; return it as it is then.
+
+    Raises:
+        ConversionError: there is no such codec, or the chunk size can't be.
+        ChecksumError: the checkpoint is damaged; so are CodecError, StorageReadError.
+        StoreFullError: both don't fit on the disk for a while.
+        StorageWriteError: the disk failed.
+    """
+    size = chunk_bytes_or_default(chunk_bytes, codec)
+    check_codec(codec, size)
+    store, index, space = checkpoint.path.parent, checkpoint.index, SpaceNeeded()
+    layout = Layout(index.tensors, tuple(shard.size for shard in index.shards))
+    with (
+        write_errors_named(store, space, files),
+        temporary_folder(store, checkpoint.path.name) as folder,
+    ):
+        space.require(layout.size, store, files)
+        _copy_texts(checkpoint, folder)
+        with ShardWriter(folder, layout, size, files, codec) as writer:
+            for number in range(len(index.shards)):
+                writer.write_shard(_decoded(checkpoint, number, progress))
+            shards = writer.finish()
+        write_index(folder, with_shards(replace(index, chunk_bytes=size), shards), files)
+        publish(folder, checkpoint.path, files, replace=True)
+    return open_checkpoint(checkpoint.path)
+
+
+def _copy_texts(checkpoint: Checkpoint, folder: Path) -> None:
+    written = {INDEX_FILE, *(shard.name for shard in checkpoint.index.shards)}
+    for path in sorted(checkpoint.path.iterdir()):
+        if path.name not in written and path.is_file():
+            shutil.copyfile(path, folder / path.name)
+
+
+def _decoded(
+    checkpoint: Checkpoint, number: int, progress: Progress | None
+) -> Iterator[memoryview]:
+    """Yield the decoded chunks of a shard in order, several being read at once."""
+    index = checkpoint.index
+    chunks = iter(index.file_chunks(number))
+    ahead = max(1, min(2 * THREADS, _WINDOW_BYTES // index.chunk_bytes))
+    done = index.shard_base(number)
+    with ThreadPoolExecutor(THREADS, "decode") as threads:
+        while window := list(islice(chunks, ahead)):
+            for data in threads.map(lambda chunk: read_decoded(checkpoint, chunk), window):
+                yield data
+                done += len(data)
+                if progress is not None:
+                    progress(done, index.size)

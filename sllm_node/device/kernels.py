@@ -1,0 +1,159 @@
+"""The kernels in kernels/: what they are called, what they take, and how they get onto a device.
+
+Each has one entry point, named like its file. One launch works on many chunks, whose descriptors,
+laid out as `CHUNK` or `PIECE` here, travel with it as a parameter: no copy has to bring them. Results
+go to an array in device memory, or in pinned memory. The references are `codec.exponent.decode` and `checkpoint.digest.chunk_digest`.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from cuda.bindings import driver
+
+from sllm_node.device import nvrtc
+
+CHUNK: Final = np.dtype(
+    [("encoded", "<u8"), ("encoded_size", "<u8"), ("output", "<u8"), ("output_size", "<u8")]
+)
+"""Addresses, aligned to 16 bytes, and sizes. The result of each is a u32: 0, or what is wrong."""
+PIECE: Final = np.dtype([("bytes", "<u8"), ("size", "<u8")])
+"""An address and a size, both multiples of 64. The result of each is a u64, the digest."""
+
+HEADER_IS_WRONG: Final = 1
+CODES_ARE_WRONG: Final = 2
+PROBLEMS: Final = {
+    HEADER_IS_WRONG: "its header does not fit its size",
+    CODES_ARE_WRONG: "its codes do not fit its counts",
+}
+"""What a decoder's results mean."""
+
+CHECKSUM: Final = "checksum_chunks"
+DECODERS: Final = {
+    "exp-bf16": "decode_exp_bf16",
+    "exp-f16": "decode_exp_f16",
+    "exp-f32": "decode_exp_f32",
+    "exp-f8e4m3": "decode_exp_f8e4m3",
+    "exp-f8e5m2": "decode_exp_f8e5m2",
+}
+"""The kernel for each codec."""
+KERNELS: Final = (*DECODERS.values(), CHECKSUM)
+CHUNKS_MAX: Final = 120
+"""Of one launch: their descriptors fit into 4 KiB of parameters."""
+
+_ELEMENTS: Final = 8 * 4096
+"""What a thread block decodes: eight warps, a block of the codec each."""
+_ELEMENT_BYTES: Final = {
+    "exp-bf16": 2,
+    "exp-f16": 2,
+    "exp-f32": 4,
+    "exp-f8e4m3": 1,
+    "exp-f8e5m2": 1,
+}
+_DECODER_THREADS: Final = 256
+_CHECKSUM_THREADS: Final = 288
+
+
+class Context(Protocol):
+    """A device's context: made current inside `with`, and calls checked."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def check(self, what: str, result: tuple[Any, ...]) -> Any:
+        """Return what a driver call gave; raise what it failed with."""
+
+
+class Kernels:
+    """The kernels of one device, each compiled and loaded when it is first asked for."""
+
+    def __init__(self, context: Context, handle: Any, cache: Path | None = None) -> None:
+        self._context = context
+        self._cache = cache
+        self._loaded: dict[str, tuple[Any, Any]] = {}
+        self.architecture = self._architecture(handle)
+
+    def prepare(self, names: Iterable[str] = KERNELS) -> None:
+        """Compile and load kernels, so that no launch has to wait for that.
+
+        Raises:
+            KernelError: a kernel can't be compiled.
+            DeviceError: the driver does not take it.
+        """
+        for name in names:
+            self._function(name)
+
+    def decode(self, codec: str, chunks: npt.NDArray[np.void], errors: int, stream: Any) -> None:
+        """Enqueue the decoding of (n,) `CHUNK`s; `errors` is the address of n zeroed u32."""
+        sizes, step = chunks["output_size"], _ELEMENTS * _ELEMENT_BYTES[codec]
+        for start in range(0, len(chunks), CHUNKS_MAX):
+            some = chunks[start : start + CHUNKS_MAX]
+            blocks = max(1, -(-int(sizes[start : start + CHUNKS_MAX].max()) // step))
+            grid = (blocks, len(some))
+            self._launch(DECODERS[codec], grid, _DECODER_THREADS, some, errors + 4 * start, stream)
+
+    def checksum(self, pieces: npt.NDArray[np.void], digests: int, stream: Any) -> None:
+        """Enqueue the digests of (n,) `PIECE`s to n u64 at address `digests`."""
+        for start in range(0, len(pieces), CHUNKS_MAX):
+            some = pieces[start : start + CHUNKS_MAX]
+            grid = (len(some), 1)
+            self._launch(CHECKSUM, grid, _CHECKSUM_THREADS, some, digests + 8 * start, stream)
+
+    def close(self) -> None:
+        """Unload what was loaded; nothing launched may be under way."""
+        with self._context:
+            for module, _ in self._loaded.values():
+                driver.cuModuleUnload(module)
+        self._loaded.clear()
+
+    def _launch(
+        self,
+        name: str,
+        grid: tuple[int, int],
+        threads: int,
+        descriptors: npt.NDArray[np.void],
+        results: int,
+        stream: Any,
+    ) -> None:
+        function = self._function(name)
+        table = np.zeros(CHUNKS_MAX, descriptors.dtype)
+        table[: len(descriptors)] = descriptors
+        address = np.array([results], np.uint64)
+        parameters = np.array([table.ctypes.data, address.ctypes.data], np.uint64)
+        with self._context:
+            launched = driver.cuLaunchKernel(
+                function, *grid, 1, threads, 1, 1, 0, stream, parameters.ctypes.data, 0
+            )
+        self._context.check(f"launch {name}", (*launched, None))
+
+    def _function(self, name: str) -> Any:
+        if name not in self._loaded:
+            code = nvrtc.compiled(name, self.architecture, self._cache)
+            check = self._context.check
+            with self._context:
+                module = check(f"load {name}", driver.cuModuleLoadData(code))
+                function = check(f"find {name}", driver.cuModuleGetFunction(module, name.encode()))
+            self._loaded[name] = module, function
+        return self._loaded[name][1]
+
+    def _architecture(self, handle: Any) -> str:
+        attribute = driver.CUdevice_attribute
+        numbers = [
+            self._context.check(
+                "ask for the architecture", driver.cuDeviceGetAttribute(which, handle)
+            )
+            for which in (
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+            )
+        ]
+        return "sm_{}{}".format(*numbers)

@@ -1,0 +1,60 @@
+"""From units to the jobs of a decoder, and back from its failures to errors that say where."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+
+from sllm_node.checkpoint.catalog import Checkpoint
+from sllm_node.core.errors import CheckpointError, CodecError
+from sllm_node.device.base import ChunkJob, WrongChunkError
+from sllm_node.store.pipeline import Slice, Target
+from sllm_node.store.reader import checksum_error
+from sllm_node.store.residency import Unit
+
+
+def by_target(slices: Iterable[Slice]) -> Iterator[tuple[Target, list[Slice]]]:
+    """Yield each target with its slices, which lie one after another."""
+    for _, some in groupby(slices, key=lambda cut: id(cut.target)):
+        found = list(some)
+        yield found[0].target, found
+
+
+def jobs_of(unit: Unit, slices: list[Slice], *, verify: bool) -> tuple[ChunkJob, ...]:
+    """Return what a decoder has to do for the slices of one target.
+
+    A chunk that reaches beyond them is decoded whole and written in part: beside it may be what the
+    device has kept, or the end of its part.
+    """
+    jobs = []
+    start = slices[0].target.part.start
+    for chunk in unit.chunks:
+        begin = unit.device_offset + chunk.start - unit.chunks[0].start
+        end = begin + chunk.decoded_size
+        writes = tuple(
+            (max(begin, cut.start) - start, min(end, cut.end) - start)
+            for cut in slices
+            if cut.start < end and begin < cut.end
+        )
+        if writes:
+            jobs.append(
+                ChunkJob(
+                    chunk.codec,
+                    chunk.offset - unit.offset,
+                    chunk.size,
+                    begin - start,
+                    chunk.decoded_size,
+                    writes,
+                    chunk.digest if verify else None,
+                )
+            )
+    return tuple(jobs)
+
+
+def named(checkpoint: Checkpoint, unit: Unit, error: WrongChunkError) -> CheckpointError:
+    """Return what a decoder found wrong with a chunk of `unit`, with the place in its shard."""
+    offset = unit.offset + error.job.offset
+    (chunk,) = checkpoint.index.chunks_within(unit.shard, offset, error.job.size)
+    if error.problem is None:
+        return checksum_error(checkpoint, chunk)
+    shard = checkpoint.index.shards[unit.shard].name
+    where = f"model {checkpoint.model!r}, {shard}, bytes {offset} to {offset + chunk.size}"
+    return CodecError(chunk.codec, f"{where}: {error.problem}")

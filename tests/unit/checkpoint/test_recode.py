@@ -1,0 +1,77 @@
+from pathlib import Path
+
+import pytest
+
+from sllm_node.checkpoint.catalog import open_checkpoint
+from sllm_node.checkpoint.recode import recode
+from sllm_node.checkpoint.verify import verify
+from sllm_node.core.errors import ChecksumError, ConversionError
+from tests.unit.checkpoint.raw import WEIGHTS, CountedFiles, write_raw
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    made = write_raw(tmp_path, "m", WEIGHTS, chunk_bytes=16384, shard_bytes=65536)
+    (made.path / "config.json").write_text("{}")
+    return made
+
+
+def shards(checkpoint):
+    return [(checkpoint.path / s.name).read_bytes() for s in checkpoint.index.shards]
+
+
+def test_there_and_back_every_byte_is_as_it_was(checkpoint):
+    before = shards(checkpoint)
+    seen = []
+    encoded = recode(checkpoint, "auto", 16384, progress=lambda *counts: seen.append(counts))
+    assert encoded.index.version == 2
+    assert encoded.index.file_size < checkpoint.index.size
+    assert verify(encoded) == []
+    assert seen[-1] == (checkpoint.index.size, checkpoint.index.size)
+    again = recode(encoded, "raw", 16384)
+    assert shards(again) == before
+    assert again.index == checkpoint.index
+    assert (again.path / "config.json").read_text() == "{}"
+    assert [path.name for path in Path(checkpoint.path.parent).iterdir()] == ["m"]
+
+
+def test_whatever_call_fails_the_old_checkpoint_stays_whole(checkpoint):
+    class StoppedError(Exception):
+        pass
+
+    def stop(at):
+        def count(number):
+            if number == at:
+                raise StoppedError
+
+        return CountedFiles(count)
+
+    before = shards(checkpoint)
+    for at in range(1, 200):
+        try:
+            recode(open_checkpoint(checkpoint.path), "auto", 16384, files=stop(at))
+        except StoppedError:
+            index = open_checkpoint(checkpoint.path).index
+            if not index.is_encoded:
+                assert shards(checkpoint) == before
+            continue
+        break
+    assert verify(open_checkpoint(checkpoint.path)) == []
+    assert open_checkpoint(checkpoint.path).index.is_encoded
+
+
+def test_a_damaged_checkpoint_is_not_recoded(checkpoint):
+    path = checkpoint.path / "shard-00000.bin"
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    with pytest.raises(ChecksumError):
+        recode(checkpoint, "auto")
+    assert not open_checkpoint(checkpoint.path).index.is_encoded
+
+
+@pytest.mark.parametrize(
+    ("codec", "chunk_bytes", "problem"),
+    [("zip", 4096, "none of auto, raw, exp"), ("raw", 5000, "4096"), ("exp", 1 << 31, "more than")],
+)
+def test_what_cannot_be_written_is_refused(checkpoint, codec, chunk_bytes, problem):
+    with pytest.raises(ConversionError, match=problem):
+        recode(checkpoint, codec, chunk_bytes)

@@ -1,0 +1,17 @@
+import pytest
+
+from sllm_node.codec.names import EXPONENT, RAW
+from tests.unit.store.handmade import Rig
+
+
+@pytest.fixture
+def with_codecs(request, monkeypatch):
+    """Run the tests of a module with raw and with encoded checkpoints."""
+    monkeypatch.setattr(Rig, "codec", request.param)
+
+
+def pytest_generate_tests(metafunc):
+    """Parametrise `with_codecs`, but for tests that are about raw bytes only."""
+    if "with_codecs" in metafunc.fixturenames:
+        codecs = [RAW] if metafunc.definition.get_closest_marker("raw_only") else [RAW, EXPONENT]
+        metafunc.parametrize("with_codecs", codecs, indirect=True)
