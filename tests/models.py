@@ -159,7 +159,7 @@ def make_checkpoint(
     *,
     chunk_bytes: int = 16 * 1024,
     shard_bytes: int = 128 * 1024,
-    codec: str = "auto",
+    codec: str = "exp",
     **overrides: Any,
 ) -> Checkpoint:
     """Write a seeded model of `family` to `store` in our format."""

@@ -29,7 +29,7 @@ from sllm_node.checkpoint.output import DiskFiles
 from sllm_node.checkpoint.sinks import ENCODED_CHUNK_BYTES
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec import exponent
-from sllm_node.codec.names import AUTO
+from sllm_node.codec.names import EXPONENT
 from sllm_node.core.units import GIB, MIB, PAGE, align_up
 
 CHUNK = 2 * MIB
@@ -142,7 +142,7 @@ def checkpoint_ratio() -> tuple[float, float]:
     spent = 0.0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        with ShardWriter(folder, layout, ENCODED_CHUNK_BYTES, DiskFiles(), AUTO) as writer:
+        with ShardWriter(folder, layout, ENCODED_CHUNK_BYTES, DiskFiles(), EXPONENT) as writer:
             for spec, entry in zip(specs, layout.tensors, strict=True):
                 numbers = torch.empty(spec.size // 2, dtype=torch.bfloat16)
                 numbers.normal_(0.0, 0.02, generator=generator)

@@ -29,6 +29,7 @@ from scripts.bench.device import wait
 from sllm_node.bench.shapes import SHAPE_NAMES
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint, open_checkpoint
 from sllm_node.checkpoint.recode import recode
+from sllm_node.codec.names import EXPONENT
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.metrics import Metrics
@@ -438,7 +439,7 @@ def _both(store: Path, shape: str, kind: random_checkpoint.Kind) -> tuple[Checkp
         start = time.perf_counter()
         copy = store / f"{encoded}-new"
         shutil.copytree(store / raw, copy, copy_function=os.link)
-        made = recode(open_checkpoint(copy), "auto")
+        made = recode(open_checkpoint(copy), EXPONENT)
         copy.rename(store / encoded)
         seconds, index = time.perf_counter() - start, made.index
         share = index.file_size / index.size

@@ -14,7 +14,7 @@ from typing import Final
 from sllm_node.bench.shapes import Shape
 from sllm_node.bench.synthesis import check_room, synthesise
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
-from sllm_node.codec.names import AUTO, RAW
+from sllm_node.codec.names import EXPONENT, RAW
 from sllm_node.convert.convert import ConvertOptions, convert
 from sllm_node.core.errors import BenchError
 from sllm_node.core.types import ModelId
@@ -101,7 +101,7 @@ def _with_checkpoint(folder: Path, name: str, store: Path) -> ModelFiles:
     root = store / "sllm"
     root.mkdir(parents=True, exist_ok=True)
     encoded = f"{name}-codec"
-    for checkpoint, codec in ((name, RAW), (encoded, AUTO)):
+    for checkpoint, codec in ((name, RAW), (encoded, EXPONENT)):
         if not (root / checkpoint).is_dir():
             convert(str(folder), checkpoint, root, ConvertOptions(codec=codec))
     catalog = Catalog(root)

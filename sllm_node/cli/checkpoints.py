@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sllm_node.cli.output import print_json, print_table, say, tell
-from sllm_node.codec.names import AUTO, CHOICES, DEFAULT
+from sllm_node.codec.names import AUTO, CHOICES, EXPONENT, RAW
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import SllmError, StoreFolderError
 from sllm_node.core.types import ModelId
@@ -40,7 +40,13 @@ ChunkSize = Annotated[
         parser=_size, metavar="SIZE", help="bytes under one checksum (16MiB raw, 2MiB encoded)"
     ),
 ]
-Codec = Annotated[str, typer.Option(help=f"how bytes are stored: {', '.join(CHOICES)}")]
+Codec = Annotated[
+    str,
+    typer.Option(
+        help=f"how bytes are stored: {', '.join(CHOICES)}, "
+        f"or {AUTO}: {EXPONENT} on a machine with an NVIDIA GPU, which decodes, else {RAW}"
+    ),
+]
 DEFAULT_STORE = Path(StoreConfig().path)
 
 
@@ -61,7 +67,7 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
         str | None, typer.Option(help="cast weights: float32, bfloat16, float16 (default: keep)")
     ] = None,
     chunk_size: ChunkSize = None,
-    codec: Codec = DEFAULT,
+    codec: Codec = AUTO,
     *,
     force: Annotated[bool, typer.Option(help="replace a checkpoint of that name")] = False,
     as_json: AsJson = False,
@@ -71,7 +77,8 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     from sllm_node.convert.convert import ConvertOptions
     from sllm_node.convert.convert import convert as run
 
-    options = ConvertOptions(dtype=dtype, chunk_bytes=chunk_size, force=force, codec=codec)
+    chosen = _chosen(codec)
+    options = ConvertOptions(dtype=dtype, chunk_bytes=chunk_size, force=force, codec=chosen)
     with _progress(f"converting {name}") as advance:
         checkpoint = run(
             source, name, store, options, progress=lambda p: advance(p.bytes_done, p.bytes_total)
@@ -99,7 +106,7 @@ def recode(
 
     before = _catalog(store).get(ModelId(name))
     with _progress(f"recoding {name}") as advance:
-        checkpoint = run(before, codec, chunk_size, progress=advance)
+        checkpoint = run(before, _chosen(codec), chunk_size, progress=advance)
     if as_json:
         print_json(describe(checkpoint))
         return
@@ -107,6 +114,15 @@ def recode(
         f"{name}: {format_size(before.index.file_size)} on disk before, "
         f"{format_size(checkpoint.index.file_size)} now{_how(checkpoint)}"
     )
+
+
+def _chosen(codec: str) -> str:
+    """Return what `auto` means on this machine."""
+    if codec != AUTO:
+        return codec
+    from sllm_node.device.optional import gpu_count
+
+    return EXPONENT if gpu_count() else RAW
 
 
 def _how(checkpoint: "Checkpoint") -> str:

@@ -5,8 +5,6 @@ from typing import Final
 RAW: Final = "raw"
 EXPONENT: Final = "exp"
 """The family of codecs, as people name it; a chunk has the one for its dtype."""
+CHOICES: Final = (RAW, EXPONENT)
 AUTO: Final = "auto"
-"""Whatever is best now."""
-CHOICES: Final = (AUTO, RAW, EXPONENT)
-DEFAULT: Final = AUTO
-"""What a conversion uses unless it is told."""
+"""On the command line: what suits the machine; `exp` where a GPU decodes, else `raw`."""

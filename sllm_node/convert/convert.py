@@ -24,7 +24,7 @@ from sllm_node.checkpoint.output import (
 from sllm_node.checkpoint.recode import check_codec
 from sllm_node.checkpoint.sinks import chunk_bytes_or_default
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
-from sllm_node.codec.names import DEFAULT
+from sllm_node.codec.names import EXPONENT
 from sllm_node.convert.mapping import GroupRunner
 from sllm_node.convert.plan import Plan, plan_tensors, tensor_bytes
 from sllm_node.convert.sources import Download, Source, download_from_hub, open_source
@@ -59,8 +59,8 @@ class ConvertOptions:
     """The size of a shard at most, but for a tensor that is larger."""
     force: bool = False
     """Replace a checkpoint of that name."""
-    codec: str = DEFAULT
-    """One of `codec.chunks.CHOICES`."""
+    codec: str = EXPONENT
+    """One of `codec.names.CHOICES`."""
     servable: bool = True
     """Refuse what a node can't serve: other architectures, folders without a tokenizer."""
 

@@ -17,3 +17,11 @@ def import_cuda(name: str) -> ModuleType:
         problem = f"cuda-python is not installed ({error}); install sllm-node[cuda]"
         raise DeviceError(name, problem) from error
     return cuda
+
+
+def gpu_count() -> int:
+    """Return how many NVIDIA GPUs this process can use; 0 without a driver or its package."""
+    try:
+        return int(import_cuda("cuda").device_count())
+    except DeviceError:
+        return 0

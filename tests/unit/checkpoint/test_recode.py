@@ -23,7 +23,7 @@ def shards(checkpoint):
 def test_there_and_back_every_byte_is_as_it_was(checkpoint):
     before = shards(checkpoint)
     seen = []
-    encoded = recode(checkpoint, "auto", 16384, progress=lambda *counts: seen.append(counts))
+    encoded = recode(checkpoint, "exp", 16384, progress=lambda *counts: seen.append(counts))
     assert encoded.index.version == 2
     assert encoded.index.file_size < checkpoint.index.size
     assert verify(encoded) == []
@@ -49,7 +49,7 @@ def test_whatever_call_fails_the_old_checkpoint_stays_whole(checkpoint):
     before = shards(checkpoint)
     for at in range(1, 200):
         try:
-            recode(open_checkpoint(checkpoint.path), "auto", 16384, files=stop(at))
+            recode(open_checkpoint(checkpoint.path), "exp", 16384, files=stop(at))
         except StoppedError:
             index = open_checkpoint(checkpoint.path).index
             if not index.is_encoded:
@@ -64,13 +64,13 @@ def test_a_damaged_checkpoint_is_not_recoded(checkpoint):
     path = checkpoint.path / "shard-00000.bin"
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(ChecksumError):
-        recode(checkpoint, "auto")
+        recode(checkpoint, "exp")
     assert not open_checkpoint(checkpoint.path).index.is_encoded
 
 
 @pytest.mark.parametrize(
     ("codec", "chunk_bytes", "problem"),
-    [("zip", 4096, "none of auto, raw, exp"), ("raw", 5000, "4096"), ("exp", 1 << 31, "more than")],
+    [("zip", 4096, "none of raw, exp"), ("raw", 5000, "4096"), ("exp", 1 << 31, "more than")],
 )
 def test_what_cannot_be_written_is_refused(checkpoint, codec, chunk_bytes, problem):
     with pytest.raises(ConversionError, match=problem):

@@ -10,7 +10,7 @@ from tests.unit.checkpoint.raw import WEIGHTS, write_raw
 
 @pytest.fixture
 def checkpoint(tmp_path):
-    return write_raw(tmp_path, "m", WEIGHTS, chunk_bytes=16384, shard_bytes=65536, codec="auto")
+    return write_raw(tmp_path, "m", WEIGHTS, chunk_bytes=16384, shard_bytes=65536, codec="exp")
 
 
 def first_encoded(checkpoint):

@@ -10,6 +10,7 @@ from sllm_node.checkpoint.cards import Cards, pack_bits
 from sllm_node.cli.main import app, main
 from sllm_node.core.errors import ConversionError
 from sllm_node.core.types import ModelId
+from sllm_node.device.optional import gpu_count
 from tests.models import make_checkpoint, make_source
 
 
@@ -59,7 +60,7 @@ def test_conversion_casts_replaces_and_answers_in_json(tmp_path):
 def test_a_checkpoint_is_encoded_verified_inspected_and_made_raw_again(tmp_path):
     source, folder = make_source(tmp_path / "source", dtype="bfloat16"), tmp_path / "store"
     at = ("--store", folder)
-    made = run("convert", source, "--name", "m", *at, "--codec", "auto", "--chunk-size", "64KiB")
+    made = run("convert", source, "--name", "m", *at, "--codec", "exp", "--chunk-size", "64KiB")
     assert "% of raw, codec exp" in made.stdout
     assert "verified, no damage" in run("verify", "m", *at).stdout
     described = json.loads(run("inspect", "m", *at, "--json").stdout)
@@ -71,9 +72,17 @@ def test_a_checkpoint_is_encoded_verified_inspected_and_made_raw_again(tmp_path)
     assert (recoded["format_version"], recoded["ratio"]) == (1, 1.0)
 
 
+def test_what_nobody_says_is_raw_on_a_machine_without_a_gpu_to_decode(tmp_path):
+    source, folder = make_source(tmp_path / "source", dtype="bfloat16"), tmp_path / "store"
+    at = ("--store", folder)
+    run("convert", source, "--name", "m", *at)
+    codec = "exp" if gpu_count() else "raw"
+    assert json.loads(run("inspect", "m", *at, "--json").stdout)["codec"] == codec
+
+
 def test_an_unknown_codec_is_refused_with_those_there_are(tmp_path):
     source = make_source(tmp_path / "source", dtype="bfloat16")
-    with pytest.raises(ConversionError, match="none of auto, raw, exp"):
+    with pytest.raises(ConversionError, match="none of raw, exp"):
         run("convert", source, "--name", "m", "--store", tmp_path / "store", "--codec", "zip")
 
 

@@ -11,7 +11,6 @@ def with_codecs(request, monkeypatch):
 
 
 def pytest_generate_tests(metafunc):
-    """Parametrise `with_codecs`, but for tests that are about raw bytes only."""
+    """Parametrise `with_codecs`."""
     if "with_codecs" in metafunc.fixturenames:
-        codecs = [RAW] if metafunc.definition.get_closest_marker("raw_only") else [RAW, EXPONENT]
-        metafunc.parametrize("with_codecs", codecs, indirect=True)
+        metafunc.parametrize("with_codecs", [RAW, EXPONENT], indirect=True)
