@@ -20,7 +20,8 @@ from scripts.bench.figures import record
 from sllm_node.codec import exponent
 from sllm_node.core.units import GIB, MIB, align_up
 from sllm_node.device.cuda import CudaDevice
-from sllm_node.device.kernels import CHUNK, PIECE, Kernels
+from sllm_node.device.kernels import Kernels
+from sllm_node.device.staging import CHUNK, PIECE
 
 LAUNCHES = 10
 ROUNDS = 9

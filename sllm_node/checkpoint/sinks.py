@@ -22,7 +22,7 @@ from sllm_node.core.units import MIB, PAGE, align_up
 THREADS: Final = min(16, len(os.sched_getaffinity(0)))
 """That encode; numpy lets them run at once."""
 RAW_CHUNK_BYTES: Final = 16 * MIB
-ENCODED_CHUNK_BYTES: Final = 2 * MIB
+ENCODED_CHUNK_BYTES: Final = MIB
 """Small enough that whole encoded chunks, of uneven sizes, fill a chunk of the pool to 97 %."""
 
 

@@ -37,7 +37,7 @@ Name = Annotated[str, typer.Argument(help="the checkpoint's name")]
 ChunkSize = Annotated[
     int | None,
     typer.Option(
-        parser=_size, metavar="SIZE", help="bytes under one checksum (16MiB raw, 2MiB encoded)"
+        parser=_size, metavar="SIZE", help="bytes under one checksum (16MiB raw, 1MiB encoded)"
     ),
 ]
 Codec = Annotated[

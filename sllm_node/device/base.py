@@ -10,10 +10,10 @@ enqueued before it is done. Mapping is such a sequence too: what is unmapped is 
 mapped afterwards. Every method returns at once unless it says that it waits.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 
 Done = Callable[[BaseException | None], None]
 """Called once when an event happens, with the failure if there was one.
@@ -130,10 +130,10 @@ class ChunkJob:
     """In the source, a multiple of 4 KiB."""
     size: int
     place: int
-    """In the destination, of the first decoded byte; outside of it if only a part goes there."""
+    """Of the first decoded byte, from where the whole piece goes."""
     decoded_size: int
     writes: tuple[tuple[int, int], ...]
-    """Bytes [start, end) of the destination that may be written, in order; the others are kept."""
+    """Bytes [start, end) that may be written, from there too, in order; the others are kept."""
     digest: int | None = None
     """What the stored bytes must have, as they lie on the device; None: don't look."""
 
@@ -141,6 +141,19 @@ class ChunkJob:
     def is_whole(self) -> bool:
         """Whether all of the chunk goes to the destination."""
         return self.writes == ((self.place, self.place + self.decoded_size),)
+
+
+class ChunkJobs:
+    """The chunks of a piece of pinned memory that go to one destination; made once, decoded often."""
+
+    __slots__ = ("jobs", "plans", "size")
+
+    def __init__(self, jobs: Iterable[ChunkJob]) -> None:
+        self.jobs = tuple(jobs)
+        self.size = sum(job.size for job in self.jobs)
+        """Stored bytes."""
+        self.plans: dict[int, Any] = {}
+        """What a decoder has made of them, by the staging memory that it had."""
 
 
 class WrongChunkError(Exception):
@@ -171,12 +184,14 @@ class Decoder(Protocol):
         self,
         link: Stream,
         destination: DeviceBuffer,
+        place: int,
         source: memoryview,
-        jobs: Sequence[ChunkJob],
+        jobs: ChunkJobs,
         done: Decoded,
     ) -> None:
         """Enqueue the copy of `jobs` from `source` by `link`, and their decoding behind it.
 
+        The piece begins at byte `place` of the destination, or would, if only a part goes there.
         `source`, pinned memory, must stay untouched until `done` is called.
         """
 

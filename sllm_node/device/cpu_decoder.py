@@ -17,7 +17,14 @@ from sllm_node.codec.chunks import decode_chunk, decode_chunk_into
 from sllm_node.codec.names import RAW
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.errors import CodecError
-from sllm_node.device.base import ChunkJob, Decoded, DeviceBuffer, Stream, WrongChunkError
+from sllm_node.device.base import (
+    ChunkJob,
+    ChunkJobs,
+    Decoded,
+    DeviceBuffer,
+    Stream,
+    WrongChunkError,
+)
 
 _THREADS: Final = min(8, len(os.sched_getaffinity(0)))
 
@@ -38,24 +45,25 @@ class CpuDecoder:
         self,
         link: Stream,
         destination: DeviceBuffer,
+        place: int,
         source: memoryview,
-        jobs: Sequence[ChunkJob],
+        jobs: ChunkJobs,
         done: Decoded,
     ) -> None:
         rest = []
-        for job in jobs:
+        for job in jobs.jobs:
             if job.codec != RAW or job.digest is not None:
                 rest.append(job)
                 continue
             for start, end in job.writes:
                 begin = job.offset + start - job.place
-                link.copy_in(destination, start, source[begin : begin + end - start])
+                link.copy_in(destination, place + start, source[begin : begin + end - start])
 
         def copied(error: BaseException | None) -> None:
             if error is not None:
                 done(error, 0.0)
             else:
-                self._threads.submit(_decode_all, destination, source, rest, done)
+                self._threads.submit(_decode_all, destination, place, source, rest, done)
 
         link.record().on_done(copied)
 
@@ -64,7 +72,11 @@ class CpuDecoder:
 
 
 def _decode_all(
-    destination: DeviceBuffer, source: memoryview, jobs: Sequence[ChunkJob], done: Decoded
+    destination: DeviceBuffer,
+    place: int,
+    source: memoryview,
+    jobs: Sequence[ChunkJob],
+    done: Decoded,
 ) -> None:
     """Decode `jobs` and tell; in a thread."""
     clock = MonotonicClock()
@@ -72,22 +84,24 @@ def _decode_all(
     try:
         target = np.asarray(destination.array)
         for job in jobs:
-            _decode_one(job, target, source[job.offset : job.offset + job.size])
+            _decode_one(job, target, place, source[job.offset : job.offset + job.size])
     except BaseException as error:  # noqa: BLE001 - the root of a thread's work: handed on
         failure = error
     done(failure, clock.now() - start)
 
 
-def _decode_one(job: ChunkJob, target: npt.NDArray[np.uint8], stored: memoryview) -> None:
+def _decode_one(
+    job: ChunkJob, target: npt.NDArray[np.uint8], place: int, stored: memoryview
+) -> None:
     if job.digest is not None and xxhash.xxh3_64_intdigest(stored) != job.digest:
         raise WrongChunkError(job, None)
     try:
         if job.is_whole:
-            place = target[job.place : job.place + job.decoded_size]
-            decode_chunk_into(job.codec, stored, place)
+            begin = place + job.place
+            decode_chunk_into(job.codec, stored, target[begin : begin + job.decoded_size])
             return
         decoded = decode_chunk(job.codec, stored, job.decoded_size)
     except CodecError as error:
         raise WrongChunkError(job, error.problem) from error
     for start, end in job.writes:
-        np.copyto(target[start:end], decoded[start - job.place : end - job.place])
+        np.copyto(target[place + start : place + end], decoded[start - job.place : end - job.place])

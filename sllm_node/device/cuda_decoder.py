@@ -17,28 +17,19 @@ of each batch.
 """
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 from cuda.bindings import driver
 
-from sllm_node.codec.names import RAW
 from sllm_node.core.errors import SllmError
-from sllm_node.device.base import (
-    ChunkJob,
-    Decoded,
-    DeviceBuffer,
-    PinnedBuffer,
-    Stream,
-    WrongChunkError,
-)
+from sllm_node.device.base import ChunkJobs, Decoded, DeviceBuffer, PinnedBuffer, Stream
 from sllm_node.device.host import address_of
-from sllm_node.device.kernels import CHUNK, CHUNKS_MAX, PIECE, PROBLEMS, Kernels
-from sllm_node.device.staging import JOBS_MAX, Batch, Ring, Staged, batches
+from sllm_node.device.kernels import CHUNKS_MAX, Kernels
+from sllm_node.device.staging import JOBS_MAX, Batch, Ring, batches
 
 if TYPE_CHECKING:
     from sllm_node.device.cuda import CudaStream
@@ -130,19 +121,22 @@ class CudaDecoder:
         self,
         link: Stream,
         destination: DeviceBuffer,
+        place: int,
         source: memoryview,
-        jobs: Sequence[ChunkJob],
+        jobs: ChunkJobs,
         done: Decoded,
     ) -> None:
-        assert jobs
-        planned = list(batches(jobs, self._ring.size // 2))
+        limit = self._ring.size // 2
+        planned = jobs.plans.get(limit)
+        if planned is None:
+            planned = jobs.plans[limit] = tuple(batches(jobs.jobs, limit))
         report = _Report(len(planned), done)
         with self._cuda:
             for batch in planned:
                 table = self._take_table()
                 self._launched += bool(batch.staged)
                 table.is_timed = self._launched % _TIMED == 1
-                self._enqueue(batch, table, link, destination, source)
+                self._enqueue(batch, table, link, (destination, place), source)
                 tell = partial(self._finish, batch, table, report)
                 self._stream.record().on_done(tell)
 
@@ -167,50 +161,50 @@ class CudaDecoder:
         batch: Batch,
         table: _Table,
         link: Any,
-        destination: DeviceBuffer,
+        where: tuple[Any, int],
         source: memoryview,
     ) -> None:
+        destination, place = where
         start, readers, ended = self._ring.take(batch.size)
         for event in readers:
             link.tail.wait_for(event)
         for event in ended:
             self._destroy(event)
-        for begin, at, size in batch.runs():
-            link.copy_in(self._staging, start + at, source[begin : begin + size])
-        for job in batch.direct:
-            for low, high in job.writes:
-                begin = job.offset + low - job.place
-                link.copy_in(destination, low, source[begin : begin + high - low])
+        for copy in batch.runs:
+            stored = source[copy.start : copy.start + copy.size]
+            link.copy_in(self._staging, start + copy.to, stored)
+        for copy in batch.direct:
+            stored = source[copy.start : copy.start + copy.size]
+            link.copy_in(destination, place + copy.to, stored)
         failure = link.tail.take_failure()
         filled = link.tail.mark()
         self._stream.remember(failure)
         self._stream.wait_for(filled)
         if batch.staged and failure is None:
+            addresses = self._staging.address + start, destination.address + place
             try:
-                self._launch(batch, table, (start, destination), filled)
+                self._launch(batch, table, addresses, filled)
             except SllmError as error:
                 self._stream.remember(error)
         self._destroy(filled)
         self._ring.give(start, batch.size, self._stream.mark())
 
-    def _launch(self, batch: Batch, table: _Table, where: tuple[int, Any], filled: Any) -> None:
+    def _launch(self, batch: Batch, table: _Table, addresses: tuple[int, int], filled: Any) -> None:
         """Enqueue all that is done with a batch whose bytes have come by the event `filled`."""
-        region, destination = self._staging.address + where[0], where[1]
+        region, place = addresses
+        handle = self._stream.handle
         table.clear()
-        checked = None
-        if any(one.job.digest is not None for one in batch.staged):
-            checked = self._check(batch, table, region, filled)
+        checked = self._check(batch, table, region, filled) if batch.is_checked else None
         if table.is_timed:
             self._record(table.begun)
-        row = 0
-        for codec, group in groupby(batch.staged, key=lambda one: one.job.codec):
-            chunks = np.array([_chunk(one, region, destination) for one in group], CHUNK)
-            if codec != RAW:
-                errors = table.errors_at + row * 4
-                self._kernels.decode(codec, chunks, errors, self._stream.handle)
-            row += len(chunks)
-        for one in batch.staged:
-            self._move(one, region, destination)
+        for decoding in batch.decodings:
+            errors = table.errors_at + 4 * decoding.row
+            self._kernels.decode(decoding.codec, decoding.chunks(region, place), errors, handle)
+        for copy in batch.moves:
+            with self._cuda:
+                to, start = place + copy.to, region + copy.start
+                result = driver.cuMemcpyDtoDAsync(to, start, copy.size, handle)
+            self._stream.fail("copy on the device", result[0])
         if table.is_timed:
             self._record(table.ended)
         if checked is not None:
@@ -221,26 +215,13 @@ class CudaDecoder:
         """Enqueue the digests of a batch; return the event behind them."""
         stream = self._checks[0]
         self._checks.rotate()
-        pieces = np.array([(region + one.stored_at, one.job.size) for one in batch.staged], PIECE)
         with self._cuda:
             self._stream.fail("wait for a copy", driver.cuStreamWaitEvent(stream, filled, 0)[0])
-        self._kernels.checksum(pieces, table.digests_at, stream)
+        self._kernels.checksum(batch.pieces(region), table.digests_at, stream)
         with self._cuda:
             event = self._cuda.check("create an event", driver.cuEventCreate(_WITHOUT_TIMES))
             self._stream.fail("record an event", driver.cuEventRecord(event, stream)[0])
         return event
-
-    def _move(self, one: Staged, region: int, destination: Any) -> None:
-        """Copy what was not decoded to its place."""
-        job = one.job
-        origin = one.stored_at if job.codec == RAW else one.decoded_at
-        if origin is None:
-            return
-        for low, high in job.writes:
-            to, start = destination.address + low, region + origin + low - job.place
-            with self._cuda:
-                result = driver.cuMemcpyDtoDAsync(to, start, high - low, self._stream.handle)
-            self._stream.fail("copy on the device", result[0])
 
     def _record(self, event: Any) -> None:
         with self._cuda:
@@ -263,14 +244,14 @@ class CudaDecoder:
         """A batch has ended; on the thread that waits for the stream's events."""
         seconds = 0.0
         if error is None and batch.staged:
-            error = _wrong(batch, table)
+            error = batch.wrong(table.digests, table.errors)
             seconds = self._seconds(batch, table)
         self._tables.append(table)
         report.add(error, seconds)
 
     def _seconds(self, batch: Batch, table: _Table) -> float:
         """Return what a batch took, or would take at the rate of the last one with times."""
-        size = sum(one.job.decoded_size for one in batch.staged)
+        size = batch.decoded_size
         if table.is_timed:
             code, milliseconds = driver.cuEventElapsedTime(table.begun, table.ended)
             if code == driver.CUresult.CUDA_SUCCESS:
@@ -295,22 +276,3 @@ class CudaDecoder:
         for number in range(_TABLES):
             view = slab.view[number * _TABLE_BYTES : (number + 1) * _TABLE_BYTES]
             self._tables.append(_Table(view, *events[2 * number : 2 * number + 2]))
-
-
-def _chunk(one: Staged, region: int, destination: Any) -> tuple[int, int, int, int]:
-    """Return a `CHUNK`."""
-    job = one.job
-    output = destination.address + job.place if one.decoded_at is None else region + one.decoded_at
-    return region + one.stored_at, job.size, output, job.decoded_size
-
-
-def _wrong(batch: Batch, table: _Table) -> WrongChunkError | None:
-    """Return the first thing that the kernels found wrong."""
-    for row, one in enumerate(batch.staged):
-        if one.job.digest is not None and int(table.digests[row]) != one.job.digest:
-            return WrongChunkError(one.job, None)
-    for row, one in enumerate(batch.staged):
-        if table.errors[row]:
-            number = int(table.errors[row])
-            return WrongChunkError(one.job, PROBLEMS.get(number, f"the kernel says {number}"))
-    return None

@@ -1,7 +1,7 @@
 """The kernels in kernels/: what they are called, what they take, and how they get onto a device.
 
 Each has one entry point, named like its file. One launch works on many chunks, whose descriptors,
-laid out as `CHUNK` or `PIECE` here, travel with it as a parameter: no copy has to bring them. Results
+laid out as `staging.CHUNK` or `staging.PIECE`, travel with it as a parameter: no copy has to bring them. Results
 go to an array in device memory, or in pinned memory. The references are `codec.exponent.decode` and `checkpoint.digest.chunk_digest`.
 """
 
@@ -11,25 +11,10 @@ from types import TracebackType
 from typing import Any, Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 from cuda.bindings import driver
 
 from sllm_node.device import nvrtc
-
-CHUNK: Final = np.dtype(
-    [("encoded", "<u8"), ("encoded_size", "<u8"), ("output", "<u8"), ("output_size", "<u8")]
-)
-"""Addresses, aligned to 16 bytes, and sizes. The result of each is a u32: 0, or what is wrong."""
-PIECE: Final = np.dtype([("bytes", "<u8"), ("size", "<u8")])
-"""An address and a size, both multiples of 64. The result of each is a u64, the digest."""
-
-HEADER_IS_WRONG: Final = 1
-CODES_ARE_WRONG: Final = 2
-PROBLEMS: Final = {
-    HEADER_IS_WRONG: "its header does not fit its size",
-    CODES_ARE_WRONG: "its codes do not fit its counts",
-}
-"""What a decoder's results mean."""
+from sllm_node.device.staging import CHUNK, PIECE, Rows
 
 CHECKSUM: Final = "checksum_chunks"
 DECODERS: Final = {
@@ -106,7 +91,7 @@ class Kernels:
         for name in names:
             self._function(name)
 
-    def decode(self, codec: str, chunks: npt.NDArray[np.void], errors: int, stream: Any) -> None:
+    def decode(self, codec: str, chunks: Rows, errors: int, stream: Any) -> None:
         """Enqueue the decoding of (n,) `CHUNK`s; `errors` is the address of n zeroed u32."""
         sizes, step = chunks["output_size"], _ELEMENTS * _ELEMENT_BYTES[codec]
         for start in range(0, len(chunks), CHUNKS_MAX):
@@ -115,7 +100,7 @@ class Kernels:
             grid = (blocks, len(some))
             self._launch(DECODERS[codec], grid, _DECODER_THREADS, some, errors + 4 * start, stream)
 
-    def checksum(self, pieces: npt.NDArray[np.void], digests: int, stream: Any) -> None:
+    def checksum(self, pieces: Rows, digests: int, stream: Any) -> None:
         """Enqueue the digests of (n,) `PIECE`s to n u64 at address `digests`."""
         for start in range(0, len(pieces), CHUNKS_MAX):
             some = pieces[start : start + CHUNKS_MAX]
@@ -134,7 +119,7 @@ class Kernels:
         name: str,
         grid: tuple[int, int],
         threads: int,
-        descriptors: npt.NDArray[np.void],
+        descriptors: Rows,
         results: int,
         stream: Any,
     ) -> None:

@@ -1,17 +1,37 @@
-"""Plans staging memory for a decoder: which chunks go together, and where they lie. Pure.
+"""Plans staging memory for a decoder: which chunks go together, where they lie, what kernels do. Pure.
 
 Each *batch* of chunks gets a region of the ring: the chunks as they are stored, and room for those
-chunks that go to their destination in part. Regions are taken in turn.
-What reads a region is known by a token, which whoever takes the same memory later must wait for.
+chunks that go to their destination in part. A batch is planned once and used for every load: its
+places are counted from the start of a region and from where the piece goes, which are added when it
+is used. Regions are taken in turn. What reads a region is known by a token, which whoever takes the
+same memory later must wait for.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Final, Generic, TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from sllm_node.codec.names import RAW
 from sllm_node.core.units import PAGE, align_up
-from sllm_node.device.base import ChunkJob
+from sllm_node.device.base import ChunkJob, WrongChunkError
+
+Rows = npt.NDArray[np.void]
+
+CHUNK: Final = np.dtype(
+    [("encoded", "<u8"), ("encoded_size", "<u8"), ("output", "<u8"), ("output_size", "<u8")]
+)
+"""What a kernel decodes: addresses, aligned to 16 bytes, and sizes. The result is a u32, 0 if all is well."""
+PIECE: Final = np.dtype([("bytes", "<u8"), ("size", "<u8")])
+"""What a kernel takes a digest of: address and size, multiples of 64. The result is a u64."""
+PROBLEMS: Final = {
+    1: "its header does not fit its size",
+    2: "its codes do not fit its counts",
+}
+"""What a decoder's results mean."""
 
 JOBS_MAX: Final = 120
 """Of one batch; one launch decodes as many."""
@@ -31,28 +51,115 @@ class Staged:
 
 
 @dataclass(frozen=True, slots=True)
+class Copy:
+    """`size` bytes from one place to another."""
+
+    start: int
+    to: int
+    size: int
+
+
+class Decoding:
+    """The chunks of a batch that have one codec."""
+
+    def __init__(self, codec: str, row: int, staged: Sequence[Staged]) -> None:
+        self.codec = codec
+        self.row = row
+        """Of its first chunk in the batch."""
+        self._is_in_room = np.array([one.decoded_at is not None for one in staged])
+        self._chunks = np.array([_chunk(one) for one in staged], CHUNK)
+
+    def chunks(self, region: int, place: int) -> Rows:
+        """Return (n,) `CHUNK` for a region and a place at these addresses."""
+        made = self._chunks.copy()
+        made["encoded"] += np.uint64(region)
+        made["output"] += np.where(self._is_in_room, np.uint64(region), np.uint64(place))
+        return made
+
+
 class Batch:
     """Chunks that are staged and decoded together."""
 
-    staged: tuple[Staged, ...]
-    """Those of one codec lie together."""
-    direct: tuple[ChunkJob, ...]
-    """These go to their place at once."""
-    size: int
-    """Of the region."""
+    def __init__(self, staged: Sequence[Staged], direct: Sequence[ChunkJob], size: int) -> None:
+        self.staged = tuple(sorted(staged, key=lambda one: one.job.codec))
+        self.size = size
+        """Of the region."""
+        self.decoded_size = sum(one.job.decoded_size for one in staged)
+        self.runs = tuple(_runs(self.staged))
+        """From the source to the region."""
+        self.direct = tuple(_direct(direct))
+        """From the source to the place."""
+        self.moves = tuple(_moves(self.staged))
+        """From the region to the place, when kernels have run."""
+        self.decodings = tuple(_decodings(self.staged))
+        digests = [one.job.digest for one in self.staged]
+        self.is_checked = any(digest is not None for digest in digests)
+        self._is_asked = np.array([digest is not None for digest in digests], np.bool_)
+        self._digests = np.array([digest or 0 for digest in digests], np.uint64)
+        pieces = [(one.stored_at, one.job.size) for one in self.staged]
+        self._pieces = np.array(pieces, PIECE)
 
-    def runs(self) -> Iterator[tuple[int, int, int]]:
-        """Yield (place in the source, place in the region, size) of each copy."""
-        begin, at, size = 0, 0, 0
-        for one in sorted(self.staged, key=lambda one: one.stored_at):
-            if size and (begin + size, at + size) == (one.job.offset, one.stored_at):
-                size += one.job.size
-                continue
-            if size:
-                yield begin, at, size
-            begin, at, size = one.job.offset, one.stored_at, one.job.size
+    def pieces(self, region: int) -> Rows:
+        """Return (n,) `PIECE` for a region at this address."""
+        made = self._pieces.copy()
+        made["bytes"] += np.uint64(region)
+        return made
+
+    def wrong(
+        self, digests: npt.NDArray[np.uint64], errors: npt.NDArray[np.uint32]
+    ) -> WrongChunkError | None:
+        """Return the first thing that the kernels found wrong, by their results for each chunk."""
+        count = len(self.staged)
+        found = np.flatnonzero(self._is_asked & (digests[:count] != self._digests))
+        if len(found):
+            return WrongChunkError(self.staged[found[0]].job, None)
+        found = np.flatnonzero(errors[:count])
+        if len(found):
+            number = int(errors[found[0]])
+            problem = PROBLEMS.get(number, f"the kernel says {number}")
+            return WrongChunkError(self.staged[found[0]].job, problem)
+        return None
+
+
+def _chunk(one: Staged) -> tuple[int, int, int, int]:
+    output = one.job.place if one.decoded_at is None else one.decoded_at
+    return one.stored_at, one.job.size, output, one.job.decoded_size
+
+
+def _runs(staged: Sequence[Staged]) -> Iterator[Copy]:
+    begin, at, size = 0, 0, 0
+    for one in sorted(staged, key=lambda one: one.stored_at):
+        if size and (begin + size, at + size) == (one.job.offset, one.stored_at):
+            size += one.job.size
+            continue
         if size:
-            yield begin, at, size
+            yield Copy(begin, at, size)
+        begin, at, size = one.job.offset, one.stored_at, one.job.size
+    if size:
+        yield Copy(begin, at, size)
+
+
+def _direct(jobs: Sequence[ChunkJob]) -> Iterator[Copy]:
+    for job in jobs:
+        for low, high in job.writes:
+            yield Copy(job.offset + low - job.place, low, high - low)
+
+
+def _moves(staged: Sequence[Staged]) -> Iterator[Copy]:
+    for one in staged:
+        origin = one.stored_at if one.job.codec == RAW else one.decoded_at
+        if origin is not None:
+            for low, high in one.job.writes:
+                yield Copy(origin + low - one.job.place, low, high - low)
+
+
+def _decodings(staged: Sequence[Staged]) -> Iterator[Decoding]:
+    row = 0
+    for codec, group in groupby(staged, key=lambda one: one.job.codec):
+        some = list(group)
+        if codec != RAW:
+            yield Decoding(codec, row, some)
+        row += len(some)
 
 
 def batches(jobs: Sequence[ChunkJob], limit: int) -> Iterator[Batch]:
@@ -86,8 +193,7 @@ def _batch(jobs: Sequence[tuple[ChunkJob, int, int]]) -> Batch:
             stored_end, room_end = stored_end + stored, room_end + room
         else:
             direct.append(job)
-    staged.sort(key=lambda one: one.job.codec)
-    return Batch(tuple(staged), tuple(direct), room_end)
+    return Batch(staged, direct, room_end)
 
 
 class Ring(Generic[TokenT]):

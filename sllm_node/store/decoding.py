@@ -5,7 +5,7 @@ from itertools import groupby
 
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.core.errors import CheckpointError, CodecError
-from sllm_node.device.base import ChunkJob, WrongChunkError
+from sllm_node.device.base import ChunkJob, ChunkJobs, WrongChunkError
 from sllm_node.store.pipeline import Slice, Target
 from sllm_node.store.reader import checksum_error
 from sllm_node.store.residency import Unit
@@ -18,35 +18,36 @@ def by_target(slices: Iterable[Slice]) -> Iterator[tuple[Target, list[Slice]]]:
         yield found[0].target, found
 
 
-def jobs_of(unit: Unit, slices: list[Slice], *, verify: bool) -> tuple[ChunkJob, ...]:
-    """Return what a decoder has to do for the slices of one target.
+def jobs_of(unit: Unit, slices: list[Slice], *, verify: bool) -> tuple[int, ChunkJobs]:
+    """Return where a unit begins on the target of `slices`, and what a decoder has to do for them.
 
     A chunk that reaches beyond them is decoded whole and written in part: beside it may be what the
-    device has kept, or the end of its part.
+    device has kept, or the end of its part. What is done for a unit that goes there whole, which is
+    the rule, is kept with the unit.
     """
-    jobs = []
-    start = slices[0].target.part.start
+    base = unit.device_offset
+    place = base - slices[0].target.part.start
+    ranges = tuple((cut.start - base, cut.end - base) for cut in slices)
+    if ranges != ((0, unit.device_size),):
+        return place, ChunkJobs(_jobs(unit, ranges, verify=verify))
+    if verify not in unit.whole:
+        unit.whole[verify] = ChunkJobs(_jobs(unit, ranges, verify=verify))
+    return place, unit.whole[verify]
+
+
+def _jobs(unit: Unit, ranges: tuple[tuple[int, int], ...], *, verify: bool) -> Iterator[ChunkJob]:
     for chunk in unit.chunks:
-        begin = unit.device_offset + chunk.start - unit.chunks[0].start
+        begin = chunk.start - unit.chunks[0].start
         end = begin + chunk.decoded_size
         writes = tuple(
-            (max(begin, cut.start) - start, min(end, cut.end) - start)
-            for cut in slices
-            if cut.start < end and begin < cut.end
+            (max(begin, low), min(end, high)) for low, high in ranges if low < end and begin < high
         )
         if writes:
-            jobs.append(
-                ChunkJob(
-                    chunk.codec,
-                    chunk.offset - unit.offset,
-                    chunk.size,
-                    begin - start,
-                    chunk.decoded_size,
-                    writes,
-                    chunk.digest if verify else None,
-                )
+            digest = chunk.digest if verify else None
+            offset = chunk.offset - unit.offset
+            yield ChunkJob(
+                chunk.codec, offset, chunk.size, begin, chunk.decoded_size, writes, digest
             )
-    return tuple(jobs)
 
 
 def named(checkpoint: Checkpoint, unit: Unit, error: WrongChunkError) -> CheckpointError:

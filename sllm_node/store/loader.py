@@ -279,14 +279,13 @@ class Load:
         for target, cuts in by_target(self._slices_of(unit)):
             chunk = self._ledger.hold(self.model, unit.index)
             view = self._machinery.pool.view(chunk, unit.size)
-            jobs = jobs_of(unit, cuts, verify=verify)
+            place, jobs = jobs_of(unit, cuts, verify=verify)
             link = target.tier.link()
-            carried = sum(job.size for job in jobs)
             delivered = sum(cut.end - cut.start for cut in cuts)
-            done = self._sent(link, carried, delivered, partial(self._on_copied, unit))
+            done = self._sent(link, jobs.size, delivered, partial(self._on_copied, unit))
             tell = partial(call_on, loop, partial(self._on_decoded, unit, done))
             try:
-                target.tier.decoder.decode(link.stream, target.buffer, view, jobs, tell)
+                target.tier.decoder.decode(link.stream, target.buffer, place, view, jobs, tell)
             except Exception as error:  # noqa: BLE001 - whatever it is, the load ends with it
                 loop.call_soon(done, error)
 

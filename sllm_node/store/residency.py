@@ -20,6 +20,7 @@ from sllm_node.checkpoint.index import FileChunk, TensorIndex
 from sllm_node.codec.names import RAW
 from sllm_node.core.errors import CheckpointFormatError
 from sllm_node.core.types import ModelId
+from sllm_node.device.base import ChunkJobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Unit:
     """Decoded; what it takes on a device."""
     chunks: tuple[FileChunk, ...] = ()
     """What lies in it, in order."""
+    whole: dict[bool, ChunkJobs] = field(default_factory=dict, compare=False, repr=False)
+    """What a decoder has to do when all of it goes to one device; with digests, and without."""
 
     @property
     def device_end(self) -> int:

@@ -70,7 +70,7 @@ class Bench:
 
     def decode(self, codec, encoded, sizes):
         """Return errors, decoded bytes, and whether nothing beside them was written."""
-        from sllm_node.device.kernels import CHUNK
+        from sllm_node.device.staging import CHUNK
 
         table, offsets, offset = np.zeros(len(encoded), CHUNK), [], 0
         for i, (place, chunk, size) in enumerate(
@@ -137,7 +137,7 @@ def test_many_large_chunks_are_decoded_in_one_launch(bench):
 
 
 def test_checksums_are_those_of_xxh3(bench):
-    from sllm_node.device.kernels import PIECE
+    from sllm_node.device.staging import PIECE
 
     random = np.random.default_rng(5)
     sizes = [256, 320, 1024, 1088, 4096, 32768, 33792, 65536, 100 * 4096, 3 * MIB + 4096]

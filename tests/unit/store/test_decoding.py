@@ -5,8 +5,11 @@ import threading
 
 import pytest
 
+from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.layout import TensorSpec
 from sllm_node.codec.names import EXPONENT
-from sllm_node.core.config import ByteSize
+from sllm_node.core.clock import MonotonicClock
+from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.errors import (
     ChecksumError,
     CodecError,
@@ -14,9 +17,13 @@ from sllm_node.core.errors import (
     DeviceMemoryError,
     KernelError,
 )
+from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, Part, Tier
+from sllm_node.core.units import KIB, MIB
 from sllm_node.device.cpu import CpuDevice
 from sllm_node.device.cpu_decoder import CpuDecoder
+from sllm_node.store.store import Store
+from tests.unit.checkpoint.raw import write_raw
 from tests.unit.store.handmade import CHUNK, Rig, write_checkpoint
 
 A, B = ModelId("a"), ModelId("b")
@@ -38,15 +45,19 @@ class Gate(CpuDecoder):
         self.opened.set()
         self.asked = threading.Event()
         self.jobs = []
+        self.writes = []
         self.staging = []
 
     def stage_in(self, staging):
         self.staging.append(staging)
 
-    def decode(self, link, destination, source, jobs, done):
-        self.jobs += jobs
+    def decode(self, link, destination, place, source, jobs, done):
+        self.jobs += jobs.jobs
+        self.writes += [(place + a, place + b) for job in jobs.jobs for a, b in job.writes]
         self.asked.set()
-        gate = threading.Thread(target=self._later, args=(link, destination, source, jobs, done))
+        gate = threading.Thread(
+            target=self._later, args=(link, destination, place, source, jobs, done)
+        )
         gate.start()
 
     def _later(self, *arguments):
@@ -89,6 +100,29 @@ async def test_the_pool_holds_encoded_bytes_and_devices_decoded_ones(tmp_path):
         assert value("sllm_load_bytes_total", {"source": "nvme"}) == len(rig.bytes[A])
 
 
+@pytest.mark.parametrize(("codec", "kept"), [("raw", 7), ("exp", 10)])
+async def test_a_pool_keeps_1_4_times_as_many_models_when_they_are_encoded(tmp_path, codec, kept):
+    """Chunks stand to the pool's as by default; pages weigh more here than for larger ones."""
+    names = [f"m{number:02}" for number in range(12)]
+    file_chunk = 128 * KIB if codec == "exp" else 2 * MIB
+    for name in names:
+        specs = [TensorSpec("a", "U8", (64,)), TensorSpec("weight", "BF16", (9 * MIB,))]
+        write_raw(tmp_path, name, specs, chunk_bytes=file_chunk, shard_bytes=64 * MIB, codec=codec)
+    catalog = Catalog(tmp_path)
+    catalog.scan()
+    settings = StoreConfig(
+        pool_bytes=ByteSize(70 * 2 * MIB), chunk_bytes=ByteSize(2 * MIB), huge_pages=False
+    )
+    store = Store(catalog, [CpuDevice(MIB)], settings, MonotonicClock(), Metrics())
+    await store.start()
+    for name in names:
+        await store.prefetch(ModelId(name))
+    sizes = {name: catalog.get(ModelId(name)).index.file_size for name in names}
+    held = {name: store.residency(ModelId(name))[Tier.DRAM] for name in names}
+    assert sum(held[name] == sizes[name] for name in names) == kept
+    await store.close()
+
+
 async def test_a_pool_chunk_holds_as_many_encoded_chunks_as_fit(tmp_path):
     sizes = {"chunk_bytes": ByteSize(5 * 12288), "pool_bytes": ByteSize(3 * 5 * 12288)}
     async with Rig(tmp_path, **sizes) as rig:
@@ -119,9 +153,9 @@ async def test_bytes_that_a_device_has_kept_are_not_written_again(tmp_path):
         kept = rig.store.on_devices(A)["cpu:0"]
         assert 0 < kept < size
         assert kept % FILE_CHUNK
-        device.gate.jobs.clear()
+        device.gate.writes.clear()
         await rig.check("a", reason="room")
-        writes = [one for job in device.gate.jobs for one in job.writes]
+        writes = device.gate.writes
         assert writes[0][0] == kept
         assert sum(end - start for start, end in writes) == size - kept - CHUNK  # raw
         assert rig.reports[-1].bytes_kept == kept
