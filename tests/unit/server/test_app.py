@@ -47,7 +47,10 @@ async def test_a_chat_is_answered_with_one_object(rig):
             "message": {"role": "assistant", "content": "Hello", "refusal": None},
         }
     ]  # fmt: skip
-    assert body["usage"] == {"prompt_tokens": 8, "completion_tokens": 6, "total_tokens": 14}
+    assert body["usage"] == {
+        "prompt_tokens": 8, "completion_tokens": 6, "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
     assert body["id"] == f"chatcmpl-{headers['x-request-id']}"
 
 
