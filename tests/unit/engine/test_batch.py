@@ -280,7 +280,7 @@ class BatchMachine(RuleBasedStateMachine):
         super().__init__()
         self.batch = Batch(Blocks(self.BLOCKS, BLOCK), 3, 11)
         self.memory = {}
-        self.plan = None
+        self.plan = []
         self.frozen = {}
         self.number = 0
 
@@ -289,7 +289,7 @@ class BatchMachine(RuleBasedStateMachine):
         self.number += 1
         self.batch.add(make(self.number, prompt, out, like=like, salt=salt))
 
-    @precondition(lambda self: self.plan is None)
+    @precondition(lambda self: not self.plan)
     @rule()
     def begin_step(self):
         self.plan = self.batch.plan()
@@ -300,7 +300,7 @@ class BatchMachine(RuleBasedStateMachine):
             for at in self.reach(part):
                 self.memory[self.slot(part.session, at)] = self.past(part.session, at)
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.plan)
     @rule()
     def end_step(self):
         for part in self.plan:
@@ -315,9 +315,9 @@ class BatchMachine(RuleBasedStateMachine):
                 session.output.append(session.length)
                 if len(session.output) >= session.request.max_tokens:
                     self.batch.end(session)
-        self.plan = None
+        self.plan = []
 
-    @precondition(lambda self: self.plan is not None)
+    @precondition(lambda self: self.plan)
     @rule()
     def fail_step(self):
         for part in self.plan:
@@ -326,7 +326,7 @@ class BatchMachine(RuleBasedStateMachine):
         self.batch.failed(self.plan)
         for part in self.plan:
             self.batch.end(part.session)
-        self.plan = None
+        self.plan = []
 
     @precondition(lambda self: self.batch.sessions())
     @rule(data=st.data())
@@ -355,7 +355,7 @@ class BatchMachine(RuleBasedStateMachine):
                     assert self.memory[block * BLOCK + BLOCK - 1] == self.past(session, at)
 
     def teardown(self):
-        if self.plan is not None:
+        if self.plan:
             self.end_step()
         while self.batch.sessions():
             self.begin_step()

@@ -140,7 +140,9 @@ async def test_what_gave_no_numbers_is_not_found(checkpoint):
 
 async def test_a_model_that_left_its_device_comes_back_without_its_prefixes(checkpoint):
     with CpuDevice(1 << 30) as device:
-        engines = engines_of(device, EngineConfig(kv_cache_bytes=ByteSize(1 << 20), **SMALL))
+        engines = engines_of(
+            device, EngineConfig(kv_cache_bytes=ByteSize(1 << 20), block_tokens=BLOCK)
+        )
         weights, codec = Weights(checkpoint, device), await engines.load_codec(checkpoint.path)
         prompt, got = numbers(1, 21), []
         for _ in range(2):
