@@ -9,6 +9,8 @@ one token at least is, because the next is drawn from its logits. When a running
 block and there is none, the youngest of the lowest priority gives its blocks back and waits again;
 those that are full stay cached for it, until others take them.
 
+Where every layer has a window, a session leaves the blocks behind that no later token looks at.
+
 A block can be found by others when the step that fills it has ended, and not before: sessions that
 are admitted together compute what they share once each, and share it from then on.
 """
@@ -37,7 +39,9 @@ class Part:
 class Batch:
     """The sessions of one engine."""
 
-    def __init__(self, blocks: Blocks, max_sessions: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, blocks: Blocks, max_sessions: int, max_step_tokens: int, window: int | None = None
+    ) -> None:
         self.blocks = blocks
         self.preemptions = 0
         self.asked_tokens = 0
@@ -46,6 +50,7 @@ class Batch:
         """Of these: those that were cached."""
         self._max_sessions = max_sessions
         self._max_step_tokens = max_step_tokens
+        self._window = window
         self._waiting: list[Session] = []
         self._running: list[Session] = []
 
@@ -104,6 +109,8 @@ class Batch:
             self._fill(session, part.start)
             if session.state is SessionState.ENDED:
                 self.blocks.give_back(session.table)
+            else:
+                self._leave(session)
 
     def failed(self, parts: list[Part]) -> None:
         """Take note that a step has ended and may have written anything to its sessions' blocks.
@@ -118,9 +125,19 @@ class Batch:
 
     def _fill(self, session: Session, start: int) -> None:
         """Make the blocks known that are full since a step that began at token `start`."""
-        size = self.blocks.block_tokens
+        size, passed = self.blocks.block_tokens, session.passed_blocks
+        parent = session.key(passed - 1, size) if passed else None
         for index in range(start // size, session.computed // size):
-            self.blocks.fill(session.table, index, session.key(index, size))
+            self.blocks.fill(session.table, index - passed, session.key(index, size), parent)
+
+    def _leave(self, session: Session) -> None:
+        """Leave the blocks behind that the window of the next token has passed."""
+        if self._window is None:
+            return
+        passed = (session.computed + 1 - self._window) // self.blocks.block_tokens
+        if passed > session.passed_blocks:
+            self.blocks.leave(session.table, passed - session.passed_blocks)
+            session.passed_blocks = passed
 
     def _admit(self) -> Session | None:
         if not self._waiting or len(self._running) >= self._max_sessions:
@@ -143,7 +160,8 @@ class Batch:
 
     def _grow(self, session: Session, count: int, planned: list[Part]) -> bool:
         """Get the blocks for the next `count` tokens, from others if need be."""
-        while not self.blocks.grow(session.table, session.computed + count):
+        end = session.computed + count - session.passed_blocks * self.blocks.block_tokens
+        while not self.blocks.grow(session.table, end):
             busy = [part.session for part in planned]
             victim = max(
                 (s for s in self._running if s not in busy), key=Session.sort_key, default=session
@@ -155,7 +173,7 @@ class Batch:
 
     def _preempt(self, session: Session) -> None:
         self.blocks.give_back(session.table)
-        session.computed = 0
+        session.computed = session.passed_blocks = 0
         session.happen(SessionEvent.PREEMPTED)
         self._running.remove(session)
         insort(self._waiting, session, key=Session.sort_key)

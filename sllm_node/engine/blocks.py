@@ -10,6 +10,8 @@ Who holds a known block holds those before it in its chain too: what is computed
 for what is known (`fill`), and a block whose predecessor is not known stays unknown itself. Blocks
 are let go last one first. So, longest unused first, the cached blocks always end with the ones that
 others lead to: when blank ones run out, a chain loses its end before its beginning.
+Only a session that leaves its first blocks behind (`leave`) lets go of a beginning before its end;
+what then can't be found for want of it goes in its turn.
 """
 
 from array import array
@@ -101,13 +103,18 @@ class Blocks:
         table.extend(self._take() for _ in range(count))
         return True
 
-    def fill(self, table: list[int], index: int, key: BlockKey) -> None:
+    def fill(
+        self, table: list[int], index: int, key: BlockKey, parent: BlockKey | None = None
+    ) -> None:
         """Take note that block `index` of `table` is full and written, and known by `key`.
 
-        If another block is known by it already, that one takes its place in `table`. Never while a
-        step that has `table` is under way.
+        If another block is known by it already, that one takes its place in `table`. `parent` is
+        the key of the block before the first of `table`, if there was one. Never while a step that
+        has `table` is under way.
         """
-        if not self.is_caching or (index and self._keys[table[index - 1]] is None):
+        before = self._keys[table[index - 1]] if index else parent
+        is_first = not index and parent is None
+        if not self.is_caching or not (is_first or before in self._known):
             return
         block = table[index]
         assert self._holders[block] == 1
@@ -126,6 +133,12 @@ class Blocks:
         for block in reversed(table):
             self._let_go(block)
         table.clear()
+
+    def leave(self, table: list[int], count: int) -> None:
+        """Let go of the first `count` blocks of `table`, which begins behind them afterwards."""
+        for block in reversed(table[:count]):
+            self._let_go(block)
+        del table[:count]
 
     def forget(self) -> None:
         """Know no block any more; what is held stays held."""

@@ -47,6 +47,8 @@ class Parts:
     buffers: tuple[DeviceBuffer, ...]
     blocks: Blocks
     context_tokens: int
+    window: int | None
+    """How far back any layer looks, in tokens; None: to the beginning."""
     codec: TextCodec
     check: Callable[[], None]
     """Makes sure that the devices still work."""
@@ -74,7 +76,7 @@ class Engine:
         self._asked = metrics.prefix_cache_queries.labels(parts.name)
         self._found = metrics.prefix_cache_hits.labels(parts.name)
         self._preempted = metrics.preemptions.labels(parts.name)
-        self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens)
+        self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens, parts.window)
         self._runner: Runner | None = Runner(parts.model, parts.cache, parts.blocks.block_tokens)
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
@@ -183,7 +185,9 @@ class Engine:
                 await self._wake.wait()
                 continue
             try:
-                drawn = await self._steps.run(runner.step, [_step_part(part) for part in plan])
+                size = self._parts.blocks.block_tokens
+                parts = [_step_part(part, size) for part in plan]
+                drawn = await self._steps.run(runner.step, parts)
             except Exception as error:
                 log.exception("step failed", extra={"model": self._parts.name, "parts": len(plan)})
                 self._is_trusted = False
@@ -315,7 +319,7 @@ def check_capacity(request: GenerationRequest, capacity_tokens: int) -> None:
         raise PromptTooLongError(wanted, capacity_tokens, "KV memory (engine.kv_cache_bytes)")
 
 
-def _step_part(part: Part) -> StepPart:
+def _step_part(part: Part, block_tokens: int) -> StepPart:
     session = part.session
     row = None
     if part.is_last:
@@ -328,5 +332,6 @@ def _step_part(part: Part) -> StepPart:
             session.request.prompt if past else (),
             tuple(session.output) if past else (),
         )
-    place = KvPart(part.start, part.count, tuple(session.table))
+    passed = session.passed_blocks * block_tokens
+    place = KvPart(part.start - passed, part.count, tuple(session.table), passed)
     return StepPart(session.tokens(part.start, part.count), place, row)

@@ -21,7 +21,14 @@ from sllm_node.device.base import Device, DeviceBuffer
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.engine import Engine, Parts, check_capacity, check_request
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
-from sllm_node.engine.skeleton import LayerShape, Model, build_skeleton, layer_shapes, read_config
+from sllm_node.engine.skeleton import (
+    LayerShape,
+    Model,
+    build_skeleton,
+    common_window,
+    layer_shapes,
+    read_config,
+)
 from sllm_node.engine.spread import spread
 from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.text import TextCodec, load_codec
@@ -203,7 +210,7 @@ class Engines:
 
         parts = Parts(
             lease.checkpoint.model, skeleton.model, cache, tuple(m.buffer for m in memory), blocks,
-            index.context_tokens, codec, self._check, keep,
+            index.context_tokens, common_window(skeleton.shapes), codec, self._check, keep,
         )  # fmt: skip
         return Engine(parts, self._config, steps, self._clock, self._metrics)
 

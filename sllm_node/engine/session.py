@@ -53,7 +53,9 @@ class Session:
         self.computed = 0
         """Tokens whose keys and values are in KV memory."""
         self.table: list[int] = []
-        """Blocks, in the order of the tokens."""
+        """Blocks, in the order of the tokens, without those that it left behind."""
+        self.passed_blocks = 0
+        """Blocks left behind: no later token looks at theirs."""
         self.found: int | None = None
         """Tokens that were cached when it was first admitted; None: it was not."""
         self._keys: list[BlockKey] = []

@@ -91,6 +91,26 @@ def test_a_block_behind_one_that_is_not_known_stays_unknown():
     assert blocks.cached == 0
 
 
+def test_blocks_that_are_left_behind_are_found_by_others_until_they_are_taken():
+    blocks = Blocks(4, SIZE)
+    table = chain(blocks, "abcd", "efgh")
+    blocks.leave(table, 2)
+    assert (table, blocks.free, blocks.cached) == ([], 4, 2)
+    assert blocks.grow(table, SIZE)
+    made = keys("abcd", "efgh", "ijkl")
+    blocks.fill(table, 0, made[2], made[1])
+    assert len(blocks.find(made)) == 3
+    other = []
+    assert blocks.grow(other, 3 * SIZE)
+    later = []
+    blocks.give_back(table)
+    assert blocks.grow(later, SIZE)
+    blocks.fill(later, 0, keys("abcd", "efgh", "mnop")[2], made[1])
+    assert blocks.cached == 0
+    blocks.give_back(later)
+    assert (blocks.free, blocks.cached) == (1, 0)
+
+
 def test_forgotten_blocks_are_not_found_and_stay_with_their_holders():
     blocks = Blocks(4, SIZE)
     held = chain(blocks, "abcd")

@@ -66,20 +66,46 @@ async def test_tokens_equal_those_of_generate_and_those_without_the_cache(tmp_pa
     assert (hits, queries) == (sum(cached for _, cached in got), sum(map(len, asked)))
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
-async def test_preempted_sessions_come_back_to_the_same_tokens(tmp_path, family):
+@pytest.mark.parametrize(
+    ("family", "own", "few"), [("llama", 9, 17), ("gemma2", 9, 17), ("mistral", 2, 10)]
+)
+async def test_preempted_sessions_come_back_to_the_same_tokens(tmp_path, family, own, few):
     checkpoint = make_checkpoint(tmp_path, "m", family)
     model = make_model(family)
-    shared = numbers(1, 11)
-    prompts = [[*shared, *numbers(seed, 9)] for seed in range(2, 8)]
+    shared = numbers(1, 11 if own > 2 else 1)  # with windows sessions keep little: short ones grow
+    prompts = [[*shared, *numbers(seed, own)] for seed in range(2, 8)]
     async with engine_of(checkpoint, **SMALL) as engine:
         token_bytes = engine._parts.buffers[0].size // engine._parts.blocks.capacity_tokens
-    memory = {"kv_cache_bytes": ByteSize(token_bytes * BLOCK * 17)}
+    memory = {"kv_cache_bytes": ByteSize(token_bytes * BLOCK * few)}
     async with engine_of(checkpoint, **SMALL, **memory) as engine:
         got = await asyncio.gather(*(answer(engine, prompt, 24) for prompt in prompts))
         assert engine._preempted._value.get()
         assert engine._parts.blocks.free == engine._parts.blocks.total
     assert [tokens for tokens, _ in got] == [reference(model, p, 24) for p in prompts]
+
+
+async def test_where_all_layers_have_a_window_what_it_has_passed_is_free(tmp_path):
+    checkpoint = make_checkpoint(tmp_path, "m", "mistral")
+    async with engine_of(checkpoint, **SMALL) as engine:
+        blocks, prompt = engine._parts.blocks, numbers(1, 21)
+        assert engine._parts.window == 8
+        generation = engine.submit(ask(prompt, 40))
+        async for _ in generation:
+            # Window and token, a block that is not whole at either end; the prompt was whole once.
+            assert blocks.total - blocks.free <= (4 if len(generation.tokens) > 1 else 6)
+        assert blocks.cached == 60 // BLOCK
+        assert generation.tokens == reference(make_model("mistral"), prompt, 40)
+        assert await answer(engine, [*prompt, *generation.tokens], 1) == (
+            reference(make_model("mistral"), [*prompt, *generation.tokens], 1), 60
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "window"), [("mistral", 8), ("gemma2", None), ("llama", None), ("gemma3", 8)]
+)
+async def test_one_layer_without_a_window_needs_all_blocks(tmp_path, family, window):
+    async with engine_of(make_checkpoint(tmp_path, "m", family)) as engine:
+        assert engine._parts.window == window
 
 
 async def test_salts_keep_prefixes_apart(checkpoint):
