@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Final
 
 from sllm_node.core.types import GenerationRequest, TokenIds
+from sllm_node.engine.adjustments import Adjuster, Adjustments, is_adjusted
 
 
 class SessionState(Enum):
@@ -55,6 +56,8 @@ class Session:
         """Blocks, in the order of the tokens."""
         self.is_in_flight = False
         """A step under way works on it: its blocks must stay until the step ends."""
+        sampling = request.sampling
+        self._adjuster = Adjuster(sampling, request.prompt) if is_adjusted(sampling) else None
 
     def happen(self, event: SessionEvent) -> None:
         """Change the state by the table."""
@@ -80,6 +83,10 @@ class Session:
             return tuple(self.output[first : first + count])
         head = prompt[start : start + count]
         return head + tuple(self.output[: count - len(head)])
+
+    def adjustments(self) -> Adjustments | None:
+        """Return what changes about the logits of its next token; None: nothing."""
+        return None if self._adjuster is None else self._adjuster.after(self.output)
 
     def sort_key(self) -> tuple[int, int]:
         """Order by priority, then by arrival."""
