@@ -4,8 +4,9 @@
 
 `greedy`, `temperature`: all rows alike; `full`: every row with top-k, top-p, min-p and penalties over
 a prompt of 500 and an output of 200 tokens; `mixed`: greedy, temperature, top-p, and penalties in
-turn. Milliseconds for a step's rows, the best of the samples, which alternate; new counts making
-the plan, drawing and reading; what penalties know is kept up by sessions and not counted.
+turn. Milliseconds of one core for a step's rows, whoever else is busy, the best of the samples, which
+alternate; new counts making the plan, drawing and reading; what penalties know is kept up by sessions
+and not counted.
 """
 
 import argparse
@@ -42,6 +43,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=128_256)
     parser.add_argument("--samples", type=int, default=5)
     asked = parser.parse_args()
+    torch.set_num_threads(1)
     print("case         rows   old ms   new ms  old / new")
     for count in asked.rows:
         logits = torch.randn(count, asked.vocabulary, generator=torch.Generator().manual_seed(0))
@@ -71,9 +73,9 @@ def compare(
 
 
 def timed(job: Callable[[], object]) -> float:
-    began = time.perf_counter()
+    began = time.process_time()
     job()
-    return time.perf_counter() - began
+    return time.process_time() - began
 
 
 if __name__ == "__main__":

@@ -71,14 +71,14 @@ def _drawn(logits: torch.Tensor, fields: _Fields, plain: int) -> torch.Tensor:
         rows = fields["row"][group]
         if len(rows):
             chosen = logits.index_select(0, rows).float()
-            scaled = (chosen - chosen.amax(dim=-1, keepdim=True)) / temperature[group]
+            scaled = chosen.sub_(chosen.amax(dim=-1, keepdim=True)).div_(temperature[group])
             way = _filtered if is_filtered else _plain
             drawn.append(way(scaled, uniform[group], fields))
     return torch.cat(drawn)
 
 
 def _plain(scaled: torch.Tensor, uniform: torch.Tensor, _fields: _Fields) -> torch.Tensor:
-    cumulative = scaled.double().softmax(dim=-1).cumsum(dim=-1)
+    cumulative = scaled.double().softmax(dim=-1).cumsum_(dim=-1)
     total = cumulative[:, -1:]
     # Below the total, however it is rounded: a token without probability is never found.
     target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
@@ -98,7 +98,7 @@ def _filtered(scaled: torch.Tensor, uniform: torch.Tensor, fields: _Fields) -> t
     is_out |= kept < min_p * kept[:, :1]
     kept.masked_fill_(is_out, 0.0)
     last = (kept > 0).sum(dim=-1, keepdim=True) - 1  # what is kept stands at the front
-    cumulative = kept.cumsum(dim=-1)
+    cumulative = kept.cumsum_(dim=-1)
     found = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
     return order.gather(-1, torch.minimum(found, last).clamp_(min=0))[:, 0]
 
