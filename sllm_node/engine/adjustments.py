@@ -67,9 +67,11 @@ class Adjuster:
         self._entries = np.zeros(16, _ENTRY)
         self._counted = 0
         """Tokens of the output that are in the entries."""
+        biases: dict[int, float] = {}
         for token, bias in parameters.logit_bias:
-            places = self._placed(np.array([token]))
-            self._entries["bias"][places] += bias
+            biases[token] = biases.get(token, 0.0) + bias
+        places = self._placed(np.array(list(biases), np.int64))
+        self._entries["bias"][places] = list(biases.values())
         if parameters.repetition_penalty != 1.0:
             places = self._placed(np.unique(np.array(prompt, np.int64)))
             self._entries["is_seen"][places] = True

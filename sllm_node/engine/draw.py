@@ -30,9 +30,9 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[Drawn]:
 def draw(logits: torch.Tensor, buffer: torch.Tensor, variant: Variant) -> torch.Tensor:
     """Return what a plan, whose `buffer` is on the device, draws from (rows, vocabulary).
 
-    One array of int64: a token for each row, -1 where the logits are not numbers; then, of the rows
-    that are told, the token's log probability as the bits of a float32, the ids of the most likely
-    tokens and their log probabilities.
+    One array of int64: a token for each row, -1 where the logits are not numbers (which is no input
+    for a next step: clamp it); then, of the rows that are told, the token's log probability as the
+    bits of a float32, the ids of the most likely tokens and their log probabilities.
     """
     assert logits.shape[0] == variant.rows, f"{logits.shape[0]} rows, {variant.rows} planned"
     fields = {
