@@ -28,7 +28,7 @@ from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.generation import Generation
 from sllm_node.engine.kv import KvCache, KvPart
 from sllm_node.engine.runner import Runner, StepPart
-from sllm_node.engine.sampling import Drawn, SamplingRow, check_parameters, has_penalties
+from sllm_node.engine.sampling import Drawn, SamplingRow, check_parameters
 from sllm_node.engine.session import Session
 from sllm_node.engine.skeleton import Model
 from sllm_node.engine.steps import StepThread
@@ -323,14 +323,9 @@ def _step_part(part: Part, block_tokens: int) -> StepPart:
     session = part.session
     row = None
     if part.is_last:
-        parameters = session.request.sampling
-        past = has_penalties(parameters)
+        request = session.request
         row = SamplingRow(
-            parameters,
-            len(session.output),
-            session.request.logprobs,
-            session.request.prompt if past else (),
-            tuple(session.output) if past else (),
+            request.sampling, len(session.output), request.logprobs, session.adjustments()
         )
     passed = session.passed_blocks * block_tokens
     place = KvPart(part.start - passed, part.count, tuple(session.table), passed)

@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint64]
 
-_ROUNDS: Final = 10
-_MULTIPLIERS: Final = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
-_WEYL: Final = (np.uint64(0x9E3779B9), np.uint64(0xBB67AE85))
+ROUNDS: Final = 10
+MULTIPLIERS: Final = (0xD2511F53, 0xCD9E8D57)
+WEYL: Final = (0x9E3779B9, 0xBB67AE85)
 _MASK: Final = np.uint64(0xFFFFFFFF)
 _SHIFT: Final = np.uint64(32)
 
@@ -27,12 +27,14 @@ def philox4x32(counter: Sequence[Words], key: Sequence[Words]) -> tuple[Words, W
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+    m0, m1 = np.uint64(MULTIPLIERS[0]), np.uint64(MULTIPLIERS[1])
+    w0, w1 = np.uint64(WEYL[0]), np.uint64(WEYL[1])
+    for _ in range(ROUNDS):
+        p0, p1 = c0 * m0, c2 * m1
         c0, c1, c2, c3 = (
             (p1 >> _SHIFT) ^ c1 ^ k0, p1 & _MASK, (p0 >> _SHIFT) ^ c3 ^ k1, p0 & _MASK
         )  # fmt: skip
-        k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
+        k0, k1 = (k0 + w0) & _MASK, (k1 + w1) & _MASK
     return c0, c1, c2, c3
 
 

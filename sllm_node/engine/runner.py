@@ -11,8 +11,9 @@ import torch
 
 from sllm_node.core.types import TokenIds
 from sllm_node.engine.attention import attention_step
+from sllm_node.engine.draw import sample
 from sllm_node.engine.kv import KvCache, KvPart, PagedStep
-from sllm_node.engine.sampling import Drawn, SamplingRow, sample
+from sllm_node.engine.sampling import Drawn, SamplingRow
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from enum import Enum
 from typing import Final
 
 from sllm_node.core.types import GenerationRequest, TokenIds
+from sllm_node.engine.adjustments import Adjuster, Adjustments, is_adjusted
 from sllm_node.engine.blocks import BlockKey, block_key, root_key
 
 
@@ -61,6 +62,8 @@ class Session:
         self._keys: list[BlockKey] = []
         self.is_in_flight = False
         """A step under way works on it: its blocks must stay until the step ends."""
+        sampling = request.sampling
+        self._adjuster = Adjuster(sampling, request.prompt) if is_adjusted(sampling) else None
 
     def happen(self, event: SessionEvent) -> None:
         """Change the state by the table."""
@@ -99,6 +102,10 @@ class Session:
     def cached_tokens(self) -> int:
         """Tokens of the prompt that were cached when it was first admitted."""
         return min(self.found or 0, len(self.request.prompt))
+
+    def adjustments(self) -> Adjustments | None:
+        """Return what changes about the logits of its next token; None: nothing."""
+        return None if self._adjuster is None else self._adjuster.after(self.output)
 
     def sort_key(self) -> tuple[int, int]:
         """Order by priority, then by arrival."""

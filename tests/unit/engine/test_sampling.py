@@ -3,8 +3,10 @@ import pytest
 import torch
 
 from sllm_node.core.types import SamplingParameters
+from sllm_node.engine.adjustments import adjustments
+from sllm_node.engine.draw import sample
 from sllm_node.engine.philox import philox4x32, uniforms
-from sllm_node.engine.sampling import SamplingRow, sample
+from sllm_node.engine.sampling import SamplingRow
 
 VOCABULARY = 16
 LOGITS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
@@ -37,9 +39,13 @@ def test_uniform_numbers_follow_from_seed_and_index_alone():
     assert abs(many.mean() - 0.5) < 0.02
 
 
+def row_of(parameters, index, logprobs=None, prompt=(), output=()):
+    return SamplingRow(parameters, index, logprobs, adjustments(parameters, prompt, output))
+
+
 def draw(count=1, logits=LOGITS, output=(), prompt=(), **parameters):
     rows = [
-        SamplingRow(SamplingParameters(seed=seed, **parameters), 5, None, prompt, output)
+        row_of(SamplingParameters(seed=seed, **parameters), 5, None, prompt, output)
         for seed in range(count)
     ]
     return [drawn.token for drawn in sample(logits.expand(count, -1), rows)]
@@ -133,7 +139,7 @@ def test_a_row_of_logits_that_are_no_numbers_spoils_itself_only():
 
 
 def test_logprobs_are_those_of_the_models_own_distribution():
-    row = SamplingRow(SamplingParameters(temperature=0.0, logit_bias=((3, 100.0),)), 0, 2)
+    row = row_of(SamplingParameters(temperature=0.0, logit_bias=((3, 100.0),)), 0, 2)
     drawn = sample(LOGITS[None], [row])[0]
     expected = LOGITS.log_softmax(-1)
     assert drawn.token == 3
