@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import Chunk, Transpose, WeightConverter
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+)
 
 from sllm_node.checkpoint.layout import TensorSpec
 from sllm_node.convert.convert import ConvertOptions, convert
@@ -14,7 +20,7 @@ from sllm_node.convert.mapping import Group, GroupRunner, group_sources, kept_in
 from sllm_node.convert.plan import PlannedTensor, plan_tensors, tensor_bytes
 from sllm_node.convert.safetensors import open_weights
 from sllm_node.convert.sources import FolderSource
-from sllm_node.convert.tensors import MemoryTensor
+from sllm_node.convert.tensors import MemoryTensor, SourceTensor
 from sllm_node.core.errors import ConversionError
 from sllm_node.engine.weights import TORCH_DTYPES
 from tests.models import FAMILIES, make_model, make_source
@@ -68,6 +74,25 @@ def test_experts_are_stacked_by_copying_one_after_another(tmp_path, family):
             counts += [len(group.parts() or ())] if group.converter is not None else []
     assert counts == [4] * 4
     assert_same(converted(tmp_path, model), model)
+
+
+def test_a_stack_of_experts_is_never_in_memory(tmp_path):
+    class Streamed(MemoryTensor):
+        def read_into(self, view):
+            raise AssertionError("read as a whole")
+
+    operations = [MergeModulelist(dim=0), Concatenate(dim=1)]
+    converter = WeightConverter(["gate", "up"], "both", operations=operations)
+    gates, ups = torch.arange(24.0).view(3, 2, 4), -torch.arange(12.0).view(3, 1, 4)
+    sources: dict[str, list[SourceTensor]] = {
+        name: [Streamed(name, tensor) for tensor in tensors]
+        for name, tensors in (("gate", gates), ("up", ups))
+    }
+    group = Group("both", converter, sources)
+    planned = PlannedTensor(TensorSpec("both", "F32", (3, 3, 4)), group)
+    data = b"".join(bytes(piece) for piece in tensor_bytes(planned, GroupRunner(None)))
+    found = torch.frombuffer(bytearray(data), dtype=torch.float32).view(3, 3, 4)
+    assert torch.equal(found, torch.cat([gates, ups], dim=1))
 
 
 @pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("llama", "model.")])  # fmt: skip
@@ -274,10 +299,11 @@ def test_a_conversion_from_one_tensor_to_several_runs_once(tmp_path):
         runner.output(group, "m.v.weight")
 
 
-def test_a_sharded_source_gives_the_same_checkpoint_as_a_single_file(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_sharded_source_gives_the_same_checkpoint_as_a_single_file(tmp_path, family):
     options = ConvertOptions(chunk_bytes=4096, shard_bytes=64 * 1024)
-    one = make_source(tmp_path / "one")
-    many = make_source(tmp_path / "many", shard_size="100KB")
+    one = make_source(tmp_path / "one", family)
+    many = make_source(tmp_path / "many", family, shard_size="100KB")
     assert len(list(many.glob("*.safetensors"))) > 2
     found = [convert(str(f), f.name, tmp_path / "store", options).index for f in (one, many)]
     assert found[0].shards == found[1].shards
