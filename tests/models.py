@@ -45,6 +45,18 @@ _GPT_NEO: dict[str, Any] = {
     "hidden_size": 64, "num_layers": 2, "attention_types": [[["global", "local"], 1]],
     "window_size": 8, "num_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 512,
 }  # fmt: skip
+_EXPERTS: dict[str, Any] = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+}  # fmt: skip
+_SHARED: dict[str, Any] = {  # the first layer dense, then 8 experts in 2 groups, and one for all
+    **_HEADS, "n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+    "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+}  # fmt: skip
+_LATENT: dict[str, Any] = {
+    **{name: value for name, value in _SHARED.items() if name != "head_dim"},
+    "num_key_value_heads": 4, "q_lora_rank": 32, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16, "v_head_dim": 12,
+}  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", _LLAMA),
     "llama_tied": ("llama", {**_LLAMA, "tie_word_embeddings": True}),
@@ -69,10 +81,27 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {**_NEOX, "alibi": False}),
     "bloom": ("bloom", {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": VOCABULARY}),
     "mixtral": ("mixtral", {**_LLAMA, "num_local_experts": 4}),
-    "qwen3_moe": (
-        "qwen3_moe",
-        {**_HEADS, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    "qwen2_moe": ("qwen2_moe", {**_LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 48}),
+    "qwen3_moe": ("qwen3_moe", {**_HEADS, **_EXPERTS}),
+    "olmoe": ("olmoe", {**_LLAMA, **_EXPERTS}),
+    "flex_olmo": ("flex_olmo", {**_LLAMA, **_EXPERTS}),
+    "granitemoe": ("granitemoe", {**_LLAMA, "num_local_experts": 4}),
+    "granitemoeshared": (
+        "granitemoeshared",
+        {**_LLAMA, "num_local_experts": 4, "shared_intermediate_size": 48},
     ),
+    "phimoe": ("phimoe", {**_LLAMA, "num_local_experts": 4}),
+    "minimax_m2": ("minimax_m2", {**_HEADS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {**_LLAMA, **_EXPERTS, "moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1},
+    ),
+    "dots1": ("dots1", _SHARED),
+    "glm4_moe": ("glm4_moe", _SHARED),
+    "glm4_moe_lite": ("glm4_moe_lite", _LATENT),
+    "deepseek_v2": ("deepseek_v2", {**_LATENT, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("deepseek_v3", _LATENT),
+    "gpt_oss": ("gpt_oss", {**_WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2}),
 }
 """Test name -> (transformers' model type, config fields)."""
 

@@ -1,7 +1,7 @@
 """Checkpoints of named shapes: the tensors of well-known models, filled with random numbers.
 
 What loading costs depends on names, shapes and bytes and not on what the numbers mean, so nothing
-has to be downloaded. The values are Gaussian with the spread of trained weights, because a codec
+has to be downloaded. Tensors are those of the module: the experts of a layer are two. The values are Gaussian with the spread of trained weights, because a codec
 would notice a difference.
 """
 
@@ -34,6 +34,16 @@ _SHAPES: Final[dict[str, tuple[str, str, dict[str, Any]]]] = {
         {
             "hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64,
             "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128,
+            "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False,
+        },
+    ),
+    "30b-a3b": (
+        "Qwen3-30B-A3B",
+        "qwen3_moe",
+        {
+            "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+            "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128,
+            "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
             "vocab_size": 151936, "max_position_embeddings": 40960, "tie_word_embeddings": False,
         },
     ),

@@ -42,7 +42,8 @@ def load(  # noqa: PLR0913, PLR0917 - an option each
     rounds: Annotated[int, typer.Option(min=1, help="rounds that count")] = 7,
     warm_loads: Annotated[int, typer.Option(min=1, help="loads from DRAM")] = 100,
     shape: Annotated[
-        str | None, typer.Option(help="compare on a synthesised model: 8b, 32b, opt-6.7b, tiny")
+        str | None,
+        typer.Option(help="compare on a synthesised model: 8b, 32b, 30b-a3b, opt-6.7b, tiny"),
     ] = None,
     source: Annotated[
         Path | None, typer.Option(help="compare on this Hugging Face folder of safetensors")

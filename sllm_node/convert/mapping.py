@@ -2,11 +2,12 @@
 
 transformers 5 renames, fuses and splits tensors while it loads a model. Its own rules are asked
 here, and its own conversions are run, but for the tensors of one group at a time, so that memory
-holds a group and never a model. A stack of experts is made expert by expert.
+holds a group and never a model. Experts that are stacked are not even that: a stack's bytes are those
+of the experts one after another, so they are copied as they are read.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -55,18 +56,33 @@ class Group:
         return [self.name.replace(first, other) for other in self.converter.target_patterns]
 
     def stack_size(self) -> int | None:
-        """Return how many parts can be made alone and written one after another, if any can."""
+        """Return how many parts are stacked, if that is all that the conversion does."""
         if self.converter is None:
             return None
         first, *rest = self.converter.operations
         lengths = {len(sources) for sources in self.sources.values()}
-        parts_are_apart = (
+        is_stack = (
             type(first) is MergeModulelist
             and first.dim == 0
-            and all(type(operation) is Concatenate and operation.dim > 0 for operation in rest)
+            and len(self.converter.target_patterns) == 1
+            and len(rest) == (len(self.converter.source_patterns) > 1)
+            and all(type(operation) is Concatenate and operation.dim == 1 for operation in rest)
         )
         complete = len(self.sources) == len(self.converter.source_patterns) and len(lengths) == 1
-        return lengths.pop() if parts_are_apart and complete else None
+        return lengths.pop() if is_stack and complete else None
+
+    def parts(self) -> list[list[SourceTensor]] | None:
+        """Return the sources whose bytes one after another come out, part by part, if that is so.
+
+        A part has more than one where they are joined first, as gate and up projection of an expert.
+        """
+        if self.converter is None:
+            return [self.members]
+        count = self.stack_size()
+        if count is None:
+            return None
+        patterns = self.converter.source_patterns
+        return [[self.sources[pattern][part] for pattern in patterns] for part in range(count)]
 
 
 def group_sources(model: Any, tensors: Mapping[str, SourceTensor], source: str) -> dict[str, Group]:
@@ -132,25 +148,17 @@ class GroupRunner:
         self._model = model
         self._outputs: dict[str, torch.Tensor] = {}
 
-    def parts(self, group: Group, name: str) -> Iterator[torch.Tensor]:
-        """Yield module tensor `name`, whole or in parts along its first dimension."""
-        count = group.stack_size()
-        if count is None:
-            if name not in self._outputs:
-                self._outputs.clear()
-                self._outputs = self._convert(group, group.sources, name)
-            yield self._outputs.pop(name)
-            return
-        for part in range(count):
-            sources = {pattern: [found[part]] for pattern, found in group.sources.items()}
-            yield self._convert(group, sources, name)[name]
+    def output(self, group: Group, name: str) -> torch.Tensor:
+        """Return module tensor `name`, which comes out of `group`."""
+        if name not in self._outputs:
+            self._outputs.clear()
+            self._outputs = self._convert(group, name)
+        return self._outputs.pop(name)
 
-    def _convert(
-        self, group: Group, sources: Mapping[str, list[SourceTensor]], wanted: str
-    ) -> dict[str, torch.Tensor]:
+    def _convert(self, group: Group, wanted: str) -> dict[str, torch.Tensor]:
         converter = deepcopy(group.converter)
         assert converter is not None
-        for pattern, found in sources.items():
+        for pattern, found in group.sources.items():
             for tensor in found:
                 converter.add_tensor(group.name, tensor.name, pattern, lambda t=tensor: load(t))
         try:

@@ -4,6 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Final
 
 import torch
@@ -37,8 +38,6 @@ class PlannedTensor:
     """A module tensor to be written."""
 
     spec: TensorSpec
-    dtype: str
-    """What it has before a cast to `spec.dtype`."""
     group: Group
 
 
@@ -85,7 +84,7 @@ def plan_tensors(
     fp32 = kept_in_fp32(model, TORCH_DTYPES[compute])
     choose = _DtypeChoice(dtype, compute, fp32, is_exact=source.is_exact)
     planned = tuple(
-        PlannedTensor(replace(spec, dtype=choose(spec)), spec.dtype, groups[spec.name])
+        PlannedTensor(replace(spec, dtype=choose(spec)), groups[spec.name])
         for spec in found.values()
     )
     for tensor in planned:
@@ -137,21 +136,26 @@ def tensor_bytes(tensor: PlannedTensor, runner: GroupRunner) -> Iterator[memoryv
         ConversionError: the conversion fails, or does not give what was planned.
     """
     spec = tensor.spec
-    if tensor.group.converter is None:
-        for piece in tensor.group.members[0].slices():
-            yield cast_slice(piece, tensor.dtype, spec.dtype, spec.name)
+    parts = tensor.group.parts()
+    if parts is None:
+        yield from _converted_bytes(tensor, runner)
         return
-    elements = 0
-    for part in runner.parts(tensor.group, spec.name):
-        if part.shape[1:] != spec.shape[1:]:
-            raise ConversionError(spec.name, f"came out with shape {tuple(part.shape)}")
-        elements += part.numel()
-        view = as_bytes(part)
-        for start in range(0, len(view), SLICE_BYTES):
-            piece = view[start : start + SLICE_BYTES]
-            yield cast_slice(piece, STORED_DTYPES[part.dtype], spec.dtype, spec.name)
-    if elements != torch.Size(spec.shape).numel():
-        raise ConversionError(spec.name, f"came out with {elements} elements, not {spec.shape}")
+    for source in chain.from_iterable(parts):
+        for piece in source.slices():
+            yield cast_slice(piece, source.dtype, spec.dtype, spec.name)
+
+
+def _converted_bytes(tensor: PlannedTensor, runner: GroupRunner) -> Iterator[memoryview]:
+    spec = tensor.spec
+    found = runner.output(tensor.group, spec.name)
+    if tuple(found.shape) != spec.shape:
+        raise ConversionError(
+            spec.name, f"came out with shape {tuple(found.shape)}, the model wants {spec.shape}"
+        )
+    view = as_bytes(found)
+    for start in range(0, len(view), SLICE_BYTES):
+        piece = view[start : start + SLICE_BYTES]
+        yield cast_slice(piece, STORED_DTYPES[found.dtype], spec.dtype, spec.name)
 
 
 def _tie(groups: dict[str, Group], alias: str, name: str, origin: str) -> None:
@@ -193,16 +197,24 @@ def _joint_dtype(group: Group, origin: str) -> str:
 def _check_shape(tensor: PlannedTensor, origin: str) -> None:
     """Refuse shapes that can't be right; what a conversion makes is checked when it comes out."""
     group, shape = tensor.group, tensor.spec.shape
-    found = group.members[0]
-    if group.converter is None and found.shape != shape:
-        raise ConversionError(
-            origin, f"{found.name} has shape {found.shape}, the model wants {shape}"
-        )
     count = group.stack_size()
     if count is not None and count != shape[0]:
         raise ConversionError(
             origin, f"{tensor.spec.name} has {count} parts, the model wants {shape[0]}"
         )
+    wanted = shape if count is None else shape[1:]
+    for part in group.parts() or ():
+        if _joint_shape(part) != wanted:
+            found = " and ".join(f"{source.name} has shape {source.shape}" for source in part)
+            raise ConversionError(origin, f"{found}, the model wants {wanted}")
+
+
+def _joint_shape(part: list[SourceTensor]) -> tuple[int, ...] | None:
+    """Return the shape of `part` joined along the first dimension; None if it can't be."""
+    if len(part) == 1:
+        return part[0].shape
+    rows, rest = zip(*((source.shape[:1], source.shape[1:]) for source in part), strict=True)
+    return (sum(chain.from_iterable(rows)), *rest[0]) if len(set(rest)) == 1 else None
 
 
 def _most_common(tensors: Iterable[TensorSpec], among: frozenset[str]) -> str | None:

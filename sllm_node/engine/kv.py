@@ -34,9 +34,13 @@ def bytes_per_token(shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:
 def token_bytes_from_config(config: Any) -> int:
     """Return the KV memory of one token as the config tells it, without building the module."""
     heads = config.num_attention_heads
+    dtype = config.dtype or torch.float32
+    rotated = getattr(config, "qk_rope_head_dim", None)
+    if rotated:  # multi-head latent attention, which hands us keys and values of every head
+        both = config.qk_nope_head_dim + rotated + config.v_head_dim
+        return int(config.num_hidden_layers * heads * both * dtype.itemsize)
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    dtype = config.dtype or torch.float32
     return int(config.num_hidden_layers * kv_heads * 2 * size * dtype.itemsize)
 
 

@@ -32,17 +32,25 @@ from sllm_node.engine.attention import (
 BUILDING: Final = threading.Lock()
 """Held while a module is built or initialised: one at a time in this process."""
 SUPPORTED: Final[tuple[str, ...]] = (
-    "CohereForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM", "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM", "GemmaForCausalLM", "GraniteForCausalLM", "LlamaForCausalLM",
+    "CohereForCausalLM", "DeepseekV2ForCausalLM", "DeepseekV3ForCausalLM", "Dots1ForCausalLM",
+    "Ernie4_5_MoeForCausalLM", "FlexOlmoForCausalLM", "GPT2LMHeadModel", "GPTNeoXForCausalLM",
+    "Gemma2ForCausalLM", "Gemma3ForCausalLM", "GemmaForCausalLM", "Glm4MoeForCausalLM",
+    "Glm4MoeLiteForCausalLM", "GraniteForCausalLM", "GraniteMoeForCausalLM",
+    "GraniteMoeSharedForCausalLM", "LlamaForCausalLM", "MiniMaxM2ForCausalLM",
     "MistralForCausalLM", "MixtralForCausalLM", "OPTForCausalLM", "Olmo2ForCausalLM",
-    "Phi3ForCausalLM", "PhiForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM",
-    "Qwen3MoeForCausalLM", "SmolLM3ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM",
+    "OlmoeForCausalLM", "Phi3ForCausalLM", "PhiForCausalLM", "PhimoeForCausalLM",
+    "Qwen2ForCausalLM", "Qwen2MoeForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM",
+    "SmolLM3ForCausalLM", "StableLmForCausalLM", "Starcoder2ForCausalLM",
 )  # fmt: skip
 """Architectures whose tokens the tests compare with `generate()`."""
 
 _STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
 """Rotary embeddings that depend on a token's own position only, not on the longest in the batch."""
 _DRY_TOKENS: Final = 4
+_EXPERTS: Final = "grouped_mm"
+"""How mixtures of experts are computed: the tokens of a step sorted by expert, one product for each
+expert that has some, the weights where they lie and the sums of a token in one order. Of what
+transformers has, the only way that takes no memory for copies of experts and waits for no device."""
 
 Model = Any
 """A transformers PreTrainedModel; its package is untyped here."""
@@ -101,10 +109,20 @@ def build_skeleton(directory: Path) -> Model:
     config = read_config(directory)
     check_supported(config, str(directory))
     model = build_module(config, ATTENTION)
-    # There is no padding here; with a padding token some models look for it in every batch.
-    model.config.pad_token_id = None
+    _serve_only(model.config)
     _check_layers(model, str(directory))
     return model
+
+
+def _serve_only(config: Any) -> None:
+    """Let the model of `config` compute logits our way and nothing else, whatever it asks for."""
+    # There is no padding here; with a padding token some models look for it in every batch.
+    config.pad_token_id = None
+    # What training looks at: a loss to balance experts, the states of all layers.
+    config.output_router_logits = False
+    config.output_hidden_states = False
+    config.return_dict = True
+    config._experts_implementation = _EXPERTS  # noqa: SLF001 - what its own setter sets
 
 
 def build_module(config: Any, attention: str | None = None) -> Model:
@@ -206,15 +224,11 @@ def _dry_run(model: Model, recorder: _ShapeRecorder) -> None:
 @contextmanager
 def _experts_by_shape(config: Any) -> Iterator[None]:
     """Let mixtures of experts run as batched products, the one way that needs no data."""
-    chosen = getattr(config, "_experts_implementation", None)
-    if chosen is None:
-        yield
-        return
-    config._experts_implementation = "batched_mm"  # noqa: SLF001 - what its own setter sets
+    config._experts_implementation = "batched_mm"  # noqa: SLF001
     try:
         yield
     finally:
-        config._experts_implementation = chosen  # noqa: SLF001
+        config._experts_implementation = _EXPERTS  # noqa: SLF001
 
 
 def _check_layers(model: Model, source: str) -> None:

@@ -5,7 +5,7 @@ from sllm_node.core.errors import BenchError
 
 
 @pytest.mark.parametrize(
-    ("name", "gigabytes"), [("8b", 16.06), ("32b", 65.52), ("opt-6.7b", 13.32)]
+    ("name", "gigabytes"), [("8b", 16.06), ("32b", 65.52), ("30b-a3b", 61.06), ("opt-6.7b", 13.32)]
 )
 def test_a_shape_has_the_bytes_of_its_model(name, gigabytes):
     assert find_shape(name).size / 1e9 == pytest.approx(gigabytes, abs=0.005)

@@ -137,7 +137,12 @@ def test_a_dtype_that_is_none_is_refused(source, store):
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("bloom", "BloomForCausalLM"), ("falcon", "FalconForCausalLM")]
+    ("family", "name"),
+    [
+        ("bloom", "BloomForCausalLM"),
+        ("falcon", "FalconForCausalLM"),
+        ("gpt_oss", "GptOssForCausalLM"),
+    ],
 )
 def test_a_model_that_can_not_be_served_is_refused_by_name(tmp_path, store, family, name):
     source = make_source(tmp_path, family)

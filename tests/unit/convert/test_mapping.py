@@ -6,7 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import Chunk, Transpose, WeightConverter
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    Transpose,
+    WeightConverter,
+)
 
 from sllm_node.checkpoint.layout import TensorSpec
 from sllm_node.convert.convert import ConvertOptions, convert
@@ -14,7 +20,7 @@ from sllm_node.convert.mapping import Group, GroupRunner, group_sources, kept_in
 from sllm_node.convert.plan import PlannedTensor, plan_tensors, tensor_bytes
 from sllm_node.convert.safetensors import open_weights
 from sllm_node.convert.sources import FolderSource
-from sllm_node.convert.tensors import MemoryTensor
+from sllm_node.convert.tensors import MemoryTensor, SourceTensor
 from sllm_node.core.errors import ConversionError
 from sllm_node.engine.weights import TORCH_DTYPES
 from tests.models import FAMILIES, make_model, make_source
@@ -58,16 +64,35 @@ def test_every_family_comes_out_as_from_pretrained_loads_it(tmp_path, family):
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
-def test_experts_are_fused_one_at_a_time(tmp_path, family, monkeypatch):
+def test_experts_are_stacked_by_copying_one_after_another(tmp_path, family):
     make_source(tmp_path, family, "bfloat16")
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
     counts = []
     with ExitStack() as files:
         tensors = open_weights(tmp_path, files)
         for group in group_sources(model, tensors, "source").values():
-            counts += [group.stack_size()] if group.converter is not None else []
+            counts += [len(group.parts() or ())] if group.converter is not None else []
     assert counts == [4] * 4
     assert_same(converted(tmp_path, model), model)
+
+
+def test_a_stack_of_experts_is_never_in_memory(tmp_path):
+    class Streamed(MemoryTensor):
+        def read_into(self, view):
+            raise AssertionError("read as a whole")
+
+    operations = [MergeModulelist(dim=0), Concatenate(dim=1)]
+    converter = WeightConverter(["gate", "up"], "both", operations=operations)
+    gates, ups = torch.arange(24.0).view(3, 2, 4), -torch.arange(12.0).view(3, 1, 4)
+    sources: dict[str, list[SourceTensor]] = {
+        name: [Streamed(name, tensor) for tensor in tensors]
+        for name, tensors in (("gate", gates), ("up", ups))
+    }
+    group = Group("both", converter, sources)
+    planned = PlannedTensor(TensorSpec("both", "F32", (3, 3, 4)), group)
+    data = b"".join(bytes(piece) for piece in tensor_bytes(planned, GroupRunner(None)))
+    found = torch.frombuffer(bytearray(data), dtype=torch.float32).view(3, 3, 4)
+    assert torch.equal(found, torch.cat([gates, ups], dim=1))
 
 
 @pytest.mark.parametrize(("family", "prefix"), [("gpt2", "transformer."), ("opt", "model."), ("llama", "model.")])  # fmt: skip
@@ -137,6 +162,29 @@ def test_experts_that_are_missing_are_named(tmp_path, lost, problem):
 
     model = edited(tmp_path, edit, "mixtral")
     with pytest.raises(ConversionError, match=problem):
+        converted(tmp_path, model)
+
+
+@pytest.mark.parametrize("part", ["w1", "w2"])
+def test_an_expert_of_another_shape_is_named(tmp_path, part):
+    name = f"model.layers.1.block_sparse_moe.experts.2.{part}.weight"
+
+    def edit(tensors):
+        tensors[name] = tensors[name][:-1].clone()
+
+    model = edited(tmp_path, edit, "mixtral")
+    with pytest.raises(ConversionError, match=rf"{name} has shape .*, the model wants"):
+        converted(tmp_path, model)
+
+
+def test_an_expert_that_is_transposed_is_named(tmp_path):
+    name = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+
+    def edit(tensors):
+        tensors[name] = tensors[name].T.contiguous()
+
+    model = edited(tmp_path, edit, "mixtral")
+    with pytest.raises(ConversionError, match=rf"{name} has shape \(64, 128\) and .*w3"):
         converted(tmp_path, model)
 
 
@@ -245,16 +293,17 @@ def test_a_conversion_from_one_tensor_to_several_runs_once(tmp_path):
     group = Group("m.q.weight", converter, {"qkv": [Counted("m.qkv.weight", torch.arange(4.0))]})
     assert group.outputs() == ["m.q.weight", "m.k.weight"]
     runner = GroupRunner(make_model("llama"))
-    found = [next(iter(runner.parts(group, name))).tolist() for name in group.outputs()]
+    found = [runner.output(group, name).tolist() for name in group.outputs()]
     assert (found, Counted.reads) == ([[0.0, 1.0], [2.0, 3.0]], 1)
     with pytest.raises(ConversionError, match=r"v.weight: does not come out of m.qkv"):
-        next(iter(runner.parts(group, "m.v.weight")))
+        runner.output(group, "m.v.weight")
 
 
-def test_a_sharded_source_gives_the_same_checkpoint_as_a_single_file(tmp_path):
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_sharded_source_gives_the_same_checkpoint_as_a_single_file(tmp_path, family):
     options = ConvertOptions(chunk_bytes=4096, shard_bytes=64 * 1024)
-    one = make_source(tmp_path / "one")
-    many = make_source(tmp_path / "many", shard_size="100KB")
+    one = make_source(tmp_path / "one", family)
+    many = make_source(tmp_path / "many", family, shard_size="100KB")
     assert len(list(many.glob("*.safetensors"))) > 2
     found = [convert(str(f), f.name, tmp_path / "store", options).index for f in (one, many)]
     assert found[0].shards == found[1].shards
@@ -263,11 +312,11 @@ def test_a_sharded_source_gives_the_same_checkpoint_as_a_single_file(tmp_path):
 
 @pytest.mark.parametrize(
     ("shape", "problem"),
-    [((2, 4), r"came out with shape \(2, 3\)"), ((4, 3), r"with 6 elements, not \(4, 3\)")],
+    [((2, 4), r"shape \(2, 3\), the model wants \(2, 4\)"), ((4, 3), r"the model wants \(4, 3\)")],
 )
 def test_a_conversion_that_gives_another_shape_than_the_models_is_refused(shape, problem):
     converter = WeightConverter("a", "b", operations=[Transpose()])
     group = Group("b", converter, {"a": [MemoryTensor("a", torch.ones(3, 2))]})
-    planned = PlannedTensor(TensorSpec("b", "F32", shape), "F32", group)
+    planned = PlannedTensor(TensorSpec("b", "F32", shape), group)
     with pytest.raises(ConversionError, match=problem):
         list(tensor_bytes(planned, GroupRunner(make_model("llama"))))

@@ -13,7 +13,9 @@ from tests.unit.engine.rig import ask, collect, engine_of, reference
 SERVED = [
     "llama", "llama_tied", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3", "opt", "gpt2",
     "gpt_neox", "phi", "phi3", "olmo2", "granite", "cohere", "smollm3", "starcoder2", "stablelm",
-    "mixtral", "qwen3_moe",
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "flex_olmo", "granitemoe", "granitemoeshared",
+    "phimoe", "minimax_m2", "ernie4_5_moe", "dots1", "glm4_moe", "glm4_moe_lite", "deepseek_v2",
+    "deepseek_v3",
 ]  # fmt: skip
 LENGTHS = (3, 40, 11, 1, 27)
 COUNT = 12

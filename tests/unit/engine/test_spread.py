@@ -18,7 +18,13 @@ PROMPT = tuple(range(5, 29))
 MODEL = ModelId("m")
 
 
-@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "gemma2", "gpt_neox"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama", "llama_tied", "gpt2", "gemma2", "gpt_neox", "mixtral", "qwen3_moe", "qwen2_moe",
+        "deepseek_v2", "deepseek_v3",
+    ],
+)  # fmt: skip
 async def test_a_model_split_over_two_devices_says_what_it_says_on_one(tmp_path, family):
     checkpoint = make_checkpoint(tmp_path, "m", family)
     async with engine_of(checkpoint) as whole:

@@ -1,0 +1,84 @@
+"""What a module is built to do, whatever the config that came with it asks for."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from sllm_node.checkpoint.split import layer_starts
+from sllm_node.engine.attention import attention_step
+from sllm_node.engine.skeleton import build_skeleton, forward_order, layer_shapes
+from tests.models import make_checkpoint, make_model, make_source
+from tests.unit.engine.rig import ask, collect, engine_of, reference
+
+EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "glm4_moe", "deepseek_v3"]
+PROMPT = tuple(range(5, 29))
+
+
+class NoAttention:
+    """Answers attention with nothing."""
+
+    def attend(self, call):
+        return call.query.new_zeros(*call.query.shape[:2], call.value.shape[-1])
+
+
+def output_of(model):
+    model = model.to_empty(device="cpu")
+    ids = torch.arange(4)[None]
+    with torch.inference_mode(), attention_step(NoAttention()):
+        return model(input_ids=ids, position_ids=ids, use_cache=False)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "qwen3_moe"])
+def test_only_logits_are_computed_even_where_the_config_asks_for_more(tmp_path, family):
+    fields: dict[str, Any] = {
+        "output_router_logits": True,
+        "output_hidden_states": True,
+        "return_dict": False,
+    }
+    source = make_source(tmp_path / "m", family, **fields)
+    assert json.loads((source / "config.json").read_text()).items() >= fields.items()
+    assert [
+        name for name, value in output_of(build_skeleton(source)).items() if value is not None
+    ] == ["logits"]
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_are_computed_where_they_lie_whatever_the_config_asks_for(tmp_path, family):
+    source = make_source(tmp_path / "m", family)
+    config = json.loads((source / "config.json").read_text())
+    changed = {**config, "experts_implementation": "batched_mm"}
+    (source / "config.json").write_text(json.dumps(changed))
+    model = build_skeleton(source)
+    assert model.config._experts_implementation == "grouped_mm"
+    forward_order(model)
+    layer_shapes(model)
+    assert model.config._experts_implementation == "grouped_mm"
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_the_experts_of_a_layer_are_few_tensors_between_those_of_its_neighbours(tmp_path, family):
+    index = make_checkpoint(tmp_path, "m", family, num_hidden_layers=3).index
+    stacks = [entry for entry in index.tensors if len(entry.shape) == 3]
+    assert {entry.name.split(".")[2] for entry in stacks} >= {"1", "2"}
+    assert max(sum(f".{n}." in entry.name for entry in stacks) for n in range(3)) == 2
+    assert len(layer_starts(index)) == 3
+    numbers = sum(
+        parameter.numel() for parameter in make_model(family, num_hidden_layers=3).parameters()
+    )
+    assert numbers * 4 <= index.size < numbers * 4.1 + 256 * len(index.tensors)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+async def test_a_session_says_the_same_whoever_shares_its_experts(tmp_path, family):
+    checkpoint = make_checkpoint(tmp_path, "m", family)
+    others = [[7 * n + k for k in range(3, 3 + 9 * n)] for n in range(1, 5)]
+    async with engine_of(checkpoint, max_step_tokens=32, block_tokens=4) as engine:
+        alone = (await collect(engine.submit(ask(PROMPT, 16))))[1]
+        first = engine.submit(ask(PROMPT, 16))
+        crowd = [engine.submit(ask([t % 300 for t in other], 16)) for other in others]
+        assert (await collect(first))[1] == alone
+        for generation in crowd:
+            await collect(generation)
+    assert alone == reference(make_model(family), list(PROMPT), 16)
