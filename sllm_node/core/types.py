@@ -142,6 +142,8 @@ class GenerationRequest:
     """Output tokens already generated elsewhere; generation goes on after them."""
     priority: int = 0
     """Higher goes first."""
+    cache_salt: str = ""
+    """Sessions find cached prefixes only of sessions with the same salt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +171,8 @@ class GenerationChunk:
     """Set on the last chunk and only there."""
     stop_text: str | None = None
     """The stop string that ended it, if one did."""
+    cached_tokens: int = 0
+    """Tokens of the session's prompt that the prefix cache had; the same in all its chunks."""
 
 
 @dataclass(frozen=True, slots=True)
