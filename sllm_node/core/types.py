@@ -101,6 +101,8 @@ class LoadReport:
     """What was carried, as it is stored; all others count decoded bytes."""
     decode_s: float = 0.0
     """Of all decoding together; it runs beside the copies, and several at once on a CPU."""
+    is_encoded: bool = False
+    """Whether the checkpoint is one that has to be decoded."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -516,4 +516,5 @@ class Load:
             bytes_from_remote=moved.remote,
             bytes_stored=moved.stored,
             decode_s=moved.decode_s,
+            is_encoded=self.checkpoint.index.is_encoded,
         )

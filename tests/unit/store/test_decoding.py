@@ -91,6 +91,7 @@ async def test_the_pool_holds_encoded_bytes_and_devices_decoded_ones(tmp_path):
             assert lease.report.bytes_stored == rig.stored[A] < len(rig.bytes[A])
             assert lease.report.bytes_total == len(rig.bytes[A])
             assert lease.report.decode_s > 0
+            assert lease.report.is_encoded
             assert rig.store.residency(A) == {
                 Tier.DEVICE: len(rig.bytes[A]), Tier.DRAM: rig.stored[A], Tier.NVME: rig.stored[A]
             }  # fmt: skip
