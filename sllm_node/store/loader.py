@@ -234,7 +234,7 @@ class Load:
     def _verifies_on_device(self) -> bool:
         targets = self.targets
         is_wanted = bool(targets) and self._machinery.verify_on_device
-        return is_wanted and all(target.tier.decoder.verifies for target in targets)
+        return is_wanted and all(target.tier.verifies for target in targets)
 
     def _is_mapped(self, unit: Unit) -> bool:
         return all(cut.end <= cut.target.ready_to for cut in self._slices_of(unit))
