@@ -66,7 +66,8 @@ def recode(
     """Let `checkpoint` have its bytes by `codec`, one of `CHOICES`; return it as it is then.
 
     Raises:
-        ConversionError: there is no such codec, or the chunk size can't be.
+        ConversionError: there is no such codec, the chunk size can't be, or somebody replaced the
+            checkpoint meanwhile: theirs stays.
         ChecksumError: the checkpoint is damaged; so are CodecError, StorageReadError.
         StoreFullError: both don't fit on the disk for a while.
         StorageWriteError: the disk failed.
@@ -86,8 +87,16 @@ def recode(
                 writer.write_shard(_decoded(checkpoint, number, progress))
             shards = writer.finish()
         write_index(folder, with_shards(replace(index, chunk_bytes=size), shards), files)
+        _check_same(checkpoint)
         publish(folder, checkpoint.path, files, replace=True)
     return open_checkpoint(checkpoint.path)
+
+
+def _check_same(checkpoint: Checkpoint) -> None:
+    """Refuse to put what was read in place of another checkpoint, or of one that was deleted."""
+    if open_checkpoint(checkpoint.path) != checkpoint:
+        problem = "was replaced while it was read, and is as it was put there; recode it again"
+        raise ConversionError(f"checkpoint {checkpoint.model!r}", problem)
 
 
 def _copy_texts(checkpoint: Checkpoint, folder: Path) -> None:
