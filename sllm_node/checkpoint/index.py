@@ -64,7 +64,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of raw tensor bytes."""
+    """One file of tensor bytes, raw or encoded."""
 
     name: str
     size: int

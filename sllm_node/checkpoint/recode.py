@@ -27,7 +27,7 @@ from sllm_node.checkpoint.sinks import THREADS, chunk_bytes_or_default
 from sllm_node.checkpoint.stored import read_decoded
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.exponent import DECODED_BYTES_MAX
-from sllm_node.codec.names import CHOICES, RAW
+from sllm_node.codec.names import AUTO, CHOICES, RAW
 from sllm_node.core.errors import ConversionError
 from sllm_node.core.units import MIB, PAGE
 
@@ -46,7 +46,7 @@ def check_codec(codec: str, chunk_bytes: int) -> None:
         ConversionError: there is no such codec, or the chunks have a size that it can't take.
     """
     if codec not in CHOICES:
-        raise ConversionError(f"codec {codec!r}", f"is none of {', '.join(CHOICES)}")
+        raise ConversionError(f"codec {codec!r}", f"is none of {', '.join(CHOICES)}, nor {AUTO}")
     if chunk_bytes < PAGE or chunk_bytes % PAGE:
         raise ConversionError(f"chunk size {chunk_bytes}", f"is not a multiple of {PAGE} bytes")
     if codec != RAW and chunk_bytes > DECODED_BYTES_MAX:
