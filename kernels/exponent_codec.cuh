@@ -24,7 +24,7 @@ const u32 WARPS = 8;  // of a thread block; each decodes a block of its own
 
 enum DecodeError { HEADER_IS_WRONG = 1, CODES_ARE_WRONG = 2 };
 
-struct EncodedChunk {  // the same in device/kernels.py: CHUNK
+struct EncodedChunk {  // the same in device/staging.py: CHUNK
     const u8 *encoded;
     u64 encoded_size;
     u8 *output;
@@ -347,7 +347,7 @@ __device__ __forceinline__ void decode_exponent(const EncodedChunks &chunks, u32
     if (block * BLOCK >= parts.count) return;
     const uint2 before = __ldg(parts.directory + block);
     u32 seconds = before.x, thirds = before.y;
-    if (seconds > parts.seconds || thirds > parts.thirds) {
+    if (seconds > parts.seconds || thirds > parts.thirds || (!block && (seconds | thirds))) {
         if (lane == 0) errors[blockIdx.y] = CODES_ARE_WRONG;
         return;
     }

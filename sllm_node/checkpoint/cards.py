@@ -11,6 +11,7 @@ the shards' identities stay and nothing that was loaded from the card is loaded 
 import errno
 import os
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,13 +178,23 @@ def read_index(folder: Path) -> TensorIndex:
 def chunk_sizes(index: TensorIndex) -> tuple[int, ...]:
     """Return the size of each file chunk, shard after shard: the order of the bits."""
     return tuple(
-        chunk.size for number in range(len(index.shards)) for chunk in index.file_chunks(number)
+        size
+        for shard in index.shards
+        for size in shard.stored or _raw_sizes(shard.size, index.chunk_bytes)
     )
+
+
+def _raw_sizes(size: int, chunk_bytes: int) -> Iterator[int]:
+    return (min(chunk_bytes, size - offset) for offset in range(0, size, chunk_bytes))
+
+
+def _chunk_count(index: TensorIndex) -> int:
+    return sum(len(shard.digests) for shard in index.shards)
 
 
 def read_bits(folder: Path, index: TensorIndex) -> list[bool]:
     """Return for each file chunk whether its bytes are on the disk."""
-    count = len(chunk_sizes(index))
+    count = _chunk_count(index)
     if not _are_whole(folder, index):
         return [False] * count
     data = (folder / BITS_FILE).read_bytes()
@@ -229,7 +240,7 @@ def complete(checkpoint: Checkpoint, store: Path) -> None:
 def _are_whole(folder: Path, index: TensorIndex) -> bool:
     """Tell whether bits and shards are there, at their full size."""
     wanted = {shard.name: shard.file_size for shard in index.shards}
-    wanted[BITS_FILE] = len(pack_bits([False] * len(chunk_sizes(index))))
+    wanted[BITS_FILE] = len(pack_bits([False] * _chunk_count(index)))
     try:
         return all((folder / name).stat().st_size == size for name, size in wanted.items())
     except OSError:
@@ -264,7 +275,7 @@ def _ready_shards(folder: Path, index: TensorIndex, changed: int) -> tuple[Shard
                 with (folder / shard.name).open("xb") as file:
                     file.truncate(shard.file_size)
             # The last one: whoever holds it open never writes to shards of an earlier time.
-            none = pack_bits([False] * len(chunk_sizes(index)))
+            none = pack_bits([False] * _chunk_count(index))
             (folder / BITS_FILE).write_bytes(none)
         found = [(folder / shard.name).stat() for shard in index.shards]
     except OSError as error:

@@ -159,17 +159,9 @@ class Catalog:
         self._opened.pop(model, None)
         if (remote := self._remote(model)) is not None:
             return remote
-        path = self._folder(model)
-        try:
-            index_identity = identity_of((path / INDEX_FILE).stat())
-        except OSError as error:
-            raise CheckpointFormatError(
-                str(path / INDEX_FILE), f"can't be read: {error.strerror}"
-            ) from error
-        checkpoint = open_checkpoint(path)
-        self._opened[model] = _Opened(checkpoint, index_identity)
+        opened = self._opened[model] = _open_whole(self._folder(model))
         self.problems.pop(model, None)
-        return checkpoint
+        return opened.checkpoint
 
     def remove(self, name: str) -> None:
         """Delete the checkpoint `name`, a damaged one too.
@@ -218,6 +210,25 @@ class Catalog:
         if not self.root.is_dir():
             return []
         return [path for path in self.root.iterdir() if is_model_name(path.name) and path.is_dir()]
+
+
+def _open_whole(path: Path) -> _Opened:
+    """Open the checkpoint in folder `path`, once more if it is replaced in that moment."""
+    while True:
+        before = _index_identity(path)
+        try:
+            return _Opened(open_checkpoint(path), before)
+        except CheckpointFormatError:  # perhaps of the index of one and the shards of another
+            if _index_identity(path) == before:
+                raise
+
+
+def _index_identity(path: Path) -> ShardIdentity:
+    try:
+        return identity_of((path / INDEX_FILE).stat())
+    except OSError as error:
+        problem = f"can't be read: {error.strerror}"
+        raise CheckpointFormatError(str(path / INDEX_FILE), problem) from error
 
 
 def _is_unchanged(opened: _Opened) -> bool:

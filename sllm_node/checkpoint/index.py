@@ -64,7 +64,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One file of raw tensor bytes."""
+    """One file of tensor bytes, raw or encoded."""
 
     name: str
     size: int
@@ -366,13 +366,16 @@ def _codec_problem(index: TensorIndex, number: int) -> str | None:
     wanted = len(shard.digests) if index.is_encoded else 0
     if len(shard.codecs) != wanted or len(shard.stored) != wanted:
         return f"{len(shard.codecs)} codecs and {len(shard.stored)} sizes for {wanted} chunks"
-    for chunk in index.file_chunks(number):
-        if chunk.codec not in CODECS:
-            return f"unknown codec {chunk.codec!r}"
-        if chunk.size < PAGE or chunk.size % PAGE or chunk.size > chunk.decoded_size:
-            return f"a chunk of {chunk.decoded_size} bytes is stored in {chunk.size}"
-        if chunk.codec == RAW and chunk.size != chunk.decoded_size:
-            return f"a raw chunk of {chunk.decoded_size} bytes is stored in {chunk.size}"
+    # Not by `file_chunks`, which finds chunks by the sizes that are to be checked here.
+    columns = zip(shard.codecs, shard.stored, strict=True)
+    for place, (codec, stored) in enumerate(columns):
+        decoded = min(index.chunk_bytes, shard.size - place * index.chunk_bytes)
+        if codec not in CODECS:
+            return f"unknown codec {codec!r}"
+        if stored < PAGE or stored % PAGE or stored > decoded:
+            return f"a chunk of {decoded} bytes is stored in {stored}"
+        if codec == RAW and stored != decoded:
+            return f"a raw chunk of {decoded} bytes is stored in {stored}"
     return None
 
 

@@ -27,7 +27,7 @@ from sllm_node.checkpoint.sinks import THREADS, chunk_bytes_or_default
 from sllm_node.checkpoint.stored import read_decoded
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.exponent import DECODED_BYTES_MAX
-from sllm_node.codec.names import CHOICES, RAW
+from sllm_node.codec.names import AUTO, CHOICES, RAW
 from sllm_node.core.errors import ConversionError
 from sllm_node.core.units import MIB, PAGE
 
@@ -46,7 +46,7 @@ def check_codec(codec: str, chunk_bytes: int) -> None:
         ConversionError: there is no such codec, or the chunks have a size that it can't take.
     """
     if codec not in CHOICES:
-        raise ConversionError(f"codec {codec!r}", f"is none of {', '.join(CHOICES)}")
+        raise ConversionError(f"codec {codec!r}", f"is none of {', '.join(CHOICES)}, nor {AUTO}")
     if chunk_bytes < PAGE or chunk_bytes % PAGE:
         raise ConversionError(f"chunk size {chunk_bytes}", f"is not a multiple of {PAGE} bytes")
     if codec != RAW and chunk_bytes > DECODED_BYTES_MAX:
@@ -66,7 +66,8 @@ def recode(
     """Let `checkpoint` have its bytes by `codec`, one of `CHOICES`; return it as it is then.
 
     Raises:
-        ConversionError: there is no such codec, or the chunk size can't be.
+        ConversionError: there is no such codec, the chunk size can't be, or somebody replaced the
+            checkpoint meanwhile: theirs stays.
         ChecksumError: the checkpoint is damaged; so are CodecError, StorageReadError.
         StoreFullError: both don't fit on the disk for a while.
         StorageWriteError: the disk failed.
@@ -86,8 +87,16 @@ def recode(
                 writer.write_shard(_decoded(checkpoint, number, progress))
             shards = writer.finish()
         write_index(folder, with_shards(replace(index, chunk_bytes=size), shards), files)
+        _check_same(checkpoint)
         publish(folder, checkpoint.path, files, replace=True)
     return open_checkpoint(checkpoint.path)
+
+
+def _check_same(checkpoint: Checkpoint) -> None:
+    """Refuse to put what was read in place of another checkpoint, or of one that was deleted."""
+    if open_checkpoint(checkpoint.path) != checkpoint:
+        problem = "was replaced while it was read, and is as it was put there; recode it again"
+        raise ConversionError(f"checkpoint {checkpoint.model!r}", problem)
 
 
 def _copy_texts(checkpoint: Checkpoint, folder: Path) -> None:

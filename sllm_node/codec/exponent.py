@@ -212,10 +212,8 @@ def _symbols(named: Bytes, exponents: Bytes) -> Bytes:
     numbers[named] = np.arange(_NAMED, dtype=np.uint8)
     if len(exponents) % 2:
         return np.take(numbers, exponents)
-    pairs = (numbers.astype("<u2")[:, None] << 8 | numbers).reshape(
-        -1
-    )  # two at once: twice as fast
-    return np.take(pairs, exponents.view("<u2")).view(np.uint8)
+    pairs = numbers.astype("<u2")[:, None] << 8 | numbers  # two at once: twice as fast
+    return np.take(pairs.reshape(-1), exponents.view("<u2")).view(np.uint8)
 
 
 def _directory(count: int, escaped: npt.NDArray[np.intp], third: npt.NDArray[np.intp]) -> Bytes:

@@ -83,16 +83,12 @@ def unpack_triples(stream: Bytes, count: int) -> Bytes:
     """Return the `count` numbers that `pack_triples` wrote."""
     groups = -(-count // 8)
     wide = np.zeros((groups, 4), np.uint8)
-    wide.reshape(-1)[: 4 * groups].reshape(-1, 4)[:, :3] = _whole_triples(stream, groups)
+    wide[:, :3] = stream[: 3 * groups].reshape(groups, 3)
     words = wide.view("<u4")[:, 0]
     halves = np.empty((groups, 2), np.uint16)
     halves[:, 0] = words & 0xFFF
     halves[:, 1] = words >> 12
     return np.take(_spread_triples(), halves.reshape(-1)).view(np.uint8)[:count]
-
-
-def _whole_triples(stream: Bytes, groups: int) -> Bytes:
-    return stream[: 3 * groups].reshape(groups, 3)
 
 
 @cache

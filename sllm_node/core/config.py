@@ -81,6 +81,7 @@ class EngineConfig(Section, frozen=True):
 
     kv_cache_bytes: ByteSize = _size("512MiB")
     block_tokens: Count = 16
+    prefix_cache: bool = True
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
     torch_threads: NotNegative = 0

@@ -90,6 +90,12 @@ class Metrics:
             ["model"],
             buckets=LATENCY_BUCKETS_S,
         )
+        self.prefix_cache_queries = counter(
+            "sllm_prefix_cache_queries", "Tokens looked up in the prefix cache", ["model"]
+        )
+        self.prefix_cache_hits = counter(
+            "sllm_prefix_cache_hits", "Tokens found in the prefix cache", ["model"]
+        )
         self.preemptions = counter(
             "sllm_preemptions", "Sessions set back for want of KV blocks", ["model"]
         )

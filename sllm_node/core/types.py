@@ -101,6 +101,8 @@ class LoadReport:
     """What was carried, as it is stored; all others count decoded bytes."""
     decode_s: float = 0.0
     """Of all decoding together; it runs beside the copies, and several at once on a CPU."""
+    is_encoded: bool = False
+    """Whether the checkpoint is one that has to be decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,8 @@ class GenerationRequest:
     """Output tokens already generated elsewhere; generation goes on after them."""
     priority: int = 0
     """Higher goes first."""
+    cache_salt: str = ""
+    """Sessions find cached prefixes only of sessions with the same salt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +173,8 @@ class GenerationChunk:
     """Set on the last chunk and only there."""
     stop_text: str | None = None
     """The stop string that ended it, if one did."""
+    cached_tokens: int = 0
+    """Tokens of the session's prompt that the prefix cache had; the same in all its chunks."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -119,6 +119,10 @@ def _keep(path: Path, code: bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(code)
+            file.flush()
+            os.fsync(
+                file.fileno()
+            )  # or a crash of the machine may leave the name without the bytes
         Path(written).replace(path)
     except OSError:
         Path(written).unlink(missing_ok=True)

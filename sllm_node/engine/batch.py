@@ -4,8 +4,15 @@ A step has room for `max_step_tokens` tokens. Sessions that decode come first, o
 that nobody's stream stalls behind a prompt; what is left of the budget goes to prompts, in order of
 priority and arrival, long ones in pieces over several steps. A waiting session is admitted when
 there are blocks for all its tokens and one more; nobody behind it overtakes it, or a long one would
-never start. When a running session needs a block and there is none, the youngest of the lowest
-priority gives its blocks back and waits again.
+never start. It begins behind the blocks that it finds cached, so that these are not computed again;
+one token at least is, because the next is drawn from its logits. When a running session needs a
+block and there is none, the youngest of the lowest priority gives its blocks back and waits again;
+those that are full stay cached for it, until others take them.
+
+Where every layer has a window, a session leaves the blocks behind that no later token looks at.
+
+A block can be found by others when the step that fills it has ended, and not before: sessions that
+are admitted together compute what they share once each, and share it from then on.
 """
 
 from bisect import insort
@@ -32,11 +39,18 @@ class Part:
 class Batch:
     """The sessions of one engine."""
 
-    def __init__(self, blocks: Blocks, max_sessions: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, blocks: Blocks, max_sessions: int, max_step_tokens: int, window: int | None = None
+    ) -> None:
         self.blocks = blocks
         self.preemptions = 0
+        self.asked_tokens = 0
+        """Tokens of sessions that were admitted for the first time."""
+        self.found_tokens = 0
+        """Of these: those that were cached."""
         self._max_sessions = max_sessions
         self._max_step_tokens = max_step_tokens
+        self._window = window
         self._waiting: list[Session] = []
         self._running: list[Session] = []
 
@@ -91,25 +105,63 @@ class Batch:
         for part in parts:
             session = part.session
             session.is_in_flight = False
+            session.computed += part.count
+            self._fill(session, part.start)
             if session.state is SessionState.ENDED:
                 self.blocks.give_back(session.table)
             else:
-                session.computed += part.count
+                self._leave(session)
+
+    def failed(self, parts: list[Part]) -> None:
+        """Take note that a step has ended and may have written anything to its sessions' blocks.
+
+        Its sessions must end. Nothing stays cached: who knows what else went wrong.
+        """
+        self.blocks.forget()
+        for part in parts:
+            part.session.is_in_flight = False
+            if part.session.state is SessionState.ENDED:
+                self.blocks.give_back(part.session.table)
+
+    def _fill(self, session: Session, start: int) -> None:
+        """Make the blocks known that are full since a step that began at token `start`."""
+        size, passed = self.blocks.block_tokens, session.passed_blocks
+        parent = session.key(passed - 1, size) if passed else None
+        for index in range(start // size, session.computed // size):
+            self.blocks.fill(session.table, index - passed, session.key(index, size), parent)
+
+    def _leave(self, session: Session) -> None:
+        """Leave the blocks behind that the window of the next token has passed."""
+        if self._window is None:
+            return
+        passed = (session.computed + 1 - self._window) // self.blocks.block_tokens
+        if passed > session.passed_blocks:
+            self.blocks.leave(session.table, passed - session.passed_blocks)
+            session.passed_blocks = passed
 
     def _admit(self) -> Session | None:
         if not self._waiting or len(self._running) >= self._max_sessions:
             return None
         session = self._waiting[0]
-        if not self.blocks.grow(session.table, session.length + 1):
+        size = self.blocks.block_tokens
+        full = range((session.length - 1) // size)
+        found = self.blocks.find(session.key(index, size) for index in full)
+        if not self.blocks.begin(session.table, found, session.length + 1):
             return None
         self._waiting.pop(0)
+        session.computed = len(found) * size
+        if session.found is None:
+            session.found = session.computed
+            self.asked_tokens += session.length
+            self.found_tokens += session.computed
         session.happen(SessionEvent.ADMITTED)
         self._running.append(session)
         return session
 
     def _grow(self, session: Session, count: int, planned: list[Part]) -> bool:
         """Get the blocks for the next `count` tokens, from others if need be."""
-        while not self.blocks.grow(session.table, session.computed + count):
+        end = session.computed + count - session.passed_blocks * self.blocks.block_tokens
+        while not self.blocks.grow(session.table, end):
             busy = [part.session for part in planned]
             victim = max(
                 (s for s in self._running if s not in busy), key=Session.sort_key, default=session
@@ -121,7 +173,7 @@ class Batch:
 
     def _preempt(self, session: Session) -> None:
         self.blocks.give_back(session.table)
-        session.computed = 0
+        session.computed = session.passed_blocks = 0
         session.happen(SessionEvent.PREEMPTED)
         self._running.remove(session)
         insort(self._waiting, session, key=Session.sort_key)

@@ -47,6 +47,8 @@ class Parts:
     buffers: tuple[DeviceBuffer, ...]
     blocks: Blocks
     context_tokens: int
+    window: int | None
+    """How far back any layer looks, in tokens; None: to the beginning."""
     codec: TextCodec
     check: Callable[[], None]
     """Makes sure that the devices still work."""
@@ -71,8 +73,10 @@ class Engine:
         self._generated = metrics.generated_tokens.labels(parts.name)
         self._prompted = metrics.prompt_tokens.labels(parts.name)
         self._between_tokens = metrics.inter_token_seconds.labels(parts.name)
+        self._asked = metrics.prefix_cache_queries.labels(parts.name)
+        self._found = metrics.prefix_cache_hits.labels(parts.name)
         self._preempted = metrics.preemptions.labels(parts.name)
-        self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens)
+        self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens, parts.window)
         self._runner: Runner | None = Runner(parts.model, parts.cache, parts.blocks.block_tokens)
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
@@ -115,10 +119,7 @@ class Engine:
         if self._runner is None:
             raise EngineError(parts.name, "it is closed")
         check_request(request, parts.context_tokens, parts.codec.vocabulary_size)
-        wanted = len(request.prompt) + request.max_tokens
-        if wanted > parts.blocks.capacity_tokens:
-            limit = parts.blocks.capacity_tokens
-            raise PromptTooLongError(wanted, limit, "KV memory (engine.kv_cache_bytes)")
+        check_capacity(request, parts.blocks.capacity_tokens)
         self._last_number += 1
         session = Session(request, self._last_number)
         text = TextState.begin(parts.codec.decode, request.stop, request.resumed, request.prompt)
@@ -150,6 +151,7 @@ class Engine:
         for generation in list(self._generations.values()):
             self._end(generation)
             generation.fail(error)
+        self._parts.blocks.forget()
         # On the step thread, where the last step's tensors were made and freed.
         await self._steps.run(self._let_go)
         if self._is_trusted:
@@ -177,13 +179,15 @@ class Engine:
     async def _run(self) -> None:
         while (runner := self._runner) is not None:
             plan = self._batch.plan()
-            self._count_preemptions()
+            self._count()
             if not plan:
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             try:
-                drawn = await self._steps.run(runner.step, [_step_part(part) for part in plan])
+                size = self._parts.blocks.block_tokens
+                parts = [_step_part(part, size) for part in plan]
+                drawn = await self._steps.run(runner.step, parts)
             except Exception as error:
                 log.exception("step failed", extra={"model": self._parts.name, "parts": len(plan)})
                 self._is_trusted = False
@@ -208,6 +212,7 @@ class Engine:
         if drawn.token < 0:
             error = EngineError(name, "the model's logits are not numbers for this request")
             self._is_trusted = False
+            self._parts.blocks.forget()  # its keys and values may be no numbers either
             self._end(generation)
             generation.fail(error)
             return
@@ -258,17 +263,22 @@ class Engine:
         self._generations.pop(generation.session.number, None)
 
     def _fail(self, plan: Sequence[Part], error: SllmError) -> None:
-        self._batch.stepped(list(plan))
+        self._batch.failed(list(plan))
         for part in plan:
             generation = self._generations.get(part.session.number)
             if generation is not None:
                 self._end(generation)
                 generation.fail(error)
 
-    def _count_preemptions(self) -> None:
-        if self._batch.preemptions:
-            self._preempted.inc(self._batch.preemptions)
-            self._batch.preemptions = 0
+    def _count(self) -> None:
+        batch = self._batch
+        if batch.preemptions:
+            self._preempted.inc(batch.preemptions)
+            batch.preemptions = 0
+        if batch.asked_tokens and batch.blocks.is_caching:
+            self._asked.inc(batch.asked_tokens)
+            self._found.inc(batch.found_tokens)
+        batch.asked_tokens = batch.found_tokens = 0
 
 
 def check_request(request: GenerationRequest, context_tokens: int, vocabulary: int | None) -> None:
@@ -298,7 +308,18 @@ def check_request(request: GenerationRequest, context_tokens: int, vocabulary: i
             )
 
 
-def _step_part(part: Part) -> StepPart:
+def check_capacity(request: GenerationRequest, capacity_tokens: int) -> None:
+    """Refuse what all blocks together can't hold.
+
+    Raises:
+        PromptTooLongError: prompt and output exceed them.
+    """
+    wanted = len(request.prompt) + request.max_tokens
+    if wanted > capacity_tokens:
+        raise PromptTooLongError(wanted, capacity_tokens, "KV memory (engine.kv_cache_bytes)")
+
+
+def _step_part(part: Part, block_tokens: int) -> StepPart:
     session = part.session
     row = None
     if part.is_last:
@@ -311,5 +332,6 @@ def _step_part(part: Part) -> StepPart:
             session.request.prompt if past else (),
             tuple(session.output) if past else (),
         )
-    place = KvPart(part.start, part.count, tuple(session.table))
+    passed = session.passed_blocks * block_tokens
+    place = KvPart(part.start - passed, part.count, tuple(session.table), passed)
     return StepPart(session.tokens(part.start, part.count), place, row)

@@ -19,9 +19,16 @@ from sllm_node.core.types import GenerationRequest, ModelId, Share
 from sllm_node.core.units import align_up
 from sllm_node.device.base import Device, DeviceBuffer
 from sllm_node.engine.blocks import Blocks
-from sllm_node.engine.engine import Engine, Parts, check_request
+from sllm_node.engine.engine import Engine, Parts, check_capacity, check_request
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
-from sllm_node.engine.skeleton import LayerShape, Model, build_skeleton, layer_shapes, read_config
+from sllm_node.engine.skeleton import (
+    LayerShape,
+    Model,
+    build_skeleton,
+    common_window,
+    layer_shapes,
+    read_config,
+)
 from sllm_node.engine.spread import spread
 from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.text import TextCodec, load_codec
@@ -128,9 +135,11 @@ class Engines:
 
         Raises:
             InvalidRequestError: it has no prompt.
-            PromptTooLongError: it exceeds the model's context.
+            PromptTooLongError: it exceeds the model's context or the KV memory.
         """
         check_request(request, checkpoint.index.context_tokens, None)
+        if checkpoint.path in self._capacity:
+            check_capacity(request, self._capacity[checkpoint.path])
 
     async def load_codec(self, directory: Path) -> TextCodec:
         """Read tokenizer, chat template and KV geometry of a checkpoint, beside the event loop.
@@ -182,7 +191,8 @@ class Engines:
                 f"one block of its KV cache is {skeleton.token_bytes * self._config.block_tokens} "
                 f"bytes, more than engine.kv_cache_bytes = {self._config.kv_cache_bytes}",
             )
-        blocks = Blocks(count, self._config.block_tokens)
+        config = self._config
+        blocks = Blocks(count, config.block_tokens, is_caching=config.prefix_cache)
         steps = self._steps[lease.parts[0].part.device]
         memory = await self._kv_memory(lease, skeleton, blocks.capacity_tokens)
         try:
@@ -200,7 +210,7 @@ class Engines:
 
         parts = Parts(
             lease.checkpoint.model, skeleton.model, cache, tuple(m.buffer for m in memory), blocks,
-            index.context_tokens, codec, self._check, keep,
+            index.context_tokens, common_window(skeleton.shapes), codec, self._check, keep,
         )  # fmt: skip
         return Engine(parts, self._config, steps, self._clock, self._metrics)
 

@@ -71,7 +71,9 @@ class Generation:
         """Hand over what one token brought."""
         logprobs = () if logprob is None else (logprob,)
         stop_text = self.text.scanner.found if finish == "stop" else None
-        self._unread.append(GenerationChunk(text, (token,), logprobs, finish, stop_text))
+        self._unread.append(
+            GenerationChunk(text, (token,), logprobs, finish, stop_text, self.session.cached_tokens)
+        )
         if finish is not None:
             self._end()
         self._news.set()
@@ -102,4 +104,5 @@ def _joined(chunks: list[GenerationChunk]) -> GenerationChunk:
         tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
         chunks[-1].finish,
         chunks[-1].stop_text,
+        chunks[-1].cached_tokens,
     )

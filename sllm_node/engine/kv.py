@@ -90,8 +90,11 @@ class KvPart:
     """One session's tokens in a step."""
 
     start: int
+    """Among the tokens that `table` holds."""
     count: int
     table: tuple[int, ...]
+    passed: int = 0
+    """Tokens before those, which the windows of all layers have passed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,10 +37,11 @@ class Runner:
         """Compute all `parts` in one forward pass; return what each has drawn."""
         device = self._cache.keys[0].device
         ids = [token for part in parts for token in part.tokens]
+        begins = [part.place.passed + part.place.start for part in parts]
         positions = [
-            position
-            for part in parts
-            for position in range(part.place.start, part.place.start + part.place.count)
+            begin + i
+            for begin, part in zip(begins, parts, strict=True)
+            for i in range(part.place.count)
         ]
         ends, end = [], -1
         for part in parts:

@@ -2,13 +2,14 @@
 
 WAITING -> RUNNING -> ENDED
    ^          |
-   +----------+  preempted: the blocks are given back, the tokens are prefilled again later
+   +----------+  preempted: the blocks are given back; what is not found cached is computed again
 """
 
 from enum import Enum
 from typing import Final
 
 from sllm_node.core.types import GenerationRequest, TokenIds
+from sllm_node.engine.blocks import BlockKey, block_key, root_key
 
 
 class SessionState(Enum):
@@ -52,7 +53,12 @@ class Session:
         self.computed = 0
         """Tokens whose keys and values are in KV memory."""
         self.table: list[int] = []
-        """Blocks, in the order of the tokens."""
+        """Blocks, in the order of the tokens, without those that it left behind."""
+        self.passed_blocks = 0
+        """Blocks left behind: no later token looks at theirs."""
+        self.found: int | None = None
+        """Tokens that were cached when it was first admitted; None: it was not."""
+        self._keys: list[BlockKey] = []
         self.is_in_flight = False
         """A step under way works on it: its blocks must stay until the step ends."""
 
@@ -80,6 +86,19 @@ class Session:
             return tuple(self.output[first : first + count])
         head = prompt[start : start + count]
         return head + tuple(self.output[: count - len(head)])
+
+    def key(self, index: int, block_tokens: int) -> BlockKey:
+        """Return the key of its block `index`, all of whose tokens are known."""
+        keys = self._keys
+        while len(keys) <= index:
+            parent = keys[-1] if keys else root_key(self.request.cache_salt)
+            keys.append(block_key(parent, self.tokens(len(keys) * block_tokens, block_tokens)))
+        return keys[index]
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were cached when it was first admitted."""
+        return min(self.found or 0, len(self.request.prompt))
 
     def sort_key(self) -> tuple[int, int]:
         """Order by priority, then by arrival."""

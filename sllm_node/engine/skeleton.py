@@ -55,6 +55,8 @@ class LayerShape:
     kv_heads: int
     key_size: int
     value_size: int
+    window: int | None = None
+    """A token is looked at by itself and the `window - 1` tokens after it; None: by all."""
 
 
 def read_config(directory: Path) -> Any:
@@ -153,6 +155,12 @@ def layer_shapes(model: Model) -> tuple[LayerShape, ...]:
     return tuple(shape for _, shape in recorder.layers)
 
 
+def common_window(shapes: Sequence[LayerShape]) -> int | None:
+    """Return how many tokens the layer that looks back farthest sees; None: one sees all."""
+    windows = [shape.window for shape in shapes if shape.window is not None]
+    return max(windows) if len(windows) == len(shapes) else None
+
+
 class _FirstUse(TorchFunctionMode):
     """Notes the order in which known tensors are first given to a torch function."""
 
@@ -184,7 +192,8 @@ class _ShapeRecorder:
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
         _, heads, key_size = call.key.shape
-        self.layers.append((call.layer, LayerShape(heads, key_size, call.value.shape[-1])))
+        shape = LayerShape(heads, key_size, call.value.shape[-1], call.window)
+        self.layers.append((call.layer, shape))
         return call.query.new_empty(*call.query.shape[:2], call.value.shape[-1])
 
 

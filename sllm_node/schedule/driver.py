@@ -430,7 +430,9 @@ class Service(Generic[CodecT]):
             TicketId(self._last_ticket),
             model,
             self._engines.shares(checkpoint),
-            self._estimator.load_s(bytes_moved, from_nvme, from_remote),
+            self._estimator.load_s(
+                bytes_moved, from_nvme, from_remote, is_encoded=checkpoint.index.is_encoded
+            ),
             priority,
             keep_alive_s,
             is_session,

@@ -2,7 +2,8 @@
 
 All tiers of a load work at once, chunk by chunk, so a load lasts as long as its slowest part: the
 bytes that come from a remote or from NVMe at that tier's bandwidth, or all bytes on the way from DRAM
-to the device.
+to the device. Bytes are decoded ones. Raw and encoded checkpoints have bandwidths of their own: a disk
+delivers half as much again of an encoded one, a CPU that decodes much less.
 The waiting time in front of a load (q in q + n / b) is the scheduler's to know.
 """
 
@@ -32,17 +33,27 @@ class MovingAverage:
         self._is_guess = False
 
 
+_Bandwidth = dict[Tier, MovingAverage]
+
+
 class LoadEstimator:
     """Expected duration of loads on this node."""
 
     def __init__(self) -> None:
-        self._bandwidth = {
-            tier: MovingAverage(guess) for tier, guess in _FIRST_GUESS_BYTES_PER_S.items()
-        }
+        self._raw = _first_guesses()
+        self._encoded = _first_guesses()
 
-    def load_s(self, bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int = 0) -> float:
+    def load_s(
+        self,
+        bytes_total: int,
+        bytes_from_nvme: int,
+        bytes_from_remote: int = 0,
+        *,
+        is_encoded: bool = False,
+    ) -> float:
         """Return the expected seconds of a load of which a part still lies on NVMe or farther."""
-        return max(self._parts(bytes_total, bytes_from_nvme, bytes_from_remote).values())
+        bandwidth = self._encoded if is_encoded else self._raw
+        return max(_parts(bandwidth, bytes_total, bytes_from_nvme, bytes_from_remote).values())
 
     def observe(self, report: LoadReport) -> None:
         """Learn from a finished load: it tells the bandwidth of the tier that held it up."""
@@ -54,15 +65,22 @@ class LoadEstimator:
             Tier.DRAM: moved,
             Tier.REMOTE: report.bytes_from_remote,
         }
-        parts = self._parts(moved, report.bytes_from_nvme, report.bytes_from_remote)
+        bandwidth = self._encoded if report.is_encoded else self._raw
+        parts = _parts(bandwidth, moved, report.bytes_from_nvme, report.bytes_from_remote)
         slowest = max(parts, key=lambda tier: parts[tier])
-        self._bandwidth[slowest].observe(sizes[slowest] / report.elapsed_s)
+        bandwidth[slowest].observe(sizes[slowest] / report.elapsed_s)
 
-    def _parts(
-        self, bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int
-    ) -> dict[Tier, float]:
-        return {
-            Tier.NVME: bytes_from_nvme / self._bandwidth[Tier.NVME].value,
-            Tier.DRAM: bytes_total / self._bandwidth[Tier.DRAM].value,
-            Tier.REMOTE: bytes_from_remote / self._bandwidth[Tier.REMOTE].value,
-        }
+
+def _first_guesses() -> _Bandwidth:
+    return {tier: MovingAverage(guess) for tier, guess in _FIRST_GUESS_BYTES_PER_S.items()}
+
+
+def _parts(
+    bandwidth: _Bandwidth, bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int
+) -> dict[Tier, float]:
+    """Return the seconds that each tier needs for its part of a load."""
+    return {
+        Tier.NVME: bytes_from_nvme / bandwidth[Tier.NVME].value,
+        Tier.DRAM: bytes_total / bandwidth[Tier.DRAM].value,
+        Tier.REMOTE: bytes_from_remote / bandwidth[Tier.REMOTE].value,
+    }

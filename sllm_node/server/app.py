@@ -240,6 +240,7 @@ def _log_access(http: web.Request, route: str, status: int, seconds: float) -> N
     if job is not None:
         fields["prompt_tokens"] = job.usage.prompt
         fields["completion_tokens"] = job.usage.completion
+        fields["cached_tokens"] = job.usage.cached
         label = job.request.user or job.request.safety_identifier
         if label is not None:
             fields["user"] = label

@@ -68,6 +68,8 @@ class Job:
         """Take a chunk of choice `index` in."""
         self.choices[index].add(chunk)
         self.usage.completion += len(chunk.tokens)
+        if chunk.finish is not None and index % self.request.n == 0:
+            self.usage.cached += chunk.cached_tokens  # a prompt counts once, as it was first met
 
 
 current_job: Final[ContextVar[Job | None]] = ContextVar("current_job", default=None)
@@ -305,4 +307,5 @@ def _generation(
         stop=wish.stop,
         ignore_eos=request.ignore_eos,
         logprobs=wish.logprobs,
+        cache_salt=request.cache_salt or "",
     )

@@ -22,6 +22,7 @@ STOP_LENGTH_MAX: Final = 1024
 PROMPTS_MAX: Final = 128
 LOGPROBS_MAX: Final = 20
 LOGIT_BIAS_MAX: Final = 1024
+CACHE_SALT_MAX: Final = 1024
 SEEDS: Final = 1 << 64
 _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Odd, so that the seeds of a request's choices differ (2^64 over the golden ratio)."""
@@ -91,6 +92,7 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     keep_alive: float | str | None = None
     user: str | None = None
     safety_identifier: str | None = None
+    cache_salt: Annotated[str, Meta(min_length=1, max_length=CACHE_SALT_MAX)] | None = None
 
 
 class ChatRequest(_Common, forbid_unknown_fields=True, kw_only=True):

@@ -13,13 +13,16 @@ class Usage:
 
     prompt: int = 0
     completion: int = 0
+    cached: int = 0
+    """Of the prompts: found in the prefix cache."""
 
-    def as_json(self) -> dict[str, int]:
+    def as_json(self) -> dict[str, Any]:
         """Return OpenAI's `usage`."""
         return {
             "prompt_tokens": self.prompt,
             "completion_tokens": self.completion,
             "total_tokens": self.prompt + self.completion,
+            "prompt_tokens_details": {"cached_tokens": self.cached},
         }
 
 

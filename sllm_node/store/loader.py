@@ -238,7 +238,7 @@ class Load:
     def _verifies_on_device(self) -> bool:
         targets = self.targets
         is_wanted = bool(targets) and self._machinery.verify_on_device
-        return is_wanted and all(target.tier.decoder.verifies for target in targets)
+        return is_wanted and all(target.tier.verifies for target in targets)
 
     def _is_mapped(self, unit: Unit) -> bool:
         return all(cut.end <= cut.target.ready_to for cut in self._slices_of(unit))
@@ -522,4 +522,5 @@ class Load:
             bytes_from_remote=moved.remote,
             bytes_stored=moved.stored,
             decode_s=moved.decode_s,
+            is_encoded=self.checkpoint.index.is_encoded,
         )

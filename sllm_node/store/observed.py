@@ -1,4 +1,4 @@
-"""What the store has seen of its loads: metrics, and the bandwidth of each tier for the estimator."""
+"""What the store has seen of its loads: metrics, and the bandwidth of each tier for the status."""
 
 from sllm_node.core.errors import ChecksumError
 from sllm_node.core.metrics import Metrics
@@ -17,7 +17,10 @@ class Observed:
 
     def __init__(self, metrics: Metrics, ledger: Residency) -> None:
         self.bandwidth: dict[Tier, float] = {}
-        """Decoded bytes/s of a tier on the way to the device, from loads that it held up most."""
+        """Decoded bytes/s of a tier on the way to the device, from loads that it held up most.
+
+        Of raw and encoded checkpoints together: the scheduler's estimator tells them apart.
+        """
         self._metrics = metrics
         self._ledger = ledger
         self._tiers: tuple[DeviceTier, ...] = ()

@@ -114,6 +114,8 @@ class _Slot:
     state: UnitState = UnitState.EMPTY
     chunk: int = -1
     holds: int = 0
+    is_damaged: bool = False
+    """It was given up while copies read it: the last one empties it."""
 
 
 @dataclass(slots=True)
@@ -302,12 +304,17 @@ class Residency:
         self._in_flight -= slot.holds == 0
         if copied:
             row.copied.add(unit)
+        if slot.is_damaged and not slot.holds:
+            self._empty(row, unit)
 
     def drop(self, model: ModelId, unit: int) -> None:
         """Give `unit` up: what DRAM has of it is damaged."""
         row = self._rows[model]
         row.verified.discard(unit)
-        if not row.slots[unit].holds:
+        slot = row.slots[unit]
+        if slot.holds:
+            slot.is_damaged = True
+        elif slot.state is UnitState.FILLED:  # and not given up by another copy's end
             self._empty(row, unit)
 
     # --- victims ------------------------------------------------------------------------------

@@ -416,7 +416,7 @@ class Store:
             tier.arena.hold(model)
         try:
             staged = [
-                tier.stage(index.chunk_bytes, size) if self._decodes(index) and size else ()
+                tier.stage(index.chunk_bytes, size) if size and self._decodes(index, tier) else ()
                 for tier, size in zip(tiers, wanted, strict=True)
             ]
             for tier, size in zip(tiers, wanted, strict=True):
@@ -428,10 +428,10 @@ class Store:
         parts = zip(tiers, placement, staged, strict=True)
         return tuple(self._target(model, tier, part, events) for tier, part, events in parts)
 
-    def _decodes(self, index: TensorIndex) -> bool:
+    def _decodes(self, index: TensorIndex, tier: DeviceTier) -> bool:
         """Tell whether a decoder is needed, to decode or to compare digests."""
-        config = self._config
-        return index.is_encoded or (config.verify == "always" and config.verify_on_device)
+        is_checked = self._config.verify == "always" and self._config.verify_on_device
+        return index.is_encoded or (is_checked and tier.verifies)
 
     def _target(
         self, model: ModelId, tier: DeviceTier, part: Part, staged: tuple[Event, ...]

@@ -112,6 +112,11 @@ class DeviceTier:
             self._decoder = self.device.decoder()
         return self._decoder
 
+    @property
+    def verifies(self) -> bool:
+        """Whether the device is ready to compare digests, and the better place for it."""
+        return self._decoder is not None and self._decoder.verifies
+
     def stage(self, chunk_bytes: int, beside: int) -> tuple[Event, ...]:
         """Take staging memory for decoding, once; return when it is there.
 

@@ -107,6 +107,23 @@ async def test_usage_choices_and_stop_are_as_openai_defines_them(client):
     assert cut.choices[0].finish_reason == "stop"
 
 
+async def test_a_prompt_that_was_served_is_found_cached_by_who_has_its_salt(client, node):
+    body = {
+        **ask("beta", "Tell me all that you know of it. " * 4),
+        "extra_body": {"cache_salt": "a"},
+    }
+    first = await client.chat.completions.create(**body)
+    hits = metric(node, "sllm_prefix_cache_hits_total")
+    second = await client.chat.completions.create(**body)
+    assert second.choices[0].message.content == first.choices[0].message.content
+    found = second.usage.prompt_tokens_details.cached_tokens
+    assert 0 < found < second.usage.prompt_tokens
+    assert metric(node, "sllm_prefix_cache_hits_total") == hits + found
+    other = await client.chat.completions.create(**{**body, "extra_body": {"cache_salt": "b"}})
+    assert other.usage.prompt_tokens_details.cached_tokens == 0
+    assert other.choices[0].message.content == first.choices[0].message.content
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "param"),
     [

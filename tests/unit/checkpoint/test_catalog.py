@@ -2,6 +2,7 @@ import os
 import shutil
 from pathlib import PosixPath
 
+import msgspec
 import pytest
 
 from sllm_node.checkpoint.catalog import Catalog, is_model_name, open_for_verify
@@ -68,6 +69,21 @@ def test_a_replaced_checkpoint_is_read_anew(catalog):
     after = catalog.get("one")
     assert (before.index.chunk_bytes, after.index.chunk_bytes) == (4096, 8192)
     assert before.identities != after.identities
+
+
+def test_a_checkpoint_replaced_while_it_is_opened_is_no_problem(catalog, monkeypatch):
+    decode, replaced = msgspec.json.decode, []
+
+    def replace_first(data, **kind):
+        if not replaced:
+            replaced.append(data)
+            write_raw(catalog.root, "one", shard_bytes=16384, replace=True)
+        return decode(data, **kind)
+
+    os.utime(catalog.root / "one" / INDEX_FILE, ns=(1, 1))
+    monkeypatch.setattr(msgspec.json, "decode", replace_first)
+    assert [shard.size for shard in catalog.get("one").index.shards] == [16384]
+    assert catalog.get("one") is catalog.get("one")
 
 
 def test_a_shard_touched_since_gets_a_new_identity(catalog):

@@ -202,6 +202,7 @@ def test_an_index_of_version_1_is_written_as_ever():
         ({"stored": (4096, 12288, 4096)}, "8192 bytes is stored in 12288"),
         ({"stored": (4000, 8192, 4096)}, "8192 bytes is stored in 4000"),
         ({"stored": (0, 8192, 4096)}, "8192 bytes is stored in 0"),
+        ({"stored": (4096, 8192, 0)}, "4096 bytes is stored in 0"),
     ],
 )
 def test_an_encoded_shard_that_contradicts_itself_is_refused(changes, problem):

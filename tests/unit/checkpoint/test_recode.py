@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 
 import pytest
@@ -5,8 +6,8 @@ import pytest
 from sllm_node.checkpoint.catalog import open_checkpoint
 from sllm_node.checkpoint.recode import recode
 from sllm_node.checkpoint.verify import verify
-from sllm_node.core.errors import ChecksumError, ConversionError
-from tests.unit.checkpoint.raw import WEIGHTS, CountedFiles, write_raw
+from sllm_node.core.errors import CheckpointError, ChecksumError, ConversionError
+from tests.unit.checkpoint.raw import SPECS, WEIGHTS, CountedFiles, write_raw
 
 
 @pytest.fixture
@@ -58,6 +59,27 @@ def test_whatever_call_fails_the_old_checkpoint_stays_whole(checkpoint):
         break
     assert verify(open_checkpoint(checkpoint.path)) == []
     assert open_checkpoint(checkpoint.path).index.is_encoded
+
+
+def test_a_checkpoint_that_was_replaced_meanwhile_stays(checkpoint, tmp_path):
+    def replace(number):
+        if number == 12:
+            write_raw(tmp_path, "m", SPECS, replace=True)
+
+    with pytest.raises(ConversionError, match="was replaced while it was read"):
+        recode(checkpoint, "raw", 16384, files=CountedFiles(replace))
+    assert open_checkpoint(checkpoint.path).index.tensors != checkpoint.index.tensors
+    assert verify(open_checkpoint(checkpoint.path)) == []
+
+
+def test_a_checkpoint_that_was_deleted_meanwhile_does_not_come_back(checkpoint):
+    def delete(number):
+        if number == 12:
+            shutil.rmtree(checkpoint.path)
+
+    with pytest.raises(CheckpointError):
+        recode(checkpoint, "raw", 16384, files=CountedFiles(delete))
+    assert not checkpoint.path.exists()
 
 
 def test_a_damaged_checkpoint_is_not_recoded(checkpoint):

@@ -450,6 +450,9 @@ async def test_limits_are_known_before_a_load(checkpoint):
     small = engines_of(CpuDevice(1 << 20), config, ManualClock())
     await small.load_codec(checkpoint.path)
     assert small.context_limit(checkpoint) == 80  # 40 KiB over 512 bytes a token
+    small.check_request(ask(PROMPT, 80 - len(PROMPT)), checkpoint)
+    with pytest.raises(PromptTooLongError, match="kv_cache_bytes"):
+        small.check_request(ask(PROMPT, 81 - len(PROMPT)), checkpoint)
     engines.close()
     small.close()
 

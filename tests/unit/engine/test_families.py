@@ -33,10 +33,11 @@ async def test_tokens_equal_those_of_generate(tmp_path, family):
     async with engine_of(checkpoint, **config) as engine:
         generations = [engine.submit(ask(prompt, COUNT)) for prompt in prompts]
         got = await asyncio.gather(*(collect(g) for g in generations))
+        is_tight = engine._parts.window is None  # with windows, sessions keep little
         preempted = engine._preempted._value.get()
     assert [tokens for _, tokens, _, _ in got] == [reference(model, p, COUNT) for p in prompts]
     assert [finish for *_, finish in got] == ["length"] * len(prompts)
-    assert preempted
+    assert bool(preempted) is is_tight
 
 
 def test_every_architecture_that_we_serve_is_compared():

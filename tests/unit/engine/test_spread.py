@@ -41,8 +41,10 @@ async def test_a_model_split_over_two_devices_says_what_it_says_on_one(tmp_path,
         lease = await store.acquire(MODEL, placement)
         engine = await engines.open(lease, await engines.skeleton(checkpoint), codec)
         assert len(engine._parts.buffers) == 2
-        _, tokens, _, _ = await collect(engine.submit(ask(PROMPT, 16)))
-        assert tokens == wanted
+        for cached in (0, 16):
+            chunks = [chunk async for chunk in engine.submit(ask(PROMPT, 16))]
+            assert tuple(token for chunk in chunks for token in chunk.tokens) == wanted
+            assert chunks[0].cached_tokens == cached
         await engine.close()
         lease.release()
         store.evict(MODEL, Tier.DEVICE, "operator")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from sllm_node.core.types import LoadReport, ModelId
@@ -29,6 +31,16 @@ def test_an_observed_load_corrects_the_tier_that_held_it_up():
     assert estimator.load_s(10**10, 0) == pytest.approx(2.0)
     estimator.observe(report(10**10, 0, 1.0))
     assert estimator.load_s(10**10, 0) == pytest.approx(1.0)
+
+
+def test_raw_and_encoded_checkpoints_do_not_spoil_each_others_estimates():
+    estimator = LoadEstimator()
+    estimator.observe(report(10**10, 10**10, 5.0))
+    encoded = replace(report(10**10, 10**10, 20.0), is_encoded=True)
+    for _ in range(3):
+        estimator.observe(encoded)
+    assert estimator.load_s(10**10, 10**10) == pytest.approx(5.0)
+    assert estimator.load_s(10**10, 10**10, is_encoded=True) == pytest.approx(20.0)
 
 
 @pytest.mark.parametrize(("total", "elapsed_s"), [(0, 1.0), (10, 0.0)])

@@ -75,14 +75,14 @@ class FakeStream:
         return self._status if waits else None
 
 
-def chunks_of(text, finish="stop", logprobs=False):
+def chunks_of(text, finish="stop", logprobs=False, cached=0):
     made = [
         GenerationChunk(
             c, (ord(c),), (TokenLogprob(ord(c), c, -0.5, ((ord(c), c, -0.5),), i),) if logprobs else ()
         )
         for i, c in enumerate(text)
     ]  # fmt: skip
-    return [*made, GenerationChunk("", (0,), (), finish)]
+    return [*made, GenerationChunk("", (0,), (), finish, cached_tokens=cached)]
 
 
 def status_of(model="m", **changes):

@@ -47,7 +47,10 @@ async def test_a_chat_is_answered_with_one_object(rig):
             "message": {"role": "assistant", "content": "Hello", "refusal": None},
         }
     ]  # fmt: skip
-    assert body["usage"] == {"prompt_tokens": 8, "completion_tokens": 6, "total_tokens": 14}
+    assert body["usage"] == {
+        "prompt_tokens": 8, "completion_tokens": 6, "total_tokens": 14,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }  # fmt: skip
     assert body["id"] == f"chatcmpl-{headers['x-request-id']}"
 
 
@@ -124,6 +127,23 @@ async def test_logprobs_come_in_both_shapes(rig):
     assert logprobs["tokens"] == list("Hello")
     assert logprobs["text_offset"] == [0, 1, 2, 3, 4]
     assert logprobs["top_logprobs"][0] == {"H": -0.5}
+
+
+async def test_a_salt_goes_to_the_engine_and_is_none_unless_it_is_sent(rig):
+    for more in ({"cache_salt": "tenant-1"}, {}, {"cache_salt": None}):
+        await rig.post(CHATS, {**CHAT, **more})
+    assert [request.cache_salt for request in rig.service.requests] == ["tenant-1", "", ""]
+
+
+async def test_usage_tells_what_was_cached_of_each_prompt_when_it_was_first_met(rig):
+    cached = iter((3, 100, 4, 100))
+    rig.service.make_stream = lambda request: FakeStream(chunks_of("a", cached=next(cached)))
+    _, body, _ = await rig.post(COMPLETIONS, {"model": "m", "prompt": ["hello", "world"], "n": 2})
+    assert body["usage"]["prompt_tokens_details"] == {"cached_tokens": 7}
+    rig.service.make_stream = lambda request: FakeStream(chunks_of("a", cached=5))
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    _, data = await rig.events(CHATS, {**CHAT, **options})
+    assert json.loads(data[-2])["usage"]["prompt_tokens_details"] == {"cached_tokens": 5}
 
 
 # --- streams --------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ async def test_the_pool_holds_encoded_bytes_and_devices_decoded_ones(tmp_path):
             assert lease.report.bytes_stored == rig.stored[A] < len(rig.bytes[A])
             assert lease.report.bytes_total == len(rig.bytes[A])
             assert lease.report.decode_s > 0
+            assert lease.report.is_encoded
             assert rig.store.residency(A) == {
                 Tier.DEVICE: len(rig.bytes[A]), Tier.DRAM: rig.stored[A], Tier.NVME: rig.stored[A]
             }  # fmt: skip
@@ -288,11 +289,23 @@ async def test_chunks_too_large_for_the_staging_memory_are_told(tmp_path):
             await rig.store.acquire(A)
 
 
-async def test_a_device_without_kernels_loads_raw_checkpoints_only(tmp_path, monkeypatch):
-    class Bare(CpuDevice):
-        def decoder(self):
-            raise KernelError("decode_exp_bf16", "there is no compiler")
+class Bare(CpuDevice):
+    """Has no kernels."""
 
+    def decoder(self):
+        raise KernelError("decode_exp_bf16", "there is no compiler")
+
+
+async def test_the_host_checks_for_a_device_without_kernels(tmp_path, monkeypatch):
+    monkeypatch.setattr(Rig, "codec", "raw")
+    async with Rig(tmp_path, devices=[Bare(1 << 20, "cpu:0")], verify="always") as rig:
+        await rig.check("a")
+        await rig.check("a")
+        assert rig.reports[-1].verified_bytes == len(rig.bytes[A])
+        assert rig.reports[-1].bytes_from_dram == len(rig.bytes[A])
+
+
+async def test_a_device_without_kernels_loads_raw_checkpoints_only(tmp_path):
     async with Rig(tmp_path, devices=[Bare(1 << 20, "cpu:0")]) as rig:
         with pytest.raises(KernelError):
             await rig.store.acquire(A)

@@ -72,15 +72,20 @@ def test_what_is_known_of_a_closed_model_is_gone():
     assert ledger.models() == ("b", "c")
 
 
-def test_a_damaged_unit_in_use_stays_until_its_copy_ends():
+@pytest.mark.parametrize("is_told_twice", [False, True])
+def test_a_damaged_unit_in_use_stays_until_its_last_copy_ends(is_told_twice):
     ledger = ledger_with(a=1)
     ledger.hold(ModelId("a"), 0)
+    ledger.hold(ModelId("a"), 0)
+    ledger.unhold(ModelId("a"), 0, copied=False)
     ledger.drop(ModelId("a"), 0)
     assert ledger.chunk_of(ModelId("a"), 0) is not None
     assert not ledger.is_verified(ModelId("a"), 0)
-    ledger.unhold(ModelId("a"), 0, copied=False)
-    ledger.drop(ModelId("a"), 0)
+    ledger.unhold(ModelId("a"), 0, copied=not is_told_twice)
+    if is_told_twice:
+        ledger.drop(ModelId("a"), 0)
     assert ledger.chunk_of(ModelId("a"), 0) is None
+    assert ledger.free == CHUNKS
 
 
 class Ledger(RuleBasedStateMachine):
@@ -154,6 +159,13 @@ class Ledger(RuleBasedStateMachine):
         unit = self.pick(data, model, lambda slot: slot.holds > 0)
         if unit is not None:
             self.ledger.unhold(model, unit, copied=copied)
+
+    @rule(data=st.data(), model=st.sampled_from(list(MODELS)))
+    def drop(self, data, model):
+        unit = self.pick(data, model, lambda slot: slot.state is UnitState.FILLED)
+        if unit is not None:
+            self.ledger.drop(model, unit)
+            assert not self.ledger.is_verified(model, unit)
 
     @rule(model=st.sampled_from(list(MODELS)))
     def end(self, model):
