@@ -347,7 +347,7 @@ __device__ __forceinline__ void decode_exponent(const EncodedChunks &chunks, u32
     if (block * BLOCK >= parts.count) return;
     const uint2 before = __ldg(parts.directory + block);
     u32 seconds = before.x, thirds = before.y;
-    if (seconds > parts.seconds || thirds > parts.thirds) {
+    if (seconds > parts.seconds || thirds > parts.thirds || (!block && (seconds | thirds))) {
         if (lane == 0) errors[blockIdx.y] = CODES_ARE_WRONG;
         return;
     }

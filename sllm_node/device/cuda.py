@@ -387,6 +387,11 @@ class CudaStream:
         with self._cuda:
             self.fail("wait for an event", driver.cuStreamWaitEvent(self.handle, event, 0)[0])
 
+    def wait(self) -> None:
+        """Block until everything that was enqueued has ended, however."""
+        with self._cuda:
+            driver.cuStreamSynchronize(self.handle)
+
     def close(self) -> None:
         with self._cuda:
             driver.cuStreamSynchronize(self.handle)
@@ -592,7 +597,12 @@ class CudaDevice:
         return CudaRelay(self, sibling)
 
     def decoder(self) -> CudaDecoder:
-        return CudaDecoder(self.cuda, self.stream(), lambda size: self.pin(size, huge_pages=False))
+        stream = self.stream()
+        try:
+            return CudaDecoder(self.cuda, stream, lambda size: self.pin(size, huge_pages=False))
+        except BaseException:  # or each encoded load that is refused would leave a thread behind
+            stream.close()
+            raise
 
     def can_reach(self, sibling: Device) -> bool:
         return isinstance(sibling, CudaDevice) and sibling.ordinal in self._reachable

@@ -136,20 +136,26 @@ class CudaDecoder:
                 table = self._take_table()
                 self._launched += bool(batch.staged)
                 table.is_timed = self._launched % _TIMED == 1
-                self._enqueue(batch, table, link, (destination, place), source)
-                tell = partial(self._finish, batch, table, report)
-                self._stream.record().on_done(tell)
+                try:
+                    self._enqueue(batch, table, link, (destination, place), source)
+                    event = self._stream.record()
+                except BaseException:
+                    # Whoever called gives the memory back now, that of the batches before, too.
+                    self._wait_for_all(link)
+                    self._tables.append(table)
+                    raise
+                event.on_done(partial(self._finish, batch, table, report))
 
     def close(self) -> None:
         self._stream.close()
         self._drop_tokens()
-        self._kernels.close()
         with self._cuda:
             for event in self._events:
                 driver.cuEventDestroy(event)
             for check in self._checks:
                 driver.cuStreamSynchronize(check)
                 driver.cuStreamDestroy(check)
+        self._kernels.close()
         self._tables.clear()
         for slab in self._slabs:
             slab.close()
@@ -187,7 +193,8 @@ class CudaDecoder:
             except SllmError as error:
                 self._stream.remember(error)
         self._destroy(filled)
-        self._ring.give(start, batch.size, self._stream.mark())
+        if batch.size:  # or nobody would ever take its place and destroy the event
+            self._ring.give(start, batch.size, self._stream.mark())
 
     def _launch(self, batch: Batch, table: _Table, addresses: tuple[int, int], filled: Any) -> None:
         """Enqueue all that is done with a batch whose bytes have come by the event `filled`."""
@@ -195,33 +202,47 @@ class CudaDecoder:
         handle = self._stream.handle
         table.clear()
         checked = self._check(batch, table, region, filled) if batch.is_checked else None
-        if table.is_timed:
-            self._record(table.begun)
-        for decoding in batch.decodings:
-            errors = table.errors_at + 4 * decoding.row
-            self._kernels.decode(decoding.codec, decoding.chunks(region, place), errors, handle)
-        for copy in batch.moves:
-            with self._cuda:
-                to, start = place + copy.to, region + copy.start
-                result = driver.cuMemcpyDtoDAsync(to, start, copy.size, handle)
-            self._stream.fail("copy on the device", result[0])
-        if table.is_timed:
-            self._record(table.ended)
-        if checked is not None:
-            self._stream.wait_for(checked)
-            self._destroy(checked)
+        try:
+            if table.is_timed:
+                self._record(table.begun)
+            for decoding in batch.decodings:
+                errors = table.errors_at + 4 * decoding.row
+                self._kernels.decode(decoding.codec, decoding.chunks(region, place), errors, handle)
+            for copy in batch.moves:
+                with self._cuda:
+                    to, start = place + copy.to, region + copy.start
+                    result = driver.cuMemcpyDtoDAsync(to, start, copy.size, handle)
+                self._stream.fail("copy on the device", result[0])
+            if table.is_timed:
+                self._record(table.ended)
+        finally:
+            if checked is not None:
+                self._stream.wait_for(checked)
+                self._destroy(checked)
 
     def _check(self, batch: Batch, table: _Table, region: int, filled: Any) -> Any:
         """Enqueue the digests of a batch; return the event behind them."""
         stream = self._checks[0]
         self._checks.rotate()
         with self._cuda:
-            self._stream.fail("wait for a copy", driver.cuStreamWaitEvent(stream, filled, 0)[0])
-        self._kernels.checksum(batch.pieces(region), table.digests_at, stream)
-        with self._cuda:
             event = self._cuda.check("create an event", driver.cuEventCreate(_WITHOUT_TIMES))
+            self._stream.fail("wait for a copy", driver.cuStreamWaitEvent(stream, filled, 0)[0])
+        try:
+            self._kernels.checksum(batch.pieces(region), table.digests_at, stream)
+        except SllmError:
+            self._destroy(event)
+            raise
+        with self._cuda:
             self._stream.fail("record an event", driver.cuEventRecord(event, stream)[0])
         return event
+
+    def _wait_for_all(self, link: Any) -> None:
+        """Block until nothing of what was enqueued is under way."""
+        link.tail.wait()
+        with self._cuda:
+            for check in self._checks:
+                driver.cuStreamSynchronize(check)
+        self._stream.wait()
 
     def _record(self, event: Any) -> None:
         with self._cuda:

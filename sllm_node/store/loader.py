@@ -39,6 +39,7 @@ from sllm_node.device.base import WrongChunkError
 from sllm_node.store.decoding import by_target, jobs_of, named
 from sllm_node.store.pipeline import (
     CLONE_BYTES,
+    LINK_BYTES,
     MAX_ISSUED,
     LoadCancelledError,
     Machinery,
@@ -97,6 +98,9 @@ class Load:
         self._reading = 0
         self._checking = 0
         self._copying = 0
+        self._on_links = 0
+        """Bytes under way on links, as they are stored."""
+        self._links = sum(1 + len(target.tier.relays) for target in targets) or 1
         self._is_opening = False
         self._moved = Moved()
 
@@ -214,8 +218,8 @@ class Load:
             self._finish_if_done()
 
     def _issue_cached(self, unit: Unit) -> bool:
-        """Issue the next unit from DRAM; False if its place isn't mapped yet."""
-        if not self._is_mapped(unit):
+        """Issue the next unit from DRAM; False if its place isn't mapped yet, or links have enough."""
+        if not self._is_mapped(unit) or self._on_links >= LINK_BYTES * self._links:
             return False
         self._cached.pop()
         if self._machinery.verify == "always" and self._verifies_on_device:
@@ -326,6 +330,7 @@ class Load:
         self._copying += 1
         self._moved.stored += carried
         link.outstanding += carried
+        self._on_links += carried
         if link.through is not None:
             self._moved.relayed += delivered
         return partial(self._link_done, link, carried, delivered, tell)
@@ -430,6 +435,7 @@ class Load:
         error: BaseException | None,
     ) -> None:
         link.outstanding -= carried
+        self._on_links -= carried
         self._copying -= 1
         if error is not None:
             self._fail(error)

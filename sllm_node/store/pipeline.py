@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 Verify = Literal["first", "always", "never"]
 
 MAX_ISSUED: Final = 64
-"""Units from DRAM that are issued and not done, of one load: enough for any link to stay busy."""
+"""Units from DRAM that are issued and not done, of one load."""
+LINK_BYTES: Final = 192 * MIB
+"""Of one load and for each of its links, under way at most: 3.5 ms at 55 GB/s. Whoever issues is
+back in time, and links of several GPUs, one slower than the others, end together."""
 CLONE_BYTES: Final = 256 * MIB
 """One copy between devices."""
 

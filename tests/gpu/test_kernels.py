@@ -8,7 +8,7 @@ from sllm_node.codec.exponent import FORMATS, decode, encode
 from sllm_node.core.errors import CodecError
 from sllm_node.core.units import MIB, align_up
 from tests.gpu.test_loads import open_devices
-from tests.unit.codec.cases import FORMAT_NAMES, cases, damaged, numbers
+from tests.unit.codec.cases import FORMAT_NAMES, cases, damaged, numbers, with_unused_codes
 
 pytestmark = pytest.mark.gpu
 
@@ -125,6 +125,15 @@ def test_damaged_chunks_are_refused_where_the_reference_refuses_them(bench, code
         else:
             assert error == 0
             assert got == wanted
+
+
+@pytest.mark.parametrize("codec", FORMAT_NAMES)
+def test_codes_before_the_first_block_are_refused(bench, codec):
+    layout = FORMATS[codec]
+    data = numbers(layout, 9 * 4096)
+    made = with_unused_codes(layout, encode(layout, memoryview(data)), len(data))
+    errors, _ = bench.decode(codec, [made.tobytes()], [len(data)])
+    assert errors == [2]
 
 
 def test_many_large_chunks_are_decoded_in_one_launch(bench):

@@ -4,6 +4,7 @@ import numpy as np
 
 from sllm_node.codec import exponent
 from sllm_node.codec.exponent import BLOCK, FORMATS
+from sllm_node.codec.planes import pack_triples, unpack_triples
 
 FORMAT_NAMES = tuple(FORMATS)
 
@@ -69,6 +70,23 @@ def _hidden(layout):
     kinds = np.full(count, (1 << layout.exponent_bits) - 1)
     kinds[::2] = np.arange(count // 2) % 10
     return exponents(layout, kinds)
+
+
+def with_unused_codes(layout, encoded, size):
+    """Return `encoded` with second codes before the first, which header and directory both count."""
+    header = exponent._read_header(layout, encoded, size)
+    count, more = size // layout.width, 8
+    old = exponent._places(layout, count, header.seconds, header.thirds)
+    new = exponent._places(layout, count, header.seconds + more, header.thirds)
+    made = np.zeros(new.end, np.uint8)
+    made[: old.second] = encoded[: old.second]
+    made[16:20] = np.array([header.seconds + more], "<u4").view(np.uint8)
+    made[old.directory : old.second].view("<u4")[: 2 * -(-count // BLOCK) : 2] += more
+    codes = unpack_triples(encoded[old.second : old.third], header.seconds)
+    padded = np.concatenate((np.ones(more, np.uint8), codes))
+    pack_triples(padded, made[new.second : new.third])
+    made[new.third :] = encoded[old.third : old.end]
+    return made
 
 
 def damaged(encoded, random):

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from sllm_node.codec.exponent import BF16, BLOCK, FORMATS, HEADER_BYTES, decode, encode
 from sllm_node.core.errors import CodecError
-from tests.unit.codec.cases import FORMAT_NAMES, cases, damaged, numbers
+from tests.unit.codec.cases import FORMAT_NAMES, cases, damaged, numbers, with_unused_codes
 
 formats = pytest.mark.parametrize("layout", FORMATS.values(), ids=FORMAT_NAMES)
 
@@ -95,6 +95,14 @@ def test_a_directory_that_is_wrong_is_refused():
     encoded[directory + 8] ^= 1
     with pytest.raises(CodecError, match="directory"):
         decode(BF16, encoded, len(data))
+
+
+@formats
+def test_codes_before_the_first_block_are_refused(layout):
+    data = numbers(layout, 9 * BLOCK)
+    made = with_unused_codes(layout, encode(layout, memoryview(data)), len(data))
+    with pytest.raises(CodecError, match="count the codes"):
+        decode(layout, made, len(data))
 
 
 def test_a_chunk_of_another_size_is_refused():
