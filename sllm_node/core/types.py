@@ -13,6 +13,8 @@ RequestId = NewType("RequestId", str)
 
 TokenIds = tuple[int, ...]
 FinishReason = Literal["stop", "length"]
+ResumeMode = Literal["fast", "replay"]
+"""How tokens that are known already are computed again: all at once, or as they were generated."""
 
 
 class Tier(Enum):
@@ -140,6 +142,9 @@ class GenerationRequest:
     """None: none. k: the chosen token's, and those of the k most likely."""
     resumed: TokenIds = ()
     """Output tokens already generated elsewhere; generation goes on after them."""
+    resume: ResumeMode | None = None
+    """How output tokens are computed that are known: `resumed`, or after a preemption. None: as
+    `engine.resume` says."""
     priority: int = 0
     """Higher goes first."""
     cache_salt: str = ""

@@ -77,6 +77,7 @@ class Engine:
         self._found = metrics.prefix_cache_hits.labels(parts.name)
         self._preempted = metrics.preemptions.labels(parts.name)
         self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens, parts.window)
+        self._resume = config.resume
         self._runner: Runner | None = Runner(parts.model, parts.cache, parts.blocks.block_tokens)
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
@@ -121,7 +122,7 @@ class Engine:
         check_request(request, parts.context_tokens, parts.codec.vocabulary_size)
         check_capacity(request, parts.blocks.capacity_tokens)
         self._last_number += 1
-        session = Session(request, self._last_number)
+        session = Session(request, self._last_number, self._resume)
         text = TextState.begin(parts.codec.decode, request.stop, request.resumed, request.prompt)
         generation = Generation(session, text, self._on_cancel)
         if text.scanner.found is not None or self._ends_with_eos(request):
