@@ -87,8 +87,7 @@ class Session:
 
     @property
     def due(self) -> int:
-        """Tokens that may be computed in one step: all pending ones, or with replay those of the
-        prompt first and then one after another."""
+        """Tokens that may go into one step: all pending ones, but one of a replay's output."""
         if not self.is_replayed:
             return self.pending
         return max(1, len(self.request.prompt) - self.computed)
