@@ -47,6 +47,7 @@ pool_bytes = "512MiB"
 memory_bytes = "2GiB"
 [engine]
 kv_cache_bytes = "128MiB"
+torch_threads = 1
 prefix_cache = false
 """
 MODES: Final[tuple[ResumeMode, ...]] = ("fast", "replay")

@@ -87,7 +87,7 @@ class EngineConfig(Section, frozen=True):
     max_step_tokens: Count = 2048
     resume: ResumeMode = "fast"
     torch_threads: NotNegative = 0
-    stall_s: Seconds = 120.0
+    stall_after_s: Seconds = 120.0
 
 
 class ScheduleConfig(Section, frozen=True):

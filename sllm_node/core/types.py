@@ -204,6 +204,17 @@ class ModelStatus:
     """Unix time of the conversion."""
     devices: tuple[str, ...] = ()
     """Where it is, or is coming."""
+    stalled_s: float | None = None
+    """For how long it has had work and no step has ended, if that is too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Why engines don't move."""
+
+    reason: str
+    models: tuple[ModelId, ...] = ()
+    """Those that have work."""
 
 
 @dataclass(frozen=True, slots=True)
