@@ -156,6 +156,12 @@ class Hang:
     def go_on(self):
         self._go_on.set()
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.go_on()
+
 
 async def test_an_engine_whose_step_hangs_is_stalled_until_it_ends(checkpoint):
     clock = ManualClock()
@@ -163,19 +169,19 @@ async def test_an_engine_whose_step_hangs_is_stalled_until_it_ends(checkpoint):
         await collect(engine.submit(ask((5, 6), 3)))
         clock.advance(100.0)
         assert engines.stalled() is None
-        hang = engine._runner.step = Hang(engine._runner.step)
-        generation = engine.submit(ask((5, 6, 7), 3))
-        await hang.begun.wait()
-        clock.advance(5.0)
-        assert engines.stalled() is None
-        clock.advance(1.0)
-        stall = engines.stalled()
-        assert stall.models == ("m",)
-        assert "'m' has had work for 6 s" in stall.reason
-        assert "1 sessions run, 0 wait, the step under way has 1 sessions and 3" in stall.reason
-        generation.cancel()  # its client gave up: the step hangs as before
-        assert engine.stalled_s == 6.0
-        hang.go_on()
+        with Hang(engine._runner.step) as hang:
+            engine._runner.step = hang
+            generation = engine.submit(ask((5, 6, 7), 3))
+            await hang.begun.wait()
+            clock.advance(5.0)
+            assert engines.stalled() is None
+            clock.advance(1.0)
+            stall = engines.stalled()
+            assert stall.models == ("m",)
+            assert "'m' has had work for 6 s" in stall.reason
+            assert "1 sessions run, 0 wait, the step under way has 1 sessions and 3" in stall.reason
+            generation.cancel()  # its client gave up: the step hangs as before
+            assert engine.stalled_s == 6.0
         await collect(engine.submit(ask((5, 6), 3)))
         assert (engines.stalled(), engine.stalled_s) == (None, None)
 
@@ -183,14 +189,13 @@ async def test_an_engine_whose_step_hangs_is_stalled_until_it_ends(checkpoint):
 async def test_a_step_that_waits_for_a_load_is_no_stall(checkpoint):
     clock = ManualClock()
     async with engine_and_engines_of(checkpoint, clock, stall_after_s=5.0) as (engine, engines):
-        hang = Hang()
-        building = asyncio.create_task(engines._builder.run_alone(hang))
-        await hang.begun.wait()
-        generation = engine.submit(ask((5, 6, 7), 3))
-        await asyncio.sleep(0)
-        clock.advance(1000.0)
-        assert engines.stalled() is None
-        hang.go_on()
+        with Hang() as hang:
+            building = asyncio.create_task(engines._builder.run_alone(hang))
+            await hang.begun.wait()
+            generation = engine.submit(ask((5, 6, 7), 3))
+            await asyncio.sleep(0)
+            clock.advance(1000.0)
+            assert engines.stalled() is None
         await building
         assert engines.stalled() is None
         await collect(generation)
