@@ -189,6 +189,8 @@ def _model_row(model: dict[str, Any]) -> tuple[str, ...]:
     notes = []
     if model["pinned"]:
         notes.append("pinned")
+    if (stalled_s := model.get("stalled_s")) is not None:
+        notes.append(f"stalled for {stalled_s:.0f} s")
     if (progress := model.get("progress")) is not None:
         notes.append(f"{100 * progress['bytes_done'] / max(1, progress['bytes_total']):.0f} %")
         if progress["eta_s"] is not None:

@@ -16,6 +16,7 @@ import msgspec
 from msgspec import Meta
 
 from sllm_node.core.errors import ConfigError
+from sllm_node.core.types import ResumeMode
 from sllm_node.core.units import PAGE, parse_size
 
 Count = Annotated[int, Meta(ge=1)]
@@ -84,8 +85,9 @@ class EngineConfig(Section, frozen=True):
     prefix_cache: bool = True
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
+    resume: ResumeMode = "fast"
     torch_threads: NotNegative = 0
-    stall_s: Seconds = 120.0
+    stall_after_s: Seconds = 120.0
 
 
 class ScheduleConfig(Section, frozen=True):

@@ -112,6 +112,9 @@ class Metrics:
         self.kv_cache_usage_perc = gauge(
             "sllm_kv_cache_usage_perc", "KV blocks in use, 0 to 1", ["model"]
         )
+        self.engine_stalled = gauge(
+            "sllm_engine_stalled", "1 while an engine has work and no step ends", ["model"]
+        )
         self.pool_chunks = gauge(
             "sllm_pool_chunks", "Chunks of the pinned pool by state", ["state"]
         )

@@ -13,6 +13,8 @@ RequestId = NewType("RequestId", str)
 
 TokenIds = tuple[int, ...]
 FinishReason = Literal["stop", "length"]
+ResumeMode = Literal["fast", "replay"]
+"""How tokens that are known already are computed again: all at once, or as they were generated."""
 
 
 class Tier(Enum):
@@ -142,6 +144,9 @@ class GenerationRequest:
     """None: none. k: the chosen token's, and those of the k most likely."""
     resumed: TokenIds = ()
     """Output tokens already generated elsewhere; generation goes on after them."""
+    resume: ResumeMode | None = None
+    """How output tokens are computed that are known: `resumed`, or after a preemption. None: as
+    `engine.resume` says."""
     priority: int = 0
     """Higher goes first."""
     cache_salt: str = ""
@@ -201,6 +206,17 @@ class ModelStatus:
     """Unix time of the conversion."""
     devices: tuple[str, ...] = ()
     """Where it is, or is coming."""
+    stalled_s: float | None = None
+    """For how long it has had work and no step has ended, if that is too long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stall:
+    """Why engines don't move."""
+
+    reason: str
+    models: tuple[ModelId, ...] = ()
+    """Those that have work."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,11 @@ one token at least is, because the next is drawn from its logits. When a running
 block and there is none, the youngest of the lowest priority gives its blocks back and waits again;
 those that are full stay cached for it, until others take them.
 
+A session that is replayed computes output tokens one a step, those that are known too, so that the
+same kernels see them as when they were generated. Of blocks with output tokens it takes only such as
+were computed so, behind a prompt of the same length: values that a prefill made would not have the
+same last bits.
+
 Where every layer has a window, a session leaves the blocks behind that no later token looks at.
 
 A block can be found by others when the step that fills it has ended, and not before: sessions that
@@ -86,14 +91,14 @@ class Batch:
         """Return the next step; empty when there is nothing to do."""
         budget = self._max_step_tokens
         parts: list[Part] = []
-        for session in sorted(self._running, key=lambda s: (s.pending > 1, *s.sort_key())):
+        for session in sorted(self._running, key=lambda s: (s.due > 1, *s.sort_key())):
             if session.state is SessionState.RUNNING and budget > 0:
-                count = min(session.pending, budget)
+                count = min(session.due, budget)
                 if self._grow(session, count, parts):
                     parts.append(Part(session, session.computed, count))
                     budget -= count
         while budget > 0 and (admitted := self._admit()) is not None:
-            count = min(admitted.pending, budget)
+            count = min(admitted.due, budget)
             parts.append(Part(admitted, admitted.computed, count))
             budget -= count
         for part in parts:
@@ -128,7 +133,8 @@ class Batch:
         size, passed = self.blocks.block_tokens, session.passed_blocks
         parent = session.key(passed - 1, size) if passed else None
         for index in range(start // size, session.computed // size):
-            self.blocks.fill(session.table, index - passed, session.key(index, size), parent)
+            key, origin = session.key(index, size), session.origin(index, size)
+            self.blocks.fill(session.table, index - passed, key, parent, origin)
 
     def _leave(self, session: Session) -> None:
         """Leave the blocks behind that the window of the next token has passed."""
@@ -144,8 +150,7 @@ class Batch:
             return None
         session = self._waiting[0]
         size = self.blocks.block_tokens
-        full = range((session.length - 1) // size)
-        found = self.blocks.find(session.key(index, size) for index in full)
+        found = self._find(session)
         if not self.blocks.begin(session.table, found, session.length + 1):
             return None
         self._waiting.pop(0)
@@ -157,6 +162,16 @@ class Batch:
         session.happen(SessionEvent.ADMITTED)
         self._running.append(session)
         return session
+
+    def _find(self, session: Session) -> list[int]:
+        """Return the cached blocks that a session can begin behind."""
+        size = self.blocks.block_tokens
+        full = range((session.length - 1) // size)
+        found = self.blocks.find(session.key(index, size) for index in full)
+        for index, block in enumerate(found):
+            if not self.blocks.is_of(block, session.origin(index, size)):
+                return found[:index]
+        return found
 
     def _grow(self, session: Session, count: int, planned: list[Part]) -> bool:
         """Get the blocks for the next `count` tokens, from others if need be."""

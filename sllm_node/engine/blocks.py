@@ -47,6 +47,8 @@ class Blocks:
         self._blank = list(range(total - 1, -1, -1))
         self._holders = [0] * total
         self._keys: list[BlockKey | None] = [None] * total
+        self._origins: list[int | None] = [None] * total
+        """Of known blocks whose values come of decode steps: the first token that these computed."""
         self._known: dict[BlockKey, int] = {}
         self._cached: OrderedDict[int, None] = OrderedDict()
         """Known and held by nobody, let go longest ago first."""
@@ -81,6 +83,10 @@ class Blocks:
             found.append(block)
         return found
 
+    def is_of(self, block: int, origin: int | None) -> bool:
+        """Tell whether a known block's values come to be as `origin` says; None: they may anyhow."""
+        return origin is None or self._origins[block] == origin
+
     def begin(self, table: list[int], found: Sequence[int], tokens: int) -> bool:
         """Fill an empty `table` with `found` and new blocks, to hold `tokens` tokens.
 
@@ -104,13 +110,19 @@ class Blocks:
         return True
 
     def fill(
-        self, table: list[int], index: int, key: BlockKey, parent: BlockKey | None = None
+        self,
+        table: list[int],
+        index: int,
+        key: BlockKey,
+        parent: BlockKey | None = None,
+        origin: int | None = None,
     ) -> None:
         """Take note that block `index` of `table` is full and written, and known by `key`.
 
-        If another block is known by it already, that one takes its place in `table`. `parent` is
-        the key of the block before the first of `table`, if there was one. Never while a step that
-        has `table` is under way.
+        If another block is known by it already, that one takes its place in `table`, unless it is
+        not of the same `origin`; then this one stays unknown. `parent` is the key of the block
+        before the first of `table`, if there was one. Never while a step that has `table` is under
+        way.
         """
         before = self._keys[table[index - 1]] if index else parent
         is_first = not index and parent is None
@@ -123,6 +135,9 @@ class Blocks:
         if known is None:
             self._known[key] = block
             self._keys[block] = key
+            self._origins[block] = origin
+            return
+        if not self.is_of(known, origin):
             return
         self._hold(known)
         self._let_go(block)

@@ -31,6 +31,7 @@ from sllm_node.engine.runner import Runner, StepPart
 from sllm_node.engine.sampling import Drawn, SamplingRow, check_parameters
 from sllm_node.engine.session import Session
 from sllm_node.engine.skeleton import Model
+from sllm_node.engine.stall import StallWatch
 from sllm_node.engine.steps import StepThread
 from sllm_node.engine.text import TextCodec, TextState
 
@@ -77,6 +78,7 @@ class Engine:
         self._found = metrics.prefix_cache_hits.labels(parts.name)
         self._preempted = metrics.preemptions.labels(parts.name)
         self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens, parts.window)
+        self._resume = config.resume
         self._runner: Runner | None = Runner(parts.model, parts.cache, parts.blocks.block_tokens)
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
@@ -84,6 +86,10 @@ class Engine:
         self._broken: EngineError | None = None
         self._is_trusted = True
         """No step has failed: the module may serve again."""
+        self.watch = StallWatch(
+            parts.name, config.stall_after_s, clock, metrics.engine_stalled.labels(parts.name),
+            sessions=lambda: (self.running, self.waiting), free_since=steps.free_since,
+        )  # fmt: skip
         self._wake = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
         self._task = asyncio.create_task(self._live(), name=f"engine {parts.name}")
@@ -105,6 +111,11 @@ class Engine:
         """Part of the KV blocks in use, 0 to 1."""
         return self._parts.blocks.usage
 
+    @property
+    def stalled_s(self) -> float | None:
+        """For how long no step has ended although there is work, if that is too long."""
+        return self.watch.stalled_s
+
     def submit(self, request: GenerationRequest) -> Generation:
         """Take a request.
 
@@ -121,7 +132,7 @@ class Engine:
         check_request(request, parts.context_tokens, parts.codec.vocabulary_size)
         check_capacity(request, parts.blocks.capacity_tokens)
         self._last_number += 1
-        session = Session(request, self._last_number)
+        session = Session(request, self._last_number, self._resume)
         text = TextState.begin(parts.codec.decode, request.stop, request.resumed, request.prompt)
         generation = Generation(session, text, self._on_cancel)
         if text.scanner.found is not None or self._ends_with_eos(request):
@@ -129,6 +140,7 @@ class Engine:
             return generation
         self._generations[session.number] = generation
         self._batch.add(session)
+        self.watch.work()
         self._prompted.inc(len(request.prompt))
         self._wake.set()
         return generation
@@ -175,18 +187,23 @@ class Engine:
             for generation in list(self._generations.values()):
                 generation.fail(self._broken)
             self._generations.clear()
+        finally:
+            self.watch.rest()
 
     async def _run(self) -> None:
         while (runner := self._runner) is not None:
             plan = self._batch.plan()
             self._count()
             if not plan:
+                if not self._generations:
+                    self.watch.rest()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             try:
                 size = self._parts.blocks.block_tokens
                 parts = [_step_part(part, size) for part in plan]
+                self.watch.began(len(plan), sum(part.count for part in plan))
                 drawn = await self._steps.run(runner.step, parts)
             except Exception as error:
                 log.exception("step failed", extra={"model": self._parts.name, "parts": len(plan)})
@@ -195,6 +212,7 @@ class Engine:
                 self._fail(plan, EngineError(self._parts.name, f"{type(error).__name__}: {error}"))
             else:
                 self._take(plan, drawn)
+            self.watch.ended()
 
     def _take(self, plan: Sequence[Part], drawn: Sequence[Drawn | None]) -> None:
         is_last = [part.is_last for part in plan]

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
+from weakref import WeakSet
 
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.split import Cut, layer_starts, split
@@ -15,7 +16,7 @@ from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
 from sllm_node.core.errors import CheckpointFormatError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import GenerationRequest, ModelId, Share
+from sllm_node.core.types import GenerationRequest, ModelId, Share, Stall
 from sllm_node.core.units import align_up
 from sllm_node.device.base import Device, DeviceBuffer
 from sllm_node.engine.blocks import Blocks
@@ -96,6 +97,7 @@ class Engines:
         """Tokens that the KV memory of a model holds, by its folder; known from its config."""
         self._kept: OrderedDict[Path, tuple[Checkpoint, Skeleton]] = OrderedDict()
         """Modules of models that left their device, used longest ago first."""
+        self._opened: WeakSet[Engine] = WeakSet()
 
     def shares(self, checkpoint: Checkpoint) -> tuple[Share, ...]:
         """Return what a replica takes of each device: weights and KV memory.
@@ -212,7 +214,9 @@ class Engines:
             lease.checkpoint.model, skeleton.model, cache, tuple(m.buffer for m in memory), blocks,
             index.context_tokens, common_window(skeleton.shapes), codec, self._check, keep,
         )  # fmt: skip
-        return Engine(parts, self._config, steps, self._clock, self._metrics)
+        engine = Engine(parts, self._config, steps, self._clock, self._metrics)
+        self._opened.add(engine)
+        return engine
 
     async def _kv_memory(
         self, lease: WeightSource, skeleton: Skeleton, slots: int
@@ -263,12 +267,18 @@ class Engines:
         for path in found.values():
             await self._builder.run_alone(_import_for, path)
 
-    def stalled(self) -> str | None:
-        """Return why the engines don't move, or None."""
-        for name, steps in self._steps.items():
+    def stalled(self) -> Stall | None:
+        """Return why engines don't move, or None."""
+        watches = [e.watch for e in self._opened if e.watch.stalled_s is not None]
+        if watches:
+            watches.sort(key=lambda watch: watch.model)
+            reason = "; ".join(watch.describe() for watch in watches)
+            return Stall(reason, tuple(watch.model for watch in watches))
+        limit_s = self._config.stall_after_s
+        for name, steps in self._steps.items():  # what is no engine's step: memory given back
             busy_s = steps.busy_s()
-            if busy_s > self._config.stall_s:
-                return f"a step on {name} has been running for {busy_s:.0f} s (engine.stall_s)"
+            if limit_s and busy_s > limit_s:
+                return Stall(f"a job on {name} has taken {busy_s:.0f} s (engine.stall_after_s)")
         return None
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ WAITING -> RUNNING -> ENDED
 from enum import Enum
 from typing import Final
 
-from sllm_node.core.types import GenerationRequest, TokenIds
+from sllm_node.core.types import GenerationRequest, ResumeMode, TokenIds
 from sllm_node.engine.adjustments import Adjuster, Adjustments, is_adjusted
 from sllm_node.engine.blocks import BlockKey, block_key, root_key
 
@@ -45,8 +45,12 @@ TRANSITIONS: Final[dict[SessionState, dict[SessionEvent, SessionState]]] = {
 class Session:
     """The engine's side of one `GenerationRequest`."""
 
-    def __init__(self, request: GenerationRequest, number: int) -> None:
+    def __init__(
+        self, request: GenerationRequest, number: int, default: ResumeMode = "fast"
+    ) -> None:
         self.request = request
+        self.is_replayed = (request.resume or default) == "replay"
+        """Output tokens are only ever computed by decode steps, those that are known too."""
         self.number = number
         """Order of arrival."""
         self.state = SessionState.WAITING
@@ -80,6 +84,22 @@ class Session:
     def pending(self) -> int:
         """Tokens that are known and not computed; 1 while it decodes."""
         return self.length - self.computed
+
+    @property
+    def due(self) -> int:
+        """Tokens that may go into one step: all pending ones, but one of a replay's output."""
+        if not self.is_replayed:
+            return self.pending
+        return max(1, len(self.request.prompt) - self.computed)
+
+    def origin(self, index: int, block_tokens: int) -> int | None:
+        """Return how the values of its block `index` come to be; None: anyhow.
+
+        A block with output tokens of a session that is replayed: by decode steps from this token on.
+        """
+        prompt = len(self.request.prompt)
+        is_output = (index + 1) * block_tokens > prompt
+        return prompt if self.is_replayed and is_output else None
 
     def tokens(self, start: int, count: int) -> TokenIds:
         """Return `count` of its tokens from `start` on."""

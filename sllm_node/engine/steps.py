@@ -25,7 +25,10 @@ class Gate:
         self._sharing = 0
         self._alone = 0
         """Jobs that run or wait to run alone; new sharers wait for them."""
-        self._is_taken = False
+        self.is_taken = False
+        """A job runs alone."""
+        self.freed_at = float("-inf")
+        """When one last ended that ran alone, by the clock of its thread."""
 
     @contextmanager
     def shared(self) -> Iterator[None]:
@@ -45,14 +48,14 @@ class Gate:
         """Run beside nobody."""
         with self._changed:
             self._alone += 1
-            self._changed.wait_for(lambda: not (self._sharing or self._is_taken))
-            self._is_taken = True
+            self._changed.wait_for(lambda: not (self._sharing or self.is_taken))
+            self.is_taken = True
         try:
             yield
         finally:
             with self._changed:
                 self._alone -= 1
-                self._is_taken = False
+                self.is_taken = False
                 self._changed.notify_all()
 
 
@@ -85,16 +88,23 @@ class StepThread:
         self, enter: _Enter, job: Callable[..., ResultT], values: tuple[Any, ...]
     ) -> ResultT:
         with enter():
-            self._began = self._clock.now()
+            is_alone = self._gate.is_taken
+            self._began = None if is_alone else self._clock.now()
             try:
                 return job(*values)
             finally:
                 self._began = None
+                if is_alone:
+                    self._gate.freed_at = self._clock.now()
 
     def busy_s(self) -> float:
-        """Return for how long the job under way has been running; 0 if none is."""
+        """Return for how long the job under way has been running; 0 if none is, or it runs alone."""
         began = self._began
         return 0.0 if began is None else self._clock.now() - began
+
+    def free_since(self) -> float:
+        """Return since when no job has run alone, on any step thread; now, if one does."""
+        return self._clock.now() if self._gate.is_taken else self._gate.freed_at
 
     def close(self) -> None:
         """Wait for the job under way and stop."""

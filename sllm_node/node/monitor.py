@@ -1,7 +1,7 @@
 """Watches the event loop and the engines: loop lag into the metrics, the stall rule, the watchdog.
 
 A node whose loop turns while a step hangs on the device looks alive and serves nobody. So the sign of
-life goes out only while no step has been under way for longer than `engine.stall_s`.
+life goes out only while no engine has had work and no step ended for longer than `engine.stall_after_s`.
 """
 
 import asyncio
@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from sllm_node.core.clock import Clock
 from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import Stall
 from sllm_node.node.systemd import Notifier
 
 PERIOD_S = 0.1
@@ -23,7 +24,7 @@ class Monitor:
         clock: Clock,
         metrics: Metrics,
         notifier: Notifier,
-        stalled: Callable[[], str | None],
+        stalled: Callable[[], Stall | None],
         describe: Callable[[], str],
     ) -> None:
         self._clock = clock
@@ -47,7 +48,7 @@ class Monitor:
     def beat(self, now: float) -> None:
         """Send the sign of life when it is due and nothing is stalled; the status when it changed."""
         stalled = self._stalled()
-        status = stalled or self._describe()
+        status = self._describe() if stalled is None else stalled.reason
         if status != self._last_status:
             self._last_status = status
             self._notifier.status(status)

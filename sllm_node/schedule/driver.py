@@ -15,6 +15,7 @@ from functools import partial
 from typing import Generic
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
+from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
 from sllm_node.core.errors import (
@@ -44,7 +45,6 @@ from sllm_node.schedule.actions import (
     Ticket,
     TicketId,
 )
-from sllm_node.schedule.alarm import Alarm
 from sllm_node.schedule.estimate import LoadEstimator
 from sllm_node.schedule.ports import CodecT, Engines, WeightStore
 from sllm_node.schedule.replicas import Hosted, Replicas
@@ -449,13 +449,14 @@ class Service(Generic[CodecT]):
         return waiter
 
     def _model_status(self, checkpoint: Checkpoint) -> ModelStatus:
-        model = checkpoint.model
+        model, hosted = checkpoint.model, self._replicas.get(checkpoint.model)
         return model_status(
             checkpoint,
             self._scheduler.view(model),
             self._store.residency(model),
             self._store.progress(model),
             self._clock.now(),
+            None if hosted is None else hosted.replica.stalled_s,
         )
 
     def _status_or_none(self, checkpoint: Checkpoint) -> ModelStatus | None:

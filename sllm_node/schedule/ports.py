@@ -77,6 +77,10 @@ class Replica(Protocol):
     def kv_usage(self) -> float:
         """Part of the KV blocks in use, 0 to 1."""
 
+    @property
+    def stalled_s(self) -> float | None:
+        """For how long no step has ended although there is work, if that is too long."""
+
     async def close(self) -> None:
         """End its sessions and let go of the weights."""
 

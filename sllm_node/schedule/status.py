@@ -11,6 +11,7 @@ def model_status(
     residency: dict[Tier, int],
     progress: LoadProgress | None,
     now: float,
+    stalled_s: float | None = None,
 ) -> ModelStatus:
     """Return the status of the model of `checkpoint`."""
     index = checkpoint.index
@@ -32,6 +33,7 @@ def model_status(
         progress=progress,
         created=index.created,
         devices=view.devices,
+        stalled_s=stalled_s,
     )
 
 

@@ -9,6 +9,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
 from sllm_node.core.errors import SllmError
+from sllm_node.core.types import Stall
 from sllm_node.server.models import described, json_response
 from sllm_node.server.openai import RequestT, convert_object, decode_object
 from sllm_node.server.service import GenerationService
@@ -110,7 +111,7 @@ class Probes:
     def __init__(
         self,
         service: GenerationService,
-        stalled: Callable[[], str | None],
+        stalled: Callable[[], Stall | None],
         registry: CollectorRegistry,
     ) -> None:
         self._service = service
@@ -129,8 +130,9 @@ class Probes:
 
     async def health(self, _: web.Request) -> web.Response:
         """The engines move."""
-        if (reason := self._stalled()) is not None:
-            return json_response({"status": "stalled", "reason": reason}, status=503)
+        if (stall := self._stalled()) is not None:
+            fields = {"reason": stall.reason, "models": list(stall.models)}
+            return json_response({"status": "stalled", **fields}, status=503)
         return json_response({"status": "ok"})
 
     async def metrics(self, _: web.Request) -> web.Response:

@@ -32,6 +32,7 @@ from sllm_node.core.errors import (
     UnauthorizedError,
 )
 from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import Stall
 from sllm_node.server.admin import Admin, Probes
 from sllm_node.server.bodies import expect, receive
 from sllm_node.server.completions import Completions, current_job
@@ -94,7 +95,7 @@ class Edge:
     config: ServerConfig
     clock: Clock
     metrics: Metrics
-    stalled: Callable[[], str | None]
+    stalled: Callable[[], Stall | None]
     """Why the engines don't move, or None."""
     overview: Callable[[], dict[str, Any]]
     """Node, device, pool and bandwidth for /admin/status."""

@@ -57,6 +57,7 @@ def described(status: ModelStatus) -> dict[str, Any]:
         "running": status.running,
         "waiting": status.waiting,
         "keep_alive_until_s": status.keep_alive_until_s,
+        "stalled_s": status.stalled_s,
         "progress": None if status.progress is None else _progress(status.progress),
     }
 

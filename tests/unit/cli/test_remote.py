@@ -17,7 +17,7 @@ REPORT = {
             "id": "alpha", "state": "loading", "tier": "nvme", "bytes": 4096, "pinned": True,
             "bytes_by_tier": {"device": 0, "dram": 1024, "nvme": 2048, "remote": 4096},
             "running": 0, "waiting": 2,
-            "keep_alive_until_s": 30.0, "devices": ["cpu"],
+            "keep_alive_until_s": 30.0, "devices": ["cpu"], "stalled_s": None,
             "progress": {"bytes_done": 1024, "bytes_total": 4096, "eta_s": 1.5},
         }
     ],

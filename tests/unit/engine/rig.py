@@ -55,15 +55,22 @@ def engines_of(device, config, clock=None):
 @contextlib.asynccontextmanager
 async def engine_of(checkpoint, **config):
     """Yield an engine; on leaving, everything it took must be given back."""
+    async with engine_and_engines_of(checkpoint, None, **config) as (engine, _):
+        yield engine
+
+
+@contextlib.asynccontextmanager
+async def engine_and_engines_of(checkpoint, clock, **config):
+    """Yield an engine and those who made it; on leaving, everything must be given back."""
     settings = {"kv_cache_bytes": ByteSize(8 << 20), "torch_threads": 1, **config}
     with CpuDevice(1 << 30) as device:
-        engines = engines_of(device, EngineConfig(**settings))
+        engines = engines_of(device, EngineConfig(**settings), clock)
         weights = Weights(checkpoint, device)
         codec = await engines.load_codec(checkpoint.path)
         skeleton = await engines.skeleton(checkpoint)
         engine = await engines.open(weights, skeleton, codec)
         try:
-            yield engine
+            yield engine, engines
         finally:
             await engine.close()
             assert engine.kv_usage == 0.0

@@ -10,12 +10,13 @@ from sllm_node.engine.session import Session, SessionEvent, SessionState
 BLOCK = 4
 
 
-def make(number, prompt=6, max_tokens=8, priority=0, resumed=(), like=None, salt=""):
+def make(number, prompt=6, max_tokens=8, priority=0, resumed=(), like=None, salt="", resume=None):
     """Return a session; its tokens are its own, or those of the sessions that are `like` the same."""
     first = 1000 * (number if like is None else like)
     request = GenerationRequest(
         SessionId(f"s{number}"), ModelId("m"), tuple(range(first, first + prompt)),
         SamplingParameters(), max_tokens, resumed=resumed, priority=priority, cache_salt=salt,
+        resume=resume,
     )  # fmt: skip
     return Session(request, number)
 
@@ -145,6 +146,97 @@ def test_a_second_turn_finds_the_answer_of_the_first():
     second = make(2, prompt=6, like=1, resumed=(*first.output, 5, 5), max_tokens=12)
     assert ran(made, second)[0] == 12
     assert second.cached_tokens == 6
+
+
+# --- output tokens that are known ------------------------------------------------------------------
+
+
+def parts(made, session, steps):
+    """Step and return what each step computed of `session`: (first token, tokens)."""
+    plans = [step(made) for _ in range(steps)]
+    return [(p.start, p.count) for plan in plans for p in plan if p.session is session]
+
+
+def test_what_is_resumed_fast_is_one_prompt():
+    made = batch()
+    session = make(1, prompt=6, resumed=(7, 8, 9))
+    made.add(session)
+    assert parts(made, session, 2) == [(0, 9), (9, 1)]
+    assert session.output == [7, 8, 9, 0, 0]
+
+
+def test_what_is_replayed_goes_one_token_a_step_and_draws_after_the_last():
+    made = batch()
+    session = make(1, prompt=6, resumed=(7, 8, 9), resume="replay")
+    made.add(session)
+    assert parts(made, session, 4) == [(0, 6), (6, 1), (7, 1), (8, 1)]
+    assert session.output == [7, 8, 9, 0]
+
+
+def test_what_is_replayed_steps_with_those_that_decode_and_before_prompts():
+    made = batch(budget=8)
+    first, replayed = make(1, max_tokens=20), make(2, prompt=4, resumed=(5, 5, 5), resume="replay")
+    made.add(first)
+    step(made)
+    made.add(replayed)
+    step(made)
+    made.add(make(3, prompt=12))
+    plan = step(made)
+    assert [(part.session.number, part.count) for part in plan] == [(1, 1), (2, 1), (3, 6)]
+
+
+def test_a_preempted_session_replays_what_is_not_cached_any_more():
+    made = Batch(Blocks(16, BLOCK, is_caching=False), 8, 16)
+    session = make(1, prompt=5, max_tokens=12, resume="replay")
+    made.add(session)
+    parts(made, session, 4)
+    made._preempt(session)
+    assert parts(made, session, 4) == [(0, 5), (5, 1), (6, 1), (7, 1)]
+
+
+def test_a_preempted_session_finds_what_its_own_decode_steps_computed():
+    made = batch()
+    session = make(1, prompt=5, max_tokens=12, resume="replay")
+    made.add(session)
+    parts(made, session, 9)
+    made._preempt(session)
+    assert parts(made, session, 2) == [(12, 1), (13, 1)]
+
+
+@pytest.mark.parametrize(("other", "starts"), [("fast", [4, 6, 7, 8]), ("replay", [8])])
+def test_output_is_taken_from_the_cache_only_if_decode_steps_computed_it(other, starts):
+    made = batch()
+    known = (7, 8, 9)
+    ran(made, make(1, prompt=6, max_tokens=4, like=7, resumed=known, resume=other))
+    resumed = make(2, prompt=6, max_tokens=4, like=7, resumed=known, resume="replay")
+    assert ran(made, resumed) == starts
+
+
+def test_a_prompt_is_taken_as_cached_and_decode_steps_behind_another_prompt_are_no_replay():
+    made = batch()
+    ran(made, make(1, prompt=6, max_tokens=4, like=7, resumed=(7, 8, 9), resume="replay"))
+    prompt = (*range(7000, 7006), 7, 8)
+    request = GenerationRequest(
+        SessionId("s"), ModelId("m"), prompt, SamplingParameters(), 4, resumed=(9, 5, 5),
+        resume="replay",
+    )  # fmt: skip
+    assert ran(made, Session(request, 2)) == [8, 9, 10]
+    longer = make(3, prompt=5, max_tokens=5, like=7, resumed=(7005, 7, 8, 9), resume="replay")
+    assert ran(made, longer) == [4, 5, 6, 7, 8]
+
+
+def test_what_is_replayed_is_not_exchanged_for_what_a_prefill_computed():
+    made = batch()
+    first = make(1, prompt=6, max_tokens=5, like=7, resumed=(7, 8, 9), resume="replay")
+    second = make(2, prompt=6, max_tokens=5, like=7, resumed=(7, 8, 9))
+    made.add(first)
+    made.add(second)
+    step(made)
+    own = first.table[1]
+    for _ in range(3):
+        step(made)
+    assert first.table[0] == second.table[0]
+    assert first.table[1] == own != second.table[1]
 
 
 def test_sessions_with_other_salts_find_nothing():

@@ -25,13 +25,20 @@ class BatchMachine(RuleBasedStateMachine):
         super().__init__()
         self.batch = Batch(Blocks(self.BLOCKS, BLOCK), 3, 11, self.WINDOW)
         self.memory = {}
+        self.decoded = {}
+        """For each slot, whether a step wrote it by itself."""
         self.plan, self.frozen = [], {}
         self.number = 0
 
-    @rule(prompt=st.integers(1, 17), out=st.integers(1, 9), like=LIKES, salt=st.sampled_from("ab"))
-    def come(self, prompt, out, like, salt):
+    @rule(
+        prompt=st.integers(1, 17), out=st.integers(1, 9), like=LIKES, salt=st.sampled_from("ab"),
+        resumed=st.integers(0, 8), resume=st.sampled_from(("fast", "replay")),
+    )  # fmt: skip
+    def come(self, prompt, out, like, salt, resumed, resume):
         self.number += 1
-        self.batch.add(make(self.number, prompt, out, like=like, salt=salt))
+        known = tuple(range(prompt, prompt + min(resumed, out - 1)))
+        more = {"like": like, "salt": salt, "resumed": known, "resume": resume}
+        self.batch.add(make(self.number, prompt, out, **more))
 
     @precondition(lambda self: not self.plan)
     @rule()
@@ -43,6 +50,7 @@ class BatchMachine(RuleBasedStateMachine):
         for part in self.plan:
             for at in self.reach(part):
                 self.memory[self.slot(part.session, at)] = self.past(part.session, at)
+                self.decoded[self.slot(part.session, at)] = part.count == 1
 
     @precondition(lambda self: self.plan)
     @rule()
@@ -52,6 +60,9 @@ class BatchMachine(RuleBasedStateMachine):
             first = 0 if self.WINDOW is None else max(0, part.start + 1 - self.WINDOW)
             for at in range(first, part.start + part.count):
                 assert self.memory[self.slot(part.session, at)] == self.past(part.session, at)
+                is_output = at >= len(part.session.request.prompt)
+                if part.session.is_replayed and is_output:
+                    assert self.decoded[self.slot(part.session, at)]
         last = [part.is_last for part in self.plan]
         self.batch.stepped(self.plan)
         for part, is_last in zip(self.plan, last, strict=True):

@@ -457,9 +457,9 @@ async def test_limits_are_known_before_a_load(checkpoint):
     small.close()
 
 
-async def test_a_step_that_hangs_is_told_as_a_stall():
+async def test_a_job_that_hangs_is_told_as_a_stall():
     clock = ManualClock()
-    engines = engines_of(CpuDevice(4096), EngineConfig(stall_s=5.0), clock)
+    engines = engines_of(CpuDevice(4096), EngineConfig(stall_after_s=5.0), clock)
     begun, go_on = asyncio.Event(), threading.Event()
     loop = asyncio.get_running_loop()
 
@@ -472,7 +472,7 @@ async def test_a_step_that_hangs_is_told_as_a_stall():
     clock.advance(5.0)
     assert engines.stalled() is None
     clock.advance(1.0)
-    assert "6 s" in str(engines.stalled())
+    assert "6 s" in engines.stalled().reason
     go_on.set()
     await task
     assert engines.stalled() is None

@@ -3,6 +3,7 @@ import contextlib
 
 from sllm_node.core.clock import ManualClock
 from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import Stall
 from sllm_node.node.monitor import Monitor
 from sllm_node.node.systemd import Notifier
 
@@ -35,7 +36,7 @@ def test_signs_of_life_come_three_times_a_period():
 
 def test_a_stalled_engine_gets_no_sign_of_life_and_says_why():
     notifier = RecordingNotifier(3.0)
-    monitor(notifier, stalled=lambda: "step stuck for 130 s").beat(100.0)
+    monitor(notifier, stalled=lambda: Stall("step stuck for 130 s")).beat(100.0)
     assert notifier.beats == 0
     assert notifier.lines == ["step stuck for 130 s"]
 

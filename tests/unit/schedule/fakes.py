@@ -169,6 +169,10 @@ class FakeReplica:
     def kv_usage(self):
         return 0.25
 
+    @property
+    def stalled_s(self):
+        return self.engines.stalled_s
+
     def submit(self, request):
         assert not self.is_closed
         if self.engines.submit_error is not None:
@@ -195,6 +199,7 @@ class FakeEngines:
         self.codec_error: Exception | None = None
         self.open_error: Exception | None = None
         self.open_s = 0.0
+        self.stalled_s: float | None = None
         self.submit_error: Exception | None = None
         self.close_error: Exception | None = None
 

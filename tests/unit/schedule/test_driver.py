@@ -617,6 +617,16 @@ async def test_unloading_by_force_aborts_a_load_under_way(node):
 
 
 @on_virtual_time
+async def test_status_tells_a_stall(node):
+    n = node()
+    assert n.service.status("a").stalled_s is None
+    await n.service.load("a")
+    assert n.service.status("a").stalled_s is None
+    n.engines.stalled_s = 61.0
+    assert (n.service.status("a").stalled_s, n.service.status("b").stalled_s) == (61.0, None)
+
+
+@on_virtual_time
 async def test_a_pinned_model_stays_until_it_is_unpinned(node):
     n = node(keep_alive_s=10.0)
     await n.service.pin("a")

@@ -16,6 +16,7 @@ from sllm_node.core.errors import (
     NodeFullError,
     PinnedMemoryError,
 )
+from sllm_node.core.types import ModelId, Stall
 from sllm_node.server.app import ROUTES
 from tests.unit.server.fake_service import FakeStream, chunks_of, status_of
 from tests.unit.server.rig import serving
@@ -546,9 +547,9 @@ async def test_status_is_one_object(rig):
 
 async def test_health_tells_a_stall(rig):
     assert (await rig.get("/health"))[0] == 200
-    rig.stall = "a step hangs"
+    rig.stall = Stall("a step hangs", (ModelId("m"),))
     status, body, _ = await rig.get("/health")
-    assert (status, body["reason"]) == (503, "a step hangs")
+    assert (status, body["reason"], body["models"]) == (503, "a step hangs", ["m"])
     assert (await rig.get("/livez"))[0] == 200
 
 

@@ -1,4 +1,4 @@
-"""The one timer of the driver: set to the scheduler's next time, moved when that changes."""
+"""A timer on the event loop that is set to a time of ours, and moved when that changes."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,6 +14,11 @@ class Alarm:
         self._ring = ring
         self._handle: asyncio.TimerHandle | None = None
         self._at: float | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether it will ring."""
+        return self._at is not None
 
     def set(self, at: float | None) -> None:
         """Ring at `at` and at no other time; None: not at all."""
