@@ -4,7 +4,7 @@
 // Bound: bytes of gate, up and output, once each. Grid: (size / 2,048, rounded up, rows), 256 threads.
 #include "ptx.cuh"
 
-struct Gate {  // the same in device/step_kernels.py: GATE
+struct Gate {  // the same in device/step_parameters.py: GATE
     const u16 *gate, *up;
     u16 *output;
     u32 size, gate_stride, up_stride, output_stride, is_gelu;

@@ -39,13 +39,13 @@
 #define BLOCKS 2  // of threads, on a multiprocessor: the bound on registers
 #endif
 
-struct Matrix {  // the same in device/step_kernels.py: MATRIX
+struct Matrix {  // the same in device/step_parameters.py: MATRIX
     const u16 *weight, *bias;  // bias: may be 0
     u16 *output;
     u32 rows, output_stride;  // rows: outputs
 };
 
-struct Product {  // the same in device/step_kernels.py: PRODUCT
+struct Product {  // the same in device/step_parameters.py: PRODUCT
     const u16 *x, *norm, *residual;  // residual: may be 0, and may be the output
     Matrix matrix[3];                // those not there have 0 rows
     u32 rows, inner, x_stride, residual_stride, tiles, is_gelu;

@@ -24,7 +24,7 @@
 
 typedef int i32;
 
-struct Attention {  // the same in device/step_kernels.py: ATTENTION
+struct Attention {  // the same in device/step_parameters.py: ATTENTION
     const u16 *query, *keys, *values;
     const i32 *tables, *lengths;
     u16 *output;

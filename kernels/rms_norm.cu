@@ -6,7 +6,7 @@
 // size is a multiple of 8 up to 16,384; all are aligned to 16 bytes.
 #include "ptx.cuh"
 
-struct Norm {  // the same in device/step_kernels.py: NORM
+struct Norm {  // the same in device/step_parameters.py: NORM
     const u16 *x, *delta, *norm;
     u16 *sum, *output;
     u32 size, x_stride, delta_stride, sum_stride, output_stride;

@@ -9,7 +9,7 @@
 
 typedef int i32;
 
-struct Rotation {  // the same in device/step_kernels.py: ROTATION
+struct Rotation {  // the same in device/step_parameters.py: ROTATION
     u16 *query;
     const u16 *key, *value, *query_norm, *key_norm;
     const void *cosines, *sines;
@@ -27,7 +27,7 @@ __device__ __forceinline__ float angle(const void *from, u32 at, u32 is_f32) {
 }
 
 // Read a head into shared memory, normed if there are weights.
-__device__ __forceinline__ void read(
+__device__ __forceinline__ void read_head(
     float *head, const u16 *from, const u16 *norm, const Rotation &r, u32 lane) {
     float squares = 0;
     for (u32 i = lane; i < r.size; i += 32) {
@@ -66,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) rope_kv(const __grid_co
     u32 head = blockIdx.x * WARPS + warp;
     if (head < r.heads) {
         u16 *query = r.query + (u64)token * r.query_stride + head * r.size;
-        read(heads[warp], query, r.query_norm, r, lane);
+        read_head(heads[warp], query, r.query_norm, r, lane);
         write_rotated(query, heads[warp], r, token, lane);
         return;
     }
@@ -77,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) rope_kv(const __grid_co
     if (!is_key) head -= r.kv_heads;
     const u64 place = ((u64)slot * r.kv_heads + head) * r.size;
     if (is_key) {
-        read(heads[warp], r.key + (u64)token * r.key_stride + head * r.size, r.key_norm, r, lane);
+        read_head(heads[warp], r.key + (u64)token * r.key_stride + head * r.size, r.key_norm, r, lane);
         write_rotated(r.keys + place, heads[warp], r, token, lane);
         return;
     }
