@@ -20,7 +20,7 @@ struct Rotation {  // the same in device/step_parameters.py: ROTATION
     float epsilon, norm_offset;
 };
 
-const u32 WARPS = 4, SIZE_MAX = 256;
+const u32 WARPS = 4, HEAD_MAX = 256;
 
 __device__ __forceinline__ float angle(const void *from, u32 at, u32 is_f32) {
     return is_f32 ? ((const float *)from)[at] : to_float(((const u16 *)from)[at]);
@@ -59,7 +59,7 @@ __device__ __forceinline__ void write_rotated(
 }
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS) rope_kv(const __grid_constant__ Rotation r) {
-    __shared__ float heads[WARPS][SIZE_MAX];
+    __shared__ float heads[WARPS][HEAD_MAX];
     let_next_start();
     wait_for_prior();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32, token = blockIdx.y;

@@ -45,9 +45,7 @@ def attention(query: torch.Tensor, cache: KvTables, scoring: Scoring) -> torch.T
     return torch.stack(outputs)
 
 
-def _attend(
-    query: torch.Tensor, cache: KvTables, session: int, scoring: Scoring
-) -> torch.Tensor:
+def _attend(query: torch.Tensor, cache: KvTables, session: int, scoring: Scoring) -> torch.Tensor:
     length = int(cache.lengths[session])
     tokens = torch.arange(length, device=query.device)
     if scoring.window is not None:

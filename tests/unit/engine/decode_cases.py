@@ -197,7 +197,9 @@ def check_rope(rig, case):
         pair = [ours.RmsNorm(rig.random(size, seed=s, **made), 1e-6, 1.0) for s in (5, 6)]
         norms = (pair[0], pair[1])
     wanted = [_rotated(query, angles, norms and norms[0], d) for d in (torch.float64, case.dtype)]
-    wanted_keys = [_rotated(key, angles, norms and norms[1], d) for d in (torch.float64, case.dtype)]
+    wanted_keys = [
+        _rotated(key, angles, norms and norms[1], d) for d in (torch.float64, case.dtype)
+    ]
     slots = ours.KvSlots(keys, values, order.to(rig.device))
     ours.rotate_and_keep(rig.kernels, ours.Heads(query, key, value), angles, slots, norms)
     check(query, *wanted)
@@ -250,7 +252,7 @@ def laid_out(rig, case):
     """Return a cache in which sessions' blocks lie anywhere, and NaN where nobody's tokens are."""
     made = {"dtype": case.dtype}
     counts = [-(-length // case.block_tokens) for length in case.lengths]
-    total, most = sum(counts) + 3, max(max(counts), 1)
+    total, most = sum(counts) + 3, max(*counts, 1)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(1)).int()
     tables = torch.full((len(counts), most + 2), 2**30, dtype=torch.int32)
     shape = (total * case.block_tokens, case.kv_heads, case.size)

@@ -57,7 +57,12 @@ def test_rows_are_gated(rig, rows, size, gelu):
 
 def asked(**changes):
     x = torch.zeros(2, 16, dtype=torch.bfloat16)
-    given = {"x": x, "weight": torch.zeros(3, 16, dtype=torch.bfloat16), "output": x[:, :3], **changes}
+    given = {
+        "x": x,
+        "weight": torch.zeros(3, 16, dtype=torch.bfloat16),
+        "output": x[:, :3],
+        **changes,
+    }
     return given["x"], [ours.Matrix(given["weight"], given["output"], given.get("bias"))]
 
 
