@@ -101,10 +101,9 @@ __device__ __forceinline__ Rows rows_of(const Product &product, u32 tile, u32 g)
 __device__ __forceinline__ void load(Group &group, const Rows &rows, u32 start, u32 inner) {
 #pragma unroll
     for (u32 s = 0; s < STEPS; s++) {
-        const u32 k = start + 32 * s;
+        const u32 k = min(start + 32 * s, inner - 8);  // no branches: what is beyond meets zeros of x
 #pragma unroll
-        for (u32 i = 0; i < 2 * TILES_M; i++)
-            group.weights[s][i] = k < inner ? load_once(rows.at[i] + k) : make_uint4(0, 0, 0, 0);
+        for (u32 i = 0; i < 2 * TILES_M; i++) group.weights[s][i] = load_once(rows.at[i] + k);
     }
 }
 
@@ -119,13 +118,16 @@ __device__ __forceinline__ void multiply_group(
     uint4 columns[STEPS][TILES_N];
 #pragma unroll
     for (u32 s = 0; s < STEPS; s++) {
-        const u32 k = start + 32 * s;
-        const bool is_there = k < product.inner;
+        const bool is_there = start + 32 * s < product.inner;
+        const u32 k = min(start + 32 * s, product.inner - 8);
 #pragma unroll
-        for (u32 n = 0; n < TILES_N; n++)
-            columns[s][n] = is_there ? *(const uint4 *)(x[n] + k) : make_uint4(0, 0, 0, 0);
+        for (u32 n = 0; n < TILES_N; n++) {
+            const uint4 c = *(const uint4 *)(x[n] + k);
+            columns[s][n] = make_uint4(is_there ? c.x : 0, is_there ? c.y : 0, is_there ? c.z : 0,
+                                       is_there ? c.w : 0);
+        }
 #if NORM
-        const uint4 norm = is_there ? *(const uint4 *)(product.norm + k) : make_uint4(0, 0, 0, 0);
+        const uint4 norm = *(const uint4 *)(product.norm + k);
 #pragma unroll
         for (u32 n = 0; n < TILES_N; n++) {
             uint4 &c = columns[s][n];

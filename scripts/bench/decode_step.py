@@ -7,6 +7,8 @@ goes round through the weights of 32 layers, so that no cache helps; times are m
 are of weights, or of keys and values, read; the ceiling is a copy within the device in the same process,
 counted as bytes read and written. cuBLAS gets q, k, v and gate, up as one matrix each, without norm,
 residual or activation. Each section runs in a process of its own: one that fails does not end the rest.
+`ours in turn`: without letting a kernel start before the one before it has ended. Tunings are written
+warps/steps/tiles/blocks, as in `engine.decode_kernels.Tuning`; the first is the default.
 """
 
 import argparse
@@ -408,6 +410,11 @@ def section(name: str, ordinal: int, limit_s: float) -> None:
         cuda: Any = device
         opened.extend((cuda.cuda, cuda.cuda.handle))
         kernels = StepKernels(*opened)
+        with report.attempt("overlapping launches"):
+            row = random(2, HIDDEN)
+            captured_ms(partial(ours.rms_norm, kernels, row, norm(), torch.empty_like(row)))
+        if report.found:
+            kernels = StepKernels(*opened, overlaps=False)
         gbps = copy_gbps()
         torch.cuda.empty_cache()
         report.put(f"copy ({name})", {"gbps": gbps})
