@@ -103,6 +103,8 @@ class Tuning:
     tiles: int = 1
     blocks: int = 2
     """On a multiprocessor: bounds registers."""
+    ahead: int = 4
+    """Times `steps` that come into the cache before the kernel before has ended."""
 
 
 DEFAULT_TUNING: Final = Tuning()
@@ -236,7 +238,7 @@ def _launch_product(
         "gemv",
         (
             ("WARPS", tuning.warps), ("STEPS", tuning.steps), ("TILES_M", tuning.tiles),
-            ("BLOCKS", tuning.blocks), ("TILES_N", -(-x.shape[0] // _TILE)),
+            ("BLOCKS", tuning.blocks), ("AHEAD", tuning.ahead), ("TILES_N", -(-x.shape[0] // _TILE)),
             ("NORM", int(is_normed)), ("GATED", int(is_gated)), kind_of(x),
         ),
     )  # fmt: skip
