@@ -11,7 +11,8 @@
 // add up their sums through shared memory. A product may take the inner dimension in any order as long as
 // both sides do: so a lane loads 16 bytes of two rows of W, and of one row of x at the same place, and has
 // what two products of 16 want. While a group is multiplied, the weights of the next one are on their way,
-// over the borders of tiles. The first group is loaded before the kernel before is done.
+// over the borders of tiles. The first group is loaded before the kernel before is done, and AHEAD more are
+// brought into the L2 cache: weights must not be what that kernel writes.
 //
 // RMSNorm's factor is the same for the whole row, so it is applied to the sums, and x is only multiplied by
 // the norm's weights; that keeps the range of x, which is no matter for bf16 (fp16 is not offered).

@@ -23,7 +23,8 @@ __device__ __forceinline__ void wait_for_prior() {
 #endif
 }
 
-// 16 bytes of weights, which nobody reads twice. Not .nc: the assembler would move it behind wait_for_prior.
+// 16 bytes of weights, which nobody reads twice and no kernel beside this one writes. Not .nc: the
+// assembler moves such loads behind wait_for_prior.
 __device__ __forceinline__ uint4 load_once(const u16 *from) {
     uint4 v;
     asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"

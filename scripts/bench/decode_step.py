@@ -69,6 +69,7 @@ def parts(packed: torch.Tensor, dimension: int) -> tuple[torch.Tensor, ...]:
 
 def captured_ms(work: Callable[[], object]) -> float:
     """Return the milliseconds of one replay of `work` as a graph; the median of several."""
+    torch.cuda.synchronize()
     work()  # compiles and loads what it needs
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -2,7 +2,9 @@
 
 Everything goes to torch's current stream and may be captured in a graph: nothing is allocated, nothing
 waits. A variant of a kernel is compiled and loaded when it is first asked for, so a step runs once before
-it is captured. Sums are in fp32 throughout, and whatever the number of rows, a row's result is the same.
+it is captured. A product reads its first weights before the kernel before it has ended, so nothing may
+write weights just before, on the same stream. Sums are in fp32 throughout, and a row's result does not
+depend on the other rows, as long as the tuning is the same.
 
 A layer of Llama's kind takes six launches: `linear` (norm, q, k, v), `rotate_and_keep`, attention
 (`paged_attention.attend`), `linear` (o, residual), `gated_linear` (norm, gate, up), `linear` (down,
