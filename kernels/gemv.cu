@@ -11,7 +11,8 @@
 // add up their sums through shared memory. A product may take the inner dimension in any order as long as
 // both sides do: so a lane loads 16 bytes of two rows of W, and of one row of x at the same place, and has
 // what two products of 16 want. While a group is multiplied, the weights of the next one are on their way,
-// over the borders of tiles. The first group is loaded before the kernel before is done.
+// over the borders of tiles. The first group is loaded before the kernel before is done, and AHEAD more are
+// brought into the L2 cache: weights must not be what that kernel writes.
 //
 // RMSNorm's factor is the same for the whole row, so it is applied to the sums, and x is only multiplied by
 // the norm's weights; that keeps the range of x, which is no matter for bf16 (fp16 is not offered).
@@ -34,6 +35,9 @@
 #endif
 #ifndef NORM
 #define NORM 0
+#endif
+#ifndef AHEAD
+#define AHEAD 4  // groups that are brought into the L2 cache before the kernel before is done
 #endif
 #ifndef BLOCKS
 #define BLOCKS 2  // of threads, on a multiprocessor: the bound on registers
@@ -104,6 +108,18 @@ __device__ __forceinline__ void load(Group &group, const Rows &rows, u32 start, 
         const u32 k = min(start + 32 * s, inner - 8);  // no branches: what is beyond meets zeros of x
 #pragma unroll
         for (u32 i = 0; i < 2 * TILES_M; i++) group.weights[s][i] = load_once(rows.at[i] + k);
+    }
+}
+
+// The groups of a tile that follow its first one: 128 bytes a lane.
+__device__ __forceinline__ void prefetch_groups(const Rows &rows, u32 first, u32 inner, u32 t) {
+    if (t >= STEPS / 2) return;
+#pragma unroll 1
+    for (u32 group = 1; group <= AHEAD; group++) {
+        const u32 k = first + group * 32 * STEPS * WARPS + 64 * t;
+        if (k >= inner) return;
+#pragma unroll
+        for (u32 i = 0; i < 2 * TILES_M; i++) prefetch(rows.at[i] + k);
     }
 }
 
@@ -261,6 +277,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
     clear(sums);
     u32 buffer = 0;
     load(even, rows, first, inner);
+    prefetch_groups(rows, warp * width, inner, lane % 4);
     wait_for_prior();
 
     auto work = [&](const Group &now, Group &next) {

@@ -23,13 +23,20 @@ __device__ __forceinline__ void wait_for_prior() {
 #endif
 }
 
-// 16 bytes of weights, which nobody reads twice and no kernel writes.
+// 16 bytes of weights, which nobody reads twice and no kernel beside this one writes. Not .nc: the
+// assembler moves such loads behind wait_for_prior.
 __device__ __forceinline__ uint4 load_once(const u16 *from) {
     uint4 v;
-    asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "l"(from));
+                 : "l"(from)
+                 : "memory");
     return v;
+}
+
+// Bring the 128 bytes around an address into the L2 cache.
+__device__ __forceinline__ void prefetch(const u16 *from) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from) : "memory");
 }
 
 __device__ __forceinline__ float low_float(u32 pair) {

@@ -8,7 +8,7 @@ are of weights, or of keys and values, read; the ceiling is a copy within the de
 counted as bytes read and written. cuBLAS gets q, k, v and gate, up as one matrix each, without norm,
 residual or activation. Each section runs in a process of its own: one that fails does not end the rest.
 `ours in turn`: without letting a kernel start before the one before it has ended. Tunings are written
-warps/steps/tiles/blocks, as in `engine.decode_kernels.Tuning`; the first is the default.
+warps/steps/tiles/blocks/ahead, as in `engine.decode_kernels.Tuning`; the first is the default.
 """
 
 import argparse
@@ -43,6 +43,8 @@ REPLAYS = 7
 SECTIONS = ("products", "tuning", "attention", "steps")
 TUNINGS = (
     ours.DEFAULT_TUNING,
+    ours.Tuning(ahead=0),
+    ours.Tuning(ahead=12),
     ours.Tuning(8, 2, 1, 4),
     ours.Tuning(8, 2, 1, 3),
     ours.Tuning(4, 4, 1, 4),
@@ -67,6 +69,7 @@ def parts(packed: torch.Tensor, dimension: int) -> tuple[torch.Tensor, ...]:
 
 def captured_ms(work: Callable[[], object]) -> float:
     """Return the milliseconds of one replay of `work` as a graph; the median of several."""
+    torch.cuda.synchronize()
     work()  # compiles and loads what it needs
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -230,7 +233,7 @@ def tuning(kernels: Any, report: Report, gbps: float) -> None:
         for name in Products.NAMES:
             shares: dict[str, Any] = {}
             for one in TUNINGS:
-                key = f"{one.warps}/{one.steps}/{one.tiles}/{one.blocks}"
+                key = f"{one.warps}/{one.steps}/{one.tiles}/{one.blocks}/{one.ahead}"
                 with report.attempt(f"tuning {name} {rows} {key}"):
                     us, gb = made.times(name, one)
                     shares[key] = gb / us * 1e6 / gbps

@@ -2,7 +2,9 @@
 
 Everything goes to torch's current stream and may be captured in a graph: nothing is allocated, nothing
 waits. A variant of a kernel is compiled and loaded when it is first asked for, so a step runs once before
-it is captured. Sums are in fp32 throughout, and whatever the number of rows, a row's result is the same.
+it is captured. A product reads its first weights before the kernel before it has ended, so nothing may
+write weights just before, on the same stream. Sums are in fp32 throughout, and a row's result does not
+depend on the other rows, as long as the tuning is the same.
 
 A layer of Llama's kind takes six launches: `linear` (norm, q, k, v), `rotate_and_keep`, attention
 (`paged_attention.attend`), `linear` (o, residual), `gated_linear` (norm, gate, up), `linear` (down,
@@ -103,6 +105,8 @@ class Tuning:
     tiles: int = 1
     blocks: int = 2
     """On a multiprocessor: bounds registers."""
+    ahead: int = 4
+    """Times `steps` that come into the cache before the kernel before has ended."""
 
 
 DEFAULT_TUNING: Final = Tuning()
@@ -236,7 +240,7 @@ def _launch_product(
         "gemv",
         (
             ("WARPS", tuning.warps), ("STEPS", tuning.steps), ("TILES_M", tuning.tiles),
-            ("BLOCKS", tuning.blocks), ("TILES_N", -(-x.shape[0] // _TILE)),
+            ("BLOCKS", tuning.blocks), ("AHEAD", tuning.ahead), ("TILES_N", -(-x.shape[0] // _TILE)),
             ("NORM", int(is_normed)), ("GATED", int(is_gated)), kind_of(x),
         ),
     )  # fmt: skip

@@ -10,6 +10,7 @@
 static void let_next_start() {}
 static void wait_for_prior() {}
 static uint4 load_once(const u16 *from) { return *(const uint4 *)from; }
+static void prefetch(const u16 *from) { (void)*(const volatile u16 *)from; }
 static float to_float(u16 bits) {
 #if F16
     _Float16 value;
