@@ -25,6 +25,7 @@ from sllm_node.core.types import FinishReason, GenerationRequest, ModelId, Token
 from sllm_node.device.base import DeviceBuffer
 from sllm_node.engine.batch import Batch, Part
 from sllm_node.engine.blocks import Blocks
+from sllm_node.engine.decode_batch import DecodeBatch
 from sllm_node.engine.generation import Generation
 from sllm_node.engine.kv import KvCache, KvPart
 from sllm_node.engine.runner import Runner, StepPart
@@ -46,6 +47,8 @@ class Parts:
     cache: KvCache
     buffers: tuple[DeviceBuffer, ...]
     blocks: Blocks
+    decode: DecodeBatch | None
+    """Fast steps for sessions that decode; None: the module's forward pass does them."""
     context_tokens: int
     window: int | None
     """How far back any layer looks, in tokens; None: to the beginning."""
@@ -77,7 +80,9 @@ class Engine:
         self._found = metrics.prefix_cache_hits.labels(parts.name)
         self._preempted = metrics.preemptions.labels(parts.name)
         self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens, parts.window)
-        self._runner: Runner | None = Runner(parts.model, parts.cache, parts.blocks.block_tokens)
+        self._runner: Runner | None = Runner(
+            parts.model, parts.cache, parts.blocks.block_tokens, parts.decode
+        )
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
         self._last_number = 0
@@ -158,6 +163,8 @@ class Engine:
             self._parts.keep()
 
     def _let_go(self) -> None:
+        if self._parts.decode is not None:
+            self._parts.decode.close()
         self._parts.cache.close()
         for buffer in self._parts.buffers:
             buffer.close()

@@ -2,12 +2,12 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.split import Cut, layer_starts, split
@@ -18,8 +18,13 @@ from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, Share
 from sllm_node.core.units import align_up
 from sllm_node.device.base import Device, DeviceBuffer
+from sllm_node.device.optional import step_kernels
 from sllm_node.engine.blocks import Blocks
+from sllm_node.engine.decode_batch import DecodeBatch
+from sllm_node.engine.decode_ops import DecodeOps, KernelOps
 from sllm_node.engine.engine import Engine, Parts, check_capacity, check_request
+from sllm_node.engine.fused import FusedDecoder
+from sllm_node.engine.graphs import CudaGraphs
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
 from sllm_node.engine.skeleton import (
     LayerShape,
@@ -82,8 +87,12 @@ class Engines:
         config: EngineConfig,
         clock: Clock,
         metrics: Metrics,
+        ops_of: Callable[[Device, int], DecodeOps | None] | None = None,
     ) -> None:
+        """`ops_of`: what decodes on a device, for sessions of so many tokens; None: its kernels."""
         self._devices = tuple(devices)
+        self._ops_of = ops_of or self._kernel_ops
+        self._kernels: dict[str, Any] = {}
         self._memory = memory
         self._config = config
         self._clock = clock
@@ -200,6 +209,7 @@ class Engines:
                 skeleton = await self._bind(steps, skeleton, lease)
             dtype, slots = skeleton.model.dtype, blocks.capacity_tokens
             cache = await steps.run(KvCache, skeleton.shapes, slots, dtype, tuple(memory))
+            decode = await steps.run(self._decode_batch, lease, skeleton, cache, slots)
         except BaseException:
             for one in memory:
                 one.buffer.close()
@@ -210,9 +220,35 @@ class Engines:
 
         parts = Parts(
             lease.checkpoint.model, skeleton.model, cache, tuple(m.buffer for m in memory), blocks,
-            index.context_tokens, common_window(skeleton.shapes), codec, self._check, keep,
+            decode, index.context_tokens, common_window(skeleton.shapes), codec, self._check, keep,
         )  # fmt: skip
         return Engine(parts, self._config, steps, self._clock, self._metrics)
+
+    def _decode_batch(
+        self, lease: WeightSource, skeleton: Skeleton, cache: KvCache, slots: int
+    ) -> DecodeBatch | None:
+        """Return fast decode steps, if device and model have them; on the step thread."""
+        if len(lease.parts) != 1:
+            return None
+        name = lease.parts[0].part.device
+        device = next(device for device in self._devices if device.name == name)
+        longest = min(lease.checkpoint.index.context_tokens, slots)
+        ops = self._ops_of(device, longest)
+        if ops is None:
+            return None
+        decoder = FusedDecoder.of(skeleton.model, skeleton.shapes, ops)
+        if decoder is None:
+            return None
+        block_tokens = self._config.block_tokens
+        graphs = CudaGraphs() if cache.keys[0].is_cuda else None
+        return DecodeBatch(decoder, cache, block_tokens, -(-longest // block_tokens), graphs)
+
+    def _kernel_ops(self, device: Device, longest: int) -> DecodeOps | None:
+        """Return our kernels; None: the device has none."""
+        if device.name not in self._kernels:
+            self._kernels[device.name] = step_kernels(device)
+        kernels = self._kernels[device.name]
+        return None if kernels is None else KernelOps(kernels, longest)
 
     async def _kv_memory(
         self, lease: WeightSource, skeleton: Skeleton, slots: int

@@ -48,16 +48,17 @@ class DeviceMemory:
         return self.devices[device].allocate(size)
 
 
-def engines_of(device, config, clock=None):
-    return Engines([device], DeviceMemory(device), config, clock or MonotonicClock(), Metrics())
+def engines_of(device, config, clock=None, ops_of=None):
+    clock = clock or MonotonicClock()
+    return Engines([device], DeviceMemory(device), config, clock, Metrics(), ops_of)
 
 
 @contextlib.asynccontextmanager
-async def engine_of(checkpoint, **config):
+async def engine_of(checkpoint, *, ops_of=None, **config):
     """Yield an engine; on leaving, everything it took must be given back."""
     settings = {"kv_cache_bytes": ByteSize(8 << 20), "torch_threads": 1, **config}
     with CpuDevice(1 << 30) as device:
-        engines = engines_of(device, EngineConfig(**settings))
+        engines = engines_of(device, EngineConfig(**settings), ops_of=ops_of)
         weights = Weights(checkpoint, device)
         codec = await engines.load_codec(checkpoint.path)
         skeleton = await engines.skeleton(checkpoint)
