@@ -20,6 +20,7 @@ from sllm_node.engine.fused import DecodeInputs, FusedDecoder, Scratch
 from sllm_node.engine.kv import KvCache, KvPart
 from sllm_node.engine.sampling import Drawn, SamplingRow
 from sllm_node.engine.sampling_plan import SamplingPlan, Variant
+from sllm_node.engine.scratch import ScratchMemory
 
 BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _ROW_NUMBERS: Final = 4
@@ -98,6 +99,7 @@ class DecodeBatch:
         cache: KvCache,
         block_tokens: int,
         blocks: int,
+        memory: ScratchMemory,
         graphs: Graphs | None = None,
     ) -> None:
         """`blocks`: that the longest session may have; `graphs` None: nothing is captured."""
@@ -107,6 +109,7 @@ class DecodeBatch:
         self._blocks = blocks
         self._device = cache.keys[0].device
         self._buckets: dict[int, _Bucket] = {}
+        self._memory = memory
         self._graphs = graphs
 
     @property
@@ -122,8 +125,7 @@ class DecodeBatch:
         bucket = self._buckets.get(size)
         if bucket is None:
             bucket = self._buckets[size] = self._make(size)
-        vocabulary = bucket.scratch.logits.shape[1]
-        plan = SamplingPlan([row.draw for row in rows], vocabulary, size)
+        plan = SamplingPlan([row.draw for row in rows], self._decoder.vocabulary, size)
         self._send(bucket, rows, plan)
         packed = self._run(bucket, plan.variant)
         return plan.read(packed.cpu().numpy())
@@ -133,11 +135,16 @@ class DecodeBatch:
         self._buckets.clear()
 
     def _make(self, rows: int) -> _Bucket:
-        numbers = torch.zeros((_ROW_NUMBERS, rows), dtype=torch.int32, device=self._device)
-        tables = torch.zeros((rows, self._blocks), dtype=torch.int32, device=self._device)
+        decoder = self._decoder
+        widths, dtype = decoder.widths(), decoder.dtype
+        sizes = [4 * _ROW_NUMBERS * rows, 4 * rows * self._blocks]
+        sizes += [rows * width * dtype.itemsize for width in widths]
+        first, second, *rest = self._memory.take(sizes)
+        numbers = first.view(torch.int32).view(_ROW_NUMBERS, rows)
+        tables = second.view(torch.int32).view(rows, self._blocks)
         ids, positions, slots, lengths = numbers
-        inputs = DecodeInputs(ids, positions, slots, tables, lengths)
-        return _Bucket(inputs, numbers, self._decoder.scratch(rows))
+        scratch = Scratch(*(one.view(dtype).view(rows, -1) for one in rest))
+        return _Bucket(DecodeInputs(ids, positions, slots, tables, lengths), numbers, scratch)
 
     def _send(self, bucket: _Bucket, rows: Sequence[DecodeRow], plan: SamplingPlan) -> None:
         """Bring to the device what is new in this step."""

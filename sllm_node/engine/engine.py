@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an engine is made of; it owns model, cache and buffers and gives them up in `close`."""
+    """What an engine is made of; it owns all of it and gives it up in `close`."""
 
     name: ModelId
     model: Model
@@ -55,6 +55,8 @@ class Parts:
     codec: TextCodec
     check: Callable[[], None]
     """Makes sure that the devices still work."""
+    let_go: Callable[[bool], None]
+    """Gives KV memory back, on the step thread; the argument: whether the rest may serve again."""
     keep: Callable[[], None]
     """Called when the module is free for the next replica."""
 
@@ -158,16 +160,9 @@ class Engine:
             generation.fail(error)
         self._parts.blocks.forget()
         # On the step thread, where the last step's tensors were made and freed.
-        await self._steps.run(self._let_go)
+        await self._steps.run(self._parts.let_go, self._is_trusted)
         if self._is_trusted:
             self._parts.keep()
-
-    def _let_go(self) -> None:
-        if self._parts.decode is not None:
-            self._parts.decode.close()
-        self._parts.cache.close()
-        for buffer in self._parts.buffers:
-            buffer.close()
 
     # --- stepping -----------------------------------------------------------------------------
 

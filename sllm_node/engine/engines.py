@@ -17,7 +17,7 @@ from sllm_node.core.errors import CheckpointFormatError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, Share
 from sllm_node.core.units import align_up
-from sllm_node.device.base import Device, DeviceBuffer
+from sllm_node.device.base import Device, DeviceBuffer, DeviceRange
 from sllm_node.device.optional import step_kernels
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.decode_batch import DecodeBatch
@@ -26,6 +26,7 @@ from sllm_node.engine.engine import Engine, Parts, check_capacity, check_request
 from sllm_node.engine.fused import FusedDecoder
 from sllm_node.engine.graphs import CudaGraphs
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
+from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import (
     LayerShape,
     Model,
@@ -59,8 +60,32 @@ class Memory(Protocol):
     def capacity(self, device: str) -> int:
         """Return the bytes that weights and KV memory may share."""
 
-    async def allocate(self, device: str, size: int) -> DeviceBuffer:
-        """Take memory, or raise DeviceMemoryError."""
+    async def allocate(
+        self, device: str, size: int, again: DeviceRange | None = None
+    ) -> DeviceRange:
+        """Take memory, or raise DeviceMemoryError; `again`: at the addresses of an earlier one."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlace:
+    """Where a replica's KV memory is, or was: addresses, views of them, steps that were captured."""
+
+    memory: tuple[KvMemory, ...]
+    cache: KvCache
+    decode: DecodeBatch | None
+
+    def unmap(self) -> None:
+        """Give the memory back, and keep the rest for the model's return."""
+        for one in self.memory:
+            one.buffer.unmap(set(one.buffer.mapped))
+
+    def close(self) -> None:
+        """Give everything up."""
+        if self.decode is not None:
+            self.decode.close()
+        self.cache.close()
+        for one in self.memory:
+            one.buffer.close()
 
 
 @dataclass(slots=True)
@@ -75,6 +100,18 @@ class Skeleton:
     shapes: tuple[LayerShape, ...]
     token_bytes: int
     bound_to: tuple[DeviceBuffer, ...] = ()
+    kv: KvPlace | None = None
+    """Of the last replica, without memory, while there is none."""
+
+    def take_kv(self, sizes: Sequence[tuple[str, int]]) -> KvPlace | None:
+        """Return the place of the last replica if it fits (device, bytes) of each part; forget it."""
+        found, self.kv = self.kv, None
+        if found is None:
+            return None
+        if [(one.device, one.buffer.size) for one in found.memory] == list(sizes):
+            return found
+        found.close()
+        return None
 
 
 class Engines:
@@ -93,6 +130,8 @@ class Engines:
         self._devices = tuple(devices)
         self._ops_of = ops_of or self._kernel_ops
         self._kernels: dict[str, Any] = {}
+        self._scratch: dict[str, ScratchMemory] = {}
+        self._graphs: dict[str, CudaGraphs] = {}
         self._memory = memory
         self._config = config
         self._clock = clock
@@ -170,18 +209,22 @@ class Engines:
         kept = self._kept.pop(checkpoint.path, None)
         if kept is not None and kept[0] == checkpoint:
             return kept[1]
+        if kept is not None:
+            kept[1].take_kv(())
         return await self._builder.run_alone(_build, checkpoint.path)
 
     def give_back(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
         """Keep a module that nobody uses any more for the next load of its model."""
         self._kept[checkpoint.path] = (checkpoint, skeleton)
         while len(self._kept) > KEPT_MODULES_MAX:
-            self._kept.popitem(last=False)
+            _, (_, oldest) = self._kept.popitem(last=False)
+            oldest.take_kv(())
 
     def forget(self, model: ModelId) -> None:
         """Drop the modules kept of a checkpoint that was removed."""
-        for path, (checkpoint, _) in list(self._kept.items()):
+        for path, (checkpoint, skeleton) in list(self._kept.items()):
             if checkpoint.model == model:
+                skeleton.take_kv(())
                 del self._kept[path]
                 self._capacity.pop(path, None)
 
@@ -203,26 +246,78 @@ class Engines:
         config = self._config
         blocks = Blocks(count, config.block_tokens, is_caching=config.prefix_cache)
         steps = self._steps[lease.parts[0].part.device]
-        memory = await self._kv_memory(lease, skeleton, blocks.capacity_tokens)
-        try:
-            if skeleton.bound_to != tuple(part.buffer for part in lease.parts):
-                skeleton = await self._bind(steps, skeleton, lease)
-            dtype, slots = skeleton.model.dtype, blocks.capacity_tokens
-            cache = await steps.run(KvCache, skeleton.shapes, slots, dtype, tuple(memory))
-            decode = await steps.run(self._decode_batch, lease, skeleton, cache, slots)
-        except BaseException:
-            for one in memory:
-                one.buffer.close()
-            raise
+        buffers = tuple(part.buffer for part in lease.parts)
+        if skeleton.bound_to not in ((), buffers):  # somewhere else
+            skeleton.take_kv(())
+            skeleton = await self._builder.run_alone(_build, lease.checkpoint.path)
+        place = await self._kv_place(lease, skeleton, blocks.capacity_tokens, steps)
+
+        def let_go(is_trusted: bool) -> None:  # noqa: FBT001 - the one thing that it is told
+            if is_trusted:
+                place.unmap()
+                skeleton.kv = place
+            else:
+                place.close()
 
         def keep() -> None:
             self.give_back(lease.checkpoint, skeleton)
 
         parts = Parts(
-            lease.checkpoint.model, skeleton.model, cache, tuple(m.buffer for m in memory), blocks,
-            decode, index.context_tokens, common_window(skeleton.shapes), codec, self._check, keep,
+            lease.checkpoint.model, skeleton.model, place.cache,
+            tuple(one.buffer for one in place.memory), blocks, place.decode, index.context_tokens,
+            common_window(skeleton.shapes), codec, self._check, let_go, keep,
         )  # fmt: skip
         return Engine(parts, self._config, steps, self._clock, self._metrics)
+
+    async def _kv_place(
+        self, lease: WeightSource, skeleton: Skeleton, slots: int, steps: StepThread
+    ) -> KvPlace:
+        """Take KV memory, where it was before if it can be; bind weights that are not bound yet."""
+        layers = self._layers_on(lease, skeleton)
+        dtype = skeleton.model.dtype
+        sizes = [(device, bytes_per_token(shapes, dtype) * slots) for device, shapes in layers]
+        known = skeleton.take_kv(sizes)
+        memory = await self._kv_memory(lease, skeleton, sizes, known)
+        try:
+            if not skeleton.bound_to:
+                await steps.run_alone(_bind, skeleton, lease)
+                skeleton.bound_to = tuple(part.buffer for part in lease.parts)
+            if known is not None:
+                return known
+            counts = [len(shapes) for _, shapes in layers]
+            taken = tuple(
+                KvMemory(device, count, buffer)
+                for (device, _), count, buffer in zip(sizes, counts, memory, strict=True)
+            )
+            cache = await steps.run(KvCache, skeleton.shapes, slots, dtype, taken)
+            decode = await steps.run(self._decode_batch, lease, skeleton, cache, slots)
+        except BaseException:
+            for buffer in memory:
+                buffer.close()
+            raise
+        return KvPlace(taken, cache, decode)
+
+    async def _kv_memory(
+        self,
+        lease: WeightSource,
+        skeleton: Skeleton,
+        sizes: Sequence[tuple[str, int]],
+        known: KvPlace | None,
+    ) -> list[DeviceRange]:
+        """Take memory beside each part; without room, the module waits for the next load."""
+        places = [None] * len(sizes) if known is None else [one.buffer for one in known.memory]
+        memory: list[DeviceRange] = []
+        try:
+            for (device, size), again in zip(sizes, places, strict=True):
+                memory.append(await self._memory.allocate(device, size, again))
+        except BaseException:
+            for buffer in memory:
+                buffer.close()
+            if known is not None:
+                known.close()
+            self.give_back(lease.checkpoint, skeleton)
+            raise
+        return memory
 
     def _decode_batch(
         self, lease: WeightSource, skeleton: Skeleton, cache: KvCache, slots: int
@@ -240,8 +335,13 @@ class Engines:
         if decoder is None:
             return None
         block_tokens = self._config.block_tokens
-        graphs = CudaGraphs() if cache.keys[0].is_cuda else None
-        return DecodeBatch(decoder, cache, block_tokens, -(-longest // block_tokens), graphs)
+        torch_device = cache.keys[0].device
+        memory = self._scratch.setdefault(name, ScratchMemory(torch_device))
+        graphs = None
+        if torch_device.type == "cuda":
+            graphs = self._graphs.setdefault(name, CudaGraphs())
+        blocks = -(-longest // block_tokens)
+        return DecodeBatch(decoder, cache, block_tokens, blocks, memory, graphs)
 
     def _kernel_ops(self, device: Device, longest: int) -> DecodeOps | None:
         """Return our kernels; None: the device has none."""
@@ -249,31 +349,6 @@ class Engines:
             self._kernels[device.name] = step_kernels(device)
         kernels = self._kernels[device.name]
         return None if kernels is None else KernelOps(kernels, longest)
-
-    async def _kv_memory(
-        self, lease: WeightSource, skeleton: Skeleton, slots: int
-    ) -> list[KvMemory]:
-        """Take memory beside each part; without room, the module waits for the next load."""
-        memory: list[KvMemory] = []
-        try:
-            for device, layers in self._layers_on(lease, skeleton):
-                size = bytes_per_token(layers, skeleton.model.dtype) * slots
-                buffer = await self._memory.allocate(device, size)
-                memory.append(KvMemory(device, len(layers), buffer))
-        except BaseException:
-            for one in memory:
-                one.buffer.close()
-            self.give_back(lease.checkpoint, skeleton)
-            raise
-        return memory
-
-    async def _bind(self, steps: StepThread, skeleton: Skeleton, lease: WeightSource) -> Skeleton:
-        """Return a module whose parameters lie in the memory of `lease`."""
-        if skeleton.bound_to:  # somewhere else
-            skeleton = await self._builder.run_alone(_build, lease.checkpoint.path)
-        await steps.run_alone(_bind, skeleton, lease)
-        skeleton.bound_to = tuple(part.buffer for part in lease.parts)
-        return skeleton
 
     def _check(self) -> None:
         for device in self._devices:
@@ -309,6 +384,8 @@ class Engines:
 
     def close(self) -> None:
         """Stop the threads; engines must be closed."""
+        for _, skeleton in self._kept.values():
+            skeleton.take_kv(())
         self._kept.clear()
         for steps in (*self._steps.values(), self._builder):
             steps.close()

@@ -85,14 +85,23 @@ class FusedDecoder:
         whole = [layer for layer in layers if layer is not None and ops.takes(layer)]
         return cls(model, whole, ops) if len(whole) == len(layers) else None
 
-    def scratch(self, rows: int) -> Scratch:
-        """Return memory for steps of that many rows."""
-        layer, weight = self._layers[0], self._embedding.weight
+    def widths(self) -> tuple[int, ...]:
+        """Return how many numbers a row has in each tensor of `Scratch`."""
+        layer = self._layers[0]
         queries, keys = layer.heads * layer.head_size, layer.kv_heads * layer.head_size
-        inner, vocabulary = layer.unit.gate.shape[0], self._head[0].shape[0]
-        sizes = (weight.shape[1], queries, keys, keys, queries, inner, vocabulary)
-        made = (torch.empty(rows, n, dtype=weight.dtype, device=weight.device) for n in sizes)
-        return Scratch(*made)
+        hidden, inner = self._embedding.weight.shape[1], layer.unit.gate.shape[0]
+        return (hidden, queries, keys, keys, queries, inner, self.vocabulary)
+
+    @property
+    def vocabulary(self) -> int:
+        """Logits of a row."""
+        return int(self._head[0].shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and scratch memory."""
+        dtype: torch.dtype = self._head[0].dtype
+        return dtype
 
     def step(
         self, inputs: DecodeInputs, cache: KvCache, block_tokens: int, memory: Scratch

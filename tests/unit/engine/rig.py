@@ -44,8 +44,11 @@ class DeviceMemory:
     def capacity(self, device):
         return self.devices[device].memory_total
 
-    async def allocate(self, device, size):
-        return self.devices[device].allocate(size)
+    async def allocate(self, device, size, again=None):
+        if again is None:
+            return self.devices[device].allocate(size)
+        again.map((0,))
+        return again
 
 
 def engines_of(device, config, clock=None, ops_of=None):

@@ -4,13 +4,24 @@ import asyncio
 import random
 
 import pytest
+import torch
 
-from sllm_node.core.config import ByteSize
-from sllm_node.core.types import SamplingParameters
+from sllm_node.core.config import ByteSize, EngineConfig
+from sllm_node.core.types import ModelId, SamplingParameters
+from sllm_node.device.cpu import CpuDevice
 from sllm_node.engine.decode_batch import BUCKETS, bucket_of
 from sllm_node.engine.decode_ops import ReferenceOps
+from sllm_node.engine.scratch import ScratchMemory
 from tests.models import make_checkpoint, make_model
-from tests.unit.engine.rig import ask, collect, engine_of, reference
+from tests.unit.engine.rig import (
+    DeviceMemory,
+    Weights,
+    ask,
+    collect,
+    engine_of,
+    engines_of,
+    reference,
+)
 
 FUSED = ["llama", "llama_tied", "mistral", "qwen2", "qwen3", "phi3", "gemma"]
 OTHERS = ["gpt2", "gemma2", "olmo2", "mixtral"]
@@ -99,3 +110,48 @@ async def test_a_kind_of_step_is_captured_when_it_comes_again(tmp_path):
 def test_a_step_takes_the_smallest_bucket_that_holds_it():
     assert [bucket_of(rows) for rows in (1, 3, 16, 17, 256, 257)] == [1, 4, 16, 24, 256, None]
     assert sorted(BUCKETS) == list(BUCKETS)
+
+
+class Memory(DeviceMemory):
+    """Hands out addresses, and says which were used again."""
+
+    def __init__(self, device):
+        super().__init__(device)
+        self.again = []
+
+    async def allocate(self, device, size, again=None):
+        self.again.append(again)
+        return await super().allocate(device, size, again)
+
+
+async def test_a_model_that_comes_back_finds_its_graphs_and_its_kv_addresses(tmp_path):
+    checkpoint, model = make_checkpoint(tmp_path, "m", "llama"), make_model("llama")
+    with CpuDevice(1 << 30) as device:
+        engines = engines_of(device, EngineConfig(kv_cache_bytes=ByteSize(8 << 20)), ops_of=oracle)
+        engines._memory = memory = Memory(device)
+        weights, codec = Weights(checkpoint, device), await engines.load_codec(checkpoint.path)
+        kept = []
+        for prompt in ([5, 6, 7], [9, 8, 7, 6]):
+            skeleton = await engines.skeleton(checkpoint)
+            engine = await engines.open(weights, skeleton, codec)
+            (_, tokens, _, _) = await collect(engine.submit(ask(prompt, COUNT)))
+            assert tokens == reference(model, prompt, COUNT)
+            kept.append(engine._parts)
+            await engine.close()
+            assert device.memory_used == weights.buffer.size  # KV memory is free
+        assert memory.again[0] is None
+        assert memory.again[1] is kept[0].buffers[0]
+        assert kept[0].decode is kept[1].decode
+        assert kept[1].decode._buckets
+        engines.forget(ModelId("m"))
+        assert not kept[1].decode._buckets
+        weights.buffer.close()
+        engines.close()
+
+
+async def test_all_models_of_a_device_share_scratch_memory(tmp_path):
+    memory = ScratchMemory(torch.device("cpu"))
+    one, other = memory.take([100, 300]), memory.take([700])
+    assert one[0].data_ptr() == other[0].data_ptr()
+    assert one[1].data_ptr() == one[0].data_ptr() + 256
+    assert memory.take([5000])[0].data_ptr() != one[0].data_ptr()
