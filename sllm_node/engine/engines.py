@@ -5,7 +5,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -17,7 +16,7 @@ from sllm_node.core.errors import CheckpointFormatError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, Share
 from sllm_node.core.units import align_up
-from sllm_node.device.base import Device, DeviceBuffer, DeviceRange
+from sllm_node.device.base import Device, DeviceRange
 from sllm_node.device.optional import step_kernels
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.decode_batch import DecodeBatch
@@ -25,11 +24,11 @@ from sllm_node.engine.decode_ops import DecodeOps, KernelOps
 from sllm_node.engine.engine import Engine, Parts, check_capacity, check_request
 from sllm_node.engine.fused import FusedDecoder
 from sllm_node.engine.graphs import CudaGraphs
+from sllm_node.engine.kept import KvPlace, Skeleton
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
 from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import (
     LayerShape,
-    Model,
     build_skeleton,
     common_window,
     layer_shapes,
@@ -64,54 +63,6 @@ class Memory(Protocol):
         self, device: str, size: int, again: DeviceRange | None = None
     ) -> DeviceRange:
         """Take memory, or raise DeviceMemoryError; `again`: at the addresses of an earlier one."""
-
-
-@dataclass(frozen=True, slots=True)
-class KvPlace:
-    """Where a replica's KV memory is, or was: addresses, views of them, steps that were captured."""
-
-    memory: tuple[KvMemory, ...]
-    cache: KvCache
-    decode: DecodeBatch | None
-
-    def unmap(self) -> None:
-        """Give the memory back, and keep the rest for the model's return."""
-        for one in self.memory:
-            one.buffer.unmap(set(one.buffer.mapped))
-
-    def close(self) -> None:
-        """Give everything up."""
-        if self.decode is not None:
-            self.decode.close()
-        self.cache.close()
-        for one in self.memory:
-            one.buffer.close()
-
-
-@dataclass(slots=True)
-class Skeleton:
-    """A module, and what its layers keep of a token.
-
-    Without weights at first. `bound_to` are the buffers that its parameters are views of: they keep
-    their addresses for life, so a module that comes back to the same ones needs no binding.
-    """
-
-    model: Model
-    shapes: tuple[LayerShape, ...]
-    token_bytes: int
-    bound_to: tuple[DeviceBuffer, ...] = ()
-    kv: KvPlace | None = None
-    """Of the last replica, without memory, while there is none."""
-
-    def take_kv(self, sizes: Sequence[tuple[str, int]]) -> KvPlace | None:
-        """Return the place of the last replica if it fits (device, bytes) of each part; forget it."""
-        found, self.kv = self.kv, None
-        if found is None:
-            return None
-        if [(one.device, one.buffer.size) for one in found.memory] == list(sizes):
-            return found
-        found.close()
-        return None
 
 
 class Engines:
