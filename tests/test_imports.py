@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CUDA = [("device", name) for name in ("cuda.py", "cuda_decoder.py", "kernels.py", "nvrtc.py")]
+CUDA = [
+    ("device", name)
+    for name in ("cuda.py", "cuda_decoder.py", "kernels.py", "nvrtc.py", "step_kernels.py")
+]
 LIGHT = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in (

@@ -1,4 +1,4 @@
-"""The kernels in kernels/: what they are called, what they take, and how they get onto a device.
+"""The kernels of chunks in kernels/: what they are called, what they take, and how they get onto a device.
 
 Each has one entry point, named like its file. One launch works on many chunks, whose descriptors,
 laid out as `staging.CHUNK` or `staging.PIECE`, travel with it as a parameter: no copy has to bring them. Results
@@ -79,7 +79,7 @@ class Kernels:
         self._cache = cache
         self._loaded: dict[str, tuple[Any, Any]] = {}
         self._parameters = _Parameters(CHUNK), _Parameters(PIECE)
-        self.architecture = self._architecture(handle)
+        self.architecture = architecture_of(context, handle)
 
     def prepare(self, names: Iterable[str] = KERNELS) -> None:
         """Compile and load kernels, so that no launch has to wait for that.
@@ -143,15 +143,15 @@ class Kernels:
             self._loaded[name] = module, function
         return self._loaded[name][1]
 
-    def _architecture(self, handle: Any) -> str:
-        attribute = driver.CUdevice_attribute
-        numbers = [
-            self._context.check(
-                "ask for the architecture", driver.cuDeviceGetAttribute(which, handle)
-            )
-            for which in (
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
-                attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
-            )
-        ]
-        return "sm_{}{}".format(*numbers)
+
+def architecture_of(context: Context, handle: Any) -> str:
+    """Return the architecture of a device, as in sm_90."""
+    attribute = driver.CUdevice_attribute
+    numbers = [
+        context.check("ask for the architecture", driver.cuDeviceGetAttribute(which, handle))
+        for which in (
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR,
+            attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR,
+        )
+    ]
+    return "sm_{}{}".format(*numbers)

@@ -8,7 +8,7 @@ or not there: it is written under another name and renamed.
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,7 @@ from cuda.bindings import nvrtc
 from sllm_node.core.errors import KernelError
 
 OPTIONS: Final = ("--std=c++17", "--restrict", "--extra-device-vectorization")
+Defines = Sequence[tuple[str, int]]
 _OK: Final = nvrtc.nvrtcResult.NVRTC_SUCCESS
 
 
@@ -34,8 +35,12 @@ def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
     return Path(root) / "sllm-node"
 
 
-def compiled(name: str, architecture: str, cache: Path | None = None) -> bytes:
+def compiled(
+    name: str, architecture: str, cache: Path | None = None, defines: Defines = ()
+) -> bytes:
     """Return the machine code of kernel `name` for `architecture`, as in sm_90.
+
+    `defines`: macros and their numbers, for kernels that are compiled in several variants.
 
     Raises:
         KernelError: there is no such source, or it does not compile.
@@ -43,19 +48,23 @@ def compiled(name: str, architecture: str, cache: Path | None = None) -> bytes:
     source, headers = read_source(name)
     folder = cache or cache_folder()
     try:
-        path = folder / f"{_key(source, headers, architecture)}.cubin"
+        path = folder / f"{_key(source, headers, architecture, defines)}.cubin"
     except RuntimeError as error:  # the compiler's library is not there
         raise KernelError(name, f"there is no compiler on this machine: {error}") from error
     with suppress(OSError):
         return path.read_bytes()
-    code = compile_source(name, source, headers, architecture)[0]
+    code = compile_source(name, source, headers, architecture, defines)[0]
     with suppress(OSError):  # without a cache the next start compiles again
         _keep(path, code)
     return code
 
 
 def compile_source(
-    name: str, source: bytes, headers: Mapping[str, bytes], architecture: str
+    name: str,
+    source: bytes,
+    headers: Mapping[str, bytes],
+    architecture: str,
+    defines: Defines = (),
 ) -> tuple[bytes, str]:
     """Return the machine code, and what the compiler and its assembler say of it.
 
@@ -73,6 +82,7 @@ def compile_source(
         ),
     )
     options = [*OPTIONS, f"--gpu-architecture={architecture}", "--ptxas-options=-v"]
+    options += [f"-D{macro}={number}" for macro, number in defines]
     try:
         (code,) = nvrtc.nvrtcCompileProgram(program, len(options), [o.encode() for o in options])
         _, size = nvrtc.nvrtcGetProgramLogSize(program)
@@ -104,10 +114,10 @@ def read_source(name: str) -> tuple[bytes, dict[str, bytes]]:
     return source, headers
 
 
-def _key(source: bytes, headers: Mapping[str, bytes], architecture: str) -> str:
+def _key(source: bytes, headers: Mapping[str, bytes], architecture: str, defines: Defines) -> str:
     digest = hashlib.sha256()
     version = nvrtc.nvrtcVersion()[1:]
-    texts = (repr((OPTIONS, architecture, version)).encode(), source)
+    texts = (repr((OPTIONS, architecture, version, tuple(defines))).encode(), source)
     for part in (*texts, *(name.encode() + b"\0" + text for name, text in headers.items())):
         digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()

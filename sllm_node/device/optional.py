@@ -1,8 +1,10 @@
 """The CUDA device, which is there only where its package is installed."""
 
 from types import ModuleType
+from typing import Any
 
 from sllm_node.core.errors import DeviceError
+from sllm_node.device.base import Device
 
 
 def import_cuda(name: str) -> ModuleType:
@@ -25,3 +27,13 @@ def gpu_count() -> int:
         return int(import_cuda("cuda").device_count())
     except DeviceError:
         return 0
+
+
+def step_kernels(device: Device) -> Any | None:
+    """Return a `StepKernels` of a CUDA device; None for another one."""
+    if not device.name.startswith("cuda"):
+        return None
+    from sllm_node.device.step_kernels import StepKernels
+
+    cuda = device.cuda  # type: ignore[attr-defined]
+    return StepKernels(cuda, cuda.handle)

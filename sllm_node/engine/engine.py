@@ -25,6 +25,7 @@ from sllm_node.core.types import FinishReason, GenerationRequest, ModelId, Token
 from sllm_node.device.base import DeviceBuffer
 from sllm_node.engine.batch import Batch, Part
 from sllm_node.engine.blocks import Blocks
+from sllm_node.engine.decode_batch import DecodeBatch
 from sllm_node.engine.generation import Generation
 from sllm_node.engine.kv import KvCache, KvPart
 from sllm_node.engine.runner import Runner, StepPart
@@ -40,19 +41,23 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What an engine is made of; it owns model, cache and buffers and gives them up in `close`."""
+    """What an engine is made of; it owns all of it and gives it up in `close`."""
 
     name: ModelId
     model: Model
     cache: KvCache
     buffers: tuple[DeviceBuffer, ...]
     blocks: Blocks
+    decode: DecodeBatch | None
+    """Fast steps for sessions that decode; None: the module's forward pass does them."""
     context_tokens: int
     window: int | None
     """How far back any layer looks, in tokens; None: to the beginning."""
     codec: TextCodec
     check: Callable[[], None]
     """Makes sure that the devices still work."""
+    let_go: Callable[[bool], None]
+    """Gives KV memory back, on the step thread; the argument: whether the rest may serve again."""
     keep: Callable[[], None]
     """Called when the module is free for the next replica."""
 
@@ -79,7 +84,9 @@ class Engine:
         self._preempted = metrics.preemptions.labels(parts.name)
         self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens, parts.window)
         self._resume = config.resume
-        self._runner: Runner | None = Runner(parts.model, parts.cache, parts.blocks.block_tokens)
+        self._runner: Runner | None = Runner(
+            parts.model, parts.cache, parts.blocks.block_tokens, parts.decode
+        )
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
         self._last_number = 0
@@ -165,14 +172,9 @@ class Engine:
             generation.fail(error)
         self._parts.blocks.forget()
         # On the step thread, where the last step's tensors were made and freed.
-        await self._steps.run(self._let_go)
+        await self._steps.run(self._parts.let_go, self._is_trusted)
         if self._is_trusted:
             self._parts.keep()
-
-    def _let_go(self) -> None:
-        self._parts.cache.close()
-        for buffer in self._parts.buffers:
-            buffer.close()
 
     # --- stepping -----------------------------------------------------------------------------
 

@@ -2,12 +2,11 @@
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 from weakref import WeakSet
 
 from sllm_node.checkpoint.catalog import Checkpoint
@@ -18,13 +17,19 @@ from sllm_node.core.errors import CheckpointFormatError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, Share, Stall
 from sllm_node.core.units import align_up
-from sllm_node.device.base import Device, DeviceBuffer
+from sllm_node.device.base import Device, DeviceRange
+from sllm_node.device.optional import step_kernels
 from sllm_node.engine.blocks import Blocks
+from sllm_node.engine.decode_batch import DecodeBatch
+from sllm_node.engine.decode_ops import DecodeOps, KernelOps
 from sllm_node.engine.engine import Engine, Parts, check_capacity, check_request
+from sllm_node.engine.fused import FusedDecoder
+from sllm_node.engine.graphs import CudaGraphs
+from sllm_node.engine.kept import KvPlace, Skeleton
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
+from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import (
     LayerShape,
-    Model,
     build_skeleton,
     common_window,
     layer_shapes,
@@ -55,22 +60,10 @@ class Memory(Protocol):
     def capacity(self, device: str) -> int:
         """Return the bytes that weights and KV memory may share."""
 
-    async def allocate(self, device: str, size: int) -> DeviceBuffer:
-        """Take memory, or raise DeviceMemoryError."""
-
-
-@dataclass(slots=True)
-class Skeleton:
-    """A module, and what its layers keep of a token.
-
-    Without weights at first. `bound_to` are the buffers that its parameters are views of: they keep
-    their addresses for life, so a module that comes back to the same ones needs no binding.
-    """
-
-    model: Model
-    shapes: tuple[LayerShape, ...]
-    token_bytes: int
-    bound_to: tuple[DeviceBuffer, ...] = ()
+    async def allocate(
+        self, device: str, size: int, again: DeviceRange | None = None
+    ) -> DeviceRange:
+        """Take memory, or raise DeviceMemoryError; `again`: at the addresses of an earlier one."""
 
 
 class Engines:
@@ -83,8 +76,14 @@ class Engines:
         config: EngineConfig,
         clock: Clock,
         metrics: Metrics,
+        ops_of: Callable[[Device, int], DecodeOps | None] | None = None,
     ) -> None:
+        """`ops_of`: what decodes on a device, for sessions of so many tokens; None: its kernels."""
         self._devices = tuple(devices)
+        self._ops_of = ops_of or self._kernel_ops
+        self._kernels: dict[str, Any] = {}
+        self._scratch: dict[str, ScratchMemory] = {}
+        self._graphs: dict[str, CudaGraphs] = {}
         self._memory = memory
         self._config = config
         self._clock = clock
@@ -163,18 +162,22 @@ class Engines:
         kept = self._kept.pop(checkpoint.path, None)
         if kept is not None and kept[0] == checkpoint:
             return kept[1]
+        if kept is not None:
+            kept[1].take_kv(())
         return await self._builder.run_alone(_build, checkpoint.path)
 
     def give_back(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
         """Keep a module that nobody uses any more for the next load of its model."""
         self._kept[checkpoint.path] = (checkpoint, skeleton)
         while len(self._kept) > KEPT_MODULES_MAX:
-            self._kept.popitem(last=False)
+            _, (_, oldest) = self._kept.popitem(last=False)
+            oldest.take_kv(())
 
     def forget(self, model: ModelId) -> None:
         """Drop the modules kept of a checkpoint that was removed."""
-        for path, (checkpoint, _) in list(self._kept.items()):
+        for path, (checkpoint, skeleton) in list(self._kept.items()):
             if checkpoint.model == model:
+                skeleton.take_kv(())
                 del self._kept[path]
                 self._capacity.pop(path, None)
 
@@ -196,52 +199,111 @@ class Engines:
         config = self._config
         blocks = Blocks(count, config.block_tokens, is_caching=config.prefix_cache)
         steps = self._steps[lease.parts[0].part.device]
-        memory = await self._kv_memory(lease, skeleton, blocks.capacity_tokens)
-        try:
-            if skeleton.bound_to != tuple(part.buffer for part in lease.parts):
-                skeleton = await self._bind(steps, skeleton, lease)
-            dtype, slots = skeleton.model.dtype, blocks.capacity_tokens
-            cache = await steps.run(KvCache, skeleton.shapes, slots, dtype, tuple(memory))
-        except BaseException:
-            for one in memory:
-                one.buffer.close()
-            raise
+        buffers = tuple(part.buffer for part in lease.parts)
+        if skeleton.bound_to not in ((), buffers):  # somewhere else
+            skeleton.take_kv(())
+            skeleton = await self._builder.run_alone(_build, lease.checkpoint.path)
+        place = await self._kv_place(lease, skeleton, blocks.capacity_tokens, steps)
+
+        def let_go(is_trusted: bool) -> None:  # noqa: FBT001 - the one thing that it is told
+            if is_trusted:
+                place.unmap()
+                skeleton.kv = place
+            else:
+                place.close()
 
         def keep() -> None:
             self.give_back(lease.checkpoint, skeleton)
 
         parts = Parts(
-            lease.checkpoint.model, skeleton.model, cache, tuple(m.buffer for m in memory), blocks,
-            index.context_tokens, common_window(skeleton.shapes), codec, self._check, keep,
+            lease.checkpoint.model, skeleton.model, place.cache,
+            tuple(one.buffer for one in place.memory), blocks, place.decode, index.context_tokens,
+            common_window(skeleton.shapes), codec, self._check, let_go, keep,
         )  # fmt: skip
         engine = Engine(parts, self._config, steps, self._clock, self._metrics)
         self._opened.add(engine)
         return engine
 
-    async def _kv_memory(
-        self, lease: WeightSource, skeleton: Skeleton, slots: int
-    ) -> list[KvMemory]:
-        """Take memory beside each part; without room, the module waits for the next load."""
-        memory: list[KvMemory] = []
+    async def _kv_place(
+        self, lease: WeightSource, skeleton: Skeleton, slots: int, steps: StepThread
+    ) -> KvPlace:
+        """Take KV memory, where it was before if it can be; bind weights that are not bound yet."""
+        layers = self._layers_on(lease, skeleton)
+        dtype = skeleton.model.dtype
+        sizes = [(device, bytes_per_token(shapes, dtype) * slots) for device, shapes in layers]
+        known = skeleton.take_kv(sizes)
+        memory = await self._kv_memory(lease, skeleton, sizes, known)
         try:
-            for device, layers in self._layers_on(lease, skeleton):
-                size = bytes_per_token(layers, skeleton.model.dtype) * slots
-                buffer = await self._memory.allocate(device, size)
-                memory.append(KvMemory(device, len(layers), buffer))
+            if not skeleton.bound_to:
+                await steps.run_alone(_bind, skeleton, lease)
+                skeleton.bound_to = tuple(part.buffer for part in lease.parts)
+            if known is not None:
+                return known
+            counts = [len(shapes) for _, shapes in layers]
+            taken = tuple(
+                KvMemory(device, count, buffer)
+                for (device, _), count, buffer in zip(sizes, counts, memory, strict=True)
+            )
+            cache = await steps.run(KvCache, skeleton.shapes, slots, dtype, taken)
+            decode = await steps.run(self._decode_batch, lease, skeleton, cache, slots)
         except BaseException:
-            for one in memory:
-                one.buffer.close()
+            for buffer in memory:
+                buffer.close()
+            raise
+        return KvPlace(taken, cache, decode)
+
+    async def _kv_memory(
+        self,
+        lease: WeightSource,
+        skeleton: Skeleton,
+        sizes: Sequence[tuple[str, int]],
+        known: KvPlace | None,
+    ) -> list[DeviceRange]:
+        """Take memory beside each part; without room, the module waits for the next load."""
+        places = [None] * len(sizes) if known is None else [one.buffer for one in known.memory]
+        memory: list[DeviceRange] = []
+        try:
+            for (device, size), again in zip(sizes, places, strict=True):
+                memory.append(await self._memory.allocate(device, size, again))
+        except BaseException:
+            for buffer in memory:
+                buffer.close()
+            if known is not None:
+                known.close()
             self.give_back(lease.checkpoint, skeleton)
             raise
         return memory
 
-    async def _bind(self, steps: StepThread, skeleton: Skeleton, lease: WeightSource) -> Skeleton:
-        """Return a module whose parameters lie in the memory of `lease`."""
-        if skeleton.bound_to:  # somewhere else
-            skeleton = await self._builder.run_alone(_build, lease.checkpoint.path)
-        await steps.run_alone(_bind, skeleton, lease)
-        skeleton.bound_to = tuple(part.buffer for part in lease.parts)
-        return skeleton
+    def _decode_batch(
+        self, lease: WeightSource, skeleton: Skeleton, cache: KvCache, slots: int
+    ) -> DecodeBatch | None:
+        """Return fast decode steps, if device and model have them; on the step thread."""
+        if len(lease.parts) != 1:
+            return None
+        name = lease.parts[0].part.device
+        device = next(device for device in self._devices if device.name == name)
+        longest = min(lease.checkpoint.index.context_tokens, slots)
+        ops = self._ops_of(device, longest)
+        if ops is None:
+            return None
+        decoder = FusedDecoder.of(skeleton.model, skeleton.shapes, ops)
+        if decoder is None:
+            return None
+        block_tokens = self._config.block_tokens
+        torch_device = cache.keys[0].device
+        memory = self._scratch.setdefault(name, ScratchMemory(torch_device))
+        graphs = None
+        if torch_device.type == "cuda":
+            graphs = self._graphs.setdefault(name, CudaGraphs())
+        blocks = -(-longest // block_tokens)
+        return DecodeBatch(decoder, cache, block_tokens, blocks, memory, graphs)
+
+    def _kernel_ops(self, device: Device, longest: int) -> DecodeOps | None:
+        """Return our kernels; None: the device has none."""
+        if device.name not in self._kernels:
+            self._kernels[device.name] = step_kernels(device)
+        kernels = self._kernels[device.name]
+        return None if kernels is None else KernelOps(kernels, longest)
 
     def _check(self) -> None:
         for device in self._devices:
@@ -283,6 +345,8 @@ class Engines:
 
     def close(self) -> None:
         """Stop the threads; engines must be closed."""
+        for _, skeleton in self._kept.values():
+            skeleton.take_kv(())
         self._kept.clear()
         for steps in (*self._steps.values(), self._builder):
             steps.close()

@@ -14,7 +14,7 @@ from typing import Any, Final
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from sllm_node.device.base import DeviceBuffer
+from sllm_node.device.base import DeviceRange
 from sllm_node.engine.attention import AttentionCall
 from sllm_node.engine.skeleton import LayerShape
 from sllm_node.engine.weights import torch_name
@@ -50,7 +50,7 @@ class KvMemory:
 
     device: str
     layers: int
-    buffer: DeviceBuffer
+    buffer: DeviceRange
 
 
 class KvCache:

@@ -23,7 +23,7 @@ from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import LoadFailedError, ModelBusyError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Part, Placement, Tier
-from sllm_node.device.base import Device, DeviceBuffer, Event
+from sllm_node.device.base import Device, DeviceRange, Event
 from sllm_node.store.lease import Lease, LeasedPart, Resident
 from sllm_node.store.loader import Load
 from sllm_node.store.observed import Observed
@@ -325,13 +325,18 @@ class Store:
             load = self._begin(model, self._clock.now(), ())
         await self._wait(load)
 
-    async def allocate(self, device: str, size: int) -> DeviceBuffer:
+    async def allocate(
+        self, device: str, size: int, again: DeviceRange | None = None
+    ) -> DeviceRange:
         """Take device memory for something that is no checkpoint; caches give way to it.
+
+        `again`: an earlier result of that size, all of whose pieces were unmapped since: it gets
+        memory at its old addresses. Without room it is closed.
 
         Raises:
             DeviceMemoryError: there is no room.
         """
-        place, event = self._tiers[device].allocate(size)
+        place, event = self._tiers[device].allocate(size, again)
         loop = asyncio.get_running_loop()
         mapped: asyncio.Future[None] = loop.create_future()
         event.on_done(partial(call_on, loop, partial(_settle, mapped)))

@@ -150,7 +150,7 @@ class DeviceTier:
             )
         grain = self.device.granularity
         size = max(min(self.staging_bytes, room) // grain * grain, least)
-        self._staging, self._staged = self.allocate(size)
+        self._staging, self._staged = self.allocate(size, None)
         self._staged.on_done(self._note_staged)
         self.decoder.stage_in(self._staging)
 
@@ -250,13 +250,15 @@ class DeviceTier:
         self.arena.close(model)
         return self._ranges.pop(model)
 
-    def allocate(self, size: int) -> tuple[DeviceRange, Event]:
+    def allocate(self, size: int, again: DeviceRange | None) -> tuple[DeviceRange, Event]:
         """Take memory for something that is no checkpoint; it is there when the event happens.
+
+        `again`: a range of that size without memory, to be used once more.
 
         Raises:
             DeviceMemoryError: no room.
         """
-        place = self.device.reserve(size, self.piece_bytes)
+        place = again or self.device.reserve(size, self.piece_bytes)
         try:
             self._make_room(align_up(size, self.device.granularity))
             event = place.map(range(-(-size // place.piece_bytes)))

@@ -1,6 +1,7 @@
 """An engine over a checkpoint on disk, without store and scheduler, and the oracle beside it."""
 
 import contextlib
+import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,27 +45,33 @@ class DeviceMemory:
     def capacity(self, device):
         return self.devices[device].memory_total
 
-    async def allocate(self, device, size):
-        return self.devices[device].allocate(size)
+    async def allocate(self, device, size, again=None):
+        if again is None:
+            return self.devices[device].allocate(size)
+        mapped = threading.Event()
+        again.map((0,)).on_done(lambda _: mapped.set())
+        mapped.wait()  # until the memory that it had has gone
+        return again
 
 
-def engines_of(device, config, clock=None):
-    return Engines([device], DeviceMemory(device), config, clock or MonotonicClock(), Metrics())
+def engines_of(device, config, clock=None, ops_of=None):
+    clock = clock or MonotonicClock()
+    return Engines([device], DeviceMemory(device), config, clock, Metrics(), ops_of)
 
 
 @contextlib.asynccontextmanager
-async def engine_of(checkpoint, **config):
+async def engine_of(checkpoint, *, ops_of=None, **config):
     """Yield an engine; on leaving, everything it took must be given back."""
-    async with engine_and_engines_of(checkpoint, None, **config) as (engine, _):
+    async with engine_and_engines_of(checkpoint, None, ops_of, **config) as (engine, _):
         yield engine
 
 
 @contextlib.asynccontextmanager
-async def engine_and_engines_of(checkpoint, clock, **config):
+async def engine_and_engines_of(checkpoint, clock, ops_of=None, **config):
     """Yield an engine and those who made it; on leaving, everything must be given back."""
     settings = {"kv_cache_bytes": ByteSize(8 << 20), "torch_threads": 1, **config}
     with CpuDevice(1 << 30) as device:
-        engines = engines_of(device, EngineConfig(**settings), clock)
+        engines = engines_of(device, EngineConfig(**settings), clock, ops_of)
         weights = Weights(checkpoint, device)
         codec = await engines.load_codec(checkpoint.path)
         skeleton = await engines.skeleton(checkpoint)

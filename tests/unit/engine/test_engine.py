@@ -218,7 +218,7 @@ async def test_the_module_of_a_replica_that_failed_is_built_anew(checkpoint, fai
 
 
 class FullMemory(DeviceMemory):
-    async def allocate(self, device, size):
+    async def allocate(self, device, size, again=None):
         raise DeviceMemoryError(device, size, 0, size)
 
 

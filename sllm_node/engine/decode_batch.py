@@ -1,0 +1,184 @@
+"""Decode steps with fixed shapes: a few sizes of batches, each with tensors that stay where they are.
+
+Theory of operation. A step of R sessions takes the smallest *bucket* of at least R rows; rows without a
+session have length 0 and write nothing. What changes from step to step goes to the device in one copy
+of int32 numbers and one of the sampling plan. Everything after these copies reads and writes the same
+addresses every time, so on a GPU it is captured in a CUDA graph when a bucket and a variant of drawing
+are used for the second time (the first compiles kernels and sizes libraries' memory), and replayed from
+then on. All graphs of a replica share one pool of memory.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+import numpy as np
+import torch
+
+from sllm_node.engine.draw import draw
+from sllm_node.engine.fused import DecodeInputs, FusedDecoder, Scratch
+from sllm_node.engine.kv import KvCache, KvPart
+from sllm_node.engine.sampling import Drawn, SamplingRow
+from sllm_node.engine.sampling_plan import SamplingPlan, Variant
+from sllm_node.engine.scratch import ScratchMemory
+
+BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+_ROW_NUMBERS: Final = 4
+"""int32 of each row besides its block table: token, position, slot, length."""
+_TABLE_STEP: Final = 16
+"""Tables are sent in multiples of so many blocks."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRow:
+    """One session in a step: its last token, where it goes, how the next one is drawn."""
+
+    token: int
+    place: KvPart
+    draw: SamplingRow
+
+
+def bucket_of(rows: int) -> int | None:
+    """Return the rows of a step for so many sessions; None: more than there are graphs for."""
+    return next((bucket for bucket in BUCKETS if rows <= bucket), None)
+
+
+def row_numbers(
+    rows: Sequence[DecodeRow], bucket: int, block_tokens: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """Return (4, bucket): tokens, positions, slots and lengths."""
+    numbers = np.zeros((_ROW_NUMBERS, bucket), np.int32)
+    numbers[2] = -1
+    for i, row in enumerate(rows):
+        start, table = row.place.start, row.place.table
+        slot = table[start // block_tokens] * block_tokens + start % block_tokens
+        numbers[:, i] = row.token, row.place.passed + start, slot, start + 1
+    return numbers
+
+
+def block_tables(
+    rows: Sequence[DecodeRow], bucket: int, block_tokens: int, most: int
+) -> np.ndarray[tuple[int, int], np.dtype[np.int32]]:
+    """Return (bucket, blocks): tables as wide as the longest needs, in steps, up to `most`."""
+    used = max(-(-(row.place.start + 1) // block_tokens) for row in rows)
+    width = min(most, -(-used // _TABLE_STEP) * _TABLE_STEP)
+    tables = np.zeros((bucket, width), np.int32)
+    for i, row in enumerate(rows):
+        blocks = -(-(row.place.start + 1) // block_tokens)
+        tables[i, :blocks] = row.place.table[:blocks]
+    return tables
+
+
+class Graphs(Protocol):
+    """What captures steps: `graphs.CudaGraphs`."""
+
+    def capture(self, compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """Return a function that does what `compute` does."""
+
+
+@dataclass(slots=True)
+class _Bucket:
+    """What steps of one size use."""
+
+    inputs: DecodeInputs
+    numbers: torch.Tensor  # (4, R) int32, of which `inputs` are views
+    scratch: Scratch
+    plans: dict[Variant, torch.Tensor] = field(default_factory=dict)
+    """Sampling plans on the device."""
+    used: set[Variant] = field(default_factory=set)
+    graphs: dict[Variant, Callable[[], torch.Tensor]] = field(default_factory=dict)
+    """Do the step again, and return what is drawn."""
+
+
+class DecodeBatch:
+    """Decode steps of one replica."""
+
+    def __init__(
+        self,
+        decoder: FusedDecoder,
+        cache: KvCache,
+        block_tokens: int,
+        blocks: int,
+        memory: ScratchMemory,
+        graphs: Graphs | None = None,
+    ) -> None:
+        """`blocks`: that the longest session may have; `graphs` None: nothing is captured."""
+        self._decoder = decoder
+        self._cache = cache
+        self._block_tokens = block_tokens
+        self._blocks = blocks
+        self._device = cache.keys[0].device
+        self._buckets: dict[int, _Bucket] = {}
+        self._memory = memory
+        self._graphs = graphs
+
+    @property
+    def graphs(self) -> int:
+        """How many graphs there are."""
+        return sum(len(bucket.graphs) for bucket in self._buckets.values())
+
+    @torch.inference_mode()
+    def step(self, rows: Sequence[DecodeRow]) -> list[Drawn]:
+        """Compute one token of each row and wait for them; there are at most the last bucket's."""
+        size = bucket_of(len(rows))
+        assert size is not None
+        bucket = self._buckets.get(size)
+        if bucket is None:
+            bucket = self._buckets[size] = self._make(size)
+        plan = SamplingPlan([row.draw for row in rows], self._decoder.vocabulary, size)
+        self._send(bucket, rows, plan)
+        packed = self._run(bucket, plan.variant)
+        return plan.read(packed.cpu().numpy())
+
+    def close(self) -> None:
+        """Drop graphs and memory."""
+        self._buckets.clear()
+
+    def _make(self, rows: int) -> _Bucket:
+        decoder = self._decoder
+        widths, dtype = decoder.widths(), decoder.dtype
+        sizes = [4 * _ROW_NUMBERS * rows, 4 * rows * self._blocks]
+        sizes += [rows * width * dtype.itemsize for width in widths]
+        first, second, *rest = self._memory.take(sizes)
+        numbers = first.view(torch.int32).view(_ROW_NUMBERS, rows)
+        tables = second.view(torch.int32).view(rows, self._blocks)
+        ids, positions, slots, lengths = numbers
+        scratch = Scratch(*(one.view(dtype).view(rows, -1) for one in rest))
+        return _Bucket(DecodeInputs(ids, positions, slots, tables, lengths), numbers, scratch)
+
+    def _send(self, bucket: _Bucket, rows: Sequence[DecodeRow], plan: SamplingPlan) -> None:
+        """Bring to the device what is new in this step."""
+        size = bucket.numbers.shape[1]
+        numbers = row_numbers(rows, size, self._block_tokens)
+        tables = block_tables(rows, size, self._block_tokens, self._blocks)
+        joined = self._to_device(np.concatenate((numbers.ravel(), tables.ravel())))
+        bucket.numbers.copy_(joined[: numbers.size].view(numbers.shape))
+        width = tables.shape[1]
+        bucket.inputs.tables[:, :width].copy_(joined[numbers.size :].view(size, width))
+        sent = self._to_device(plan.buffer())
+        known = bucket.plans.get(plan.variant)
+        if known is None:
+            bucket.plans[plan.variant] = sent
+        else:
+            known.copy_(sent)
+
+    def _to_device(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        host = torch.from_numpy(array)
+        if self._device.type != "cuda":
+            return host
+        return host.pin_memory().to(self._device, non_blocking=True)
+
+    def _run(self, bucket: _Bucket, variant: Variant) -> torch.Tensor:
+        replay = bucket.graphs.get(variant)
+        if replay is not None:
+            return replay()
+        if self._graphs is None or variant not in bucket.used:
+            bucket.used.add(variant)
+            return self._compute(bucket, variant)
+        replay = self._graphs.capture(lambda: self._compute(bucket, variant))
+        bucket.graphs[variant] = replay
+        return replay()
+
+    def _compute(self, bucket: _Bucket, variant: Variant) -> torch.Tensor:
+        logits = self._decoder.step(bucket.inputs, self._cache, self._block_tokens, bucket.scratch)
+        return draw(logits, bucket.plans[variant], variant)

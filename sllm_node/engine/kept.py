@@ -1,0 +1,61 @@
+"""What of a replica outlives it: its module, and where its KV memory was.
+
+A model that was served and evicted comes back to the same addresses. What points there (parameters,
+views, captured steps) is kept, so that its return costs its bytes alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sllm_node.device.base import DeviceBuffer
+from sllm_node.engine.decode_batch import DecodeBatch
+from sllm_node.engine.kv import KvCache, KvMemory
+from sllm_node.engine.skeleton import LayerShape, Model
+
+
+@dataclass(frozen=True, slots=True)
+class KvPlace:
+    """Where a replica's KV memory is, or was: addresses, views of them, steps that were captured."""
+
+    memory: tuple[KvMemory, ...]
+    cache: KvCache
+    decode: DecodeBatch | None
+
+    def unmap(self) -> None:
+        """Give the memory back, and keep the rest for the model's return."""
+        for one in self.memory:
+            one.buffer.unmap(set(one.buffer.mapped))
+
+    def close(self) -> None:
+        """Give everything up."""
+        if self.decode is not None:
+            self.decode.close()
+        self.cache.close()
+        for one in self.memory:
+            one.buffer.close()
+
+
+@dataclass(slots=True)
+class Skeleton:
+    """A module, and what its layers keep of a token.
+
+    Without weights at first. `bound_to` are the buffers that its parameters are views of: they keep
+    their addresses for life, so a module that comes back to the same ones needs no binding.
+    """
+
+    model: Model
+    shapes: tuple[LayerShape, ...]
+    token_bytes: int
+    bound_to: tuple[DeviceBuffer, ...] = ()
+    kv: KvPlace | None = None
+    """Of the last replica, without memory, while there is none."""
+
+    def take_kv(self, sizes: Sequence[tuple[str, int]]) -> KvPlace | None:
+        """Return the place of the last replica if it fits (device, bytes) of each part; forget it."""
+        found, self.kv = self.kv, None
+        if found is None:
+            return None
+        if [(one.device, one.buffer.size) for one in found.memory] == list(sizes):
+            return found
+        found.close()
+        return None
