@@ -109,8 +109,8 @@ class Blocks:
         """Take note that block `index` of `table` is full and written, and known by `key`.
 
         If another block is known by it already, that one takes its place in `table`. `parent` is
-        the key of the block before the first of `table`, if there was one. Never while a step that
-        has `table` is under way.
+        the key of the block before the first of `table`, if there was one. A step under way has the
+        table as it was and goes on reading the other block; only later steps write to that one.
         """
         before = self._keys[table[index - 1]] if index else parent
         is_first = not index and parent is None

@@ -1,8 +1,12 @@
-"""One step: packs sessions into a forward pass, draws their tokens. Runs on the step thread.
+"""Steps: packs sessions into a forward pass, draws their tokens. Runs on the step thread.
 
-Values go in and come out; the only state is the module and its KV cache.
+A step is launched and read. Between, a device that computes by itself goes on alone, and the step
+after it can be launched already: what it needs of the drawn tokens, it takes from where they were
+drawn. What comes to the host is copied there right behind the step, so reading one does not wait
+for the next.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +15,11 @@ import torch
 
 from sllm_node.core.types import TokenIds
 from sllm_node.engine.attention import attention_step
-from sllm_node.engine.draw import sample
+from sllm_node.engine.draw import draw
 from sllm_node.engine.kv import KvCache, KvPart, PagedStep
 from sllm_node.engine.sampling import Drawn, SamplingRow
+from sllm_node.engine.sampling_plan import SamplingPlan
+from sllm_node.engine.upload import upload
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,42 +30,145 @@ class StepPart:
     place: KvPart
     draw: SamplingRow | None
     """How to draw the next token; None: more of the prompt follows."""
+    follows: int | None = None
+    """The row of the step before whose token it computes; `tokens` then only holds its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Landing:
+    """What a step leaves on the host, once the device has come so far."""
+
+    packed: torch.Tensor | None
+    event: Any
+
+    def wait(self) -> None:
+        if self.event is not None:
+            self.event.synchronize()
+
+
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A step under way."""
+
+    parts: Sequence[StepPart]
+    plan: SamplingPlan | None
+    tokens: torch.Tensor | None
+    """What its rows have drawn, on the device."""
+    landing: _Landing
+
+    def read(self) -> list[Drawn | None]:
+        """Wait for it and return what each part has drawn."""
+        self.landing.wait()
+        drawn: list[Drawn] = []
+        if self.plan is not None and self.landing.packed is not None:
+            drawn = self.plan.read(self.landing.packed.numpy())
+        rows = iter(drawn)
+        return [None if part.draw is None else next(rows) for part in self.parts]
 
 
 class Runner:
-    """A module with weights and KV memory."""
+    """A module with weights and KV memory, and the steps that are under way on it."""
 
     def __init__(self, model: Any, cache: KvCache, block_tokens: int) -> None:
         self._model = model
         self._cache = cache
         self._block_tokens = block_tokens
+        self._first, self._last = cache.keys[0].device, cache.keys[-1].device
+        self._under_way: deque[_Launched | Exception] = deque()
 
-    def step(self, parts: Sequence[StepPart]) -> list[Drawn | None]:
-        """Compute all `parts` in one forward pass; return what each has drawn."""
-        device = self._cache.keys[0].device
-        ids = [token for part in parts for token in part.tokens]
-        begins = [part.place.passed + part.place.start for part in parts]
-        positions = [
-            begin + i
-            for begin, part in zip(begins, parts, strict=True)
-            for i in range(part.place.count)
-        ]
+    @property
+    def is_asynchronous(self) -> bool:
+        """Whether the device computes while the step thread does something else."""
+        return self._last.type == "cuda"
+
+    def advance(self, steps: Sequence[Sequence[StepPart]]) -> list[Drawn | None]:
+        """Launch `steps`, wait for the oldest under way and return what each part of it has drawn.
+
+        A step that could not be launched tells so when it is the oldest.
+        """
+        for parts in steps:
+            self._under_way.append(self._launched(parts))
+        oldest = self._under_way.popleft()
+        if isinstance(oldest, Exception):
+            raise oldest
+        return oldest.read()
+
+    def drop(self) -> None:
+        """Wait for all steps under way, whatever they bring."""
+        while self._under_way:
+            step = self._under_way.popleft()
+            if isinstance(step, _Launched):
+                step.landing.wait()
+
+    def _launched(self, parts: Sequence[StepPart]) -> _Launched | Exception:
+        before = self._under_way[-1] if self._under_way else None
+        try:
+            with torch.inference_mode():
+                return self._launch(parts, before)
+        except Exception as error:
+            return error
+
+    def _launch(self, parts: Sequence[StepPart], before: _Launched | Exception | None) -> _Launched:
+        ids, positions = self._inputs(parts, before)
         ends, end = [], -1
         for part in parts:
             end += part.place.count
             if part.draw is not None:
                 ends.append(end)
-        with torch.inference_mode():
-            step = PagedStep(self._cache, [part.place for part in parts], self._block_tokens)
-            with attention_step(step):
-                output = self._model(
-                    input_ids=torch.tensor([ids], device=device),
-                    position_ids=torch.tensor([positions], device=device),
-                    use_cache=False,
-                    # An index keeps only the rows that draw; a step without any keeps one, unused.
-                    # Split over devices, what follows the last layer is where that layer is.
-                    logits_to_keep=torch.tensor(ends or [end], device=self._cache.keys[-1].device),
-                )
-            rows = [part.draw for part in parts if part.draw is not None]
-            drawn = iter(sample(output.logits[0], rows) if rows else ())
-        return [None if part.draw is None else next(drawn) for part in parts]
+        step = PagedStep(self._cache, [part.place for part in parts], self._block_tokens)
+        with attention_step(step):
+            output = self._model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                # An index keeps only the rows that draw; a step without any keeps one, unused.
+                # Split over devices, what follows the last layer is where that layer is.
+                logits_to_keep=upload(ends or [end], self._last),
+            )
+        rows = [part.draw for part in parts if part.draw is not None]
+        if not rows:
+            return _Launched(parts, None, None, self._land(None))
+        logits = output.logits[0]
+        plan = SamplingPlan(rows, logits.shape[-1])
+        buffer = upload(torch.from_numpy(plan.buffer()), logits.device)
+        packed = draw(logits, buffer, plan.variant)
+        return _Launched(parts, plan, packed[: len(rows)], self._land(packed))
+
+    def _inputs(
+        self, parts: Sequence[StepPart], before: _Launched | Exception | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return ids and positions of all tokens."""
+        ids: list[int] = []
+        positions: list[int] = []
+        places: list[int] = []  # of tokens that are drawn by the step before
+        rows: list[int] = []
+        for part in parts:
+            if part.follows is not None:
+                places.append(len(ids))
+                rows.append(part.follows)
+            begin = part.place.passed + part.place.start
+            ids += part.tokens
+            positions += range(begin, begin + part.place.count)
+        sizes = [len(ids), len(ids), len(rows)]
+        made, at, place = upload(ids + positions + places, self._first).split(sizes)
+        if rows:
+            if isinstance(before, Exception):
+                raise before
+            assert before is not None
+            assert before.tokens is not None
+            # -1, of logits that are no numbers, is no input: whatever follows it is thrown away.
+            drawn = before.tokens.index_select(0, upload(rows, self._last)).clamp(min=0)
+            made = made.index_copy(0, place, drawn.to(self._first, non_blocking=True))
+        return made, at
+
+    def _land(self, packed: torch.Tensor | None) -> _Landing:
+        """Let `packed` come to the host behind the step."""
+        if not self.is_asynchronous:
+            return _Landing(packed, None)
+        host = None
+        if packed is not None:
+            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            host.copy_(packed, non_blocking=True)
+        event = torch.cuda.Event(blocking=True)
+        event.record(torch.cuda.current_stream(self._last))
+        return _Landing(host, event)

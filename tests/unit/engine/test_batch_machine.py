@@ -137,7 +137,7 @@ class WindowMachine(BatchMachine):
     @invariant()
     def nobody_keeps_what_the_window_has_passed(self):
         for session in self.batch.sessions():
-            if session.state is SessionState.RUNNING and not session.is_in_flight:
+            if session.state is SessionState.RUNNING and not session.in_flight:
                 assert (session.passed_blocks + 1) * BLOCK > session.computed + 1 - 6
 
 
