@@ -197,7 +197,7 @@ class Engine:
                 continue
             try:
                 drawn = await self._steps.run(runner.advance, self._launches(planned))
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - told to the sessions, and logged
                 await self._fail(runner, error)
             else:
                 self._take(self._flight.popleft(), drawn)

@@ -79,7 +79,7 @@ class Runner:
     @property
     def is_asynchronous(self) -> bool:
         """Whether the device computes while the step thread does something else."""
-        return self._last.type == "cuda"
+        return self._last.type != "cpu"
 
     def advance(self, steps: Sequence[Sequence[StepPart]]) -> list[Drawn | None]:
         """Launch `steps`, wait for the oldest under way and return what each part of it has drawn.
@@ -105,7 +105,7 @@ class Runner:
         try:
             with torch.inference_mode():
                 return self._launch(parts, before)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - raised when the step is read
             return error
 
     def _launch(self, parts: Sequence[StepPart], before: _Launched | Exception | None) -> _Launched:
@@ -149,8 +149,8 @@ class Runner:
             begin = part.place.passed + part.place.start
             ids += part.tokens
             positions += range(begin, begin + part.place.count)
-        sizes = [len(ids), len(ids), len(rows)]
-        made, at, place = upload(ids + positions + places, self._first).split(sizes)
+        sent, count = upload(ids + positions + places, self._first), len(ids)
+        made, at, place = sent[:count], sent[count : 2 * count], sent[2 * count :]
         if rows:
             if isinstance(before, Exception):
                 raise before
@@ -169,6 +169,6 @@ class Runner:
         if packed is not None:
             host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
             host.copy_(packed, non_blocking=True)
-        event = torch.cuda.Event(blocking=True)
-        event.record(torch.cuda.current_stream(self._last))
+        event = torch.Event(self._last)
+        event.record(torch.accelerator.current_stream(self._last))
         return _Landing(host, event)

@@ -12,6 +12,6 @@ import torch
 def upload(values: torch.Tensor | Sequence[int], device: torch.device) -> torch.Tensor:
     """Return `values` on `device`; numbers as int64."""
     host = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.long)
-    if device.type != "cuda":
-        return host.to(device)
+    if device.type == "cpu":
+        return host
     return host.pin_memory().to(device, non_blocking=True)
