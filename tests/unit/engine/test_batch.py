@@ -10,12 +10,19 @@ from sllm_node.engine.session import Session, SessionEvent, SessionState
 BLOCK = 4
 
 
-def make(number, prompt=6, max_tokens=8, priority=0, resumed=(), like=None, salt=""):
+PLAIN = SamplingParameters()
+PENALISED = SamplingParameters(presence_penalty=1.0)
+
+
+def make(
+    number, prompt=6, max_tokens=8, priority=0, resumed=(), like=None, salt="",
+    sampling=PLAIN,
+):  # fmt: skip
     """Return a session; its tokens are its own, or those of the sessions that are `like` the same."""
     first = 1000 * (number if like is None else like)
     request = GenerationRequest(
         SessionId(f"s{number}"), ModelId("m"), tuple(range(first, first + prompt)),
-        SamplingParameters(), max_tokens, resumed=resumed, priority=priority, cache_salt=salt,
+        sampling, max_tokens, resumed=resumed, priority=priority, cache_salt=salt,
     )  # fmt: skip
     return Session(request, number)
 
