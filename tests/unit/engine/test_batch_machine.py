@@ -32,7 +32,7 @@ class BatchMachine(RuleBasedStateMachine):
     Two steps are under way at most. The device runs them in order, at any time before they end.
     """
 
-    BLOCKS = 9
+    BLOCKS = 7
     WINDOW: ClassVar[int | None] = None
 
     def __init__(self):
@@ -53,11 +53,14 @@ class BatchMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: len(self.flight) < 2)
     @rule()
+    def begin(self):
+        self.begin_step()
+
     def begin_step(self):
         plan = self.batch.plan()
         tables = [(list(part.session.table), part.session.passed_blocks) for part in plan]
         if not plan:
-            return
+            return False
         rows = (
             [part.session for part in self.flight[-1].plan if part.is_last] if self.flight else []
         )
@@ -72,6 +75,7 @@ class BatchMachine(RuleBasedStateMachine):
             else:
                 assert len(session.tokens(part.start, part.count)) == part.count
         self.flight.append(Step(plan, tables))
+        return True
 
     @precondition(lambda self: not all(step.has_run for step in self.flight))
     @rule()
@@ -106,6 +110,16 @@ class BatchMachine(RuleBasedStateMachine):
             session.output.append(session.length)
             if place == surprise or len(session.output) >= session.request.max_tokens:
                 self.batch.end(session)
+
+    @precondition(lambda self: self.batch.sessions())
+    @rule(count=st.integers(2, 9))
+    def go_on(self, count):
+        """Step ahead for a while, as an engine does."""
+        for _ in range(count):
+            while len(self.flight) < 2 and self.begin_step():
+                pass
+            if self.flight:
+                self.end_step()
 
     @precondition(lambda self: self.flight)
     @rule()
