@@ -205,10 +205,9 @@ class Engine:
     def _plan(self) -> int:
         """Plan as far ahead as is allowed; return how many steps there are to launch."""
         planned = 0
-        while self._runner is not None and len(self._flight) < self._depth:
-            plan = self._batch.plan()
-            if not plan:
-                break
+        runner, batch = self._runner, self._batch
+        is_open = runner is not None and not runner.has_failed
+        while is_open and len(self._flight) < self._depth and (plan := batch.plan()):
             self._flight.append(plan)
             planned += 1
         self._count()

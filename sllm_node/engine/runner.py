@@ -81,6 +81,11 @@ class Runner:
         """Whether the device computes while the step thread does something else."""
         return self._last.type != "cpu"
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether a step under way could not be launched; nothing should follow it."""
+        return any(isinstance(step, Exception) for step in self._under_way)
+
     def advance(self, steps: Sequence[Sequence[StepPart]]) -> list[Drawn | None]:
         """Launch `steps`, wait for the oldest under way and return what each part of it has drawn.
 
