@@ -84,7 +84,7 @@ class EngineConfig(Section, frozen=True):
     prefix_cache: bool = True
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
-    launch_ahead: bool | None = None
+    launch_ahead: Literal["auto", "always", "never"] = "auto"
     torch_threads: NotNegative = 0
     stall_s: Seconds = 120.0
 

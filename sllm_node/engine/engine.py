@@ -82,8 +82,8 @@ class Engine:
         self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens, parts.window)
         runner = Runner(parts.model, parts.cache, parts.blocks.block_tokens)
         self._runner: Runner | None = runner
-        ahead = config.launch_ahead
-        self._depth = 2 if (runner.is_asynchronous if ahead is None else ahead) else 1
+        ways = {"always": True, "never": False, "auto": runner.is_asynchronous}
+        self._depth = 2 if ways[config.launch_ahead] else 1
         self._flight: deque[list[Part]] = deque()
         """The steps that are planned and not taken, oldest first."""
         self._generations: dict[int, Generation] = {}

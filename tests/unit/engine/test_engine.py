@@ -270,7 +270,7 @@ async def test_logits_that_are_no_numbers_fail_one_session_only(checkpoint):
         assert len(tokens) == 8
 
 
-@pytest.mark.parametrize("launch_ahead", [False, True])
+@pytest.mark.parametrize("launch_ahead", ["never", "always"])
 async def test_values_that_are_no_numbers_stay_in_their_own_session(checkpoint, launch_ahead):
     async with engine_of(checkpoint, launch_ahead=launch_ahead) as engine:
         prompts = [range(5, 5 + length) for length in (3, 9, 20)]

@@ -13,7 +13,7 @@ from tests.unit.engine.rig import GREEDY, ask, collect, engine_of
 
 BLOCK = 4
 SMALL = {"block_tokens": BLOCK, "max_step_tokens": 16}
-AHEAD = {**SMALL, "launch_ahead": True}
+AHEAD = {**SMALL, "launch_ahead": "always"}
 PROMPT = (20, 31, 45, 60, 72)
 END = 100.0
 """A bias that makes an end token certain."""
