@@ -19,7 +19,8 @@ coming: its place is planned, its value is the other step's business. Whether th
 that token shows too late; what the planned step computes for it is thrown away. Steps run in order,
 each with the tables as they were when it was planned. So tables may change while it is under way:
 a block that is let go meanwhile is only written to by a later step. Blocks become known as far as
-the tokens in them are part of the session. Nobody is preempted while a step is under way: without
+the tokens in them are part of the session. Who has penalties is planned when its last token is known,
+and so sits out the step between; where that would be half of the sessions, all wait instead. Nobody is preempted while a step is under way: without
 blocks, the next step is planned when that one has ended.
 """
 
@@ -96,7 +97,10 @@ class Batch:
         """Return the next step; empty when there is nothing to do before another one has ended."""
         budget = self._max_step_tokens
         counts: dict[Session, int] = {}
-        ready = [session for session in self._running if session.is_plannable]
+        going = [session for session in self._running if not session.is_ending]
+        ready = [session for session in going if not session.is_held]
+        if len(ready) < len(going) and 2 * len(ready) <= len(going):
+            return []  # better one step with all of them
         for session in sorted(ready, key=lambda s: (s.pending > 1, *s.sort_key())):
             if session.state is SessionState.RUNNING and budget > 0:
                 count = min(session.pending, budget)

@@ -90,15 +90,14 @@ class Session:
         return self.length + self.coming - self.planned
 
     @property
-    def is_plannable(self) -> bool:
-        """Whether its next step can be planned now.
+    def is_ending(self) -> bool:
+        """Whether the last token that it may have is coming."""
+        return bool(self.coming) and len(self.output) + self.coming >= self.request.max_tokens
 
-        Not when the last token it may have is coming, nor when penalties follow from one that is.
-        """
-        if not self.coming:
-            return True
-        is_full = len(self.output) + self.coming >= self.request.max_tokens
-        return not (is_full or self._needs_values)
+    @property
+    def is_held(self) -> bool:
+        """Whether its next step needs the value of a token that is coming."""
+        return bool(self.coming) and self._needs_values and not self.is_ending
 
     def tokens(self, start: int, count: int) -> TokenIds:
         """Return `count` of its tokens from `start` on."""

@@ -157,22 +157,38 @@ def test_nothing_is_planned_behind_the_last_token_that_a_session_may_have():
 
 def test_a_session_with_penalties_joins_when_its_last_token_is_known():
     made = batch()
-    made.add(make(1, sampling=PENALISED))
-    made.add(make(2))
+    for number in (1, 2, 3):
+        made.add(make(number, sampling=PENALISED if number == 1 else PLAIN))
     plans = [made.plan(), made.plan()]
     for _ in range(4):
         taken(made, plans[-2])
         plans.append(made.plan())
     numbers = [[part.session.number for part in plan] for plan in plans]
-    assert numbers == [[1, 2], [2], [1, 2], [2], [1, 2], [2]]
+    assert numbers == [[1, 2, 3], [2, 3]] * 3
+
+
+def test_all_wait_where_half_of_the_sessions_would_sit_a_step_out():
+    made = batch()
+    made.add(make(1, sampling=PENALISED))
+    first = made.plan()
+    made.add(make(2, sampling=PENALISED))
+    made.add(make(3))
+    assert made.plan() == []
+    taken(made, first)
+    second = made.plan()
+    assert [part.session.number for part in second] == [1, 2, 3]
+    assert made.plan() == []
+    made.end(second[1].session)
+    assert made.plan() == []
+    taken(made, second)
+    assert [part.session.number for part in made.plan()] == [1, 3]
 
 
 def test_as_many_sessions_run_as_a_step_has_tokens():
     made = batch(blocks=64, budget=3)
     for number in range(6):
-        made.add(make(number, prompt=1, sampling=PENALISED))
-    first = made.plan()
-    assert (len(first), made.plan(), made.waiting) == (3, [], 3)
+        made.add(make(number, prompt=1, sampling=PLAIN if number else PENALISED))
+    assert [len(made.plan()), len(made.plan()), made.waiting] == [3, 2, 3]
 
 
 def test_nobody_is_preempted_and_nobody_else_goes_on_while_a_step_is_under_way():

@@ -116,16 +116,18 @@ async def test_one_after_another_find_the_same_cached(checkpoint):
     assert found[0] == found[1]
 
 
-async def test_a_step_is_under_way_while_the_tokens_of_another_are_handed_out(checkpoint):
-    async with engine_of(checkpoint, **AHEAD) as engine:
-        async for chunk in engine.submit(ask(PROMPT, 8)):
-            assert len(engine._runner._under_way) == (chunk.finish is None)
+@pytest.mark.parametrize("config", [SMALL, AHEAD], ids=["cpu", "ahead"])
+async def test_a_step_is_under_way_while_the_tokens_of_another_are_handed_out(checkpoint, config):
+    async with engine_of(checkpoint, **config) as engine:
+        take, under_way = engine._take, []
 
+        def watched(plan, drawn):
+            under_way.append(len(engine._runner._under_way))
+            take(plan, drawn)
 
-async def test_a_cpu_launches_nothing_ahead_by_itself(checkpoint):
-    async with engine_of(checkpoint, **SMALL) as engine:
-        async for _ in engine.submit(ask(PROMPT, 8)):
-            assert not engine._runner._under_way
+        engine._take = watched
+        await collect(engine.submit(ask(PROMPT, 8)))
+        assert under_way == ([0] * 8 if config is SMALL else [1] * 7 + [0])
 
 
 async def test_a_token_too_many_is_not_told_and_not_counted(checkpoint):
@@ -142,11 +144,12 @@ async def test_a_token_too_many_is_not_told_and_not_counted(checkpoint):
 
 async def test_sessions_with_penalties_and_others_go_on_side_by_side(checkpoint):
     penalised = SamplingParameters(temperature=0.0, repetition_penalty=1.4)
+    kinds = (GREEDY, penalised, GREEDY, GREEDY)
     async with engine_of(checkpoint, **SMALL) as engine:
-        alone = [await collect(engine.submit(ask(PROMPT, 20, s))) for s in (GREEDY, penalised)]
+        alone = [await collect(engine.submit(ask(PROMPT, 20, kind))) for kind in kinds]
     async with engine_of(checkpoint, **AHEAD) as engine:
-        both = [engine.submit(ask(PROMPT, 20, s)) for s in (GREEDY, penalised)]
-        assert await asyncio.gather(*map(collect, both)) == alone
+        together = [engine.submit(ask(PROMPT, 20, kind)) for kind in kinds]
+        assert await asyncio.gather(*map(collect, together)) == alone
 
 
 # --- failures -------------------------------------------------------------------------------------
