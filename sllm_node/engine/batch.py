@@ -19,9 +19,9 @@ coming: its place is planned, its value is the other step's business. Whether th
 that token shows too late; what the planned step computes for it is thrown away. Steps run in order,
 each with the tables as they were when it was planned. So tables may change while it is under way:
 a block that is let go meanwhile is only written to by a later step. Blocks become known as far as
-the tokens in them are part of the session. Who has penalties is planned when its last token is known,
-and so sits out the step between; where that would be half of the sessions, all wait instead. Nobody is preempted while a step is under way: without
-blocks, the next step is planned when that one has ended.
+the tokens in them are part of the session. Who has penalties is planned when its last token is known
+and so sits out the step between; where that would be half of the sessions, all wait instead. Nobody
+is preempted while a step is under way: without blocks, the next is planned when that one has ended.
 """
 
 from bisect import insort
