@@ -86,6 +86,7 @@ class EngineConfig(Section, frozen=True):
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
     resume: ResumeMode = "fast"
+    launch_ahead: Literal["auto", "always", "never"] = "auto"
     torch_threads: NotNegative = 0
     stall_after_s: Seconds = 120.0
 

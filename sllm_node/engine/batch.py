@@ -18,9 +18,19 @@ Where every layer has a window, a session leaves the blocks behind that no later
 
 A block can be found by others when the step that fills it has ended, and not before: sessions that
 are admitted together compute what they share once each, and share it from then on.
+
+A step can be planned while the one before it is under way. A session that decodes then has a token
+coming: its place is planned, its value is the other step's business. Whether the session ends with
+that token shows too late; what the planned step computes for it is thrown away. Steps run in order,
+each with the tables as they were when it was planned. So tables may change while it is under way:
+a block that is let go meanwhile is only written to by a later step. Blocks become known as far as
+the tokens in them are part of the session. Who has penalties is planned when its last token is known
+and so sits out the step between; where that would be half of the sessions, all wait instead. Nobody
+is preempted while a step is under way: without blocks, the next is planned when that one has ended.
 """
 
 from bisect import insort
+from collections.abc import Container
 from dataclasses import dataclass
 
 from sllm_node.engine.blocks import Blocks
@@ -34,11 +44,10 @@ class Part:
     session: Session
     start: int
     count: int
-
-    @property
-    def is_last(self) -> bool:
-        """Whether the next token is drawn after it."""
-        return self.start + self.count == self.session.length
+    is_last: bool
+    """The next token is drawn after it."""
+    is_ahead: bool
+    """Its token is the one that the step before draws."""
 
 
 class Batch:
@@ -53,11 +62,13 @@ class Batch:
         """Tokens of sessions that were admitted for the first time."""
         self.found_tokens = 0
         """Of these: those that were cached."""
-        self._max_sessions = max_sessions
+        self._max_sessions = min(max_sessions, max_step_tokens)  # so that all fit into a step
         self._max_step_tokens = max_step_tokens
         self._window = window
         self._waiting: list[Session] = []
         self._running: list[Session] = []
+        self._under_way = 0
+        """Steps that are planned and have not ended."""
 
     @property
     def waiting(self) -> int:
@@ -79,60 +90,73 @@ class Batch:
         insort(self._waiting, session, key=Session.sort_key)
 
     def end(self, session: Session) -> None:
-        """Let a session go; its blocks are free at once, or when the step in flight has ended."""
+        """Let a session go; its blocks are free at once, or when no step works on them."""
         if session.state is SessionState.ENDED:
             return
         (self._running if session.state is SessionState.RUNNING else self._waiting).remove(session)
         session.happen(SessionEvent.ENDED)
-        if not session.is_in_flight:
+        if not session.in_flight:
             self.blocks.give_back(session.table)
 
     def plan(self) -> list[Part]:
-        """Return the next step; empty when there is nothing to do."""
+        """Return the next step; empty when there is nothing to do before another one has ended."""
         budget = self._max_step_tokens
-        parts: list[Part] = []
-        for session in sorted(self._running, key=lambda s: (s.due > 1, *s.sort_key())):
+        counts: dict[Session, int] = {}
+        going = [session for session in self._running if not session.is_ending]
+        ready = [session for session in going if not session.is_held]
+        if len(ready) < len(going) and 2 * len(ready) <= len(going):
+            return []  # better one step with all of them
+        for session in sorted(ready, key=lambda s: (s.due > 1, *s.sort_key())):
             if session.state is SessionState.RUNNING and budget > 0:
                 count = min(session.due, budget)
-                if self._grow(session, count, parts):
-                    parts.append(Part(session, session.computed, count))
+                if self._grow(session, count, counts):
+                    counts[session] = count
                     budget -= count
+                elif self._under_way:
+                    return []
         while budget > 0 and (admitted := self._admit()) is not None:
-            count = min(admitted.due, budget)
-            parts.append(Part(admitted, admitted.computed, count))
-            budget -= count
-        for part in parts:
-            part.session.is_in_flight = True
-        return parts
+            counts[admitted] = min(admitted.due, budget)
+            budget -= counts[admitted]
+        self._under_way += bool(counts)
+        return [_begun(session, count) for session, count in counts.items()]
 
     def stepped(self, parts: list[Part]) -> None:
-        """Take note that a step has ended, before its tokens are added."""
+        """Take note that the oldest step has ended, before its tokens are added."""
+        self._under_way -= 1
         for part in parts:
             session = part.session
-            session.is_in_flight = False
-            session.computed += part.count
+            self._landed(part)
+            session.computed = part.start + part.count
             self._fill(session, part.start)
-            if session.state is SessionState.ENDED:
-                self.blocks.give_back(session.table)
-            else:
+            if session.state is not SessionState.ENDED:
                 self._leave(session)
+            elif not session.in_flight:
+                self.blocks.give_back(session.table)
 
     def failed(self, parts: list[Part]) -> None:
         """Take note that a step has ended and may have written anything to its sessions' blocks.
 
         Its sessions must end. Nothing stays cached: who knows what else went wrong.
         """
+        self._under_way -= 1
         self.blocks.forget()
         for part in parts:
-            part.session.is_in_flight = False
-            if part.session.state is SessionState.ENDED:
-                self.blocks.give_back(part.session.table)
+            session = part.session
+            self._landed(part)
+            if session.state is SessionState.ENDED and not session.in_flight:
+                self.blocks.give_back(session.table)
+
+    def _landed(self, part: Part) -> None:
+        part.session.in_flight -= 1
+        part.session.coming -= part.is_last
 
     def _fill(self, session: Session, start: int) -> None:
         """Make the blocks known that are full since a step that began at token `start`."""
         size, passed = self.blocks.block_tokens, session.passed_blocks
         parent = session.key(passed - 1, size) if passed else None
-        for index in range(start // size, session.computed // size):
+        # A step that was planned ahead may have computed a token too many for a session that ended.
+        end = min(session.computed, session.length)
+        for index in range(start // size, end // size):
             key, origin = session.key(index, size), session.origin(index, size)
             self.blocks.fill(session.table, index - passed, key, parent, origin)
 
@@ -154,7 +178,7 @@ class Batch:
         if not self.blocks.begin(session.table, found, session.length + 1):
             return None
         self._waiting.pop(0)
-        session.computed = len(found) * size
+        session.computed = session.planned = len(found) * size
         if session.found is None:
             session.found = session.computed
             self.asked_tokens += session.length
@@ -173,11 +197,12 @@ class Batch:
                 return found[:index]
         return found
 
-    def _grow(self, session: Session, count: int, planned: list[Part]) -> bool:
-        """Get the blocks for the next `count` tokens, from others if need be."""
-        end = session.computed + count - session.passed_blocks * self.blocks.block_tokens
+    def _grow(self, session: Session, count: int, busy: Container[Session]) -> bool:
+        """Get the blocks for the next `count` tokens, from others if need be and no step runs."""
+        end = session.planned + count - session.passed_blocks * self.blocks.block_tokens
         while not self.blocks.grow(session.table, end):
-            busy = [part.session for part in planned]
+            if self._under_way:
+                return False
             victim = max(
                 (s for s in self._running if s not in busy), key=Session.sort_key, default=session
             )
@@ -188,8 +213,19 @@ class Batch:
 
     def _preempt(self, session: Session) -> None:
         self.blocks.give_back(session.table)
-        session.computed = session.passed_blocks = 0
+        session.computed = session.planned = session.passed_blocks = 0
         session.happen(SessionEvent.PREEMPTED)
         self._running.remove(session)
         insort(self._waiting, session, key=Session.sort_key)
         self.preemptions += 1
+
+
+def _begun(session: Session, count: int) -> Part:
+    """Return the part that takes `count` more tokens, and put it under way."""
+    start, length = session.planned, session.length
+    end = start + count
+    part = Part(session, start, count, end == length + session.coming, start == length)
+    session.planned = end
+    session.coming += part.is_last
+    session.in_flight += 1
+    return part

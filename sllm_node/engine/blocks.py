@@ -121,8 +121,8 @@ class Blocks:
 
         If another block is known by it already, that one takes its place in `table`, unless it is
         not of the same `origin`; then this one stays unknown. `parent` is the key of the block
-        before the first of `table`, if there was one. Never while a step that has `table` is under
-        way.
+        before the first of `table`, if there was one. A step under way has the table as it was and
+        goes on reading the other block; only later steps write to that one.
         """
         before = self._keys[table[index - 1]] if index else parent
         is_first = not index and parent is None

@@ -5,12 +5,16 @@ session have length 0 and write nothing. What changes from step to step goes to 
 of int32 numbers and one of the sampling plan. Everything after these copies reads and writes the same
 addresses every time, so on a GPU it is captured in a CUDA graph when a bucket and a variant of drawing
 are used for the second time (the first compiles kernels and sizes libraries' memory), and replayed from
-then on. All graphs of a replica share one pool of memory.
+then on. All graphs of a device share one pool of memory.
+
+A step is launched and not waited for, so the next may be launched while it runs. All that both write to
+is written in the order of the stream. Host memory that a copy reads is new in each step; what is drawn
+leaves the graphs' memory right behind the replay, because any later one may write there.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import torch
@@ -18,9 +22,10 @@ import torch
 from sllm_node.engine.draw import draw
 from sllm_node.engine.fused import DecodeInputs, FusedDecoder, Scratch
 from sllm_node.engine.kv import KvCache, KvPart
-from sllm_node.engine.sampling import Drawn, SamplingRow
+from sllm_node.engine.sampling import SamplingRow
 from sllm_node.engine.sampling_plan import SamplingPlan, Variant
 from sllm_node.engine.scratch import ScratchMemory
+from sllm_node.engine.upload import upload
 
 BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _ROW_NUMBERS: Final = 4
@@ -36,6 +41,16 @@ class DecodeRow:
     token: int
     place: KvPart
     draw: SamplingRow
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """Tokens that the step before draws for this one."""
+
+    rows: Sequence[int]
+    """Which rows of this step go on with them."""
+    tokens: torch.Tensor
+    """On the device, one of each, int64."""
 
 
 def bucket_of(rows: int) -> int | None:
@@ -118,8 +133,10 @@ class DecodeBatch:
         return sum(len(bucket.graphs) for bucket in self._buckets.values())
 
     @torch.inference_mode()
-    def step(self, rows: Sequence[DecodeRow]) -> list[Drawn]:
-        """Compute one token of each row and wait for them; there are at most the last bucket's."""
+    def launch(
+        self, rows: Sequence[DecodeRow], following: Following | None = None
+    ) -> tuple[SamplingPlan, torch.Tensor]:
+        """Launch one token of each row, at most the last bucket's; return how and what it draws."""
         size = bucket_of(len(rows))
         assert size is not None
         bucket = self._buckets.get(size)
@@ -127,8 +144,10 @@ class DecodeBatch:
             bucket = self._buckets[size] = self._make(size)
         plan = SamplingPlan([row.draw for row in rows], self._decoder.vocabulary, size)
         self._send(bucket, rows, plan)
-        packed = self._run(bucket, plan.variant)
-        return plan.read(packed.cpu().numpy())
+        if following is not None:
+            which = upload(following.rows, self._device)
+            bucket.inputs.ids.index_copy_(0, which, following.tokens.to(torch.int32))
+        return plan, self._run(bucket, plan.variant)
 
     def close(self) -> None:
         """Drop graphs and memory."""
@@ -151,33 +170,29 @@ class DecodeBatch:
         size = bucket.numbers.shape[1]
         numbers = row_numbers(rows, size, self._block_tokens)
         tables = block_tables(rows, size, self._block_tokens, self._blocks)
-        joined = self._to_device(np.concatenate((numbers.ravel(), tables.ravel())))
+        joined = upload(
+            torch.from_numpy(np.concatenate((numbers.ravel(), tables.ravel()))), self._device
+        )
         bucket.numbers.copy_(joined[: numbers.size].view(numbers.shape))
         width = tables.shape[1]
         bucket.inputs.tables[:, :width].copy_(joined[numbers.size :].view(size, width))
-        sent = self._to_device(plan.buffer())
+        sent = upload(torch.from_numpy(plan.buffer()), self._device)
         known = bucket.plans.get(plan.variant)
         if known is None:
             bucket.plans[plan.variant] = sent
         else:
             known.copy_(sent)
 
-    def _to_device(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        host = torch.from_numpy(array)
-        if self._device.type != "cuda":
-            return host
-        return host.pin_memory().to(self._device, non_blocking=True)
-
     def _run(self, bucket: _Bucket, variant: Variant) -> torch.Tensor:
         replay = bucket.graphs.get(variant)
         if replay is not None:
-            return replay()
+            return replay().clone()
         if self._graphs is None or variant not in bucket.used:
             bucket.used.add(variant)
             return self._compute(bucket, variant)
         replay = self._graphs.capture(lambda: self._compute(bucket, variant))
         bucket.graphs[variant] = replay
-        return replay()
+        return replay().clone()
 
     def _compute(self, bucket: _Bucket, variant: Variant) -> torch.Tensor:
         logits = self._decoder.step(bucket.inputs, self._cache, self._block_tokens, bucket.scratch)

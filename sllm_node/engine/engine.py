@@ -1,15 +1,19 @@
 """A replica: sessions in, chunks out. The asyncio shell around batch, runner and text.
 
 One task steps as long as there is something to do: `batch.plan` says what goes together, the step
-thread computes it, `_take` hands out the tokens. All state lives on the event loop; a cancelled
-session's blocks are free at once, or right after the step that works on it. A step that fails ends
-the sessions that were in it, and no other.
+thread computes it, `_take` hands out the tokens. Where the device computes by itself, a step is
+planned and launched while the one before it is under way, so that the device has work while tokens
+are handed out; there are never more than two. All state lives on the event loop; a cancelled
+session's blocks are free at once, or right after the steps that work on it. A step that fails ends
+the sessions that were in it or in the one launched after it, and no other.
 """
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
@@ -18,7 +22,6 @@ from sllm_node.core.errors import (
     EngineError,
     InvalidRequestError,
     PromptTooLongError,
-    SllmError,
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import FinishReason, GenerationRequest, ModelId, TokenLogprob
@@ -84,9 +87,12 @@ class Engine:
         self._preempted = metrics.preemptions.labels(parts.name)
         self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens, parts.window)
         self._resume = config.resume
-        self._runner: Runner | None = Runner(
-            parts.model, parts.cache, parts.blocks.block_tokens, parts.decode
-        )
+        runner = Runner(parts.model, parts.cache, parts.blocks.block_tokens, parts.decode)
+        self._runner: Runner | None = runner
+        ways = {"always": True, "never": False, "auto": runner.is_asynchronous}
+        self._depth = 2 if ways[config.launch_ahead] else 1
+        self._flight: deque[list[Part]] = deque()
+        """The steps that are planned and not taken, oldest first."""
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
         self._last_number = 0
@@ -99,7 +105,7 @@ class Engine:
         )  # fmt: skip
         self._wake = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
-        self._task = asyncio.create_task(self._live(), name=f"engine {parts.name}")
+        self._task = asyncio.create_task(self._live(runner), name=f"engine {parts.name}")
 
     # --- from outside -------------------------------------------------------------------------
 
@@ -157,12 +163,14 @@ class Engine:
         return not request.ignore_eos and bool(last) and last[0] in self._parts.codec.eos_ids
 
     async def close(self) -> None:
-        """End the sessions, wait for the step under way, let go of weights and KV memory."""
+        """End the sessions, wait for the steps under way, let go of weights and KV memory."""
         if self._closing is None:
-            self._closing = asyncio.create_task(self._close(), name=f"close {self._parts.name}")
+            self._closing = asyncio.create_task(
+                self._close(self._runner), name=f"close {self._parts.name}"
+            )
         await asyncio.shield(self._closing)
 
-    async def _close(self) -> None:
+    async def _close(self, runner: Runner | None) -> None:
         self._runner = None
         self._wake.set()
         await self._task
@@ -171,17 +179,22 @@ class Engine:
             self._end(generation)
             generation.fail(error)
         self._parts.blocks.forget()
+        assert runner is not None
         # On the step thread, where the last step's tensors were made and freed.
-        await self._steps.run(self._parts.let_go, self._is_trusted)
+        await self._steps.run(self._let_go, runner)
         if self._is_trusted:
             self._parts.keep()
 
+    def _let_go(self, runner: Runner) -> None:
+        runner.drop()
+        self._parts.let_go(self._is_trusted)
+
     # --- stepping -----------------------------------------------------------------------------
 
-    async def _live(self) -> None:
+    async def _live(self, runner: Runner) -> None:
         """Step until closed; a mistake of ours ends all sessions, and no later one hangs."""
         try:
-            await self._run()
+            await self._run(runner)
         except Exception as error:
             log.exception("engine failed", extra={"model": self._parts.name})
             self._is_trusted = False
@@ -192,39 +205,50 @@ class Engine:
         finally:
             self.watch.rest()
 
-    async def _run(self) -> None:
-        while (runner := self._runner) is not None:
-            plan = self._batch.plan()
-            self._count()
-            if not plan:
+    async def _run(self, runner: Runner) -> None:
+        while self._runner is not None or self._flight:
+            planned = self._plan()
+            if not self._flight:
                 if not self._generations:
                     self.watch.rest()
                 self._wake.clear()
                 await self._wake.wait()
                 continue
             try:
-                size = self._parts.blocks.block_tokens
-                parts = [_step_part(part, size) for part in plan]
-                self.watch.began(len(plan), sum(part.count for part in plan))
-                drawn = await self._steps.run(runner.step, parts)
-            except Exception as error:
-                log.exception("step failed", extra={"model": self._parts.name, "parts": len(plan)})
-                self._is_trusted = False
-                await self._steps.run(self._parts.check)  # ends the process if the device is lost
-                self._fail(plan, EngineError(self._parts.name, f"{type(error).__name__}: {error}"))
+                oldest = self._flight[0]
+                self.watch.began(len(oldest), sum(part.count for part in oldest))
+                drawn = await self._steps.run(runner.advance, self._launches(planned))
+            except Exception as error:  # noqa: BLE001 - told to the sessions, and logged
+                await self._fail(runner, error)
             else:
-                self._take(plan, drawn)
+                self._take(self._flight.popleft(), drawn)
             self.watch.ended()
 
-    def _take(self, plan: Sequence[Part], drawn: Sequence[Drawn | None]) -> None:
-        is_last = [part.is_last for part in plan]
-        self._batch.stepped(list(plan))
+    def _plan(self) -> int:
+        """Plan as far ahead as is allowed; return how many steps there are to launch."""
+        planned = 0
+        runner, batch = self._runner, self._batch
+        is_open = runner is not None and not runner.has_failed
+        while is_open and len(self._flight) < self._depth and (plan := batch.plan()):
+            self._flight.append(plan)
+            planned += 1
+        self._count()
+        return planned
+
+    def _launches(self, count: int) -> list[list[StepPart]]:
+        """Return what the last `count` planned steps are to compute."""
+        size = self._parts.blocks.block_tokens
+        steps = list(pairwise([[], *self._flight]))[len(self._flight) - count :]
+        return [_step_parts(before, plan, size) for before, plan in steps]
+
+    def _take(self, plan: list[Part], drawn: Sequence[Drawn | None]) -> None:
+        self._batch.stepped(plan)
         now = self._clock.now()
-        for part, token, was_last in zip(plan, drawn, is_last, strict=True):
+        for part, token in zip(plan, drawn, strict=True):
             generation = self._generations.get(part.session.number)
             if generation is None or token is None:
                 continue
-            assert was_last
+            assert part.is_last
             self._take_token(generation, token, now)
 
     def _take_token(self, generation: Generation, drawn: Drawn, now: float) -> None:
@@ -282,13 +306,23 @@ class Engine:
         self._batch.end(generation.session)
         self._generations.pop(generation.session.number, None)
 
-    def _fail(self, plan: Sequence[Part], error: SllmError) -> None:
-        self._batch.failed(list(plan))
-        for part in plan:
+    async def _fail(self, runner: Runner, error: Exception) -> None:
+        """End the sessions of all steps under way: those after one that failed follow from it."""
+        plans = list(self._flight)
+        self._flight.clear()
+        name, count = self._parts.name, sum(map(len, plans))
+        log.error("step failed", exc_info=error, extra={"model": name, "parts": count})
+        self._is_trusted = False
+        await self._steps.run(self._parts.check)  # ends the process if the device is lost
+        await self._steps.run(runner.drop)
+        told = EngineError(name, f"{type(error).__name__}: {error}")
+        for plan in plans:
+            self._batch.failed(plan)
+        for part in (part for plan in plans for part in plan):
             generation = self._generations.get(part.session.number)
             if generation is not None:
                 self._end(generation)
-                generation.fail(error)
+                generation.fail(told)
 
     def _count(self) -> None:
         batch = self._batch
@@ -339,14 +373,20 @@ def check_capacity(request: GenerationRequest, capacity_tokens: int) -> None:
         raise PromptTooLongError(wanted, capacity_tokens, "KV memory (engine.kv_cache_bytes)")
 
 
-def _step_part(part: Part, block_tokens: int) -> StepPart:
-    session = part.session
+def _step_parts(before: Sequence[Part], plan: Sequence[Part], size: int) -> list[StepPart]:
+    """Return what a step computes that is launched right behind the step `before`."""
+    places = {part.session.number: place for place, part in enumerate(before)}
+    return [_step_part(part, places, size) for part in plan]
+
+
+def _step_part(part: Part, places: Mapping[int, int], block_tokens: int) -> StepPart:
+    session, request = part.session, part.session.request
     row = None
     if part.is_last:
-        request = session.request
-        row = SamplingRow(
-            request.sampling, len(session.output), request.logprobs, session.adjustments()
-        )
+        index = part.start + part.count - len(request.prompt)
+        row = SamplingRow(request.sampling, index, request.logprobs, session.adjustments())
     passed = session.passed_blocks * block_tokens
     place = KvPart(part.start - passed, part.count, tuple(session.table), passed)
+    if part.is_ahead:
+        return StepPart((0,), place, row, places[session.number])
     return StepPart(session.tokens(part.start, part.count), place, row)

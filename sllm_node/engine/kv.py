@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sllm_node.device.base import DeviceRange
 from sllm_node.engine.attention import AttentionCall
 from sllm_node.engine.skeleton import LayerShape
+from sllm_node.engine.upload import upload
 from sllm_node.engine.weights import torch_name
 
 _ALIGNMENT: Final = 256
@@ -165,16 +166,16 @@ class _Places:
         decoders: list[tuple[int, torch.Tensor]] = []
         row = 0
         for part in parts:
-            slots = _slots(part, block_tokens).to(device)
+            slots = _slots(part, block_tokens)
             written.append(slots[part.start :])
             if part.count == 1:
                 decoders.append((row, slots))
             else:
                 rows = slice(row, row + part.count)
-                self.prompts.append(_Prompt(rows, part.start, slots))
+                self.prompts.append(_Prompt(rows, part.start, upload(slots, device)))
             row += part.count
-        self.written = torch.cat(written)
-        self.groups = [_group(members) for members in _similar(decoders)]
+        self.written = upload(torch.cat(written), device)
+        self.groups = [_group(members, device) for members in _similar(decoders)]
 
 
 def _slots(part: KvPart, block_tokens: int) -> torch.Tensor:
@@ -203,16 +204,16 @@ def _similar(
         yield group
 
 
-def _group(members: list[tuple[int, torch.Tensor]]) -> _Decoders:
-    device = members[0][1].device
-    rows = torch.tensor([row for row, _ in members], device=device)
-    lengths = torch.tensor([len(slots) for _, slots in members], device=device)
+def _group(members: list[tuple[int, torch.Tensor]], device: torch.device) -> _Decoders:
+    rows = upload([row for row, _ in members], device)
+    lengths = upload([len(slots) for _, slots in members], device)
     slots = torch.nn.utils.rnn.pad_sequence(
         [slots for _, slots in members], batch_first=True, padding_value=-1
     )
     # A session is padded with a slot of its own: what is masked still counts as 0 times its value,
     # and another session's value may be infinite or no number.
-    return _Decoders(rows, lengths, torch.where(slots < 0, slots[:, :1], slots))
+    slots = torch.where(slots < 0, slots[:, :1], slots)
+    return _Decoders(rows, lengths, upload(slots, device))
 
 
 def _prompt_mask(prompt: _Prompt, window: int | None) -> torch.Tensor | None:

@@ -3,13 +3,16 @@
 WAITING -> RUNNING -> ENDED
    ^          |
    +----------+  preempted: the blocks are given back; what is not found cached is computed again
+
+While steps are under way for it, more is planned than computed, and tokens are coming: their number
+is known, their values are not.
 """
 
 from enum import Enum
 from typing import Final
 
 from sllm_node.core.types import GenerationRequest, ResumeMode, TokenIds
-from sllm_node.engine.adjustments import Adjuster, Adjustments, is_adjusted
+from sllm_node.engine.adjustments import Adjuster, Adjustments, has_penalties, is_adjusted
 from sllm_node.engine.blocks import BlockKey, block_key, root_key
 
 
@@ -57,6 +60,12 @@ class Session:
         self.output = list(request.resumed)
         self.computed = 0
         """Tokens whose keys and values are in KV memory."""
+        self.planned = 0
+        """Those, and the ones that steps under way compute."""
+        self.coming = 0
+        """Tokens that steps under way draw."""
+        self.in_flight = 0
+        """Steps under way that work on it: its blocks must stay until the last of them ends."""
         self.table: list[int] = []
         """Blocks, in the order of the tokens, without those that it left behind."""
         self.passed_blocks = 0
@@ -64,10 +73,9 @@ class Session:
         self.found: int | None = None
         """Tokens that were cached when it was first admitted; None: it was not."""
         self._keys: list[BlockKey] = []
-        self.is_in_flight = False
-        """A step under way works on it: its blocks must stay until the step ends."""
         sampling = request.sampling
         self._adjuster = Adjuster(sampling, request.prompt) if is_adjusted(sampling) else None
+        self._needs_values = has_penalties(sampling)
 
     def happen(self, event: SessionEvent) -> None:
         """Change the state by the table."""
@@ -82,15 +90,25 @@ class Session:
 
     @property
     def pending(self) -> int:
-        """Tokens that are known and not computed; 1 while it decodes."""
-        return self.length - self.computed
+        """Tokens that are known or coming and not planned; 1 while it decodes."""
+        return self.length + self.coming - self.planned
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether the last token that it may have is coming."""
+        return bool(self.coming) and len(self.output) + self.coming >= self.request.max_tokens
+
+    @property
+    def is_held(self) -> bool:
+        """Whether its next step needs the value of a token that is coming."""
+        return bool(self.coming) and self._needs_values and not self.is_ending
 
     @property
     def due(self) -> int:
         """Tokens that may go into one step: all pending ones, but one of a replay's output."""
         if not self.is_replayed:
             return self.pending
-        return max(1, len(self.request.prompt) - self.computed)
+        return max(1, len(self.request.prompt) - self.planned)
 
     def origin(self, index: int, block_tokens: int) -> int | None:
         """Return how the values of its block `index` come to be; None: anyhow.

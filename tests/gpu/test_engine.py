@@ -1,5 +1,7 @@
 """The engine on a GPU says what transformers says."""
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,25 +11,26 @@ from sllm_node.checkpoint.split import split
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, EngineConfig, StoreConfig
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import ModelId, Part, Tier
+from sllm_node.core.types import ModelId, Part, SamplingParameters, Tier
 from sllm_node.core.units import MIB
 from sllm_node.engine.engines import Engines
 from sllm_node.store.store import Store
 from tests.gpu.test_loads import open_devices
 from tests.models import make_checkpoint, make_source
-from tests.unit.engine.rig import ask, collect
+from tests.unit.engine.rig import GREEDY, ask, collect
 
 pytestmark = pytest.mark.gpu
 PROMPT = tuple(range(5, 29))
 MODEL = ModelId("m")
 
 
+@pytest.mark.parametrize("launch_ahead", ["never", "auto"])
 @pytest.mark.parametrize("count", [1, 2])
-async def test_a_model_says_on_gpus_what_transformers_says(tmp_path, count):
+async def test_a_model_says_on_gpus_what_transformers_says(tmp_path, count, launch_ahead):
     checkpoint = make_checkpoint(tmp_path / "store", "m")
     devices = open_devices(count, 600 * MIB)
     store = await open_store(tmp_path / "store", devices)
-    settings = EngineConfig(kv_cache_bytes=ByteSize(8 * MIB))
+    settings = EngineConfig(kv_cache_bytes=ByteSize(8 * MIB), launch_ahead=launch_ahead)
     engines = Engines(devices, store, settings, MonotonicClock(), Metrics())
     codec = await engines.load_codec(checkpoint.path)
     said = []
@@ -43,6 +46,39 @@ async def test_a_model_says_on_gpus_what_transformers_says(tmp_path, count):
     oracle = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).to("cuda:0")
     wanted = reference_on_gpu(oracle, PROMPT, 24)
     assert said == [wanted, wanted]
+    engines.close()
+    await store.close()
+    for device in devices:
+        device.close()
+
+
+async def test_launching_a_step_waits_for_nothing(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "store", "m")
+    devices = open_devices(1, 600 * MIB)
+    store = await open_store(tmp_path / "store", devices)
+    settings = EngineConfig(kv_cache_bytes=ByteSize(8 * MIB), max_step_tokens=32)
+    engines = Engines(devices, store, settings, MonotonicClock(), Metrics())
+    codec = await engines.load_codec(checkpoint.path)
+    lease = await store.acquire(MODEL, placement_on(devices, checkpoint.index))
+    engine: Any = await engines.open(lease, await engines.skeleton(checkpoint), codec)
+    sampled = SamplingParameters(temperature=0.8, top_p=0.9, seed=3)
+    wishes = [ask(PROMPT[:n], 24, s, logprobs=2) for n in (3, 24) for s in (GREEDY, sampled)]
+    first = [engine.submit(wish) for wish in wishes]
+    expected = [(await collect(generation))[1] for generation in first]  # everything is warm
+    launch = engine._runner._launch
+
+    def watched(parts, before):
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(parts, before)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine._runner._launch = watched
+    again = [engine.submit(wish) for wish in wishes]
+    assert [(await collect(generation))[1] for generation in again] == expected
+    await engine.close()
+    lease.release()
     engines.close()
     await store.close()
     for device in devices:

@@ -10,13 +10,19 @@ from sllm_node.engine.session import Session, SessionEvent, SessionState
 BLOCK = 4
 
 
-def make(number, prompt=6, max_tokens=8, priority=0, resumed=(), like=None, salt="", resume=None):
+PLAIN = SamplingParameters()
+PENALISED = SamplingParameters(presence_penalty=1.0)
+
+
+def make(
+    number, prompt=6, max_tokens=8, priority=0, resumed=(), like=None, salt="",
+    sampling=PLAIN, resume=None,
+):  # fmt: skip
     """Return a session; its tokens are its own, or those of the sessions that are `like` the same."""
     first = 1000 * (number if like is None else like)
     request = GenerationRequest(
         SessionId(f"s{number}"), ModelId("m"), tuple(range(first, first + prompt)),
-        SamplingParameters(), max_tokens, resumed=resumed, priority=priority, cache_salt=salt,
-        resume=resume,
+        sampling, max_tokens, resumed=resumed, priority=priority, cache_salt=salt, resume=resume,
     )  # fmt: skip
     return Session(request, number)
 
@@ -107,6 +113,110 @@ def test_tokens_run_from_prompt_into_output():
     assert session.tokens(1, 3) == (1, 2, 90)
     assert session.tokens(3, 2) == (90, 91)
     assert session.tokens(0, 2) == (0, 1)
+
+
+# --- planned ahead --------------------------------------------------------------------------------
+
+
+def taken(made, plan):
+    """End the oldest step; every finished part gains a token."""
+    made.stepped(plan)
+    for part in plan:
+        if part.is_last and part.session.state is not SessionState.ENDED:
+            part.session.output.append(0)
+
+
+def test_a_step_is_planned_with_a_token_that_is_still_coming():
+    made = batch()
+    session = make(1, prompt=6)
+    made.add(session)
+    first = made.plan()
+    second = made.plan()
+    assert [(p.start, p.count, p.is_last, p.is_ahead) for p in first] == [(0, 6, True, False)]
+    assert [(p.start, p.count, p.is_last, p.is_ahead) for p in second] == [(6, 1, True, True)]
+    taken(made, first)
+    taken(made, second)
+    assert (session.computed, session.length, session.coming) == (7, 8, 0)
+
+
+def test_pieces_of_a_prompt_follow_each_other_ahead():
+    made = batch(budget=4)
+    made.add(make(1, prompt=6))
+    plans = [made.plan(), made.plan()]
+    assert [(p.start, p.count, p.is_last) for plan in plans for p in plan] == [
+        (0, 4, False), (4, 2, True),
+    ]  # fmt: skip
+
+
+def test_nothing_is_planned_behind_the_last_token_that_a_session_may_have():
+    made = batch()
+    made.add(make(1, prompt=6, max_tokens=1))
+    assert made.plan()
+    assert made.plan() == []
+
+
+def test_a_session_with_penalties_joins_when_its_last_token_is_known():
+    made = batch()
+    for number in (1, 2, 3):
+        made.add(make(number, sampling=PENALISED if number == 1 else PLAIN))
+    plans = [made.plan(), made.plan()]
+    for _ in range(4):
+        taken(made, plans[-2])
+        plans.append(made.plan())
+    numbers = [[part.session.number for part in plan] for plan in plans]
+    assert numbers == [[1, 2, 3], [2, 3]] * 3
+
+
+def test_all_wait_where_half_of_the_sessions_would_sit_a_step_out():
+    made = batch()
+    made.add(make(1, sampling=PENALISED))
+    first = made.plan()
+    made.add(make(2, sampling=PENALISED))
+    made.add(make(3))
+    assert made.plan() == []
+    taken(made, first)
+    second = made.plan()
+    assert [part.session.number for part in second] == [1, 2, 3]
+    assert made.plan() == []
+    made.end(second[1].session)
+    assert made.plan() == []
+    taken(made, second)
+    assert [part.session.number for part in made.plan()] == [1, 3]
+
+
+def test_as_many_sessions_run_as_a_step_has_tokens():
+    made = batch(blocks=64, budget=3)
+    for number in range(6):
+        made.add(make(number, prompt=1, sampling=PLAIN if number else PENALISED))
+    assert [len(made.plan()), len(made.plan()), made.waiting] == [3, 2, 3]
+
+
+def test_nobody_is_preempted_and_nobody_else_goes_on_while_a_step_is_under_way():
+    made = batch(blocks=4)
+    old, young = make(1, prompt=7, max_tokens=20), make(2, prompt=7, max_tokens=20)
+    for session in (old, young):
+        made.add(session)
+    first = made.plan()
+    second = made.plan()
+    taken(made, first)
+    assert made.plan() == []  # both need a block, and there is none
+    assert made.preemptions == 0
+    taken(made, second)
+    assert [part.session for part in made.plan()] == [old]
+    assert made.preemptions == 1
+
+
+def test_a_token_too_many_leaves_no_block_behind():
+    made = batch()
+    session = make(1, prompt=7)
+    made.add(session)
+    first = made.plan()
+    second = made.plan()
+    made.end(session)
+    made.stepped(first)
+    assert made.blocks.cached == 0
+    made.stepped(second)
+    assert (made.blocks.cached, made.blocks.free) == (1, 16)  # not the one that the token fills
 
 
 # --- what is found cached -------------------------------------------------------------------------

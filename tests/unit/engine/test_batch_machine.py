@@ -1,6 +1,8 @@
 """A batch in any order of events, beside a model of what KV memory holds."""
 
-from typing import ClassVar
+from collections import deque
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -9,16 +11,28 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from sllm_node.engine.batch import Batch
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.session import SessionState
-from tests.unit.engine.test_batch import BLOCK, LIKES, make
+from tests.unit.engine.test_batch import BLOCK, LIKES, PENALISED, PLAIN, make
+
+SAMPLINGS = st.sampled_from([PLAIN, PENALISED])
+
+
+@dataclass
+class Step:
+    """A planned step, with the tables that it was launched with."""
+
+    plan: list[Any]
+    tables: list[tuple[list[int], int]]
+    has_run: bool = False
 
 
 class BatchMachine(RuleBasedStateMachine):
     """Sessions come, step, end and are cancelled in any order; memory holds what is said of it.
 
     `memory` is what the KV cache would hold: for each slot the salt and the tokens up to its own.
+    Two steps are under way at most. The device runs them in order, at any time before they end.
     """
 
-    BLOCKS = 9
+    BLOCKS = 7
     WINDOW: ClassVar[int | None] = None
 
     def __init__(self):
@@ -27,62 +41,106 @@ class BatchMachine(RuleBasedStateMachine):
         self.memory = {}
         self.decoded = {}
         """For each slot, whether a step wrote it by itself."""
-        self.plan, self.frozen = [], {}
-        self.number = 0
+        self.flight = deque()
+        self.came = []
 
     @rule(
         prompt=st.integers(1, 17), out=st.integers(1, 9), like=LIKES, salt=st.sampled_from("ab"),
-        resumed=st.integers(0, 8), resume=st.sampled_from(("fast", "replay")),
+        resumed=st.integers(0, 8), resume=st.sampled_from(("fast", "replay")), sampling=SAMPLINGS,
     )  # fmt: skip
-    def come(self, prompt, out, like, salt, resumed, resume):
-        self.number += 1
+    def come(self, prompt, out, like, salt, resumed, resume, sampling):
         known = tuple(range(prompt, prompt + min(resumed, out - 1)))
         more = {"like": like, "salt": salt, "resumed": known, "resume": resume}
-        self.batch.add(make(self.number, prompt, out, **more))
+        self.came.append(make(len(self.came) + 1, prompt, out, sampling=sampling, **more))
+        self.batch.add(self.came[-1])
 
-    @precondition(lambda self: not self.plan)
+    @precondition(lambda self: len(self.flight) < 2)
     @rule()
+    def begin(self):
+        self.begin_step()
+
     def begin_step(self):
-        self.plan = self.batch.plan()
-        self.frozen = {part.session.number: list(part.session.table) for part in self.plan}
-        written = [self.slot(part.session, at) for part in self.plan for at in self.reach(part)]
-        assert len(written) == len(set(written))
-        for part in self.plan:
-            for at in self.reach(part):
-                self.memory[self.slot(part.session, at)] = self.past(part.session, at)
-                self.decoded[self.slot(part.session, at)] = part.count == 1
+        plan = self.batch.plan()
+        tables = [(list(part.session.table), part.session.passed_blocks) for part in plan]
+        if not plan:
+            return False
+        rows = (
+            [part.session for part in self.flight[-1].plan if part.is_last] if self.flight else []
+        )
+        for part in plan:
+            session, end = part.session, part.start + part.count
+            assert session.state is SessionState.RUNNING
+            assert end < len(session.request.prompt) + session.request.max_tokens
+            assert part.is_ahead == (part.start == session.length)
+            if part.is_ahead:
+                assert part.count == rows.count(session) == 1
+                assert session.request.sampling is not PENALISED
+            else:
+                assert len(session.tokens(part.start, part.count)) == part.count
+        self.flight.append(Step(plan, tables))
+        return True
 
-    @precondition(lambda self: self.plan)
+    @precondition(lambda self: not all(step.has_run for step in self.flight))
     @rule()
-    def end_step(self):
-        for part in self.plan:
-            assert part.session.table == self.frozen[part.session.number]
+    def run_step(self):
+        step = next(step for step in self.flight if not step.has_run)
+        step.has_run = True
+        written = [slot for slot, _, _ in self.writes(step)]
+        assert len(written) == len(set(written))
+        for slot, session, at in self.writes(step):
+            self.memory[slot] = self.past(session, at)
+        for part, (table, passed) in zip(step.plan, step.tables, strict=True):
+            for at in range(part.start, part.start + part.count):
+                self.decoded[slot_of(table, passed, at)] = part.count == 1
+        for part, (table, passed) in zip(step.plan, step.tables, strict=True):
             first = 0 if self.WINDOW is None else max(0, part.start + 1 - self.WINDOW)
             for at in range(first, part.start + part.count):
-                assert self.memory[self.slot(part.session, at)] == self.past(part.session, at)
-                is_output = at >= len(part.session.request.prompt)
-                if part.session.is_replayed and is_output:
-                    assert self.decoded[self.slot(part.session, at)]
-        last = [part.is_last for part in self.plan]
-        self.batch.stepped(self.plan)
-        for part, is_last in zip(self.plan, last, strict=True):
-            session = part.session
-            if is_last and session.state is not SessionState.ENDED:
-                session.output.append(session.length)
-                if len(session.output) >= session.request.max_tokens:
-                    self.batch.end(session)
-        self.plan, self.frozen = [], {}
+                assert self.memory[slot_of(table, passed, at)] == self.past(part.session, at)
+                if part.session.is_replayed and at >= len(part.session.request.prompt):
+                    assert self.decoded[slot_of(table, passed, at)]
 
-    @precondition(lambda self: self.plan)
+    @precondition(lambda self: self.flight)
+    @rule(surprise=st.integers(0, 9), is_number=st.booleans())
+    def end_step(self, surprise=9, is_number=True):
+        """End the oldest; the session of part `surprise` ends with its token, or without one."""
+        if not self.flight[0].has_run:
+            self.run_step()
+        step = self.flight.popleft()
+        self.batch.stepped(step.plan)
+        for place, part in enumerate(step.plan):
+            session = part.session
+            if not part.is_last or session.state is SessionState.ENDED:
+                continue
+            if place == surprise and not is_number:
+                self.batch.blocks.forget()
+                self.batch.end(session)
+                continue
+            session.output.append(session.length)
+            if place == surprise or len(session.output) >= session.request.max_tokens:
+                self.batch.end(session)
+
+    @precondition(lambda self: self.batch.sessions())
+    @rule(count=st.integers(2, 9))
+    def go_on(self, count):
+        """Step ahead for a while, as an engine does."""
+        for _ in range(count):
+            while len(self.flight) < 2 and self.begin_step():
+                pass
+            if self.flight:
+                self.end_step()
+
+    @precondition(lambda self: self.flight)
     @rule()
-    def fail_step(self):
-        for part in self.plan:
-            for at in self.reach(part):
-                self.memory[self.slot(part.session, at)] = "garbage"
-        self.batch.failed(self.plan)
-        for part in self.plan:
-            self.batch.end(part.session)
-        self.plan, self.frozen = [], {}
+    def fail_steps(self):
+        for step in self.flight:
+            for slot, _, _ in self.writes(step):
+                self.memory[slot] = "garbage"
+        for step in self.flight:
+            self.batch.failed(step.plan)
+        for step in self.flight:
+            for part in step.plan:
+                self.batch.end(part.session)
+        self.flight.clear()
 
     @precondition(lambda self: self.batch.sessions())
     @rule(data=st.data())
@@ -91,12 +149,30 @@ class BatchMachine(RuleBasedStateMachine):
 
     @invariant()
     def every_block_is_blank_cached_or_held(self):
-        inner, tables = self.batch.blocks, [*self.frozen.values()]
-        tables += [s.table for s in self.batch.sessions() if s.number not in self.frozen]
+        inner = self.batch.blocks
+        at_work = {part.session for step in self.flight for part in step.plan}
+        tables = [session.table for session in at_work.union(self.batch.sessions())]
         held = [sum(table.count(block) for table in tables) for block in range(self.BLOCKS)]
         assert inner._holders == held
         assert sum(map(bool, held)) + len(inner._blank) + len(inner._cached) == self.BLOCKS
         assert not set(inner._blank) & set(inner._cached)
+
+    @invariant()
+    def sessions_count_their_steps(self):
+        parts = [part for step in self.flight for part in step.plan]
+        for session in self.came:
+            own = [part for part in parts if part.session is session]
+            assert session.in_flight == len(own)
+            assert session.coming == sum(part.is_last for part in own)
+            if session.state is SessionState.RUNNING:
+                assert session.planned == session.computed + sum(part.count for part in own)
+
+    @invariant()
+    def only_what_is_part_of_a_session_is_known(self):
+        known = set(self.batch.blocks._known)
+        for session in self.came:
+            known -= {session.key(index, BLOCK) for index in range(session.length // BLOCK)}
+        assert not known
 
     @invariant()
     def cached_blocks_lose_ends_before_beginnings(self):
@@ -122,22 +198,27 @@ class BatchMachine(RuleBasedStateMachine):
                     assert self.memory[block * BLOCK + BLOCK - 1] == self.past(session, at)
 
     def teardown(self):
-        if self.plan:
+        while self.flight:
             self.end_step()
         while self.batch.sessions():
             self.begin_step()
-            assert self.plan, "somebody waits for ever"
+            assert self.flight, "somebody waits for ever"
             self.end_step()
         assert self.batch.blocks.free == self.BLOCKS
 
-    def slot(self, session, at):
-        return session.table[at // BLOCK - session.passed_blocks] * BLOCK + at % BLOCK
-
     def past(self, session, at):
-        return session.request.cache_salt, session.tokens(0, at + 1)
+        """Return what the token at a place follows from; the output counts its places."""
+        prompt = session.request.prompt
+        return session.request.cache_salt, (*prompt, *range(len(prompt), at + 1))[: at + 1]
 
-    def reach(self, part):
-        return range(part.start, part.start + part.count)
+    def writes(self, step):
+        for part, (table, passed) in zip(step.plan, step.tables, strict=True):
+            for at in range(part.start, part.start + part.count):
+                yield slot_of(table, passed, at), part.session, at
+
+
+def slot_of(table, passed, at):
+    return table[at // BLOCK - passed] * BLOCK + at % BLOCK
 
 
 class WindowMachine(BatchMachine):
@@ -148,7 +229,7 @@ class WindowMachine(BatchMachine):
     @invariant()
     def nobody_keeps_what_the_window_has_passed(self):
         for session in self.batch.sessions():
-            if session.state is SessionState.RUNNING and not session.is_in_flight:
+            if session.state is SessionState.RUNNING and not session.in_flight:
                 assert (session.passed_blocks + 1) * BLOCK > session.computed + 1 - 6
 
 

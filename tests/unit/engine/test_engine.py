@@ -191,12 +191,12 @@ async def test_a_cancelled_session_gives_its_blocks_back_and_the_others_go_on(ch
 
 async def test_a_step_that_fails_ends_its_sessions_and_the_engine_goes_on(checkpoint):
     async with engine_of(checkpoint) as engine:
-        step = engine._runner.step
-        engine._runner.step = lambda parts: 1 / 0
+        advance = engine._runner.advance
+        engine._runner.advance = lambda steps: 1 / 0
         failing = engine.submit(ask(PROMPT, 8))
         with pytest.raises(EngineError, match="ZeroDivisionError"):
             await collect(failing)
-        engine._runner.step = step
+        engine._runner.advance = advance
         assert len((await collect(engine.submit(ask(PROMPT, 8))))[1]) == 8
 
 
@@ -208,7 +208,7 @@ async def test_the_module_of_a_replica_that_failed_is_built_anew(checkpoint, fai
         skeleton = await engines.skeleton(checkpoint)
         engine = await engines.open(weights, skeleton, codec)
         if fails:
-            engine._runner.step = lambda parts: 1 / 0
+            engine._runner.advance = lambda steps: 1 / 0
             with pytest.raises(EngineError):
                 await collect(engine.submit(ask(PROMPT, 8)))
         await engine.close()
@@ -250,18 +250,18 @@ async def test_a_module_that_is_given_back_is_kept_until_its_checkpoint_is_forgo
 async def test_logits_that_are_no_numbers_fail_one_session_only(checkpoint):
     async with engine_of(checkpoint) as engine:
         poison = SamplingParameters(temperature=1.0, seed=99)
-        step = engine._runner.step
+        advance = engine._runner.advance
 
-        def spoil(parts):
+        def spoil(steps):
             from sllm_node.engine.sampling import Drawn
 
-            results = step(parts)
+            oldest = engine._flight[0]
             return [
-                Drawn(-1) if part.draw and part.draw.parameters.seed == 99 else drawn
-                for part, drawn in zip(parts, results, strict=True)
+                Drawn(-1) if drawn and part.session.request.sampling.seed == 99 else drawn
+                for part, drawn in zip(oldest, advance(steps), strict=True)
             ]
 
-        engine._runner.step = spoil
+        engine._runner.advance = spoil
         bad, good = engine.submit(ask(PROMPT, 8, poison)), engine.submit(ask(PROMPT, 8))
         failed, (_, tokens, _, _) = await asyncio.gather(
             asyncio.gather(collect(bad), return_exceptions=True), collect(good)
@@ -270,8 +270,9 @@ async def test_logits_that_are_no_numbers_fail_one_session_only(checkpoint):
         assert len(tokens) == 8
 
 
-async def test_values_that_are_no_numbers_stay_in_their_own_session(checkpoint):
-    async with engine_of(checkpoint) as engine:
+@pytest.mark.parametrize("launch_ahead", ["never", "always"])
+async def test_values_that_are_no_numbers_stay_in_their_own_session(checkpoint, launch_ahead):
+    async with engine_of(checkpoint, launch_ahead=launch_ahead) as engine:
         prompts = [range(5, 5 + length) for length in (3, 9, 20)]
         clean = [await collect(engine.submit(ask(prompt))) for prompt in prompts]
         used = {token for _, tokens, *_ in clean for token in tokens}.union(*prompts)

@@ -21,14 +21,15 @@ LENGTHS = (3, 40, 11, 1, 27)
 COUNT = 12
 
 
+@pytest.mark.parametrize("launch_ahead", ["never", "always"])
 @pytest.mark.parametrize("family", SERVED)
-async def test_tokens_equal_those_of_generate(tmp_path, family):
+async def test_tokens_equal_those_of_generate(tmp_path, family, launch_ahead):
     checkpoint = make_checkpoint(tmp_path, "m", family)
     model = make_model(family)
     numbers = random.Random(family)
     prompts = [[numbers.randrange(4, 300) for _ in range(length)] for length in LENGTHS]
     # Pieces of 16 tokens, and too few blocks for all at once: prompts are cut and sessions preempted.
-    config = {"max_step_tokens": 16, "block_tokens": 4}
+    config = {"max_step_tokens": 16, "block_tokens": 4, "launch_ahead": launch_ahead}
     async with engine_of(checkpoint, **config) as engine:
         token_bytes = engine._parts.buffers[0].size // engine._parts.blocks.capacity_tokens
     config["kv_cache_bytes"] = ByteSize(token_bytes * 4 * 24)

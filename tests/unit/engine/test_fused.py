@@ -45,6 +45,25 @@ class Captured:
         return replay
 
 
+class Pool:
+    """Graphs that draw into memory of their own, to which a replay of any other may write."""
+
+    def __init__(self):
+        self.drawn = []
+
+    def capture(self, compute):
+        own = compute()
+        self.drawn.append(own)
+
+        def replay():
+            made = compute()
+            for one in self.drawn:
+                one.fill_(3)
+            return own.copy_(made)
+
+        return replay
+
+
 def oracle(device, longest):
     return ReferenceOps()
 
@@ -105,6 +124,61 @@ async def test_a_kind_of_step_is_captured_when_it_comes_again(tmp_path):
     assert await run(captured) == await run(None)
     assert captured.captures == 2  # greedy, and sampled
     assert captured.replays == 2 * (COUNT - 1 - 1)  # the first token comes with the prompt
+
+
+def watch(decode):
+    """Return what grows by (rows, rows that follow the step before) of each step launched."""
+    launch, made = decode.launch, []
+
+    def watched(rows, following):
+        made.append((len(rows), 0 if following is None else len(following.rows)))
+        return launch(rows, following)
+
+    decode.launch = watched
+    return made
+
+
+@pytest.mark.parametrize("graphs", [None, Pool], ids=["plain", "graphs"])
+async def test_steps_launched_ahead_take_tokens_from_where_they_are_drawn(tmp_path, graphs):
+    checkpoint, prompts = make_checkpoint(tmp_path, "m", "llama"), prompts_of("a")
+    kinds = [
+        SamplingParameters(temperature=0.0),
+        SamplingParameters(temperature=0.8, top_p=0.9, seed=7),
+        SamplingParameters(temperature=0.9, seed=3, presence_penalty=1.0),
+    ]
+    wishes = [
+        ask(prompt, COUNT + 3 * i, kinds[i % 3], logprobs=(None, 2)[i % 2])
+        for i, prompt in enumerate(prompts)
+    ]
+    said, made = {}, []
+    for way in ("never", "always"):
+        config = {"max_step_tokens": 16, "block_tokens": 4, "launch_ahead": way}
+        async with engine_of(checkpoint, ops_of=oracle, **config) as engine:
+            engine._parts.decode._graphs = graphs and graphs()
+            made = watch(engine._parts.decode)
+            generations = [engine.submit(wish) for wish in wishes]
+            said[way] = [(await collect(g))[1] for g in generations]
+            said[way] += [(await collect(engine.submit(wish)))[1] for wish in wishes]
+        assert any(ahead for _, ahead in made) == (way == "always")
+    # While others are held for their penalties, and when nobody is.
+    assert {rows - ahead for rows, ahead in made if ahead} >= {0, 1}
+    assert said["always"] == said["never"]
+
+
+@pytest.mark.parametrize("way", ["never", "always"])
+async def test_a_replay_goes_through_the_steps_that_generated_it(tmp_path, way):
+    checkpoint = make_checkpoint(tmp_path, "m", "llama", "bfloat16", codec="raw")
+    config = {"block_tokens": 4, "prefix_cache": False, "launch_ahead": way}
+    async with engine_of(checkpoint, ops_of=oracle, **config) as engine:
+        made = watch(engine._parts.decode)
+        whole = await collect(engine.submit(ask((5, 6, 7), COUNT, logprobs=3)))
+        assert len(made) == COUNT - 1
+        for cut in range(1, COUNT):
+            made.clear()
+            request = ask((5, 6, 7), COUNT, logprobs=3, resumed=whole[1][:cut], resume="replay")
+            _, tokens, logs, _ = await collect(engine.submit(request))
+            assert (tokens, logs) == (whole[1][cut:], whole[2][cut:])
+            assert len(made) == COUNT - 1
 
 
 def test_a_step_takes_the_smallest_bucket_that_holds_it():

@@ -138,11 +138,11 @@ async def test_a_failed_step_leaves_nothing_to_be_found(checkpoint):
     async with engine_of(checkpoint, **SMALL) as engine:
         prompt = numbers(1, 21)
         wanted, _ = await answer(engine, prompt)
-        step = engine._runner.step
-        engine._runner.step = lambda parts: 1 / 0
+        advance = engine._runner.advance
+        engine._runner.advance = lambda steps: 1 / 0
         with pytest.raises(EngineError):
             await answer(engine, prompt)
-        engine._runner.step = step
+        engine._runner.advance = advance
         assert await answer(engine, prompt) == (wanted, 0)
 
 
@@ -150,17 +150,17 @@ async def test_what_gave_no_numbers_is_not_found(checkpoint):
     async with engine_of(checkpoint, **SMALL) as engine:
         prompt = numbers(1, 21)
         wanted, _ = await answer(engine, prompt, cache_salt="other")
-        step = engine._runner.step
+        advance = engine._runner.advance
 
-        def spoil(parts):
+        def spoil(steps):
             from sllm_node.engine.sampling import Drawn
 
-            return [part and Drawn(-1) for part in step(parts)]
+            return [part and Drawn(-1) for part in advance(steps)]
 
-        engine._runner.step = spoil
+        engine._runner.advance = spoil
         with pytest.raises(EngineError, match="not numbers"):
             await answer(engine, prompt)
-        engine._runner.step = step
+        engine._runner.advance = advance
         assert await answer(engine, prompt) == (wanted, 0)
 
 

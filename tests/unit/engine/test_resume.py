@@ -83,8 +83,10 @@ async def test_replay_is_what_sessions_get_that_do_not_say(checkpoint):
     request = {"resumed": tuple(range(40, 48))}
     for default, steps in (("fast", 1), ("replay", 9)):
         async with engine_of(checkpoint, resume=default) as engine:
-            run, made = engine._runner.step, []
-            engine._runner.step = lambda parts, run=run, made=made: made.append(parts) or run(parts)
+            run, made = engine._runner.advance, []
+            engine._runner.advance = lambda steps, run=run, made=made: (
+                made.extend(steps) or run(steps)
+            )
             await collect(engine.submit(ask(PROMPT, 9, **request)))
             assert len(made) == steps
 

@@ -169,8 +169,8 @@ async def test_an_engine_whose_step_hangs_is_stalled_until_it_ends(checkpoint):
         await collect(engine.submit(ask((5, 6), 3)))
         clock.advance(100.0)
         assert engines.stalled() is None
-        with Hang(engine._runner.step) as hang:
-            engine._runner.step = hang
+        with Hang(engine._runner.advance) as hang:
+            engine._runner.advance = hang
             generation = engine.submit(ask((5, 6, 7), 3))
             await hang.begun.wait()
             clock.advance(5.0)
