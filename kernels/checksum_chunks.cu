@@ -10,7 +10,7 @@
 // what bounds one piece; the pieces of a launch go side by side.
 #include "integers.cuh"
 
-struct Piece {  // the same in device/staging.py: PIECE
+struct Piece {  // the same in device/kernels.py: PIECE
     const u8 *bytes;
     u64 size;
 };

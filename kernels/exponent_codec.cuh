@@ -24,7 +24,7 @@ const u32 WARPS = 8;  // of a thread block; each decodes a block of its own
 
 enum DecodeError { HEADER_IS_WRONG = 1, CODES_ARE_WRONG = 2 };
 
-struct EncodedChunk {  // the same in device/staging.py: CHUNK
+struct EncodedChunk {  // the same in device/kernels.py: CHUNK
     const u8 *encoded;
     u64 encoded_size;
     u8 *output;

@@ -38,15 +38,21 @@ def record(
     note: str = "",
     command: str | None = None,
     machine: str | None = None,
+    measured_at: str | None = None,
     path: Path = RESULTS,
 ) -> None:
     """Write one measured figure; `ceiling` is what the same run measured as the possible best.
+
+    `measured_at` is the commit that was measured; None: this one. Samples that are recorded already
+    were measured then, so they keep their commit and date.
 
     Raises:
         KeyError: figures.toml does not know `name`.
     """
     unit = definitions()[name]["unit"]
     figures = measured(path)
+    known = figures.get(name, {})
+    is_known = known.get("samples") == samples and known.get("value") == value
     figures[name] = {
         "value": value,
         "unit": unit,
@@ -55,8 +61,8 @@ def record(
         "note": note,
         "machine": machine or describe_machine(),
         "command": command or " ".join(["python", *sys.argv]),
-        "commit": commit(),
-        "date": datetime.now(UTC).date().isoformat(),
+        "commit": known["commit"] if is_known else measured_at or commit(),
+        "date": known["date"] if is_known else datetime.now(UTC).date().isoformat(),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures, indent=2, sort_keys=True) + "\n")

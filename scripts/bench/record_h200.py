@@ -6,6 +6,7 @@ Each figure names the file that it was read from and the command that made it.
 """
 
 import json
+import re
 import statistics
 from collections.abc import Sequence
 from typing import Any, Final
@@ -101,12 +102,13 @@ def _storage() -> None:
     put(
         "cached_speedup_over_safetensors",
         _speedups(cached["samples"], "safetensors"), machine=ONE, command=command,
+        measured_at="d23ae17",
         note="ours encoded, as convert writes it by default there; raw 7.8; over InstantTensor, the "
         "best peer, 1.55 and 1.10",
     )  # fmt: skip
     put(
         "random_speedup_over_best_peer", _speedups(drawn["samples"], "fastsafetensors"),
-        machine=ONE, command=command,
+        machine=ONE, command=command, measured_at="d23ae17",
         note="2 rounds; ours encoded; raw 0.84: read_block_bytes was 0, a plain reader with hot "
         "buffers got 3.7 GB/s of this disk and ours 3.2",
     )  # fmt: skip
@@ -130,18 +132,28 @@ def _speedups(samples: dict[str, list[float]], peer: str) -> list[float]:
 def _codec() -> None:
     found = read("x1_codec_8b.json")["codec"]
     put(
-        "dram_to_gpu_codec_gbps", rates(found, "codec"), machine=ONE,
+        "dram_to_gpu_codec_gbps", rates(found, "codec"), machine=ONE, measured_at="8a7f9d3",
         ceiling=statistics.median(rates(found, "copy")),
         command=f"{LOAD} 8b --store /dev/shm/s --scenarios codec --no-disk --chunk 16",
         note="8B shapes only, 32B is still to be run; raw in the same rounds "
         f"{statistics.median(rates(found, 'raw')):.1f} GB/s; the ceiling is a copy of raw bytes",
     )  # fmt: skip
+    decoder, copy = _printed("exp-bf16"), _printed("copy within the device")
+    middle, least, most = decoder[1:4]
     put(
-        "decode_kernel_gbps", [1773.0, 1774.0, 1775.0], machine=ONE, ceiling=4277.0,
+        "decode_kernel_gbps", [least, middle, most], machine=ONE, ceiling=copy[-1],
+        measured_at="d23ae17",
         command="python -m scripts.bench.decode --gib 4 --chunk-mib 2",
         note="least, median and most of 9 rounds of 10 launches (x1_decode.txt); the ceiling, a copy "
         "within the device, counts bytes read and written, as the decoder moves 2,980 GB/s",
     )  # fmt: skip
+
+
+def _printed(label: str) -> list[float]:
+    """Return the numbers of a line that `scripts.bench.decode` has printed, its label apart."""
+    lines = (FOLDER / "x1_decode.txt").read_text().splitlines()
+    line = next(line for line in lines if line.startswith(label))
+    return [float(number) for number in re.findall(r"[\d.]+", line.removeprefix(label))]
 
 
 def _several_gpus() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.index import FLOAT_DTYPES, TensorIndex
+from sllm_node.checkpoint.sinks import chunk_shares
 from sllm_node.checkpoint.stored import all_chunks
 
 
@@ -49,10 +50,7 @@ def _ratios(index: TensorIndex) -> dict[str, float]:
         for number in range(len(index.shards))
     ]
     for entry in index.tensors:
-        start, end = entry.offset, entry.offset + entry.size
-        for number in range(start // index.chunk_bytes, -(-end // index.chunk_bytes)):
-            low, high = number * index.chunk_bytes, (number + 1) * index.chunk_bytes
-            size = min(end, high) - max(start, low)
+        for number, size in chunk_shares(entry, index.chunk_bytes):
             decoded[entry.dtype] += size
             stored[entry.dtype] = stored.get(entry.dtype, 0) + size * ratios[entry.shard][number]
     return {dtype: round(stored[dtype] / size, 4) for dtype, size in decoded.most_common() if size}

@@ -6,7 +6,7 @@ wait as there are threads, and one more, so memory is bounded.
 
 import os
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, Protocol
 
@@ -33,16 +33,22 @@ def chunk_bytes_or_default(chunk_bytes: int | None, codec: str) -> int:
     return RAW_CHUNK_BYTES if codec == RAW else ENCODED_CHUNK_BYTES
 
 
+def chunk_shares(entry: TensorEntry, chunk_bytes: int) -> Iterator[tuple[int, int]]:
+    """Yield (number in the shard, bytes of the tensor in it) of each chunk that a tensor lies in."""
+    start, end = entry.offset, entry.offset + entry.size
+    for number in range(start // chunk_bytes, -(-end // chunk_bytes)):
+        low, high = number * chunk_bytes, (number + 1) * chunk_bytes
+        yield number, min(end, high) - max(start, low)
+
+
 def chunk_codecs(
     entries: Sequence[TensorEntry], shard_size: int, chunk_bytes: int
 ) -> tuple[str, ...]:
     """Return the codec to try on each chunk of a shard that holds `entries`."""
     held: list[Counter[str]] = [Counter() for _ in range(0, shard_size, chunk_bytes)]
     for entry in entries:
-        start, end = entry.offset, entry.offset + entry.size
-        for number in range(start // chunk_bytes, -(-end // chunk_bytes)):
-            low, high = number * chunk_bytes, (number + 1) * chunk_bytes
-            held[number][entry.dtype] += min(end, high) - max(start, low)
+        for number, size in chunk_shares(entry, chunk_bytes):
+            held[number][entry.dtype] += size
     return tuple(codec_for(bytes_by_dtype) for bytes_by_dtype in held)
 
 

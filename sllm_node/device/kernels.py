@@ -1,8 +1,9 @@
 """The kernels of chunks in kernels/: what they are called, what they take, and how they get onto a device.
 
 Each has one entry point, named like its file. One launch works on many chunks, whose descriptors,
-laid out as `staging.CHUNK` or `staging.PIECE`, travel with it as a parameter: no copy has to bring them. Results
-go to an array in device memory, or in pinned memory. The references are `codec.exponent.decode` and `checkpoint.digest.chunk_digest`.
+laid out as `staging.CHUNK` or `staging.PIECE`, travel with it as a parameter: no copy has to bring
+them. Results go to an array in device memory, or in pinned memory. The references are
+`codec.exponent.decode` and `checkpoint.digest.chunk_digest`.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 from cuda.bindings import driver
 
+from sllm_node.codec.exponent import BLOCK, FORMATS
 from sllm_node.device import nvrtc
 from sllm_node.device.staging import CHUNK, PIECE, Rows
 
@@ -29,15 +31,8 @@ KERNELS: Final = (*DECODERS.values(), CHECKSUM)
 CHUNKS_MAX: Final = 120
 """Of one launch: their descriptors fit into 4 KiB of parameters."""
 
-_ELEMENTS: Final = 8 * 4096
+_ELEMENTS: Final = 8 * BLOCK
 """What a thread block decodes: eight warps, a block of the codec each."""
-_ELEMENT_BYTES: Final = {
-    "exp-bf16": 2,
-    "exp-f16": 2,
-    "exp-f32": 4,
-    "exp-f8e4m3": 1,
-    "exp-f8e5m2": 1,
-}
 _DECODER_THREADS: Final = 256
 _CHECKSUM_THREADS: Final = 288
 
@@ -93,7 +88,7 @@ class Kernels:
 
     def decode(self, codec: str, chunks: Rows, errors: int, stream: Any) -> None:
         """Enqueue the decoding of (n,) `CHUNK`s; `errors` is the address of n zeroed u32."""
-        sizes, step = chunks["output_size"], _ELEMENTS * _ELEMENT_BYTES[codec]
+        sizes, step = chunks["output_size"], _ELEMENTS * FORMATS[codec].width
         for start in range(0, len(chunks), CHUNKS_MAX):
             some = chunks[start : start + CHUNKS_MAX]
             blocks = max(1, -(-int(sizes[start : start + CHUNKS_MAX].max()) // step))

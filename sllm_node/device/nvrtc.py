@@ -130,9 +130,7 @@ def _keep(path: Path, code: bytes) -> None:
         with os.fdopen(descriptor, "wb") as file:
             file.write(code)
             file.flush()
-            os.fsync(
-                file.fileno()
-            )  # or a crash of the machine may leave the name without the bytes
+            os.fsync(file.fileno())  # or a crash may leave the name without the bytes
         Path(written).replace(path)
     except OSError:
         Path(written).unlink(missing_ok=True)

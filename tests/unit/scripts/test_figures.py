@@ -20,6 +20,17 @@ def test_a_figure_that_was_not_measured_shows_as_such():
     assert len(rows) == len(missing)
 
 
+def test_samples_that_are_recorded_again_keep_the_commit_that_was_measured(tmp_path):
+    path = tmp_path / "figures.json"
+    more = {"command": "c", "machine": "m", "path": path}
+    figures.record("clone_8b_ms", 48.0, [47.0, 49.0], measured_at="abc", **more)
+    figures.record("clone_8b_ms", 48.0, [47.0, 49.0], measured_at="later", note="n", **more)
+    found = json.loads(path.read_text())["clone_8b_ms"]
+    assert (found["commit"], found["note"]) == ("abc", "n")
+    figures.record("clone_8b_ms", 50.0, [50.0], measured_at="later", **more)
+    assert json.loads(path.read_text())["clone_8b_ms"]["commit"] == "later"
+
+
 def test_recording_keeps_the_other_figures(tmp_path):
     path = tmp_path / "figures.json"
     for name, value in (("disk_to_dram_ratio", 0.9), ("convert_peak_rss_gib", 1.0)):
