@@ -50,6 +50,7 @@ def main() -> None:
     _codec()
     _several_gpus()
     _latency()
+    _engine()
 
 
 def _one_gpu() -> None:
@@ -130,13 +131,29 @@ def _speedups(samples: dict[str, list[float]], peer: str) -> list[float]:
 
 
 def _codec() -> None:
-    found = read("x1_codec_8b.json")["codec"]
+    small, large = read("x1_codec_8b.json")["codec"], read("x1_codec_32b.json")["codec"]
     put(
-        "dram_to_gpu_codec_gbps", rates(found, "codec"), machine=ONE, measured_at="8a7f9d3",
-        ceiling=statistics.median(rates(found, "copy")),
-        command=f"{LOAD} 8b --store /dev/shm/s --scenarios codec --no-disk --chunk 16",
-        note="8B shapes only, 32B is still to be run; raw in the same rounds "
-        f"{statistics.median(rates(found, 'raw')):.1f} GB/s; the ceiling is a copy of raw bytes",
+        "dram_to_gpu_codec_gbps", rates(large, "codec"), machine=FOUR, measured_at="6cf01ce",
+        ceiling=statistics.median(rates(small, "copy")),
+        command=f"{LOAD} 32b --store /dev/shm/t --scenarios codec --no-disk --chunk 16",
+        note="32B shapes, the worse of the two; 8B shapes "
+        f"{statistics.median(rates(small, 'codec')):.1f} GB/s where raw has "
+        f"{statistics.median(rates(small, 'raw')):.1f}; the ceiling is a copy of raw bytes, 8B",
+    )  # fmt: skip
+    put(
+        "load_32b_dram_codec_s", large["samples_s"]["codec"], machine=FOUR, measured_at="6cf01ce",
+        command=f"{LOAD} 32b --store /dev/shm/t --scenarios codec --no-disk --chunk 16",
+        note=f"raw in the same rounds {statistics.median(large['samples_s']['raw']):.2f} s",
+    )  # fmt: skip
+    several = read("x4_codec_32b.json")["codec"]
+    put(
+        "load_32b_dram_codec_x4_s", several["samples_s"]["codec, 4 links"], machine=FOUR,
+        measured_at="6cf01ce",
+        command=f"{LOAD} 32b --store /dev/shm/t --devices cuda:0,cuda:1,cuda:2,cuda:3 "
+        "--scenarios codec --no-disk --chunk 16",
+        note="raw over the same links "
+        f"{statistics.median(several['samples_s']['raw, 4 links']):.2f} s; 8B shapes with units of "
+        "32 MiB 244.8 GB/s encoded, 182.8 GB/s raw (x4_codec_8b.json)",
     )  # fmt: skip
     decoder, copy = _printed("exp-bf16"), _printed("copy within the device")
     middle, least, most = decoder[1:4]
@@ -187,6 +204,40 @@ def _latency() -> None:
         note="p99 of 40 HTTP requests to two 8B models by turns; from DRAM to the first copy "
         f"{sorted(latency['copy'])[int(0.99 * (len(latency['copy']) - 1))]:.2f} ms",
     )  # fmt: skip
+
+
+def _engine() -> None:
+    found = read("x1_engine_8b.json")
+    ceiling = found["ceiling"]
+    shared: dict[str, Any] = {
+        "machine": ONE, "measured_at": "6cf01ce",
+        "command": "python -m scripts.bench.engine --shape 8b --store /dev/shm/s --device cuda:0",
+    }  # fmt: skip
+    put(
+        "decode_b1_over_limit",
+        [ms / ceiling["limit_ms"] for ms in found["decode"]["rounds_ms"]],
+        note=f"{found['decode']['ms_per_token']:.2f} ms a token; transformers' generate "
+        f"{found['generate']['ms_per_token']:.1f} ms in the same run; the limit is "
+        f"{ceiling['limit_ms']:.2f} ms at {ceiling['copy_gbps']:.0f} GB/s",
+        **shared,
+    )
+    put(
+        "decode_b32_tokens_per_s", found["batch_32"]["rounds"][1:],
+        note="the first round captures graphs and is not counted; transformers' continuous batching "
+        f"{found['continuous_32']['tokens_per_s']:.0f} tok/s in the same run; 128 at once "
+        f"{found['batch_128']['tokens_per_s']:.0f} tok/s",
+        **shared,
+    )  # fmt: skip
+    for name, part in (("ttft_dram_raw_s", "first_raw"), ("ttft_dram_codec_s", "first_codec")):
+        spent = found[part]
+        put(
+            name, spent["totals"],
+            note=", ".join(
+                f"{key} {1e3 * spent[key]:.0f} ms" for key in ("prepare", "load", "attach", "prefill")
+            ),
+            **shared,
+        )  # fmt: skip
+    put("ttft_resident_ms", [1e3 * found["resident_raw"]["s"]], **shared)
 
 
 if __name__ == "__main__":
