@@ -1,12 +1,13 @@
 r"""What users wait for: tokens at batch 1, 32 and 128, and the first token of a model that is away.
 
     python -m scripts.bench.engine --shape 8b --store /dev/shm/s --device cuda:0 --out F
-        [--parts ceiling,decode,batch,first,generate,continuous] [--limit-s 400]
+        [--parts ceiling,decode,batch,beside,first,generate,continuous] [--limit-s 400]
 
 Store, loader and engine as in the node, without HTTP; random weights of the shape. `decode`: seconds
 between tokens of one session, 64 tokens in, 256 out, without the first 16. `batch`: N sessions at
 once, 256 tokens in, 128 out; all generated tokens over the time from the first submit to the last
-token. `first`: 512 tokens in, model in DRAM and not on the device, from acquire to the first token,
+token. `beside`: seconds between the tokens of 32 sessions, 256 in, 384 out, without and with a prompt of
+32,768 tokens that comes when each has 32. `first`: 512 tokens in, model in DRAM and not on the device, from acquire to the first token,
 raw and encoded, with the parts of that time; and resident. `generate` and `continuous` are
 transformers' own in the same process, with its SDPA attention. The ceiling is a copy within the device,
 counted as bytes read and written; `limit_ms` are the bytes of the weights at that rate.
@@ -48,7 +49,7 @@ from sllm_node.engine.engines import Engines
 from sllm_node.store.lease import Lease
 from sllm_node.store.store import Store
 
-PARTS: Final = ("ceiling", "decode", "batch", "first", "generate", "continuous")
+PARTS: Final = ("ceiling", "decode", "batch", "beside", "first", "generate", "continuous")
 ROUNDS: Final = 5
 WARM_TOKENS: Final = 16
 
@@ -116,8 +117,14 @@ class Bench:
         self.store.evict(model, Tier.DEVICE, "operator")
         await asyncio.sleep(0.1)  # the memory thread unmaps
 
-    async def say(self, engine: Engine, tokens_in: int, tokens_out: int) -> list[float]:
-        """Return when each token of one session came."""
+    async def say(
+        self,
+        engine: Engine,
+        tokens_in: int,
+        tokens_out: int,
+        started: asyncio.Event | None = None,
+    ) -> list[float]:
+        """Return when each token of one session came; `started` is set at twice `WARM_TOKENS`."""
         self.asked += 1
         drawn = torch.randint(0, self.vocabulary, (tokens_in,), generator=self.numbers)
         prompt = tuple(drawn.tolist())
@@ -128,6 +135,8 @@ class Bench:
         times: list[float] = []
         async for chunk in engine.submit(request):
             times += [time.perf_counter()] * len(chunk.tokens)
+            if started is not None and len(times) >= 2 * WARM_TOKENS:
+                started.set()
         assert len(times) == tokens_out, f"{len(times)} tokens of {tokens_out}"
         return times
 
@@ -207,6 +216,37 @@ async def batch(bench: Bench) -> None:
     await bench.leave(bench.raw, lease, engine)
 
 
+async def beside(bench: Bench) -> None:
+    """What a long prompt does to the streams beside it."""
+    lease, engine, _ = await bench.open(bench.raw)
+    found: dict[str, Any] = {}
+    for name, length in (("warm", 4096), ("alone", 0), ("beside", 32768)):
+        long: list[float] = []
+
+        async def prompt(length: int = length, long: list[float] = long) -> None:
+            await started.wait()
+            began = time.perf_counter()
+            long.append((await bench.say(engine, length, 1))[0] - began)
+
+        started = asyncio.Event()
+        streams = [asyncio.create_task(bench.say(engine, 256, 384, started)) for _ in range(32)]
+        other = asyncio.create_task(prompt()) if length else None
+        times = await asyncio.gather(*streams)
+        if other is not None:
+            await other
+        gaps = sorted(
+            1e3 * (later - earlier)
+            for one in times
+            for earlier, later in zip(one[WARM_TOKENS:], one[WARM_TOKENS + 1 :], strict=False)
+        )
+        found[name] = {
+            "p50_ms": gaps[len(gaps) // 2], "p99_ms": gaps[int(0.99 * (len(gaps) - 1))],
+            "most_ms": gaps[-1], "first_token_s": long[0] if long else None,
+        }  # fmt: skip
+    bench.show("beside", found)
+    await bench.leave(bench.raw, lease, engine)
+
+
 async def first(bench: Bench) -> None:
     """Seconds to the first token of 512, from DRAM and resident."""
     for name, model in (("raw", bench.raw), ("codec", bench.encoded)):
@@ -280,7 +320,7 @@ def _settle(bench: Bench) -> None:
 
 
 RUN: dict[str, Callable[[Bench], Awaitable[None]]] = {
-    "ceiling": ceiling, "decode": decode, "batch": batch, "first": first,
+    "ceiling": ceiling, "decode": decode, "batch": batch, "beside": beside, "first": first,
     "generate": generate, "continuous": continuous,
 }  # fmt: skip
 

@@ -85,6 +85,7 @@ class EngineConfig(Section, frozen=True):
     prefix_cache: bool = True
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
+    prefill_beside_tokens: Count = 256
     resume: ResumeMode = "fast"
     launch_ahead: Literal["auto", "always", "never"] = "auto"
     torch_threads: NotNegative = 0

@@ -2,7 +2,8 @@
 
 A step has room for `max_step_tokens` tokens. Sessions that decode come first, one token each, so
 that nobody's stream stalls behind a prompt; what is left of the budget goes to prompts, in order of
-priority and arrival, long ones in pieces over several steps. A waiting session is admitted when
+priority and arrival, long ones in pieces over several steps. Beside sessions that decode, prompts get
+no more than `prefill_beside_tokens`: a step's time grows with its tokens, and their readers wait for it. A waiting session is admitted when
 there are blocks for all its tokens and one more; nobody behind it overtakes it, or a long one would
 never start. It begins behind the blocks that it finds cached, so that these are not computed again;
 one token at least is, because the next is drawn from its logits. When a running session needs a
@@ -54,8 +55,14 @@ class Batch:
     """The sessions of one engine."""
 
     def __init__(
-        self, blocks: Blocks, max_sessions: int, max_step_tokens: int, window: int | None = None
+        self,
+        blocks: Blocks,
+        max_sessions: int,
+        max_step_tokens: int,
+        window: int | None = None,
+        prefill_beside_tokens: int | None = None,
     ) -> None:
+        """`prefill_beside_tokens`: of prompts, in a step with sessions that decode; None: all."""
         self.blocks = blocks
         self.preemptions = 0
         self.asked_tokens = 0
@@ -64,6 +71,7 @@ class Batch:
         """Of these: those that were cached."""
         self._max_sessions = min(max_sessions, max_step_tokens)  # so that all fit into a step
         self._max_step_tokens = max_step_tokens
+        self._prefill_beside_tokens = prefill_beside_tokens or max_step_tokens
         self._window = window
         self._waiting: list[Session] = []
         self._running: list[Session] = []
@@ -107,6 +115,8 @@ class Batch:
         if len(ready) < len(going) and 2 * len(ready) <= len(going):
             return []  # better one step with all of them
         for session in sorted(ready, key=lambda s: (s.due > 1, *s.sort_key())):
+            if session.due > 1:
+                budget = self._left(budget, counts)
             if session.state is SessionState.RUNNING and budget > 0:
                 count = min(session.due, budget)
                 if self._grow(session, count, counts):
@@ -114,11 +124,19 @@ class Batch:
                     budget -= count
                 elif self._under_way:
                     return []
+        budget = self._left(budget, counts)
         while budget > 0 and (admitted := self._admit()) is not None:
             counts[admitted] = min(admitted.due, budget)
             budget -= counts[admitted]
         self._under_way += bool(counts)
         return [_begun(session, count) for session, count in counts.items()]
+
+    def _left(self, budget: int, counts: dict[Session, int]) -> int:
+        """Return what is left for prompts, after what is planned for others."""
+        if all(count > 1 for count in counts.values()):
+            return budget
+        prompts = sum(count for count in counts.values() if count > 1)
+        return max(0, min(budget, self._prefill_beside_tokens - prompts))
 
     def stepped(self, parts: list[Part]) -> None:
         """Take note that the oldest step has ended, before its tokens are added."""

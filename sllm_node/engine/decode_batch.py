@@ -22,6 +22,7 @@ import torch
 from sllm_node.engine.draw import draw
 from sllm_node.engine.fused import DecodeInputs, FusedDecoder, Scratch
 from sllm_node.engine.kv import KvCache, KvPart
+from sllm_node.engine.mixed import MixedStep
 from sllm_node.engine.sampling import SamplingRow
 from sllm_node.engine.sampling_plan import SamplingPlan, Variant
 from sllm_node.engine.scratch import ScratchMemory
@@ -148,6 +149,18 @@ class DecodeBatch:
             which = upload(following.rows, self._device)
             bucket.inputs.ids.index_copy_(0, which, following.tokens.to(torch.int32))
         return plan, self._run(bucket, plan.variant)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        parts: Sequence[KvPart],
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the logits of some `rows` of a step that has pieces of prompts, too."""
+        step = MixedStep(self._decoder, self._cache, parts, self._block_tokens, BUCKETS)
+        return step.compute(ids, positions, rows)
 
     def close(self) -> None:
         """Drop graphs and memory."""

@@ -51,6 +51,10 @@ class FusedLayer:
 class DecodeOps(Protocol):
     """The operations; x is (rows, size), outputs are written in place."""
 
+    @property
+    def flash_multiprocessors(self) -> int | None:
+        """How many multiprocessors torch's flash attention runs on; None: it can't."""
+
     def takes(self, layer: FusedLayer) -> bool:
         """Whether it can compute a layer of these shapes and dtype."""
 
@@ -85,6 +89,8 @@ class DecodeOps(Protocol):
 
 class ReferenceOps:
     """Plain torch, rounding where transformers rounds."""
+
+    flash_multiprocessors: int | None = None
 
     def takes(self, layer: FusedLayer) -> bool:
         """Whether it can: always."""
@@ -141,6 +147,12 @@ class KernelOps:
         self._longest = longest
         """Tokens of the longest session that there may be."""
         self._splits: dict[tuple[int, int, int], Splits] = {}
+
+    @property
+    def flash_multiprocessors(self) -> int | None:
+        """How many multiprocessors torch's flash attention runs on; None: this torch has none."""
+        has_flash = torch.backends.cuda.is_flash_attention_available()
+        return self._kernels.multiprocessors if has_flash else None
 
     def takes(self, layer: FusedLayer) -> bool:
         """Whether there are kernels for it."""

@@ -85,7 +85,10 @@ class Engine:
         self._asked = metrics.prefix_cache_queries.labels(parts.name)
         self._found = metrics.prefix_cache_hits.labels(parts.name)
         self._preempted = metrics.preemptions.labels(parts.name)
-        self._batch = Batch(parts.blocks, config.max_sessions, config.max_step_tokens, parts.window)
+        self._batch = Batch(
+            parts.blocks, config.max_sessions, config.max_step_tokens, parts.window,
+            config.prefill_beside_tokens,
+        )  # fmt: skip
         self._resume = config.resume
         runner = Runner(parts.model, parts.cache, parts.blocks.block_tokens, parts.decode)
         self._runner: Runner | None = runner

@@ -1,4 +1,4 @@
-"""Decode steps of Llama's kind of model without its module's forward pass: few launches a layer.
+"""Steps of Llama's kind of model without its module's forward pass: few launches a layer.
 
 Theory of operation. transformers' forward pass of one token launches some forty small kernels a layer,
 each of which takes longer to start than to run. Here a layer is six operations (`decode_ops`): norm and
@@ -7,10 +7,11 @@ module stays the owner of all weights; `FusedDecoder.of` finds them by the struc
 returns None for classes that do anything else. Rotary angles come from the module's own rotary
 embedding, so that scaled ones are right.
 
-All tensors of a step have fixed places, `Scratch`, so that a CUDA graph can be captured of it.
+All tensors of a decode step have fixed places, `Scratch`, so that a CUDA graph can be captured of it;
+steps with pieces of prompts (`mixed`) bring their own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -61,8 +62,14 @@ class Scratch:
     logits: torch.Tensor  # (R, vocabulary)
 
 
+Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of T tokens: ids, positions, and slots of int32."""
+Attend = Callable[[int, FusedLayer, Scratch], None]
+"""Fills `attended` from `query` for a layer of this number, whose keys and values are in the cache."""
+
+
 class FusedDecoder:
-    """The decode step of one module."""
+    """The steps of one module."""
 
     def __init__(self, model: Any, layers: Sequence[FusedLayer], ops: DecodeOps) -> None:
         self._embedding = model.model.embed_tokens
@@ -70,7 +77,7 @@ class FusedDecoder:
         self._layers = tuple(layers)
         self._norm = _norm(model.model.norm)
         self._head = _linear(model.lm_head)
-        self._ops = ops
+        self.ops = ops
 
     @classmethod
     def of(cls, model: Any, shapes: Sequence[LayerShape], ops: DecodeOps) -> "FusedDecoder | None":
@@ -98,6 +105,16 @@ class FusedDecoder:
         return int(self._head[0].shape[0])
 
     @property
+    def heads(self) -> int:
+        """Query heads of a layer."""
+        return self._layers[0].heads
+
+    @property
+    def has_windows(self) -> bool:
+        """Whether any layer looks at a window only."""
+        return any(layer.scoring.window is not None for layer in self._layers)
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of weights and scratch memory."""
         dtype: torch.dtype = self._head[0].dtype
@@ -107,48 +124,77 @@ class FusedDecoder:
         self, inputs: DecodeInputs, cache: KvCache, block_tokens: int, memory: Scratch
     ) -> torch.Tensor:
         """Return the logits of each row, (R, vocabulary); keys and values go to the cache."""
-        ops, hidden = self._ops, memory.hidden
-        hidden.copy_(self._embedding(inputs.ids))
-        cosines, sines = self._rotary(hidden[None], position_ids=inputs.positions[None])
+
+        def attend(number: int, layer: FusedLayer, memory: Scratch) -> None:
+            keys, values = cache.keys[number], cache.values[number]
+            tables = KvTables(keys, values, inputs.tables, inputs.lengths, block_tokens)
+            shape = (-1, layer.heads, layer.head_size)
+            query, attended = memory.query.view(shape), memory.attended.view(shape)
+            self.ops.attend(query, tables, layer.scoring, attended)
+
+        self._layers_on((inputs.ids, inputs.positions, inputs.slots), cache, memory, attend)
+        self._logits(memory.hidden, memory.logits)
+        return memory.logits
+
+    def forward(
+        self, inputs: Tokens, cache: KvCache, memory: Scratch, rows: torch.Tensor, attend: Attend
+    ) -> torch.Tensor:
+        """Return the logits of some `rows` of T tokens; `attend` looks at keys and values kept."""
+        self._layers_on(inputs, cache, memory, attend)
+        logits = memory.logits.new_empty(len(rows), self.vocabulary)
+        self._logits(memory.hidden.index_select(0, rows), logits)
+        return logits
+
+    def scratch(self, tokens: int, attending: int, device: torch.device) -> Scratch:
+        """Return memory for so many tokens, without logits.
+
+        `attending`: rows for queries and what they see, the tokens' first; at least as many.
+        """
+        widths = self.widths()
+        counts = (tokens, attending, tokens, tokens, attending, tokens)
+        made = [
+            torch.empty(count, width, dtype=self.dtype, device=device)
+            for count, width in zip((*counts, 0), widths, strict=True)
+        ]
+        return Scratch(*made)
+
+    def _layers_on(self, inputs: Tokens, cache: KvCache, memory: Scratch, attend: Attend) -> None:
+        """Bring tokens through all layers, in `memory.hidden`."""
+        ops, hidden = self.ops, memory.hidden
+        ids, positions, slots = inputs
+        attended = memory.attended[: len(ids)]
+        hidden.copy_(self._embedding(ids))
+        cosines, sines = self._rotary(hidden[None], position_ids=positions[None])
         angles = Angles(cosines[0], sines[0])
         for number, layer in enumerate(self._layers):
-            keys, values = cache.keys[number], cache.values[number]
-            self._attend(layer, inputs, angles, KvSlots(keys, values, inputs.slots), memory)
-            tables = KvTables(keys, values, inputs.tables, inputs.lengths, block_tokens)
-            query, attended = (
-                x.view(-1, layer.heads, layer.head_size) for x in (memory.query, memory.attended)
-            )
-            ops.attend(query, tables, layer.scoring, attended)
+            kept = KvSlots(cache.keys[number], cache.values[number], slots)
+            self._keep(layer, angles, kept, memory)
+            attend(number, layer, memory)
             weight, bias = layer.out
-            ops.linear(memory.attended, [Matrix(weight, hidden, bias)], residual=hidden)
+            ops.linear(attended, [Matrix(weight, hidden, bias)], residual=hidden)
             ops.gated_linear(hidden, layer.unit, memory.gated, layer.unit_norm)
             weight, bias = layer.down
             ops.linear(memory.gated, [Matrix(weight, hidden, bias)], residual=hidden)
-        weight, bias = self._head
-        ops.linear(hidden, [Matrix(weight, memory.logits, bias)], norm=self._norm)
-        return memory.logits
 
-    def _attend(
-        self,
-        layer: FusedLayer,
-        inputs: DecodeInputs,
-        angles: Angles,
-        kept: KvSlots,
-        memory: Scratch,
-    ) -> None:
+    def _logits(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        weight, bias = self._head
+        self.ops.linear(hidden, [Matrix(weight, logits, bias)], norm=self._norm)
+
+    def _keep(self, layer: FusedLayer, angles: Angles, kept: KvSlots, memory: Scratch) -> None:
         """Compute queries, keys and values of a layer; rotate and keep them."""
-        outputs = (memory.query, memory.key, memory.value)
+        query = memory.query[: len(memory.hidden)]
+        outputs = (query, memory.key, memory.value)
         matrices = [
             Matrix(weight, output, bias)
             for (weight, bias), output in zip(layer.qkv, outputs, strict=True)
         ]
-        self._ops.linear(memory.hidden, matrices, norm=layer.attention_norm)
+        self.ops.linear(memory.hidden, matrices, norm=layer.attention_norm)
         heads = Heads(
-            memory.query.view(-1, layer.heads, layer.head_size),
+            query.view(-1, layer.heads, layer.head_size),
             memory.key.view(-1, layer.kv_heads, layer.head_size),
             memory.value.view(-1, layer.kv_heads, layer.head_size),
         )
-        self._ops.rotate_and_keep(heads, angles, kept, layer.head_norms)
+        self.ops.rotate_and_keep(heads, angles, kept, layer.head_norms)
 
 
 # --- where a module keeps its weights -----------------------------------------------------------

@@ -132,14 +132,17 @@ class PagedStep:
         self._places: dict[torch.device, _Places] = {}
 
     def attend(self, call: AttentionCall) -> torch.Tensor:
-        """Return (tokens, heads, value head)."""
+        """Keep the step's keys and values, and look at them; return (tokens, heads, value head)."""
         keys, values = self._cache.keys[call.layer], self._cache.values[call.layer]
-        places = self._places.get(keys.device)
-        if places is None:
-            places = _Places(self._parts, self._block_tokens, keys.device)
-            self._places[keys.device] = places
-        keys.index_copy_(0, places.written, call.key)
-        values.index_copy_(0, places.written, call.value)
+        written = self._places_on(keys.device).written
+        keys.index_copy_(0, written, call.key)
+        values.index_copy_(0, written, call.value)
+        return self.look(call)
+
+    def look(self, call: AttentionCall) -> torch.Tensor:
+        """Return (tokens, heads, value head), once the cache has the step's keys and values."""
+        keys, values = self._cache.keys[call.layer], self._cache.values[call.layer]
+        places = self._places_on(keys.device)
         tokens, heads, _ = call.query.shape
         out = call.query.new_empty(tokens, heads, call.value.shape[-1])
         for prompt in places.prompts:
@@ -156,6 +159,11 @@ class PagedStep:
             out[group.rows] = _attend(call, query, key, value, mask)[:, :, 0]
         return out
 
+    def _places_on(self, device: torch.device) -> "_Places":
+        if device not in self._places:
+            self._places[device] = _Places(self._parts, self._block_tokens, device)
+        return self._places[device]
+
 
 class _Places:
     """Where the tokens of a step lie in the cache, on one device."""
@@ -166,7 +174,7 @@ class _Places:
         decoders: list[tuple[int, torch.Tensor]] = []
         row = 0
         for part in parts:
-            slots = _slots(part, block_tokens)
+            slots = slots_of(part, block_tokens)
             written.append(slots[part.start :])
             if part.count == 1:
                 decoders.append((row, slots))
@@ -178,7 +186,7 @@ class _Places:
         self.groups = [_group(members, device) for members in _similar(decoders)]
 
 
-def _slots(part: KvPart, block_tokens: int) -> torch.Tensor:
+def slots_of(part: KvPart, block_tokens: int) -> torch.Tensor:
     """Return the slots of a session's tokens up to the end of its part."""
     length = part.start + part.count
     blocks = torch.tensor(part.table[: -(-length // block_tokens)], dtype=torch.long)

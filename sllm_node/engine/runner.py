@@ -152,33 +152,46 @@ class Runner:
         return Following(followers, drawn.to(self._first, non_blocking=True))
 
     def _forward(self, parts: Sequence[StepPart], following: Following | None) -> _Launched:
-        """Launch the module's forward pass, and the draw."""
+        """Launch a forward pass of any parts, and the draw."""
         ids, positions = self._inputs(parts, following)
         ends, end = [], -1
         for part in parts:
             end += part.place.count
             if part.draw is not None:
                 ends.append(end)
-        step = PagedStep(self._cache, [part.place for part in parts], self._block_tokens)
-        with attention_step(step):
-            output = self._model(
-                input_ids=ids[None],
-                position_ids=positions[None],
-                use_cache=False,
-                # An index keeps only the rows that draw; a step without any keeps one, unused.
-                # Split over devices, what follows the last layer is where that layer is.
-                logits_to_keep=upload(ends or [end], self._last),
-            )
+        # An index keeps only the rows that draw; a step without any keeps one, unused.
+        # Split over devices, what follows the last layer is where that layer is.
+        logits = self._logits(parts, ids, positions, upload(ends or [end], self._last))
         rows = [part.draw for part in parts if part.draw is not None]
         if not rows:
             return _Launched([None] * len(parts), None, None, self._land(None))
-        logits = output.logits[0]
         plan = SamplingPlan(rows, logits.shape[-1])
         buffer = upload(torch.from_numpy(plan.buffer()), logits.device)
         packed = draw(logits, buffer, plan.variant)
         count = iter(range(len(rows)))
         numbers = [None if part.draw is None else next(count) for part in parts]
         return _Launched(numbers, plan, packed[: len(rows)], self._land(packed))
+
+    def _logits(
+        self,
+        parts: Sequence[StepPart],
+        ids: torch.Tensor,
+        positions: torch.Tensor,
+        kept: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return the logits of the rows `kept`."""
+        places = [part.place for part in parts]
+        if self._decode is not None:
+            return self._decode.forward(places, ids, positions, kept)
+        with attention_step(PagedStep(self._cache, places, self._block_tokens)):
+            output = self._model(
+                input_ids=ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=kept,
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
     def _inputs(
         self, parts: Sequence[StepPart], following: Following | None

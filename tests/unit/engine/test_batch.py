@@ -52,6 +52,18 @@ def test_decodes_come_before_prompts_and_prompts_are_cut_to_the_budget():
     assert [(p.session.number, p.start, p.count) for p in step(made)] == [(1, 7, 1), (2, 7, 7)]
 
 
+def test_beside_a_session_that_decodes_prompts_get_a_part_of_the_budget():
+    made = Batch(Blocks(64, BLOCK), 8, 16, prefill_beside_tokens=3)
+    made.add(make(1, prompt=20))
+    assert [p.count for p in step(made)] == [16]
+    made.add(make(2, prompt=5))
+    made.add(make(3, prompt=9))
+    assert [p.count for p in step(made)] == [4, 5, 7]
+    assert [(p.session.number, p.count) for p in step(made)] == [(1, 1), (2, 1), (3, 2)]
+    made.add(make(4, prompt=9))
+    assert [(p.session.number, p.count) for p in step(made)] == [(1, 1), (2, 1), (3, 1), (4, 3)]
+
+
 def test_higher_priority_is_admitted_first():
     made = batch(max_sessions=1)
     for session in (make(1), make(2, priority=5)):

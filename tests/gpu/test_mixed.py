@@ -1,0 +1,88 @@
+"""Steps with pieces of prompts on a GPU: what torch's flash kernel gives, and what a model then says."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sllm_node.core.units import MIB
+from sllm_node.device.optional import step_kernels
+from sllm_node.engine.decode_ops import KernelOps, ReferenceOps
+from sllm_node.engine.flash import FlashPieces, Piece, cuts_of
+from sllm_node.engine.fused import FusedDecoder
+from sllm_node.engine.kv import KvCache, KvMemory, KvPart, bytes_per_token
+from sllm_node.engine.mixed import MixedStep
+from sllm_node.engine.paged_attention import Scoring
+from sllm_node.engine.skeleton import LayerShape
+from tests.gpu.test_fused import BLOCK_TOKENS, small_model
+from tests.gpu.test_loads import open_devices
+from tests.unit.engine.test_flash import oracle
+
+pytestmark = pytest.mark.gpu
+GPU = torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("window", [None, 700])
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [Piece(64, 64)],
+        [Piece(128, 32768)],
+        [Piece(3, 3), Piece(200, 5000), Piece(1, 2), Piece(7, 3000)],
+    ],
+)
+def test_flash_pieces_are_right(pieces, window):
+    torch.manual_seed(2)
+    room, multiprocessors = sum(piece.length for piece in pieces), 0 if window else 132
+    slots = torch.split(torch.randperm(room), [piece.length for piece in pieces])
+    keys, values = torch.randn(2, room, 2, 128, device=GPU, dtype=torch.bfloat16)
+    query = torch.randn(sum(p.count for p in pieces), 4, 128, device=GPU, dtype=torch.bfloat16)
+    scoring = Scoring(128**-0.5, window)
+    found, wanted = torch.empty_like(query), torch.empty_like(query, dtype=torch.float64)
+    cuts = cuts_of(pieces, 4, multiprocessors)
+    FlashPieces(pieces, cuts, slots, GPU).attend(query, keys, values, scoring, found)
+    whole = FlashPieces(pieces, cuts_of(pieces, 4, 0), slots, GPU, oracle)
+    whole.attend(query.double(), keys.double(), values.double(), scoring, wanted)
+    assert bool(any(one.segments for one in cuts)) == (window is None and room > 2048)
+    torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=6e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
+def test_logits_are_as_near_to_the_truth_as_torchs(family):
+    model = small_model(family, torch.bfloat16)
+    (device,) = open_devices(1, 600 * MIB)
+    kernels = step_kernels(device)
+    assert kernels is not None
+    found = logits_of(model, KernelOps(kernels, 512), device).double()
+    torchs = logits_of(model, ReferenceOps(), device).double()
+    truth = logits_of(model.double(), ReferenceOps(), device)
+    error = float((found - truth).norm() / truth.norm())
+    assert error <= 1.2 * float((torchs - truth).norm() / truth.norm()) + 1e-3
+    kernels.close()
+    device.close()
+
+
+def logits_of(model, ops, device):
+    """Return the logits of a step of three sessions that decode and two pieces of prompts."""
+    config = model.config
+    shapes = [LayerShape(config.num_key_value_heads, 64, 64)] * config.num_hidden_layers
+    slots = BLOCK_TOKENS * 64
+    buffer = device.allocate(bytes_per_token(shapes, model.dtype) * slots)
+    cache = KvCache(shapes, slots, model.dtype, [KvMemory("cuda:0", len(shapes), buffer)])
+    generator = torch.Generator("cuda:0").manual_seed(5)
+    for tensor in (*cache.keys, *cache.values):
+        tensor.normal_(0, 1, generator=generator)
+    counts, starts = (1, 1, 1, 40, 23), (17, 3, 90, 0, 60)
+    tables = [tuple(range(12 * i, 12 * i + 12)) for i in range(5)]
+    places = [KvPart(*one) for one in zip(starts, counts, tables, strict=True)]
+    decoder: Any = FusedDecoder.of(model, shapes, ops)
+    ids = torch.randint(0, 320, (sum(counts),), generator=generator, device=GPU)
+    positions = torch.cat(
+        [torch.arange(s, s + n, device=GPU) for s, n in zip(starts, counts, strict=True)]
+    )
+    with torch.inference_mode():
+        step = MixedStep(decoder, cache, places, BLOCK_TOKENS, (1, 2, 4, 8))
+        logits = step.compute(ids, positions, torch.arange(sum(counts), device=GPU)).clone()
+    cache.close()
+    buffer.close()
+    return logits
