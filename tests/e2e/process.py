@@ -22,6 +22,7 @@ path = {store!r}
 pool_bytes = {pool_bytes}
 chunk_bytes = "64KiB"
 [device]
+names = ["{device}"]
 memory_bytes = {memory_bytes}
 [engine]
 kv_cache_bytes = {kv_cache_bytes}
@@ -37,7 +38,7 @@ format = "json"
 """
 DEFAULTS = {
     "id": "test", "drain_s": 20.0, "pool_bytes": 4 << 20, "memory_bytes": 64 << 20,
-    "kv_cache_bytes": 4 << 20,
+    "kv_cache_bytes": 4 << 20, "device": "cpu",
 }  # fmt: skip
 
 
