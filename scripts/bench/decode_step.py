@@ -263,8 +263,7 @@ class Cache:
 
 def splits(kernels: Any, query: torch.Tensor, tokens: int) -> paged.Splits:
     """Return the splits for queries of sessions of one length."""
-    places = paged.places(kernels, query, KV_HEADS)
-    count = paged.splits_for(query.shape[0] * KV_HEADS, tokens, places)
+    count = paged.splits_for(query.shape[0] * KV_HEADS, tokens, kernels.multiprocessors)
     return paged.make_splits(count, query, KV_HEADS)
 
 

@@ -244,6 +244,9 @@ ATTENTION = (
     AttentionCase((200, 7), 8, 1, 256, splits=2, window=100),
     AttentionCase((333, 45, 46), 14, 2, 64, splits=5, window=45, block_tokens=24),
     AttentionCase((129,), 9, 1, 256, splits=2),
+    AttentionCase((1300, 16, 700), 4, 1, 64, splits=19),
+    AttentionCase((64, 65, 257, 512), 16, 2, 96, splits=3),
+    AttentionCase((640, 500), 16, 1, 64, splits=11, window=300),
     AttentionCase((250, 31), 10, 2, 128, dtype=torch.float16, splits=3, softcap=30.0),
 )
 
