@@ -57,7 +57,7 @@ class LinearCase:
     residual: bool = False
     offset: float = 0.0
     dtype: torch.dtype = torch.bfloat16
-    tuning: ours.Tuning = ours.DEFAULT_TUNING
+    tuning: ours.Tuning | None = None
 
 
 LINEAR = (
@@ -73,6 +73,8 @@ LINEAR = (
     LinearCase(4, 1048, (100,), tuning=ours.Tuning(4, 2, 1, 4), norm=True),
     LinearCase(4, 1048, (100, 30), tuning=ours.Tuning(16, 2, 2, 1)),
     LinearCase(7, 3000, (50,), tuning=ours.Tuning(8, 2, 2, 2)),
+    LinearCase(3, 4608, (90, 30), tuning=ours.NARROW_TUNING, norm=True),
+    LinearCase(2, 6000, (40,), tuning=ours.Tuning(4, 4, 1, 4, 3), residual=True),
 )
 
 
