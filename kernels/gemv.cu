@@ -11,8 +11,9 @@
 // add up their sums through shared memory. A product may take the inner dimension in any order as long as
 // both sides do: so a lane loads 16 bytes of two rows of W, and of one row of x at the same place, and has
 // what two products of 16 want. While a group is multiplied, the weights of the next one are on their way,
-// over the borders of tiles. The first group is loaded before the kernel before is done, and AHEAD more are
-// brought into the L2 cache: weights must not be what that kernel writes.
+// over the borders of tiles. The first two groups are loaded before the kernel before is done, AHEAD more are
+// brought into the L2 cache, and so are the norm's weights, for which every warp would wait in each of its
+// first groups: weights must not be what that kernel writes.
 //
 // RMSNorm's factor is the same for the whole row, so it is applied to the sums, and x is only multiplied by
 // the norm's weights; that keeps the range of x, which is no matter for bf16 (fp16 is not offered).
@@ -37,7 +38,7 @@
 #define NORM 0
 #endif
 #ifndef AHEAD
-#define AHEAD 4  // groups that are brought into the L2 cache before the kernel before is done
+#define AHEAD 0  // groups that are brought into the L2 cache before the kernel before is done
 #endif
 #ifndef BLOCKS
 #define BLOCKS 2  // of threads, on a multiprocessor: the bound on registers
@@ -111,16 +112,22 @@ __device__ __forceinline__ void load(Group &group, const Rows &rows, u32 start, 
     }
 }
 
-// The groups of a tile that follow its first one: 128 bytes a lane.
+// The groups of a tile that follow its first two: 128 bytes a lane.
 __device__ __forceinline__ void prefetch_groups(const Rows &rows, u32 first, u32 inner, u32 t) {
     if (t >= STEPS / 2) return;
 #pragma unroll 1
-    for (u32 group = 1; group <= AHEAD; group++) {
+    for (u32 group = 2; group < 2 + AHEAD; group++) {
         const u32 k = first + group * 32 * STEPS * WARPS + 64 * t;
         if (k >= inner) return;
 #pragma unroll
         for (u32 i = 0; i < 2 * TILES_M; i++) prefetch(rows.at[i] + k);
     }
+}
+
+// A few thread blocks do it for all.
+__device__ __forceinline__ void prefetch_norm(const Product &product) {
+    if (!NORM || blockIdx.x >= 4) return;
+    for (u32 k = 64 * threadIdx.x; k < product.inner; k += 64 * 32 * WARPS) prefetch(product.norm + k);
 }
 
 __device__ __forceinline__ u32 normed(u32 x, u32 norm, float offset, float &squares) {
@@ -276,18 +283,21 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
     Sums sums;
     clear(sums);
     u32 buffer = 0;
+    auto load_ahead = [&](Group &group) {
+        ahead.advance(groups);
+        if (ahead.tile >= product.tiles) return;
+        if (ahead.group == 0) rows = rows_of(product, ahead.tile, g);
+        load(group, rows, first + ahead.group * width * WARPS, inner);
+    };
     load(even, rows, first, inner);
-    prefetch_groups(rows, warp * width, inner, lane % 4);
+    prefetch_norm(product);
+    load_ahead(odd);
+    if (AHEAD) prefetch_groups(rows_of(product, here.tile, g), warp * width, inner, lane % 4);
     wait_for_prior();
 
-    auto work = [&](const Group &now, Group &next) {
-        const u32 tile = ahead.tile;
-        ahead.advance(groups);
-        if (ahead.tile < product.tiles) {
-            if (ahead.tile != tile) rows = rows_of(product, ahead.tile, g);
-            load(next, rows, first + ahead.group * width * WARPS, inner);
-        }
-        multiply_group(sums, now, product, x, first + here.group * width * WARPS);
+    auto work = [&](Group &group) {
+        multiply_group(sums, group, product, x, first + here.group * width * WARPS);
+        load_ahead(group);
         if (here.group == groups - 1) {
             share(shared, sums, buffer, warp, lane);
             __syncthreads();  // the next tile goes to the other buffer: one barrier a tile is enough
@@ -298,9 +308,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS) gemv(
         here.advance(groups);
     };
     while (true) {
-        work(even, odd);
+        work(even);
         if (here.tile >= product.tiles) break;
-        work(odd, even);
+        work(odd);
         if (here.tile >= product.tiles) break;
     }
 }

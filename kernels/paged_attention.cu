@@ -10,45 +10,17 @@
 // heads), then the weights, turned within the warp, as the right side of (values turned) times (weights).
 // Both sides of a product may take the inner dimension in any order, and rows may have any order: so lanes
 // load 16 bytes of a token's key or value at once, straight from the cache, and nothing goes through shared
-// memory. Values of a tile and keys of the next are on their way while scores are computed.
+// memory. Values of a tile and keys of the next are on their way while scores are computed. A warp's first
+// tile is on its way before the kernel before is done, unless the new token is in it: so nothing that lets
+// this kernel start early may write lengths, tables, or keys and values of older tokens.
 // The warps of a block are added up in their order, and so are the splits of a session, by the block that
 // ends last: the result depends on length and splits only.
-#include "ptx.cuh"
+#include "attention_sums.cuh"
 
-#ifndef HEAD
-#define HEAD 128
-#endif
-#ifndef GROUPS_OF_8
-#define GROUPS_OF_8 1
-#endif
-
-typedef int i32;
-
-struct Attention {  // the same in device/step_parameters.py: ATTENTION
-    const u16 *query, *keys, *values;
-    const i32 *tables, *lengths;
-    u16 *output;
-    float *sums;     // (sessions, kv heads, splits, group, HEAD), for splits > 1
-    float2 *scales;  // (sessions, kv heads, splits, group): largest score, sum of weights
-    u32 *arrived;    // (sessions, kv heads), zero; left zero
-    u32 kv_heads, group, block_tokens, table_stride, window, query_stride, output_stride;
-    float scale, softcap;  // softcap: 0 for none
-};
-
-const u32 WARPS = 4, TILE = 16;
-const u32 NT = GROUPS_OF_8;
-const u32 STEPS = HEAD / 32;           // of 32 elements, 16 bytes a lane
-const bool HALF_STEP = HEAD % 32;      // and one of 16 elements
-const u32 PARTS = HEAD / 64;           // of 64 elements of a value, 16 bytes a lane
-const u32 REST = HEAD % 64;            // 0, 16 or 32: 4 or 8 bytes a lane
-const u32 TILES = HEAD / 16;           // of the output
-const u32 HEADS = 8 * NT;
-const float LOWEST = -1e30f;           // below every score; not infinite, so that differences are numbers
-static_assert(HEAD % 16 == 0 && HEAD % 64 != 48, "a head of this size is not split into lanes");
-
-struct Work {  // of a thread block
-    u32 begin, end;             // tokens that may be looked at
-    u32 tile, tiles, splits;    // first tile, tile behind the last, splits that have any
+struct Work {  // of a warp
+    u32 begin, end;         // tokens that may be looked at
+    u32 tile, tiles, step;  // its first tile, the one behind the last of all, from one of its tiles to the next
+    u32 splits;             // that have any tiles
 };
 
 struct Queries {
@@ -66,21 +38,16 @@ struct Values {  // of tokens 2 t, 2 t + 1, 8 + 2 t, 9 + 2 t
     uint2 rest[4];
 };
 
-struct Sums {  // with g = lane / 4, t = lane % 4: head 2 t + i % 2, elements as in multiply_values
-    float at[NT][TILES][4];
-    float largest[NT][2], weights[NT][2];  // of heads 2 t, 2 t + 1; weights: of this lane's tokens
-};
-
-__device__ __forceinline__ Work work_of(const Attention &a) {
+__device__ __forceinline__ Work work_of(const Attention &a, u32 warp) {
     const u32 length = (u32)a.lengths[blockIdx.z];
     Work work;
     work.begin = a.window && length > a.window ? length - a.window : 0;
     work.end = length;
-    const u32 first = work.begin / TILE, all = (length + TILE - 1) / TILE - first;
-    const u32 share = max(WARPS, (all + gridDim.y - 1) / gridDim.y);
-    work.splits = (all + share - 1) / share;
-    work.tile = first + min(all, blockIdx.y * share);
-    work.tiles = first + min(all, (blockIdx.y + 1) * share);
+    const u32 first = work.begin / TILE;
+    work.tiles = (length + TILE - 1) / TILE;
+    work.splits = min(gridDim.y, (work.tiles - first + WARPS - 1) / WARPS);
+    work.step = work.splits * WARPS;
+    work.tile = first + blockIdx.y * WARPS + warp;
     return work;
 }
 
@@ -96,13 +63,18 @@ __device__ __forceinline__ const u16 *row_of(const u16 *cache, const Attention &
     return cache + ((u64)slot * a.kv_heads + blockIdx.x) * HEAD;
 }
 
+// Where there are registers enough, loads stay where they are written.
+__device__ __forceinline__ uint4 load_16(const u16 *from) {
+    return IS_EARLY ? load_once(from) : *(const uint4 *)from;
+}
+
 __device__ __forceinline__ void load(Keys &keys, const Attention &a, u32 slot, u32 lane) {
     const u32 g = lane / 4, t = lane % 4;
 #pragma unroll
     for (u32 i = 0; i < 2; i++) {
         const u16 *row = row_of(a.keys, a, __shfl_sync(ALL_LANES, slot, g + 8 * i));
 #pragma unroll
-        for (u32 s = 0; s < STEPS; s++) keys.at[i][s] = *(const uint4 *)(row + 32 * s + 8 * t);
+        for (u32 s = 0; s < STEPS; s++) keys.at[i][s] = load_16(row + 32 * s + 8 * t);
         if (HALF_STEP) keys.half[i] = *(const uint2 *)(row + 32 * STEPS + 4 * t);
     }
 }
@@ -113,7 +85,7 @@ __device__ __forceinline__ void load(Values &values, const Attention &a, u32 slo
     for (u32 i = 0; i < 4; i++) {
         const u16 *row = row_of(a.values, a, __shfl_sync(ALL_LANES, slot, 2 * t + i % 2 + i / 2 * 8));
 #pragma unroll
-        for (u32 p = 0; p < PARTS; p++) values.at[i][p] = *(const uint4 *)(row + 64 * p + 8 * g);
+        for (u32 p = 0; p < PARTS; p++) values.at[i][p] = load_16(row + 64 * p + 8 * g);
         if (REST == 32) values.rest[i] = *(const uint2 *)(row + 64 * PARTS + 4 * g);
         if (REST == 16) values.rest[i].x = *(const u32 *)(row + 64 * PARTS + 2 * g);
     }
@@ -211,45 +183,32 @@ __device__ __forceinline__ void multiply_values(
     if (REST == 32) multiply_words(sums, 4 * PARTS + 1, a.y, b.y, c.y, d.y, weights);
 }
 
-// The first of the two elements that a lane has in tile j of the output.
-__device__ __forceinline__ u32 element(u32 j, u32 g) {
-    if (j < 4 * PARTS) return 64 * (j / 4) + 8 * g + 2 * (j % 4);
-    return 64 * PARTS + REST / 8 * g + 2 * (j - 4 * PARTS);
-}
-
-__device__ __forceinline__ void clear(Sums &sums) {
-#pragma unroll
-    for (u32 n = 0; n < NT; n++) {
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            sums.largest[n][i] = LOWEST;
-            sums.weights[n][i] = 0;
-        }
-#pragma unroll
-        for (u32 j = 0; j < TILES; j++)
-#pragma unroll
-            for (u32 i = 0; i < 4; i++) sums.at[n][j][i] = 0;
-    }
-}
-
-__device__ __forceinline__ void attend(Sums &sums, const Attention &a, const Work &work, u32 warp, u32 lane) {
-    if (work.tile + warp >= work.tiles) return;
-    Queries queries;
-    load(queries, a, lane);
-    u32 tile = work.tile + warp;
-    u32 slot = slot_of(a, work, tile, lane);
-    u32 next_slot = slot_of(a, work, min(tile + WARPS, work.tiles - 1), lane);
+// Waits for the kernel before; nothing is added for a warp without tiles.
+__device__ __forceinline__ void attend(Sums &sums, const Attention &a, const Work &work, u32 lane) {
+    u32 tile = work.tile, slot = 0;
+    const bool is_there = blockIdx.y < work.splits && tile < work.tiles;
+    const bool is_old = IS_EARLY && is_there && (tile + 1) * TILE < work.end;  // the new token is elsewhere
     Keys keys;
     Values values;
-    load(keys, a, slot, lane);
-    for (; tile < work.tiles; tile += WARPS) {
+    if (is_there) slot = slot_of(a, work, tile, lane);
+    if (is_old) {
+        load(keys, a, slot, lane);
         load(values, a, slot, lane);
+    }
+    wait_for_prior();
+    if (!is_there) return;
+    Queries queries;
+    load(queries, a, lane);
+    if (!is_old) load(keys, a, slot, lane);
+    u32 next_slot = slot_of(a, work, tile + work.step, lane);
+    for (bool has_values = is_old; tile < work.tiles; tile += work.step, has_values = false) {
+        if (!has_values) load(values, a, slot, lane);
         float scores[NT][4];
 #pragma unroll
         for (u32 n = 0; n < NT; n++) multiply_keys(scores[n], keys, queries, n);
         slot = next_slot;
-        load(keys, a, slot, lane);  // behind the last tile: one of its tokens, for nothing
-        next_slot = slot_of(a, work, min(tile + 2 * WARPS, work.tiles - 1), lane);
+        if (IS_EARLY && tile + work.step < work.tiles) load(keys, a, slot, lane);
+        next_slot = slot_of(a, work, tile + 2 * work.step, lane);
         u32 weights[NT][2];
 #pragma unroll
         for (u32 n = 0; n < NT; n++) {
@@ -259,98 +218,7 @@ __device__ __forceinline__ void attend(Sums &sums, const Attention &a, const Wor
             weights[n][1] = transposed(packed(scores[n][2], scores[n][3]));
         }
         multiply_values(sums, values, weights);
-    }
-}
-
-struct Shared {
-    float sums[HEADS][HEAD + 4];
-    float largest[WARPS][HEADS], weights[WARPS][HEADS];
-    float top[HEADS], total[HEADS];
-    u32 is_last;
-};
-
-// Add the warps up, in their order.
-__device__ __forceinline__ void gather(Shared &shared, Sums &sums, u32 warp, u32 lane) {
-    const u32 g = lane / 4, t = lane % 4;
-#pragma unroll
-    for (u32 n = 0; n < NT; n++)
-#pragma unroll
-        for (u32 i = 0; i < 2; i++) {
-            float weights = sums.weights[n][i];
-#pragma unroll
-            for (u32 step = 4; step < 32; step *= 2)
-                weights += __shfl_xor_sync(ALL_LANES, weights, step);
-            if (g) continue;
-            shared.largest[warp][8 * n + 2 * t + i] = sums.largest[n][i];
-            shared.weights[warp][8 * n + 2 * t + i] = weights;
-        }
-    __syncthreads();
-    if (threadIdx.x < HEADS) {
-        const u32 head = threadIdx.x;
-        float top = LOWEST, total = 0;
-        for (u32 w = 0; w < WARPS; w++) top = fmaxf(top, shared.largest[w][head]);
-        for (u32 w = 0; w < WARPS; w++)
-            total += shared.weights[w][head] * power_of_two(shared.largest[w][head] - top);
-        shared.top[head] = top;
-        shared.total[head] = total;
-    }
-    __syncthreads();
-    for (u32 w = 0; w < WARPS; w++) {
-        if (warp == w) {
-#pragma unroll
-            for (u32 n = 0; n < NT; n++)
-#pragma unroll
-                for (u32 i = 0; i < 4; i++) {
-                    const u32 head = 8 * n + 2 * t + i % 2;
-                    const float factor = power_of_two(sums.largest[n][i % 2] - shared.top[head]);
-#pragma unroll
-                    for (u32 j = 0; j < TILES; j++) {
-                        float &sum = shared.sums[head][element(j, g) + i / 2];
-                        sum = (w ? sum : 0) + sums.at[n][j][i] * factor;
-                    }
-                }
-        }
-        __syncthreads();
-    }
-}
-
-__device__ __forceinline__ u16 *output_of(const Attention &a, u32 head) {
-    return a.output + (u64)blockIdx.z * a.output_stride + (blockIdx.x * a.group + head) * HEAD;
-}
-
-__device__ __forceinline__ void store_zeros(const Attention &a) {
-    for (u32 e = threadIdx.x; e < a.group * HEAD; e += 32 * WARPS) output_of(a, e / HEAD)[e % HEAD] = 0;
-}
-
-// Keep what this split has; the block that comes last adds up all of them.
-__device__ __forceinline__ void combine(Shared &shared, const Attention &a, const Work &work) {
-    const u64 pair = (u64)blockIdx.z * a.kv_heads + blockIdx.x;
-    float *sums = a.sums + pair * gridDim.y * a.group * HEAD;
-    float2 *scales = a.scales + pair * gridDim.y * a.group;
-    const u32 size = a.group * HEAD;
-    for (u32 e = threadIdx.x; e < size; e += 32 * WARPS)
-        sums[blockIdx.y * size + e] = shared.sums[e / HEAD][e % HEAD];
-    if (threadIdx.x < a.group)
-        scales[blockIdx.y * a.group + threadIdx.x] =
-            make_float2(shared.top[threadIdx.x], shared.total[threadIdx.x]);
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) shared.is_last = atomicInc(a.arrived + pair, work.splits - 1) == work.splits - 1;
-    __syncthreads();
-    if (!shared.is_last) return;
-    __threadfence();
-    for (u32 e = threadIdx.x; e < size; e += 32 * WARPS) {
-        const u32 head = e / HEAD;
-        float top = LOWEST, total = 0, sum = 0;
-        for (u32 s = 0; s < work.splits; s++) top = fmaxf(top, __ldcg(scales + s * a.group + head).x);
-#pragma unroll 4
-        for (u32 s = 0; s < work.splits; s++) {
-            const float2 scale = __ldcg(scales + s * a.group + head);
-            const float factor = power_of_two(scale.x - top);
-            total += scale.y * factor;
-            sum += __ldcg(sums + s * size + e) * factor;
-        }
-        output_of(a, head)[e % HEAD] = to_half(sum / total);
+        if (!IS_EARLY) load(keys, a, slot, lane);  // there are no registers for both
     }
 }
 
@@ -358,21 +226,13 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) paged_attention(
     const __grid_constant__ Attention attention) {
     __shared__ Shared shared;
     let_next_start();
-    wait_for_prior();
     const u32 lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const Work work = work_of(attention);
-    if (work.end == 0 && blockIdx.y == 0) store_zeros(attention);
-    if (blockIdx.y >= work.splits) return;
+    const Work work = work_of(attention, warp);
     Sums sums;
     clear(sums);
-    attend(sums, attention, work, warp, lane);
-    gather(shared, sums, warp, lane);
-    if (work.splits > 1) {
-        combine(shared, attention, work);
-        return;
-    }
-    for (u32 e = threadIdx.x; e < attention.group * HEAD; e += 32 * WARPS) {
-        const u32 head = e / HEAD;
-        output_of(attention, head)[e % HEAD] = to_half(shared.sums[head][e % HEAD] / shared.total[head]);
-    }
+    attend(sums, attention, work, lane);
+    if (work.end == 0 && blockIdx.y == 0) store_zeros(attention);
+    if (blockIdx.y >= work.splits) return;
+    gather(shared, attention, sums, work.splits, warp, lane);
+    if (work.splits > 1) combine(shared, attention, work.splits, warp, lane);
 }

@@ -2,7 +2,8 @@
 //
 // x, delta, sum, output: (rows, size), delta and sum may be 0, and sum may be x; norm: (size,).
 // output = sum / sqrt(mean(sum^2) + epsilon) * (norm + norm_offset), of the sum as it is kept, in 16 bits.
-// Bound: bytes of x, delta, sum and output, once each. Grid: a thread block of 256 for each row.
+// Bound: bytes of x, delta, sum and output, once each; norm comes before the kernel before is done.
+// Grid: a thread block of 256 for each row.
 // size is a multiple of 8 up to 16,384; all are aligned to 16 bytes.
 #include "ptx.cuh"
 
@@ -31,6 +32,7 @@ __device__ __forceinline__ u32 scaled(u32 x, u32 norm, float factor, float offse
 extern "C" __global__ void __launch_bounds__(THREADS) rms_norm(const __grid_constant__ Norm n) {
     __shared__ float squares[THREADS / 32];
     let_next_start();
+    for (u32 i = 64 * threadIdx.x; i < n.size; i += 64 * THREADS) prefetch(n.norm + i);
     wait_for_prior();
     const u64 row = blockIdx.x;
     uint4 x[VECTORS];

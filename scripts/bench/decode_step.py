@@ -1,14 +1,16 @@
 """How near a decode step comes to the memory's rate: our kernels one by one, and whole steps of 32 layers.
 
-    python -m scripts.bench.decode_step [--device 0] [--out FILE] [--limit-s 150] [--only products ...]
+    python -m scripts.bench.decode_step [--device 0] [--out FILE] [--limit-s 100] [--only products ...]
 
 Shapes are those of an 8B Llama in bf16, weights are random. Everything is captured in CUDA graphs and
 goes round through the weights of 32 layers, so that no cache helps; times are medians of replays. Rates
 are of weights, or of keys and values, read; the ceiling is a copy within the device in the same process,
 counted as bytes read and written. cuBLAS gets q, k, v and gate, up as one matrix each, without norm,
 residual or activation. Each section runs in a process of its own: one that fails does not end the rest.
-`ours in turn`: without letting a kernel start before the one before it has ended. Tunings are written
-warps/steps/tiles/blocks/ahead, as in `engine.decode_kernels.Tuning`; the first is the default.
+`ours in turn`: without letting a kernel start before the one before it has ended; `ours, out ahead`: all
+of `out` comes into the L2 cache beside attention. Tunings are written warps/steps/tiles/blocks/ahead, as in
+`engine.decode_kernels.Tuning`; `best` compares the best one with the one that a shape gets. Attention is
+measured by splits, and once with the rotation before it, as it comes in a step.
 """
 
 import argparse
@@ -43,16 +45,18 @@ REPLAYS = 7
 SECTIONS = ("products", "tuning", "attention", "steps")
 TUNINGS = (
     ours.DEFAULT_TUNING,
-    ours.Tuning(ahead=0),
-    ours.Tuning(ahead=12),
+    ours.NARROW_TUNING,
+    ours.Tuning(8, 4, 1, 2, 2),
     ours.Tuning(8, 2, 1, 4),
-    ours.Tuning(8, 2, 1, 3),
     ours.Tuning(4, 4, 1, 4),
+    ours.Tuning(4, 2, 1, 6),
     ours.Tuning(16, 2, 1, 2),
-    ours.Tuning(8, 2, 2, 2),
+    ours.Tuning(8, 8, 1, 1),
     ours.Tuning(16, 2, 2, 1),
 )
-ATTENTIONS = ((1, 1024), (1, 32768), (32, 1024), (32, 8192), (128, 2048))
+OUT_AHEAD = ours.Tuning(ahead=2)
+"""The rest of a tile of 4,096: while attention computes, the memory has time for it."""
+ATTENTIONS = ((1, 256), (1, 1024), (1, 32768), (8, 1024), (32, 1024), (32, 8192), (128, 2048))
 DTYPE, DEVICE = torch.bfloat16, "cuda"
 
 
@@ -163,7 +167,7 @@ class Products:
         found: torch.Tensor = self.head if name == "head" else getattr(one, name)
         return found
 
-    def launch(self, name: str, one: Layer, tuning: ours.Tuning) -> None:
+    def launch(self, name: str, one: Layer, tuning: ours.Tuning | None) -> None:
         """Launch one product of ours."""
         if name == "gate_up":
             unit = ours.GatedUnit(one.gate_up[:INNER], one.gate_up[INNER:])
@@ -186,7 +190,7 @@ class Products:
         """Launch the same product of torch's."""
         functional.linear(self.wide if name == "down" else self.x, self.weight(name, one))
 
-    def launch_all(self, name: str, layers: list[Layer], tuning: ours.Tuning) -> None:
+    def launch_all(self, name: str, layers: list[Layer], tuning: ours.Tuning | None) -> None:
         """Launch a product of ours for each layer."""
         for one in layers:
             self.launch(name, one, tuning)
@@ -196,7 +200,7 @@ class Products:
         for one in layers:
             self.launch_torchs(name, one)
 
-    def times(self, name: str, tuning: ours.Tuning = ours.DEFAULT_TUNING) -> tuple[float, float]:
+    def times(self, name: str, tuning: ours.Tuning | None = None) -> tuple[float, float]:
         """Return microseconds of one product of ours, and GB of its weights."""
         layers = self.layers[:4] if name == "head" else self.layers
         ms = captured_ms(partial(self.launch_all, name, layers, tuning))
@@ -211,7 +215,7 @@ class Products:
 def products(kernels: Any, report: Report, gbps: float) -> None:
     """Measure each product for several numbers of rows."""
     layers, head = [layer() for _ in range(LAYERS)], random(VOCABULARY, HIDDEN)
-    for rows in (1, 4, 8, 16):
+    for rows in (1, 8, 16):
         made = Products(kernels, layers, rows)
         made.head, made.logits = head, random(rows, VOCABULARY)
         for name in Products.NAMES:
@@ -225,19 +229,32 @@ def products(kernels: Any, report: Report, gbps: float) -> None:
 
 
 def tuning(kernels: Any, report: Report, gbps: float) -> None:
-    """Try every way to cut each product, for 1 and 8 rows."""
+    """Try every way to cut each product, for several numbers of rows."""
     layers, head = [layer() for _ in range(LAYERS)], random(VOCABULARY, HIDDEN)
+    table: dict[str, dict[str, Any]] = {}
     for rows in (1, 8):
         made = Products(kernels, layers, rows)
         made.head, made.logits = head, random(rows, VOCABULARY)
         for name in Products.NAMES:
             shares: dict[str, Any] = {}
             for one in TUNINGS:
-                key = f"{one.warps}/{one.steps}/{one.tiles}/{one.blocks}/{one.ahead}"
-                with report.attempt(f"tuning {name} {rows} {key}"):
+                with report.attempt(f"tuning {name} {rows} {label(one)}"):
                     us, gb = made.times(name, one)
-                    shares[key] = gb / us * 1e6 / gbps
+                    shares[label(one)] = gb / us * 1e6 / gbps
             report.put(f"tuning {name} {rows}", shares)
+            best = max(shares, key=lambda key: float(shares[key]))
+            outputs = 2 * INNER if name == "gate_up" else made.weight(name, layers[0]).shape[0]
+            given = label(ours.tuning_for(-(-outputs // 16), kernels.multiprocessors))
+            table[f"best {name} {rows}"] = {
+                "tuning": best, "share": shares[best], "given": given, "share_of_given": shares[given],
+            }  # fmt: skip
+    for key, values in table.items():
+        report.put(key, values)
+
+
+def label(one: ours.Tuning) -> str:
+    """Return a tuning as people write it."""
+    return f"{one.warps}/{one.steps}/{one.tiles}/{one.blocks}/{one.ahead}"
 
 
 class Cache:
@@ -263,8 +280,7 @@ class Cache:
 
 def splits(kernels: Any, query: torch.Tensor, tokens: int) -> paged.Splits:
     """Return the splits for queries of sessions of one length."""
-    places = paged.places(kernels, query, KV_HEADS)
-    count = paged.splits_for(query.shape[0] * KV_HEADS, tokens, places)
+    count = paged.splits_for(query.shape[0] * KV_HEADS, tokens, kernels.multiprocessors)
     return paged.make_splits(count, query, KV_HEADS)
 
 
@@ -286,7 +302,7 @@ def attention(kernels: Any, report: Report, gbps: float) -> None:
             cache = Cache(layers, sessions, tokens)
             query = random(sessions, HEADS, HEAD, scale=1)
             chosen = splits(kernels, query, tokens)
-            for count in sorted({1, chosen.count, 2 * chosen.count}):
+            for count in sorted({1, -(-chosen.count // 2), chosen.count, 2 * chosen.count}):
                 made = paged.make_splits(min(count, paged.SPLITS_MAX), query, KV_HEADS)
                 repeats = max(1, 8 // layers)
 
@@ -297,6 +313,21 @@ def attention(kernels: Any, report: Report, gbps: float) -> None:
                 report.put(f"attention {sessions} {tokens} /{count}{mark}", {
                     "us": us, "gbps": rate, "share": rate / gbps,
                 })  # fmt: skip
+            del cache
+    for sessions in (1, 32):
+        with report.attempt(f"rotation {sessions}"):
+            step = Step(kernels, [], (random(1, HIDDEN), random(1, HIDDEN)), sessions, 1024)
+            angles = step.angles()
+            report.put(f"rotation {sessions} 1024", {
+                "us": captured_ms(partial(over_layers, step.rotate, angles)) * 1e3 / LAYERS,
+                "us_with_attention": captured_ms(partial(over_layers, step.attend, angles)) * 1e3 / LAYERS,
+            })  # fmt: skip
+
+
+def over_layers(work: Callable[[int, ours.Angles], None], angles: ours.Angles) -> None:
+    """Do something for each layer."""
+    for number in range(LAYERS):
+        work(number, angles)
 
 
 class Step:
@@ -323,16 +354,22 @@ class Step:
         phases = torch.cat((phases, phases), -1)
         return ours.Angles(phases.cos().to(DTYPE), phases.sin().to(DTYPE))
 
-    def attend(self, number: int, angles: ours.Angles) -> None:
-        """From packed queries, keys and values to `attended`."""
+    def rotate(self, number: int, angles: ours.Angles) -> None:
+        """Rotate packed queries, and keep keys and values."""
         query, key, value = (t.view(len(t), -1, HEAD) for t in parts(self.packed, 1))
         cache = self.cache.layer(number)
         slots = ours.KvSlots(cache.keys, cache.values, self.cache.slots)
         ours.rotate_and_keep(self.kernels, ours.Heads(query, key, value), angles, slots)
-        output = self.attended.view(-1, HEADS, HEAD)
+
+    def attend(self, number: int, angles: ours.Angles) -> None:
+        """From packed queries, keys and values to `attended`."""
+        self.rotate(number, angles)
+        query, output = parts(self.packed, 1)[0], self.attended
+        query, output = (t.view(len(t), -1, HEAD) for t in (query, output))
+        cache = self.cache.layer(number)
         paged.attend(self.kernels, query, cache, self.scoring, self.splits, output)
 
-    def fused(self) -> None:
+    def fused(self, out_tuning: ours.Tuning | None = None) -> None:
         """Run a step on our products."""
         kernels = self.kernels
         torch.index_select(self.embedding, 0, self.ids, out=self.hidden)
@@ -343,7 +380,7 @@ class Step:
             ours.linear(kernels, self.hidden, matrices, one.first_norm)
             self.attend(number, angles)
             out = [ours.Matrix(one.out, self.hidden)]
-            ours.linear(kernels, self.attended, out, None, self.hidden)
+            ours.linear(kernels, self.attended, out, None, self.hidden, out_tuning)
             unit = ours.GatedUnit(one.gate_up[:INNER], one.gate_up[INNER:])
             ours.gated_linear(kernels, self.hidden, unit, self.wide, one.second_norm)
             down = [ours.Matrix(one.down, self.hidden)]
@@ -385,11 +422,17 @@ def steps(kernels: Any, report: Report, gbps: float) -> None:
         floor = (weights + kv) / gbps / 1e6
         ways: list[tuple[str, Any]] = [("cublas", kernels)]
         if sessions <= ours.ROWS_MAX:
-            ways = [("ours", kernels), ("ours in turn", in_turn), *ways]
+            ways = [
+                ("ours", kernels),
+                ("ours, out ahead", kernels),
+                ("ours in turn", in_turn),
+                *ways,
+            ]
         for way, launcher in ways:
             with report.attempt(f"step {sessions} {way}"):
                 step = Step(launcher, layers, tables, sessions, tokens)
-                ms = captured_ms(step.beside_cublas if way == "cublas" else step.fused)
+                fused = partial(step.fused, OUT_AHEAD if way == "ours, out ahead" else None)
+                ms = captured_ms(step.beside_cublas if way == "cublas" else fused)
                 report.put(f"step {sessions} {way}", {
                     "ms": ms, "floor_ms": floor, "share": floor / ms,
                     "tokens_per_s": sessions / ms * 1e3,
@@ -432,7 +475,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--device", type=int, default=0)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--limit-s", type=float, default=150)
+    parser.add_argument("--limit-s", type=float, default=100)
     parser.add_argument("--only", nargs="*", default=SECTIONS, choices=SECTIONS)
     parser.add_argument("--section", choices=SECTIONS, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -441,7 +484,7 @@ def main() -> None:
         return
     found: dict[str, Any] = {}
     end = time.monotonic() + options.limit_s
-    order = ("steps", "products", "attention", "tuning")
+    order = ("steps", "attention", "tuning", "products")
     for name in (name for name in order if name in options.only):
         left = end - time.monotonic()
         if left < 5:

@@ -105,11 +105,13 @@ class Tuning:
     tiles: int = 1
     blocks: int = 2
     """On a multiprocessor: bounds registers."""
-    ahead: int = 4
-    """Times `steps` that come into the cache before the kernel before has ended."""
+    ahead: int = 0
+    """Times `steps`, beyond two, that come into the L2 cache before the kernel before has ended."""
 
 
 DEFAULT_TUNING: Final = Tuning()
+NARROW_TUNING: Final = Tuning(steps=2, blocks=3)
+"""For products whose tiles are too many for two thread blocks on each multiprocessor, not for three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +149,12 @@ def linear(
     matrices: Sequence[Matrix],
     norm: RmsNorm | None = None,
     residual: torch.Tensor | None = None,
-    tuning: Tuning = DEFAULT_TUNING,
+    tuning: Tuning | None = None,
 ) -> None:
     """Set the outputs of up to three matrices to norm(x) W^T + bias; add `residual` to a single one's.
 
-    `residual` may be the output. x is (rows, inner), up to `ROWS_MAX` rows.
+    `residual` may be the output. x is (rows, inner), up to `ROWS_MAX` rows. `tuning` None: by the shape
+    of the matrices.
 
     Raises:
         KernelError: the tensors don't fit.
@@ -160,7 +163,9 @@ def linear(
     need("gemv", residual is None or len(matrices) == 1, "a residual for several matrices")
     product = _product(x, matrices, norm, residual)
     heights = [matrix.weight.shape[0] for matrix in matrices]
-    tiles = sum(-(-height // (2 * _TILE * tuning.tiles)) for height in heights)
+    if tuning is None:
+        tuning = tuning_for(_tiles(heights, 2 * _TILE), kernels.multiprocessors)
+    tiles = _tiles(heights, 2 * _TILE * tuning.tiles)
     _launch_product(kernels, product, x, (tiles, norm is not None, False), tuning)
 
 
@@ -170,9 +175,9 @@ def gated_linear(
     unit: GatedUnit,
     output: torch.Tensor,
     norm: RmsNorm | None = None,
-    tuning: Tuning = DEFAULT_TUNING,
+    tuning: Tuning | None = None,
 ) -> None:
-    """Set `output` to act(norm(x) gate^T) * (norm(x) up^T).
+    """Set `output` to act(norm(x) gate^T) * (norm(x) up^T); `tuning` None: by the shape of the unit.
 
     Raises:
         KernelError: the tensors don't fit.
@@ -181,8 +186,21 @@ def gated_linear(
     need("gemv", gate.shape == up.shape, f"gate {tuple(gate.shape)} beside up {tuple(up.shape)}")
     product = _product(x, [Matrix(gate, output), Matrix(up, output)], norm, None)
     product["is_gelu"] = unit.gelu
-    tiles = -(-gate.shape[0] // (_TILE * tuning.tiles))
+    if tuning is None:
+        tuning = tuning_for(_tiles(gate.shape[:1], _TILE), kernels.multiprocessors)
+    tiles = _tiles(gate.shape[:1], _TILE * tuning.tiles)
     _launch_product(kernels, product, x, (tiles, norm is not None, True), tuning)
+
+
+def tuning_for(tiles: int, multiprocessors: int) -> Tuning:
+    """Return how to cut a product of so many tiles of 16 rows of weights, whatever the rows of x."""
+    if 2 * multiprocessors < tiles <= 3 * multiprocessors:  # all of them at once
+        return NARROW_TUNING
+    return DEFAULT_TUNING
+
+
+def _tiles(heights: Sequence[int], height: int) -> int:
+    return sum(-(-one // height) for one in heights)
 
 
 def _product(

@@ -214,8 +214,8 @@ class KernelOps:
         (sessions, heads, size), kv_heads = query.shape, cache.keys.shape[1]
         known = (sessions, heads * size, kv_heads)
         if known not in self._splits:
-            places = paged.places(self._kernels, query, kv_heads)
-            count = paged.splits_for(sessions * kv_heads, self._longest, places)
+            pairs = sessions * kv_heads
+            count = paged.splits_for(pairs, self._longest, self._kernels.multiprocessors)
             self._splits[known] = paged.make_splits(count, query, kv_heads)
         return self._splits[known]
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
 from sllm_node.device.base import DeviceRange
@@ -23,6 +24,8 @@ from sllm_node.engine.weights import torch_name
 _ALIGNMENT: Final = 256
 _PADDING_MAX: Final = 2
 """A group's longest session is at most this many times its shortest."""
+_FLASH_SIZE_MAX: Final = 256
+"""Of a head, for flash attention."""
 _GROUP_START: Final = 64
 """Sessions up to this many tokens share a group however short they are."""
 
@@ -109,7 +112,7 @@ class _Prompt:
     rows: slice
     start: int
     slots: torch.Tensor
-    masks: dict[int | None, torch.Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[int | None, bool], torch.Tensor | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,7 +152,7 @@ class PagedStep:
             query = call.query[prompt.rows].transpose(0, 1)[None]
             key = keys[prompt.slots].transpose(0, 1)[None]
             value = values[prompt.slots].transpose(0, 1)[None]
-            mask = _prompt_mask(prompt, call.window)
+            mask = _prompt_mask(prompt, call.window, is_named=_is_for_flash(call))
             out[prompt.rows] = _attend(call, query, key, value, mask)[0].transpose(0, 1)
         for group in places.groups:
             query = call.query[group.rows][:, :, None]
@@ -224,19 +227,36 @@ def _group(members: list[tuple[int, torch.Tensor]], device: torch.device) -> _De
     return _Decoders(rows, lengths, upload(slots, device))
 
 
-def _prompt_mask(prompt: _Prompt, window: int | None) -> torch.Tensor | None:
-    """Return (queries, keys), True where a query may look; None: plainly causal."""
-    if window not in prompt.masks:
-        mask = None
+def _is_for_flash(call: AttentionCall) -> bool:
+    """Whether a GPU's flash attention takes it, which knows causal masks by name and no others."""
+    query, value = call.query, call.value
+    is_half = query.dtype in {torch.bfloat16, torch.float16}
+    fits = query.shape[-1] == value.shape[-1] <= _FLASH_SIZE_MAX
+    return query.device.type == "cuda" and is_half and fits and call.softcap is None
+
+
+def _prompt_mask(
+    prompt: _Prompt, window: int | None, *, is_named: bool = False
+) -> torch.Tensor | None:
+    """Return (queries, keys), True where a query may look; None: plainly causal.
+
+    `is_named`: of a piece that looks at all before it, only the name, for flash attention.
+    """
+    known = (window, is_named)
+    if known not in prompt.masks:
+        mask: torch.Tensor | None = None
         length = len(prompt.slots)
-        if prompt.start or (window is not None and window < length):
+        is_cut = window is not None and window < length
+        if is_named and prompt.start and not is_cut:
+            mask = causal_lower_right(length - prompt.start, length)
+        elif prompt.start or is_cut:
             key = torch.arange(length, device=prompt.slots.device)
             query = torch.arange(prompt.start, length, device=key.device)[:, None]
             mask = key <= query
             if window is not None:
                 mask &= key > query - window
-        prompt.masks[window] = mask
-    return prompt.masks[window]
+        prompt.masks[known] = mask
+    return prompt.masks[known]
 
 
 def _decode_mask(group: _Decoders, window: int | None) -> torch.Tensor:

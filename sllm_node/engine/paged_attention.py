@@ -1,5 +1,8 @@
 """Attention of decode steps over the paged KV cache, by our own kernel.
 
+The kernel reads lengths, tables and the keys and values of older tokens before the kernel before it has
+ended: none of our kernels of the same step may write those. The new token's are another matter.
+
 A session's keys and values are cut into splits, so that few sessions with long contexts fill a GPU too.
 The number of splits is fixed when a launch is made (or captured); lengths are read when it runs. A
 session's result depends on its length and on the number of splits, not on other sessions.
@@ -30,7 +33,9 @@ _NAME: Final = "paged_attention"
 _THREADS: Final = 128
 _SPLIT_TOKENS: Final = 64
 """A split has at least so many tokens: a tile of 16 for each of 4 warps."""
-_GOOD_ENOUGH: Final = 0.9
+_BLOCKS_WANTED: Final = 2
+"""Thread blocks on a multiprocessor that keep enough bytes on their way."""
+_GOOD_ENOUGH: Final = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,19 +69,20 @@ class Splits:
     arrived: torch.Tensor
 
 
-def splits_for(pairs: int, tokens: int, places: int) -> int:
-    """Return a number of splits: the fewest that keep `places` thread blocks busy.
+def splits_for(pairs: int, tokens: int, multiprocessors: int) -> int:
+    """Return a number of splits: the fewest that keep all multiprocessors busy, and alike.
 
     `pairs`: sessions times kv heads; `tokens`: of the longest session.
     """
     most = max(1, min(SPLITS_MAX, tokens // _SPLIT_TOKENS))
-    shares = {count: _busy(pairs * count, places) for count in range(1, most + 1)}
+    shares = {count: _busy(pairs * count, multiprocessors) for count in range(1, most + 1)}
     best = max(shares.values())
     return next(count for count, share in shares.items() if share >= _GOOD_ENOUGH * best)
 
 
-def _busy(blocks: int, places: int) -> float:
-    return blocks / (-(-blocks // places) * places)
+def _busy(blocks: int, multiprocessors: int) -> float:
+    most = max(_BLOCKS_WANTED, -(-blocks // multiprocessors))
+    return blocks / (most * multiprocessors)
 
 
 def make_splits(count: int, query: torch.Tensor, kv_heads: int) -> Splits:
@@ -90,11 +96,6 @@ def make_splits(count: int, query: torch.Tensor, kv_heads: int) -> Splits:
         torch.empty(needed * 2, dtype=torch.float32, device=device),
         torch.zeros(sessions * kv_heads, dtype=torch.int32, device=device),
     )
-
-
-def places(kernels: Kernels, query: torch.Tensor, kv_heads: int) -> int:
-    """Return how many thread blocks of attention run at once."""
-    return kernels.multiprocessors * kernels.blocks(_variant(query, kv_heads), _THREADS)
 
 
 def attend(

@@ -34,7 +34,7 @@ def is_possible():
 def _built(variant):
     folder = Path(tempfile.mkdtemp(prefix="sllm-emulated-"))
     for path in sources_folder().iterdir():
-        if path.name in (f"{variant.name}.cu", "integers.cuh"):
+        if path.name == f"{variant.name}.cu" or path.suffix == ".cuh":
             shutil.copy(path, folder)
     for name in ("emulator.h", "ptx.cuh"):
         shutil.copy(HERE / name, folder)

@@ -25,10 +25,12 @@ typedef unsigned int emulated_u32;
 struct uint2 { emulated_u32 x, y; };
 struct uint4 { emulated_u32 x, y, z, w; };
 struct float2 { float x, y; };
+struct float4 { float x, y, z, w; };
 struct dim3 { emulated_u32 x, y, z; };
 static uint2 make_uint2(emulated_u32 x, emulated_u32 y) { return {x, y}; }
 static uint4 make_uint4(emulated_u32 x, emulated_u32 y, emulated_u32 z, emulated_u32 w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 using std::max;
 using std::min;
 

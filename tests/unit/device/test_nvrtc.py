@@ -19,6 +19,8 @@ PRODUCTS = (
     {"TILES_N": 2, "NORM": 1, "GATED": 1},
     {"F16": 1},
     {"WARPS": 16, "STEPS": 2, "TILES_M": 2, "BLOCKS": 1, "NORM": 1},
+    {"STEPS": 2, "BLOCKS": 3, "NORM": 1, "AHEAD": 3},
+    {"STEPS": 2, "BLOCKS": 3, "NORM": 1, "TILES_N": 2},
 )
 ATTENTIONS = (
     *({"HEAD": size} for size in (64, 80, 96, 128, 256)),

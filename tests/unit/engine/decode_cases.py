@@ -57,7 +57,7 @@ class LinearCase:
     residual: bool = False
     offset: float = 0.0
     dtype: torch.dtype = torch.bfloat16
-    tuning: ours.Tuning = ours.DEFAULT_TUNING
+    tuning: ours.Tuning | None = None
 
 
 LINEAR = (
@@ -73,6 +73,8 @@ LINEAR = (
     LinearCase(4, 1048, (100,), tuning=ours.Tuning(4, 2, 1, 4), norm=True),
     LinearCase(4, 1048, (100, 30), tuning=ours.Tuning(16, 2, 2, 1)),
     LinearCase(7, 3000, (50,), tuning=ours.Tuning(8, 2, 2, 2)),
+    LinearCase(3, 4608, (90, 30), tuning=ours.NARROW_TUNING, norm=True),
+    LinearCase(2, 6000, (40,), tuning=ours.Tuning(4, 4, 1, 4, 3), residual=True),
 )
 
 
@@ -244,6 +246,9 @@ ATTENTION = (
     AttentionCase((200, 7), 8, 1, 256, splits=2, window=100),
     AttentionCase((333, 45, 46), 14, 2, 64, splits=5, window=45, block_tokens=24),
     AttentionCase((129,), 9, 1, 256, splits=2),
+    AttentionCase((1300, 16, 700), 4, 1, 64, splits=19),
+    AttentionCase((64, 65, 257, 512), 16, 2, 96, splits=3),
+    AttentionCase((640, 500), 16, 1, 64, splits=11, window=300),
     AttentionCase((250, 31), 10, 2, 128, dtype=torch.float16, splits=3, softcap=30.0),
 )
 

@@ -55,6 +55,12 @@ def test_rows_are_gated(rig, rows, size, gelu):
     cases.check_gated(rig, rows, size, gelu)
 
 
+def test_a_product_is_cut_so_that_all_its_tiles_run_at_once_if_they_can():
+    assert ours.tuning_for(256, 132) == ours.DEFAULT_TUNING
+    assert ours.tuning_for(384, 132) == ours.NARROW_TUNING
+    assert ours.tuning_for(1792, 132) == ours.DEFAULT_TUNING
+
+
 def asked(**changes):
     x = torch.zeros(2, 16, dtype=torch.bfloat16)
     given = {

@@ -16,15 +16,19 @@ CASE = cases.AttentionCase((20, 5), 8, 2, 64)
 
 @pytest.mark.parametrize(("tokens", "most"), [(1, 1), (63, 1), (128, 2), (1024, 16)])
 def test_a_short_session_is_cut_no_finer_than_its_tiles(tokens, most):
-    assert 0.9 * most <= paged.splits_for(8, tokens, 396) <= most
+    assert 0.9 * most <= paged.splits_for(8, tokens, 132) <= most
 
 
 def test_one_long_session_fills_the_device():
-    assert 0.9 * 396 <= 8 * paged.splits_for(8, 32768, 396) <= 396
+    assert 0.95 * 264 <= 8 * paged.splits_for(8, 32768, 132) <= 264
 
 
 def test_sessions_that_fill_the_device_are_not_cut():
-    assert paged.splits_for(2 * 396, 2048, 396) == 1
+    assert paged.splits_for(2 * 132, 2048, 132) == 1
+
+
+def test_sessions_that_fill_most_of_the_device_are_not_cut():
+    assert paged.splits_for(32 * 8, 131072, 132) == 1
 
 
 def asked(**changes):
