@@ -85,6 +85,7 @@ class EngineConfig(Section, frozen=True):
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
     torch_threads: NotNegative = 0
+    overlap_load: bool = True
     stall_s: Seconds = 120.0
 
 

@@ -23,6 +23,7 @@ from sllm_node.core.errors import (
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import FinishReason, GenerationRequest, ModelId, TokenLogprob
 from sllm_node.device.base import DeviceBuffer
+from sllm_node.engine.arriving import Arriving, WeightsMissingError
 from sllm_node.engine.batch import Batch, Part
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.generation import Generation
@@ -54,10 +55,12 @@ class Parts:
     """Makes sure that the devices still work."""
     keep: Callable[[], None]
     """Called when the module is free for the next replica."""
+    arriving: Arriving | None = None
+    """What steps wait through while the weights are on their way; None: they are all there."""
 
 
 class Engine:
-    """One model, ready to decode."""
+    """One model, ready to decode, or so far as its weights are there."""
 
     def __init__(
         self,
@@ -81,7 +84,9 @@ class Engine:
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
         self._last_number = 0
-        self._broken: EngineError | None = None
+        self._broken: SllmError | None = None
+        self._arriving = parts.arriving
+        self._is_loaded = parts.arriving is None
         self._is_trusted = True
         """No step has failed: the module may serve again."""
         self._wake = asyncio.Event()
@@ -137,6 +142,11 @@ class Engine:
         last = request.resumed[-1:]
         return not request.ignore_eos and bool(last) and last[0] in self._parts.codec.eos_ids
 
+    def loaded(self) -> None:
+        """Take note that all weights are there: from the next step on nothing waits for them."""
+        self._is_loaded = True
+        self._wake.set()
+
     async def close(self) -> None:
         """End the sessions, wait for the step under way, let go of weights and KV memory."""
         if self._closing is None:
@@ -146,7 +156,10 @@ class Engine:
     async def _close(self) -> None:
         self._runner = None
         self._wake.set()
+        if self._arriving is not None:
+            self._arriving.stop()
         await self._task
+        self._arrived()
         error = CancelledByOperatorError("the model left the device")
         for generation in list(self._generations.values()):
             self._end(generation)
@@ -178,6 +191,8 @@ class Engine:
 
     async def _run(self) -> None:
         while (runner := self._runner) is not None:
+            if self._is_loaded:
+                self._arrived()
             plan = self._batch.plan()
             self._count()
             if not plan:
@@ -187,7 +202,10 @@ class Engine:
             try:
                 size = self._parts.blocks.block_tokens
                 parts = [_step_part(part, size) for part in plan]
-                drawn = await self._steps.run(runner.step, parts)
+                steps = self._steps if self._arriving is None else self._arriving.steps
+                drawn = await steps.run(runner.step, parts)
+            except WeightsMissingError as missing:
+                self._miss(plan, missing.error)
             except Exception as error:
                 log.exception("step failed", extra={"model": self._parts.name, "parts": len(plan)})
                 self._is_trusted = False
@@ -269,6 +287,20 @@ class Engine:
             if generation is not None:
                 self._end(generation)
                 generation.fail(error)
+
+    def _miss(self, plan: Sequence[Part], error: SllmError) -> None:
+        """End the sessions of a step whose weights don't come: the load failed, or we close."""
+        if self._runner is None:
+            self._batch.failed(list(plan))
+            return
+        self._broken = error
+        self._fail(plan, error)
+
+    def _arrived(self) -> None:
+        """Let no later step wait for weights; none is under way."""
+        arriving, self._arriving = self._arriving, None
+        if arriving is not None:
+            arriving.end()
 
     def _count(self) -> None:
         batch = self._batch

@@ -18,6 +18,7 @@ from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, Share
 from sllm_node.core.units import align_up
 from sllm_node.device.base import Device, DeviceBuffer
+from sllm_node.engine.arriving import Arrival, Arriving, needs_of
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.engine import Engine, Parts, check_capacity, check_request
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
@@ -46,6 +47,10 @@ class WeightSource(Protocol):
 
     @property
     def parts(self) -> Sequence[WeightPart]: ...
+
+    @property
+    def arrival(self) -> Arrival | None:
+        """Which bytes are there; None: all."""
 
 
 class Memory(Protocol):
@@ -89,7 +94,12 @@ class Engines:
         self._clock = clock
         self._metrics = metrics
         gate = Gate()
+        self._gate = gate
         self._steps = {d.name: StepThread(clock, gate, config.torch_threads) for d in devices}
+        self._early: dict[StepThread, str] = {}
+        """Threads of engines whose weights are on their way, and the first device of each."""
+        self._spare: list[StepThread] = []
+        """Those that nobody needs now; what torch keeps for a thread is not cheap to make."""
         self._builder = StepThread(clock, gate, config.torch_threads)
         self._readers = ThreadPoolExecutor(2, "sllm-codec")
         self._capacity: dict[Path, int] = {}
@@ -179,6 +189,9 @@ class Engines:
     async def open(self, lease: WeightSource, skeleton: Skeleton, codec: TextCodec) -> Engine:
         """Bind the weights of `lease` and take KV memory.
 
+        If the bytes are still on their way, the engine's steps wait for them until it is told that
+        it is `loaded`.
+
         Raises:
             CheckpointFormatError: index and module do not agree.
             DeviceMemoryError: there is no room for KV memory.
@@ -211,8 +224,24 @@ class Engines:
         parts = Parts(
             lease.checkpoint.model, skeleton.model, cache, tuple(m.buffer for m in memory), blocks,
             index.context_tokens, common_window(skeleton.shapes), codec, self._check, keep,
+            self._arriving(lease, skeleton.model),
         )  # fmt: skip
         return Engine(parts, self._config, steps, self._clock, self._metrics)
+
+    def _arriving(self, lease: WeightSource, model: Model) -> Arriving | None:
+        if lease.arrival is None:
+            return None
+        config = self._config
+        made = self._spare or [StepThread(self._clock, self._gate, config.torch_threads)]
+        steps = made.pop()
+        parts = [one.part for one in lease.parts]
+        self._early[steps] = parts[0].device
+
+        def end() -> None:
+            del self._early[steps]
+            self._spare.append(steps)
+
+        return Arriving(needs_of(model, lease.checkpoint.index, parts), lease.arrival, steps, end)
 
     async def _kv_memory(
         self, lease: WeightSource, skeleton: Skeleton, slots: int
@@ -265,7 +294,8 @@ class Engines:
 
     def stalled(self) -> str | None:
         """Return why the engines don't move, or None."""
-        for name, steps in self._steps.items():
+        early = ((name, steps) for steps, name in self._early.items())
+        for name, steps in (*self._steps.items(), *early):
             busy_s = steps.busy_s()
             if busy_s > self._config.stall_s:
                 return f"a step on {name} has been running for {busy_s:.0f} s (engine.stall_s)"
@@ -274,7 +304,7 @@ class Engines:
     def close(self) -> None:
         """Stop the threads; engines must be closed."""
         self._kept.clear()
-        for steps in (*self._steps.values(), self._builder):
+        for steps in (*self._steps.values(), *self._early, *self._spare, self._builder):
             steps.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 

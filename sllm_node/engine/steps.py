@@ -41,6 +41,19 @@ class Gate:
                 self._changed.notify_all()
 
     @contextmanager
+    def left(self) -> Iterator[None]:
+        """Let others run alone meanwhile; for one that shares, and waits for something else."""
+        with self._changed:
+            self._sharing -= 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._alone)
+                self._sharing += 1
+
+    @contextmanager
     def alone(self) -> Iterator[None]:
         """Run beside nobody."""
         with self._changed:
@@ -90,6 +103,16 @@ class StepThread:
                 return job(*values)
             finally:
                 self._began = None
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Wait for something inside of a job that `run` runs: it counts as none meanwhile."""
+        self._began = None
+        try:
+            with self._gate.left():
+                yield
+        finally:
+            self._began = self._clock.now()
 
     def busy_s(self) -> float:
         """Return for how long the job under way has been running; 0 if none is."""

@@ -40,7 +40,7 @@ class Lease:
     ) -> None:
         self.checkpoint = checkpoint
         self.parts = parts
-        self.report = report
+        self.report: LoadReport | None = report
         """What the load did; None: the model was on the device already, or the load goes on."""
         self.arrival: Arrival | None = None if early is None else early.deliveries.arrival()
         """How far the bytes are, of an early lease; of any other one they are all there."""

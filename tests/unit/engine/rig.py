@@ -20,6 +20,8 @@ GREEDY = SamplingParameters(temperature=0.0)
 class Weights:
     """A checkpoint's bytes on a device, as a lease shows them."""
 
+    arrival = None
+
     def __init__(self, checkpoint, device):
         self.checkpoint = checkpoint
         index = checkpoint.index
