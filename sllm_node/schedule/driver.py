@@ -293,6 +293,10 @@ class Service(Generic[CodecT]):
         for stream in self._sessions.waiting_for(model):
             self._early.begin(stream)
 
+    def on_closing(self, model: ModelId) -> None:
+        """For `Replicas`: such a replica goes away; its sessions wait for what is told next."""
+        self._early.close(model)
+
     def on_loaded(self, model: ModelId) -> None:
         """For `Replicas`: a load succeeded."""
         hosted = self._replicas.get(model)
@@ -307,14 +311,12 @@ class Service(Generic[CodecT]):
     def on_load_failed(self, model: ModelId, error: SllmError) -> None:
         """For `Replicas`: a load gave up."""
         self._do(self._scheduler.on_load_failed(model, error, self._clock.now()))
-        self._early.close(model)
 
     def on_evicted(self, model: ModelId) -> None:
         """For `Replicas`: a replica is gone."""
         departure = self._departures.pop(model, None)
         if departure is not None:
             departure.set_result(None)
-        self._early.close(model)
         self._do(self._scheduler.on_evicted(model, self._clock.now()))
 
     def _on_timer(self) -> None:

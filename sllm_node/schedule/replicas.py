@@ -32,6 +32,9 @@ class Listener(Protocol):
     def on_opened(self, model: ModelId, replica: Replica) -> None:
         """Sessions may begin on `replica`, which is still loading."""
 
+    def on_closing(self, model: ModelId) -> None:
+        """It will not be loaded after all: the end of the load follows."""
+
     def on_loaded(self, model: ModelId) -> None: ...
 
     def on_load_failed(self, model: ModelId, error: SllmError) -> None: ...
@@ -145,6 +148,7 @@ class Replicas(Generic[CodecT]):
                 await lease.loaded()
                 replica.loaded()
         except BaseException:
+            listener.on_closing(model)
             await _to_its_end(self._undo(model, lease, replica))
             raise
         return Hosted(replica, lease, opened)

@@ -58,6 +58,13 @@ class Arrival:
         self.fail(LoadFailedError(ModelId("m"), "stopped"))
 
 
+class Prompt(Arrival):
+    """What is waited for is there at once."""
+
+    def wait(self, ends):
+        self.come(max(ends))
+
+
 class Coming(Weights):
     """Weights of which each byte is wrong until it comes."""
 
@@ -125,10 +132,8 @@ class Uses(TorchFunctionMode):
 def test_no_layer_of_any_architecture_uses_bytes_before_it_has_waited_for_them(family, tmp_path):
     checkpoint = make_checkpoint(tmp_path, "m", family)
     index, model = checkpoint.index, build_skeleton(checkpoint.path)
-    arrival = Arrival()
-    arrival.wait = lambda ends: arrival.come(max(ends))
+    arrival = Prompt()
     steps = StepThread(ManualClock(), Gate(), 1)
-    steps.paused = contextlib.nullcontext
     needs = needs_of(model, index, [Part("cpu", 0, index.size)])
     arriving = Arriving(needs, arrival, steps, lambda: None)
     places = {}

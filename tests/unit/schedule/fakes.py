@@ -15,7 +15,7 @@ from sllm_node.checkpoint.index import (
     shard_name,
     to_json,
 )
-from sllm_node.core.config import Config, DeviceConfig, ScheduleConfig
+from sllm_node.core.config import Config, DeviceConfig, EngineConfig, ScheduleConfig
 from sllm_node.core.errors import DeviceMemoryError, EngineError, PromptTooLongError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import (
@@ -291,7 +291,7 @@ class Node:
         self.engines.replicas[ModelId(model)].error = EngineError(model, problem)
 
 
-def make_node(root: Path, names=("a", "b", "c"), pages=1, models=None, **schedule):
+def make_node(root: Path, names=("a", "b", "c"), pages=1, models=None, overlap=True, **schedule):
     """Make a node of checkpoints `names` with device memory of `pages`."""
     for name in names:
         write_checkpoint(root, name)
@@ -299,6 +299,7 @@ def make_node(root: Path, names=("a", "b", "c"), pages=1, models=None, **schedul
     store, engines, metrics = FakeStore(catalog, pages), FakeEngines(), Metrics()
     config = Config(
         device=DeviceConfig(memory_bytes=pages * PAGE),
+        engine=EngineConfig(overlap_load=overlap),
         schedule=ScheduleConfig(**schedule),
         models=models or {},
     )
