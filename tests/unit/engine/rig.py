@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ GREEDY = SamplingParameters(temperature=0.0)
 class Weights:
     """A checkpoint's bytes on a device, as a lease shows them."""
 
-    arrival = None
+    arrival: Any = None
 
     def __init__(self, checkpoint, device):
         self.checkpoint = checkpoint
