@@ -52,6 +52,7 @@ async def test_a_model_says_on_gpus_what_transformers_says(tmp_path, count, laun
         device.close()
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype feature")
 async def test_launching_a_step_waits_for_nothing(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "store", "m")
     devices = open_devices(1, 600 * MIB)
@@ -63,8 +64,12 @@ async def test_launching_a_step_waits_for_nothing(tmp_path):
     engine: Any = await engines.open(lease, await engines.skeleton(checkpoint), codec)
     sampled = SamplingParameters(temperature=0.8, top_p=0.9, seed=3)
     wishes = [ask(PROMPT[:n], 24, s, logprobs=2) for n in (3, 24) for s in (GREEDY, sampled)]
-    first = [engine.submit(wish) for wish in wishes]
-    expected = [(await collect(generation))[1] for generation in first]  # everything is warm
+    expected: list[tuple[int, ...]] = []
+    for _ in range(
+        3
+    ):  # prompts are found from the second round on, and graphs captured by the third
+        sent = [engine.submit(wish) for wish in wishes]
+        expected = [(await collect(generation))[1] for generation in sent]
     launch = engine._runner._launch
 
     def watched(parts, before):
