@@ -6,7 +6,7 @@ themselves. Tied weights are stored once, where the first use wants them, so a t
 more than the embedding. Buffers that are not stored are there from the start.
 
 While a step waits, it lets jobs run that must not run beside one, and it does not count as busy.
-When the load has ended the hooks go: what is measured or captured later knows nothing of them.
+When all bytes are there the hooks go: what is measured or captured later knows nothing of them.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +81,7 @@ class Arriving:
         """Where to step meanwhile: a step that waits must hold up no other model's."""
         self._arrival = arrival
         self._threads = threads
+        self._ends = [max(ends) for ends in zip(*(ends for _, ends in needs), strict=True)]
         self._hooks = [
             module.register_forward_pre_hook(partial(self._wait, ends)) for module, ends in needs
         ]
@@ -93,6 +94,11 @@ class Arriving:
                 self._arrival.wait(ends)
             except SllmError as error:
                 raise WeightsMissingError(error) from error
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no step would wait any more."""
+        return self._arrival.has(self._ends)
 
     def stop(self) -> None:
         """Let the step that waits fail, and every later one that would have to wait."""

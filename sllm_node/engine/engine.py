@@ -222,7 +222,7 @@ class Engine:
 
     async def _run(self, runner: Runner) -> None:
         while self._runner is not None or self._flight:
-            if self._is_loaded:
+            if self._arriving is not None and (self._is_loaded or self._arriving.is_complete):
                 self._arrived()
             planned = self._plan()
             if not self._flight:

@@ -169,15 +169,26 @@ async def test_the_first_layers_run_while_the_last_bytes_are_held_back(checkpoin
         assert await collect(generation) == wanted
 
 
-async def test_when_the_load_has_ended_no_hook_is_left(checkpoint):
+async def test_when_all_bytes_are_there_no_later_step_has_a_hook(checkpoint):
     async with coming(checkpoint) as (engine, weights, engines):
-        weights.come(checkpoint.index.size)
-        first = await collect(engine.submit(ask(PROMPT)))
+        generation = engine.submit(ask(PROMPT))
+        await asyncio.to_thread(weights.arrival.is_waiting.wait)
         assert hooks_of(engine) > 0
-        engine.loaded()
-        assert await collect(engine.submit(ask(PROMPT)))
-        assert hooks_of(engine) == 0
+        weights.come(checkpoint.index.size)
+        first = await collect(generation)
+        assert hooks_of(engine) == 0  # before anybody has said that the load has ended
         assert first[1] == (await collect(engine.submit(ask(PROMPT))))[1]
+        assert (engines._early.taken, len(engines._early.all)) == (0, 1)
+
+
+async def test_an_engine_without_sessions_gives_its_thread_back_when_the_load_has_ended(checkpoint):
+    async with coming(checkpoint) as (engine, weights, engines):
+        assert (hooks_of(engine) > 0, engines._early.taken) == (True, 1)
+        weights.come(checkpoint.index.size)
+        engine.loaded()
+        while engine._arriving is not None:
+            await asyncio.sleep(0)
+        assert hooks_of(engine) == 0
         assert (engines._early.taken, len(engines._early.all)) == (0, 1)
 
 
