@@ -89,6 +89,7 @@ class EngineConfig(Section, frozen=True):
     resume: ResumeMode = "fast"
     launch_ahead: Literal["auto", "always", "never"] = "auto"
     torch_threads: NotNegative = 0
+    overlap_load: bool = True
     stall_after_s: Seconds = 120.0
 
 

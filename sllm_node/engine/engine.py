@@ -11,7 +11,7 @@ the sessions that were in it or in the one launched after it, and no other.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,19 +20,20 @@ from sllm_node.core.config import EngineConfig
 from sllm_node.core.errors import (
     CancelledByOperatorError,
     EngineError,
-    InvalidRequestError,
-    PromptTooLongError,
+    SllmError,
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import FinishReason, GenerationRequest, ModelId, TokenLogprob
 from sllm_node.device.base import DeviceBuffer
+from sllm_node.engine.arriving import Arriving, WeightsMissingError
 from sllm_node.engine.batch import Batch, Part
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.decode_batch import DecodeBatch
 from sllm_node.engine.generation import Generation
-from sllm_node.engine.kv import KvCache, KvPart
-from sllm_node.engine.runner import Runner, StepPart
-from sllm_node.engine.sampling import Drawn, SamplingRow, check_parameters
+from sllm_node.engine.kv import KvCache
+from sllm_node.engine.refusals import check_capacity, check_request
+from sllm_node.engine.runner import Runner, StepPart, step_parts
+from sllm_node.engine.sampling import Drawn
 from sllm_node.engine.session import Session
 from sllm_node.engine.skeleton import Model
 from sllm_node.engine.stall import StallWatch
@@ -63,10 +64,12 @@ class Parts:
     """Gives KV memory back, on the step thread; the argument: whether the rest may serve again."""
     keep: Callable[[], None]
     """Called when the module is free for the next replica."""
+    arriving: Arriving | None = None
+    """What steps wait through while the weights are on their way; None: they are all there."""
 
 
 class Engine:
-    """One model, ready to decode."""
+    """One model, ready to decode, or so far as its weights are there."""
 
     def __init__(
         self,
@@ -90,7 +93,9 @@ class Engine:
             config.prefill_beside_tokens,
         )  # fmt: skip
         self._resume = config.resume
-        runner = Runner(parts.model, parts.cache, parts.blocks.block_tokens, parts.decode)
+        # Only the module's forward pass knows how to wait for weights.
+        decode = parts.decode if parts.arriving is None else None
+        runner = Runner(parts.model, parts.cache, parts.blocks.block_tokens, decode)
         self._runner: Runner | None = runner
         ways = {"always": True, "never": False, "auto": runner.is_asynchronous}
         self._depth = 2 if ways[config.launch_ahead] else 1
@@ -99,12 +104,14 @@ class Engine:
         self._generations: dict[int, Generation] = {}
         """By the number of their session."""
         self._last_number = 0
-        self._broken: EngineError | None = None
+        self._broken: SllmError | None = None
+        self._arriving = parts.arriving
+        self._is_loaded = parts.arriving is None
         self._is_trusted = True
         """No step has failed: the module may serve again."""
         self.watch = StallWatch(
             parts.name, config.stall_after_s, clock, metrics.engine_stalled.labels(parts.name),
-            sessions=lambda: (self.running, self.waiting), free_since=steps.free_since,
+            sessions=lambda: (self.running, self.waiting), free_since=self._free_since,
         )  # fmt: skip
         self._wake = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
@@ -165,6 +172,11 @@ class Engine:
         last = request.resumed[-1:]
         return not request.ignore_eos and bool(last) and last[0] in self._parts.codec.eos_ids
 
+    def loaded(self) -> None:
+        """Take note that all weights are there: from the next step on nothing waits for them."""
+        self._is_loaded = True
+        self._wake.set()
+
     async def close(self) -> None:
         """End the sessions, wait for the steps under way, let go of weights and KV memory."""
         if self._closing is None:
@@ -176,7 +188,10 @@ class Engine:
     async def _close(self, runner: Runner | None) -> None:
         self._runner = None
         self._wake.set()
+        if self._arriving is not None:
+            self._arriving.stop()
         await self._task
+        self._arrived()
         error = CancelledByOperatorError("the model left the device")
         for generation in list(self._generations.values()):
             self._end(generation)
@@ -210,6 +225,8 @@ class Engine:
 
     async def _run(self, runner: Runner) -> None:
         while self._runner is not None or self._flight:
+            if self._arriving is not None and (self._is_loaded or self._arriving.is_complete):
+                self._arrived()
             planned = self._plan()
             if not self._flight:
                 if not self._generations:
@@ -220,19 +237,31 @@ class Engine:
             try:
                 oldest = self._flight[0]
                 self.watch.began(len(oldest), sum(part.count for part in oldest))
-                drawn = await self._steps.run(runner.advance, self._launches(planned))
+                drawn = await self._stepping.run(runner.advance, self._launches(planned))
+            except WeightsMissingError as missing:
+                await self._miss(runner, missing.error)
             except Exception as error:  # noqa: BLE001 - told to the sessions, and logged
                 await self._fail(runner, error)
             else:
                 self._take(self._flight.popleft(), drawn)
             self.watch.ended()
 
+    @property
+    def _stepping(self) -> StepThread:
+        """The thread that steps: while weights arrive one of our own, which may wait for them."""
+        return self._steps if self._arriving is None else self._arriving.steps
+
+    def _free_since(self) -> float:
+        return self._stepping.free_since()
+
     def _plan(self) -> int:
         """Plan as far ahead as is allowed; return how many steps there are to launch."""
         planned = 0
         runner, batch = self._runner, self._batch
         is_open = runner is not None and not runner.has_failed
-        while is_open and len(self._flight) < self._depth and (plan := batch.plan()):
+        # A step that waits for weights has none behind it: who comes meanwhile is in the next.
+        depth = self._depth if self._arriving is None else 1
+        while is_open and len(self._flight) < depth and (plan := batch.plan()):
             self._flight.append(plan)
             planned += 1
         self._count()
@@ -242,7 +271,7 @@ class Engine:
         """Return what the last `count` planned steps are to compute."""
         size = self._parts.blocks.block_tokens
         steps = list(pairwise([[], *self._flight]))[len(self._flight) - count :]
-        return [_step_parts(before, plan, size) for before, plan in steps]
+        return [step_parts(before, plan, size) for before, plan in steps]
 
     def _take(self, plan: list[Part], drawn: Sequence[Drawn | None]) -> None:
         self._batch.stepped(plan)
@@ -311,21 +340,47 @@ class Engine:
 
     async def _fail(self, runner: Runner, error: Exception) -> None:
         """End the sessions of all steps under way: those after one that failed follow from it."""
-        plans = list(self._flight)
-        self._flight.clear()
-        name, count = self._parts.name, sum(map(len, plans))
+        name, count = self._parts.name, sum(map(len, self._flight))
         log.error("step failed", exc_info=error, extra={"model": name, "parts": count})
         self._is_trusted = False
-        await self._steps.run(self._parts.check)  # ends the process if the device is lost
+        await self._let_end(runner)
+        self._lose(EngineError(name, f"{type(error).__name__}: {error}"))
+
+    async def _miss(self, runner: Runner, error: SllmError) -> None:
+        """End the sessions of a step whose weights don't come: the load failed, or we close."""
+        await self._let_end(runner)  # what was launched may read weights that go away next
+        if self._runner is not None:
+            self._broken = error
+        self._lose(None if self._runner is None else error)
+
+    async def _let_end(self, runner: Runner) -> None:
+        """Wait for all that was launched; this ends the process if the device is lost."""
+        await self._steps.run(self._parts.check)
         await self._steps.run(runner.drop)
-        told = EngineError(name, f"{type(error).__name__}: {error}")
+
+    def _lose(self, told: SllmError | None) -> None:
+        """Give up all steps under way and their sessions; None: `close` tells these."""
+        plans = list(self._flight)
+        self._flight.clear()
         for plan in plans:
             self._batch.failed(plan)
+        if told is None:
+            return
         for part in (part for plan in plans for part in plan):
             generation = self._generations.get(part.session.number)
             if generation is not None:
                 self._end(generation)
                 generation.fail(told)
+
+    def _arrived(self) -> None:
+        """Let no later step wait for weights; none is under way."""
+        arriving, self._arriving = self._arriving, None
+        if arriving is None:
+            return
+        assert not self._flight
+        arriving.end()
+        if self._runner is not None:
+            self._runner.decode = self._parts.decode
 
     def _count(self) -> None:
         batch = self._batch
@@ -336,60 +391,3 @@ class Engine:
             self._asked.inc(batch.asked_tokens)
             self._found.inc(batch.found_tokens)
         batch.asked_tokens = batch.found_tokens = 0
-
-
-def check_request(request: GenerationRequest, context_tokens: int, vocabulary: int | None) -> None:
-    """Refuse what can never be served.
-
-    Raises:
-        InvalidRequestError: no prompt, tokens outside the vocabulary, parameters out of range.
-        PromptTooLongError: prompt and output exceed the model's context.
-    """
-    if not request.prompt:
-        raise InvalidRequestError("the prompt has no tokens", param="prompt")
-    check_parameters(request.sampling, vocabulary)
-    if request.logprobs is not None and request.logprobs < 0:
-        raise InvalidRequestError(f"logprobs = {request.logprobs} is negative", param="logprobs")
-    if not all(request.stop):
-        raise InvalidRequestError("a stop string is empty", param="stop")
-    if len(request.resumed) >= request.max_tokens:
-        raise InvalidRequestError("nothing is left to generate", param="max_tokens")
-    wanted = len(request.prompt) + request.max_tokens
-    if wanted > context_tokens:
-        raise PromptTooLongError(wanted, context_tokens, "the model's context")
-    if vocabulary is not None:
-        tokens = (*request.prompt, *request.resumed)
-        if min(tokens) < 0 or max(tokens) >= vocabulary:
-            raise InvalidRequestError(
-                f"the prompt has token ids outside 0 to {vocabulary - 1}", param="prompt"
-            )
-
-
-def check_capacity(request: GenerationRequest, capacity_tokens: int) -> None:
-    """Refuse what all blocks together can't hold.
-
-    Raises:
-        PromptTooLongError: prompt and output exceed them.
-    """
-    wanted = len(request.prompt) + request.max_tokens
-    if wanted > capacity_tokens:
-        raise PromptTooLongError(wanted, capacity_tokens, "KV memory (engine.kv_cache_bytes)")
-
-
-def _step_parts(before: Sequence[Part], plan: Sequence[Part], size: int) -> list[StepPart]:
-    """Return what a step computes that is launched right behind the step `before`."""
-    places = {part.session.number: place for place, part in enumerate(before)}
-    return [_step_part(part, places, size) for part in plan]
-
-
-def _step_part(part: Part, places: Mapping[int, int], block_tokens: int) -> StepPart:
-    session, request = part.session, part.session.request
-    row = None
-    if part.is_last:
-        index = part.start + part.count - len(request.prompt)
-        row = SamplingRow(request.sampling, index, request.logprobs, session.adjustments())
-    passed = session.passed_blocks * block_tokens
-    place = KvPart(part.start - passed, part.count, tuple(session.table), passed)
-    if part.is_ahead:
-        return StepPart((0,), place, row, places[session.number])
-    return StepPart(session.tokens(part.start, part.count), place, row)

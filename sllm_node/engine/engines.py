@@ -19,26 +19,27 @@ from sllm_node.core.types import GenerationRequest, ModelId, Share, Stall
 from sllm_node.core.units import align_up
 from sllm_node.device.base import Device, DeviceRange
 from sllm_node.device.optional import step_kernels
+from sllm_node.engine.arriving import Arrival, Arriving, EarlyThreads, needs_of
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.decode_batch import DecodeBatch
 from sllm_node.engine.decode_ops import DecodeOps, KernelOps
-from sllm_node.engine.engine import Engine, Parts, check_capacity, check_request
+from sllm_node.engine.engine import Engine, Parts
 from sllm_node.engine.fused import FusedDecoder
 from sllm_node.engine.graphs import CudaGraphs
-from sllm_node.engine.kept import KvPlace, Skeleton
+from sllm_node.engine.kept import KvPlace, Skeleton, build
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
+from sllm_node.engine.refusals import check_capacity, check_request
 from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import (
     LayerShape,
+    Model,
     build_skeleton,
     common_window,
-    layer_shapes,
     read_config,
 )
-from sllm_node.engine.spread import spread
 from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.text import TextCodec, load_codec
-from sllm_node.engine.weights import WeightPart, bind, unbind
+from sllm_node.engine.weights import WeightPart
 
 KEPT_MODULES_MAX: Final = 64
 """Modules that wait for their model to come back; each takes a few MiB of host memory."""
@@ -52,6 +53,10 @@ class WeightSource(Protocol):
 
     @property
     def parts(self) -> Sequence[WeightPart]: ...
+
+    @property
+    def arrival(self) -> Arrival | None:
+        """Which bytes are there; None: all."""
 
 
 class Memory(Protocol):
@@ -90,6 +95,7 @@ class Engines:
         self._metrics = metrics
         gate = Gate()
         self._steps = {d.name: StepThread(clock, gate, config.torch_threads) for d in devices}
+        self._early = EarlyThreads(lambda: StepThread(clock, gate, config.torch_threads))
         self._builder = StepThread(clock, gate, config.torch_threads)
         self._readers = ThreadPoolExecutor(2, "sllm-codec")
         self._capacity: dict[Path, int] = {}
@@ -164,7 +170,7 @@ class Engines:
             return kept[1]
         if kept is not None:
             kept[1].take_kv(())
-        return await self._builder.run_alone(_build, checkpoint.path)
+        return await self._builder.run_alone(build, checkpoint.path)
 
     def give_back(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
         """Keep a module that nobody uses any more for the next load of its model."""
@@ -184,6 +190,9 @@ class Engines:
     async def open(self, lease: WeightSource, skeleton: Skeleton, codec: TextCodec) -> Engine:
         """Bind the weights of `lease` and take KV memory.
 
+        If the bytes are still on their way, the engine's steps wait for them until it is told that
+        it is `loaded`.
+
         Raises:
             CheckpointFormatError: index and module do not agree.
             DeviceMemoryError: there is no room for KV memory.
@@ -202,7 +211,7 @@ class Engines:
         buffers = tuple(part.buffer for part in lease.parts)
         if skeleton.bound_to not in ((), buffers):  # somewhere else
             skeleton.take_kv(())
-            skeleton = await self._builder.run_alone(_build, lease.checkpoint.path)
+            skeleton = await self._builder.run_alone(build, lease.checkpoint.path)
         place = await self._kv_place(lease, skeleton, blocks.capacity_tokens, steps)
 
         def let_go(is_trusted: bool) -> None:  # noqa: FBT001 - the one thing that it is told
@@ -219,6 +228,7 @@ class Engines:
             lease.checkpoint.model, skeleton.model, place.cache,
             tuple(one.buffer for one in place.memory), blocks, place.decode, index.context_tokens,
             common_window(skeleton.shapes), codec, self._check, let_go, keep,
+            self._arriving(lease, skeleton.model),
         )  # fmt: skip
         engine = Engine(parts, self._config, steps, self._clock, self._metrics)
         self._opened.add(engine)
@@ -235,8 +245,7 @@ class Engines:
         memory = await self._kv_memory(lease, skeleton, sizes, known)
         try:
             if not skeleton.bound_to:
-                await steps.run_alone(_bind, skeleton, lease)
-                skeleton.bound_to = tuple(part.buffer for part in lease.parts)
+                await steps.run_alone(skeleton.bind, lease.checkpoint.index, lease.parts)
             if known is not None:
                 return known
             counts = [len(shapes) for _, shapes in layers]
@@ -251,6 +260,12 @@ class Engines:
                 buffer.close()
             raise
         return KvPlace(taken, cache, decode)
+
+    def _arriving(self, lease: WeightSource, model: Model) -> Arriving | None:
+        if lease.arrival is None:
+            return None
+        needs = needs_of(model, lease.checkpoint.index, [one.part for one in lease.parts])
+        return Arriving(needs, lease.arrival, self._early)
 
     async def _kv_memory(
         self,
@@ -348,7 +363,7 @@ class Engines:
         for _, skeleton in self._kept.values():
             skeleton.take_kv(())
         self._kept.clear()
-        for steps in (*self._steps.values(), self._builder):
+        for steps in (*self._steps.values(), *self._early.all, self._builder):
             steps.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
@@ -365,19 +380,3 @@ def _import_for(directory: Path) -> None:
     with suppress(SllmError, OSError, ValueError):
         build_skeleton(directory)
         load_codec(directory)
-
-
-def _build(directory: Path) -> Skeleton:
-    model = build_skeleton(directory)
-    shapes = layer_shapes(model)
-    return Skeleton(model, shapes, bytes_per_token(shapes, model.dtype))
-
-
-def _bind(skeleton: Skeleton, lease: WeightSource) -> None:
-    try:
-        bind(skeleton.model, lease.checkpoint.index, lease.parts)
-    except BaseException:
-        unbind(skeleton.model)
-        raise
-    if len(lease.parts) > 1:
-        spread(skeleton.model)

@@ -23,7 +23,8 @@ class CudaGraphs:
         """
         make: Any = torch.cuda.CUDAGraph
         graph = make()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # Other threads may take memory meanwhile: those of loads, and of steps that wait for theirs.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             made = compute()
         if self._pool is None:
             self._pool = graph.pool()

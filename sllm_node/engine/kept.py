@@ -6,11 +6,15 @@ views, captured steps) is kept, so that its return costs its bytes alone.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from sllm_node.checkpoint.index import TensorIndex
 from sllm_node.device.base import DeviceBuffer
 from sllm_node.engine.decode_batch import DecodeBatch
-from sllm_node.engine.kv import KvCache, KvMemory
-from sllm_node.engine.skeleton import LayerShape, Model
+from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token
+from sllm_node.engine.skeleton import LayerShape, Model, build_skeleton, layer_shapes
+from sllm_node.engine.spread import spread
+from sllm_node.engine.weights import WeightPart, bind, unbind
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,21 @@ class Skeleton:
     kv: KvPlace | None = None
     """Of the last replica, without memory, while there is none."""
 
+    def bind(self, index: TensorIndex, parts: Sequence[WeightPart]) -> None:
+        """Make its parameters views of the buffers of `parts`; on a step thread, alone.
+
+        Raises:
+            CheckpointFormatError: index and module do not agree.
+        """
+        try:
+            bind(self.model, index, parts)
+        except BaseException:
+            unbind(self.model)
+            raise
+        if len(parts) > 1:
+            spread(self.model)
+        self.bound_to = tuple(part.buffer for part in parts)
+
     def take_kv(self, sizes: Sequence[tuple[str, int]]) -> KvPlace | None:
         """Return the place of the last replica if it fits (device, bytes) of each part; forget it."""
         found, self.kv = self.kv, None
@@ -59,3 +78,14 @@ class Skeleton:
             return found
         found.close()
         return None
+
+
+def build(directory: Path) -> Skeleton:
+    """Return the module of a checkpoint, without weights.
+
+    Raises:
+        UnsupportedArchitectureError: the step loop can't serve it.
+    """
+    model = build_skeleton(directory)
+    shapes = layer_shapes(model)
+    return Skeleton(model, shapes, bytes_per_token(shapes, model.dtype))

@@ -10,7 +10,7 @@ of a replay too, whatever is drawn for those is dropped.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ import torch
 
 from sllm_node.core.types import SamplingParameters, TokenIds
 from sllm_node.engine.attention import attention_step
+from sllm_node.engine.batch import Part
 from sllm_node.engine.decode_batch import DecodeBatch, DecodeRow, Following, bucket_of
 from sllm_node.engine.draw import draw
 from sllm_node.engine.kv import KvCache, KvPart, PagedStep
@@ -79,11 +80,12 @@ class Runner:
     def __init__(
         self, model: Any, cache: KvCache, block_tokens: int, decode: DecodeBatch | None = None
     ) -> None:
-        """`decode`: for steps in which every session has one token; None: the module does them."""
         self._model = model
         self._cache = cache
         self._block_tokens = block_tokens
-        self._decode = decode
+        self.decode = decode
+        """For steps in which every session has one token; None: the module does them. May be set
+        while no step is under way."""
         self._first, self._last = cache.keys[0].device, cache.keys[-1].device
         self._under_way: deque[_Launched | Exception] = deque()
 
@@ -127,9 +129,9 @@ class Runner:
     def _launch(self, parts: Sequence[StepPart], before: _Launched | Exception | None) -> _Launched:
         following = self._following(parts, before)
         rows = _decode_rows(parts)
-        if self._decode is None or rows is None or bucket_of(len(rows)) is None:
+        if self.decode is None or rows is None or bucket_of(len(rows)) is None:
             return self._forward(parts, following)
-        plan, packed = self._decode.launch(rows, following)
+        plan, packed = self.decode.launch(rows, following)
         numbers = [None if part.draw is None else row for row, part in enumerate(parts)]
         return _Launched(numbers, plan, packed[: len(rows)], self._land(packed))
 
@@ -181,8 +183,8 @@ class Runner:
     ) -> torch.Tensor:
         """Return the logits of the rows `kept`."""
         places = [part.place for part in parts]
-        if self._decode is not None:
-            return self._decode.forward(places, ids, positions, kept)
+        if self.decode is not None:
+            return self.decode.forward(places, ids, positions, kept)
         with attention_step(PagedStep(self._cache, places, self._block_tokens)):
             output = self._model(
                 input_ids=ids[None],
@@ -223,6 +225,25 @@ class Runner:
         event = torch.Event(self._last)
         event.record(torch.accelerator.current_stream(self._last))
         return _Landing(host, event)
+
+
+def step_parts(before: Sequence[Part], plan: Sequence[Part], size: int) -> list[StepPart]:
+    """Return what a step computes that is launched right behind the step `before`."""
+    places = {part.session.number: place for place, part in enumerate(before)}
+    return [_step_part(part, places, size) for part in plan]
+
+
+def _step_part(part: Part, places: Mapping[int, int], block_tokens: int) -> StepPart:
+    session, request = part.session, part.session.request
+    row = None
+    if part.is_last:
+        index = part.start + part.count - len(request.prompt)
+        row = SamplingRow(request.sampling, index, request.logprobs, session.adjustments())
+    passed = session.passed_blocks * block_tokens
+    place = KvPart(part.start - passed, part.count, tuple(session.table), passed)
+    if part.is_ahead:
+        return StepPart((0,), place, row, places[session.number])
+    return StepPart(session.tokens(part.start, part.count), place, row)
 
 
 def _decode_rows(parts: Sequence[StepPart]) -> list[DecodeRow] | None:

@@ -11,7 +11,7 @@ def spread(model: Any) -> None:
     For a module that is bound already. Layers are the members of the list as long as the config says
     there are; inside of one everything is on one device.
     """
-    layers = _layers(model)
+    layers = layers_of(model)
     inside = {id(module) for layer in layers for module in layer.modules()}
     for module in model.modules():
         is_leaf = id(module) not in inside and any(True for _ in module.parameters(recurse=False))
@@ -19,7 +19,8 @@ def spread(model: Any) -> None:
             module.register_forward_pre_hook(_follow, with_kwargs=True)
 
 
-def _layers(model: Any) -> list[Any]:
+def layers_of(model: Any) -> list[Any]:
+    """Return the layers of `model`, if they are in one list."""
     count = model.config.num_hidden_layers
     for module in model.modules():
         if isinstance(module, torch.nn.ModuleList) and len(module) == count:

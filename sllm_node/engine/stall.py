@@ -3,7 +3,7 @@
 The engine says when work comes, when a step begins and ends, and when nothing is left. Whether it is
 stalled follows from that and the clock, whenever somebody asks; a timer of the loop is there for the
 metric and the log line, which say it once. A load is no stall: while some module is built or bound,
-which runs beside no step, the time does not count.
+which runs beside no step, or while a step waits for weights, the time does not count.
 """
 
 import logging

@@ -44,6 +44,19 @@ class Gate:
                 self._changed.notify_all()
 
     @contextmanager
+    def left(self) -> Iterator[None]:
+        """Let others run alone meanwhile; for one that shares, and waits for something else."""
+        with self._changed:
+            self._sharing -= 1
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._changed.wait_for(lambda: not self._alone)
+                self._sharing += 1
+
+    @contextmanager
     def alone(self) -> Iterator[None]:
         """Run beside nobody."""
         with self._changed:
@@ -69,6 +82,9 @@ class StepThread:
             1, "sllm-step", initializer=_set_threads, initargs=(torch_threads,)
         )
         self._began: float | None = None
+        self._is_paused = False
+        self._resumed_at = float("-inf")
+        """When a job here last went on after a pause."""
 
     async def run(self, job: Callable[..., ResultT], *values: Any) -> ResultT:
         """Run `job` and return its result. A caller that is cancelled leaves the job running."""
@@ -97,14 +113,30 @@ class StepThread:
                 if is_alone:
                     self._gate.freed_at = self._clock.now()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Wait for something inside of a job that `run` runs: it counts as none meanwhile."""
+        self._began, self._is_paused = None, True
+        try:
+            with self._gate.left():
+                yield
+        finally:
+            self._began = self._resumed_at = self._clock.now()
+            self._is_paused = False
+
     def busy_s(self) -> float:
         """Return for how long the job under way has been running; 0 if none is, or it runs alone."""
         began = self._began
         return 0.0 if began is None else self._clock.now() - began
 
     def free_since(self) -> float:
-        """Return since when no job has run alone, on any step thread; now, if one does."""
-        return self._clock.now() if self._gate.is_taken else self._gate.freed_at
+        """Return since when nothing has kept a job here from running; now, if something does.
+
+        That is a job that runs alone, on any step thread, and what a job here waits for, `paused`.
+        """
+        if self._gate.is_taken or self._is_paused:
+            return self._clock.now()
+        return max(self._gate.freed_at, self._resumed_at)
 
     def close(self) -> None:
         """Wait for the job under way and stop."""

@@ -45,8 +45,9 @@ from sllm_node.schedule.actions import (
     Ticket,
     TicketId,
 )
+from sllm_node.schedule.early import EarlySessions
 from sllm_node.schedule.estimate import LoadEstimator
-from sllm_node.schedule.ports import CodecT, Engines, WeightStore
+from sllm_node.schedule.ports import CodecT, Engines, Replica, WeightStore
 from sllm_node.schedule.replicas import Hosted, Replicas
 from sllm_node.schedule.scheduler import Scheduler
 from sllm_node.schedule.sessions import Sessions
@@ -76,7 +77,9 @@ class Service(Generic[CodecT]):
         self._engines = engines
         self._clock = clock
         self._loop = asyncio.get_running_loop()
-        self._replicas = Replicas(catalog, store, engines, clock)
+        self._replicas = Replicas(
+            catalog, store, engines, clock, overlap=config.engine.overlap_load
+        )
         self._estimator = LoadEstimator()
         self._scheduler = Scheduler(
             config.schedule,
@@ -87,6 +90,7 @@ class Service(Generic[CodecT]):
         )
         self._last_ticket = 0
         self._sessions = Sessions()
+        self._early = EarlySessions(config.engine.max_sessions)
         self._load_waiters: dict[TicketId, asyncio.Future[None]] = {}
         self._departures: dict[ModelId, asyncio.Future[None]] = {}
         self._actions: deque[Action] = deque()
@@ -141,6 +145,8 @@ class Service(Generic[CodecT]):
         self._do(self._scheduler.on_request(ticket, self._clock.now()))
         if stream.error is not None:
             raise stream.error
+        if not stream.is_granted:
+            self._early.begin(stream)
         return stream
 
     def sessions(self) -> list[SessionStatus]:
@@ -281,6 +287,16 @@ class Service(Generic[CodecT]):
 
     # --- what happens -------------------------------------------------------------------------
 
+    def on_opened(self, model: ModelId, replica: Replica) -> None:
+        """For `Replicas`: sessions can begin while the load goes on."""
+        self._early.open(model, replica)
+        for stream in self._sessions.waiting_for(model):
+            self._early.begin(stream)
+
+    def on_closing(self, model: ModelId) -> None:
+        """For `Replicas`: such a replica goes away; its sessions wait for what is told next."""
+        self._early.close(model)
+
     def on_loaded(self, model: ModelId) -> None:
         """For `Replicas`: a load succeeded."""
         hosted = self._replicas.get(model)
@@ -290,6 +306,7 @@ class Service(Generic[CodecT]):
             if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
                 self._do(self._scheduler.on_replaced(model, self._clock.now()))
         self._do(self._scheduler.on_loaded(model, self._clock.now()))
+        self._early.close(model)
 
     def on_load_failed(self, model: ModelId, error: SllmError) -> None:
         """For `Replicas`: a load gave up."""
@@ -313,6 +330,7 @@ class Service(Generic[CodecT]):
 
     def _stream_ended(self, stream: Stream, outcome: Outcome) -> None:
         self._telemetry.ended(stream, outcome, self._clock.now())
+        self._early.drop(stream)
         if self._sessions.take(stream.ticket) is None:
             return  # the scheduler's own decision
         now = self._clock.now()
@@ -361,7 +379,7 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         assert hosted is not None
         try:
-            generation = hosted.replica.submit(stream.request)
+            generation = self._early.take(stream) or hosted.replica.submit(stream.request)
         except SllmError as error:
             failure = error
         except Exception as error:

@@ -34,6 +34,13 @@ class WeightLease(Protocol):
     def report(self) -> LoadReport | None:
         """What the load did, if there was one."""
 
+    @property
+    def arrival(self) -> Any:
+        """Which bytes are there, for `Engines.open`; None: all."""
+
+    async def loaded(self) -> None:
+        """Wait until they all are, or raise why the load failed."""
+
     def release(self) -> None:
         """Give the right back; a second call does nothing."""
 
@@ -41,14 +48,17 @@ class WeightLease(Protocol):
 class WeightStore(Protocol):
     """Where weights are, and the way to the device."""
 
-    async def acquire(self, model: ModelId, placement: Placement) -> WeightLease:
-        """Bring the weights to their devices. Cancelled: everything is given back, in time."""
+    async def acquire(self, model: ModelId, placement: Placement, *, early: bool) -> WeightLease:
+        """Bring the weights to their devices. Cancelled: everything is given back, in time.
+
+        With `early`, return as soon as their memory is there.
+        """
 
     def capacities(self) -> dict[str, int]:
         """Return the bytes of each device that replicas may take."""
 
     async def settled(self, model: ModelId) -> None:
-        """Wait until a cancelled load holds nothing any more."""
+        """Wait until a load that was cancelled or failed holds nothing any more."""
 
     def evict(self, model: ModelId, tier: Tier, reason: str) -> None: ...
 
@@ -81,6 +91,9 @@ class Replica(Protocol):
     def stalled_s(self) -> float | None:
         """For how long no step has ended although there is work, if that is too long."""
 
+    def loaded(self) -> None:
+        """Take note that its weights are all there, after they were on their way."""
+
     async def close(self) -> None:
         """End its sessions and let go of the weights."""
 
@@ -110,4 +123,4 @@ class Engines(Protocol[CodecT]):
         """Drop what is kept of a checkpoint that was removed."""
 
     async def open(self, lease: WeightLease, skeleton: Any, codec: CodecT) -> Replica:
-        """Bind the weights of `lease`. Failed or cancelled: nothing of it stays."""
+        """Bind the weights of `lease`, which may be on their way. Failed or cancelled: nothing of it stays."""

@@ -1,5 +1,8 @@
 """Carries out loads and evictions: store, skeleton, codec and engine brought together per model.
 
+With `overlap` a replica opens while its weights are still on their way: it is told of as `opened`,
+and as loaded when they are all there. A load that fails then closes it first.
+
 One task a model at most: a load or an eviction. Its end, however it comes, is handled in one place
 (`_load_ended`, `_eviction_ended`), also when it was cancelled before its first step. An error that
 nobody foresaw is logged here, once, and becomes a LoadFailedError for those who wait.
@@ -7,7 +10,8 @@ nobody foresaw is logged here, once, and becomes a LoadFailedError for those who
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol, TypeGuard
@@ -25,6 +29,12 @@ log = logging.getLogger(__name__)
 class Listener(Protocol):
     """Who is told how loads and evictions end."""
 
+    def on_opened(self, model: ModelId, replica: Replica) -> None:
+        """Sessions may begin on `replica`, which is still loading."""
+
+    def on_closing(self, model: ModelId) -> None:
+        """It will not be loaded after all: the end of the load follows."""
+
     def on_loaded(self, model: ModelId) -> None: ...
 
     def on_load_failed(self, model: ModelId, error: SllmError) -> None: ...
@@ -38,6 +48,8 @@ class Hosted:
 
     replica: Replica
     lease: WeightLease
+    opened: float
+    """When sessions could begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +70,15 @@ class Replicas(Generic[CodecT]):
         store: WeightStore,
         engines: Engines[CodecT],
         clock: Clock,
+        *,
+        overlap: bool,
     ) -> None:
         self.codecs = CodecCache(engines.load_codec)
         self._catalog = catalog
         self._store = store
         self._engines = engines
         self._clock = clock
+        self._overlap = overlap
         self._hosted: dict[ModelId, Hosted] = {}
         self._loads: dict[ModelId, asyncio.Task[Hosted]] = {}
         self._evictions: dict[ModelId, asyncio.Task[None]] = {}
@@ -80,7 +95,7 @@ class Replicas(Generic[CodecT]):
         """Begin to bring `model` to its devices."""
         assert model not in self._loads
         log.info("load started", extra={"model": model, "devices": list(devices)})
-        task = asyncio.create_task(self._bring_up(model, devices), name=f"load {model}")
+        task = asyncio.create_task(self._bring_up(model, devices, listener), name=f"load {model}")
         self._loads[model] = task
         self._brought.add(model)
         task.add_done_callback(partial(self._load_ended, model, listener, self._clock.now()))
@@ -118,16 +133,33 @@ class Replicas(Generic[CodecT]):
 
     # --- loads --------------------------------------------------------------------------------
 
-    async def _bring_up(self, model: ModelId, devices: tuple[str, ...]) -> Hosted:
+    async def _bring_up(
+        self, model: ModelId, devices: tuple[str, ...], listener: Listener
+    ) -> Hosted:
         checkpoint = self._catalog.get(model)
         parts = await self._parts(checkpoint, self._placement(checkpoint, devices))
+        lease, replica = parts.lease, None
         try:
-            _check_same(checkpoint, parts.lease.checkpoint)
-            replica = await self._engines.open(parts.lease, parts.skeleton, parts.codec)
+            _check_same(checkpoint, lease.checkpoint)
+            replica = await self._engines.open(lease, parts.skeleton, parts.codec)
+            opened = self._clock.now()
+            if lease.arrival is not None:
+                listener.on_opened(model, replica)
+                await lease.loaded()
+                replica.loaded()
         except BaseException:
-            self._give_back(model, parts.lease, "failed")
+            listener.on_closing(model)
+            await _to_its_end(self._undo(model, lease, replica))
             raise
-        return Hosted(replica, parts.lease)
+        return Hosted(replica, lease, opened)
+
+    async def _undo(self, model: ModelId, lease: WeightLease, replica: Replica | None) -> None:
+        """Give everything back that a load has brought so far; its memory is free then."""
+        if replica is not None:
+            await self._close(model, replica)
+        lease.release()
+        await self._store.settled(model)
+        self._store.evict(model, Tier.DEVICE, "failed")
 
     def _placement(self, checkpoint: Checkpoint, devices: tuple[str, ...]) -> Placement:
         shares = self._engines.shares(checkpoint)
@@ -153,7 +185,7 @@ class Replicas(Generic[CodecT]):
             if _succeeded(skeleton):
                 self._engines.give_back(checkpoint, skeleton.result())
             if _succeeded(acquiring):
-                self._give_back(model, acquiring.result(), "failed")
+                await _to_its_end(self._undo(model, acquiring.result(), None))
             if isinstance(error, BaseExceptionGroup):
                 raise _foremost(error) from None
             raise
@@ -161,7 +193,7 @@ class Replicas(Generic[CodecT]):
 
     async def _acquire(self, model: ModelId, placement: Placement) -> WeightLease:
         try:
-            return await self._store.acquire(model, placement)
+            return await self._store.acquire(model, placement, early=self._overlap)
         except asyncio.CancelledError:
             await self._store.settled(model)  # nobody may be promised its memory before
             # A load that ended in the moment of the cancellation has left the weights there.
@@ -188,7 +220,12 @@ class Replicas(Generic[CodecT]):
 
     def _arrived(self, model: ModelId, hosted: Hosted, elapsed_s: float) -> None:
         self._hosted[model] = hosted
-        fields: dict[str, object] = {"model": model, "elapsed_s": round(elapsed_s, 4)}
+        early_s = self._clock.now() - hosted.opened
+        fields: dict[str, object] = {
+            "model": model,
+            "elapsed_s": round(elapsed_s, 4),
+            "opened_s": round(elapsed_s - early_s, 4),
+        }
         report = hosted.lease.report
         if report is not None:
             fields |= {
@@ -220,12 +257,15 @@ class Replicas(Generic[CodecT]):
         task.add_done_callback(partial(self._eviction_ended, model, listener))
 
     async def _take_down(self, model: ModelId, hosted: Hosted, reason: str) -> None:
-        try:
-            await hosted.replica.close()
-        except Exception:
-            log.exception("engine did not close well", extra={"model": model})
+        await self._close(model, hosted.replica)
         self._give_back(model, hosted.lease, reason)
         log.info("evicted", extra={"model": model, "reason": reason})
+
+    async def _close(self, model: ModelId, replica: Replica) -> None:
+        try:
+            await replica.close()
+        except Exception:
+            log.exception("engine did not close well", extra={"model": model})
 
     def _eviction_ended(self, model: ModelId, listener: Listener, task: asyncio.Task[None]) -> None:
         del self._evictions[model]
@@ -240,6 +280,14 @@ class Replicas(Generic[CodecT]):
         self._store.evict(model, Tier.DEVICE, reason)
         if reason == "replaced":
             self._store.forget(model)
+
+
+async def _to_its_end(work: Coroutine[Any, Any, None]) -> None:
+    """Await `work` although who waits for it may be cancelled meanwhile."""
+    task = asyncio.create_task(work)
+    while not task.done():
+        with suppress(asyncio.CancelledError):
+            await asyncio.shield(task)
 
 
 def _check_same(planned: Checkpoint, loaded: Checkpoint) -> None:

@@ -3,7 +3,7 @@
 import asyncio
 
 from sllm_node.core.errors import CancelledByOperatorError, SllmError
-from sllm_node.core.types import SessionStatus
+from sllm_node.core.types import ModelId, SessionStatus
 from sllm_node.schedule.actions import TicketId
 from sllm_node.schedule.stream import Outcome, Stream, client_id_of, request_of
 
@@ -31,6 +31,15 @@ class Sessions:
         if not self._streams:
             self._quiet.set()
         return stream
+
+    def waiting_for(self, model: ModelId) -> list[Stream]:
+        """Return the streams of `model` without a grant, the most important first."""
+        found = [
+            stream
+            for stream in self._streams.values()
+            if stream.request.model == model and not stream.is_granted
+        ]
+        return sorted(found, key=lambda stream: -stream.request.priority)
 
     def statuses(self) -> list[SessionStatus]:
         """Return what `status` shows."""

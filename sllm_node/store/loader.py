@@ -19,12 +19,15 @@ Memory is mapped in growing steps, so that the first copy does not wait for the 
 whose place isn't mapped yet is parked. A target that kept pieces from an earlier replica wants only
 the rest. A model that lies on a sibling device is cloned from there instead.
 
+Whoever wants to use bytes before the last one has come is told through `deliveries`: what of a unit
+has been copied, or decoded without an error.
+
 A load ends once, in `_finish`, when nothing of it is in flight any more: only then do chunks and
 device memory change hands. So a cancelled or failed load takes back what is its own in every state.
 """
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 from sllm_node.checkpoint.catalog import Checkpoint
@@ -36,6 +39,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import LoadProgress, LoadReport, Placement, Tier
 from sllm_node.device.base import WrongChunkError
+from sllm_node.store.arrival import Deliveries
 from sllm_node.store.decoding import by_target, jobs_of, named
 from sllm_node.store.pipeline import (
     CLONE_BYTES,
@@ -48,6 +52,7 @@ from sllm_node.store.pipeline import (
     Source,
     Target,
     call_on,
+    failure_of,
     run_in,
     within,
 )
@@ -80,6 +85,13 @@ class Load:
         self.targets = targets
         self.ended: asyncio.Future[LoadReport | BaseException] = machinery.loop.create_future()
         """What became of it; set when nothing of it is in flight any more."""
+        self.mapped: asyncio.Future[None] = machinery.loop.create_future()
+        """Set when memory is behind all of its targets, or when it has ended."""
+        self.deliveries = Deliveries(self.model, [(t.part, t.wants) for t in targets])
+        self.borrowers = 0
+        """Leases that were given before its end and are out."""
+        self.returned: asyncio.Future[None] = machinery.loop.create_future()
+        """Set when it has failed and the last of these is given back."""
         self._source = source
         self._machinery = machinery
         self._ledger = machinery.ledger
@@ -120,6 +132,7 @@ class Load:
             self._is_opening = True
             job = partial(open_shards, self.checkpoint, self._machinery.files)
             run_in(self._machinery.readers, self._machinery.loop, job, self._on_opened)
+        self._tell_mapped()
         self.pump()
         # Not at once: whoever began it is still to say that it waits.
         self._machinery.loop.call_soon(self._finish_if_done)
@@ -274,7 +287,7 @@ class Load:
             link = cut.target.tier.link()
             place = cut.start - cut.target.part.start
             copy = partial(link.stream.copy_in, cut.target.buffer, place, view)
-            self._copy_by(link, copy, len(view), partial(self._on_copied, unit))
+            self._copy_by(link, copy, cut, partial(self._on_copied, unit))
 
     def _decode(self, unit: Unit, *, verify: bool) -> None:
         """Send a unit to every target that wants of it, to be decoded or checked there."""
@@ -285,8 +298,7 @@ class Load:
             view = self._machinery.pool.view(chunk, unit.size)
             place, jobs = jobs_of(unit, cuts, verify=verify)
             link = target.tier.link()
-            delivered = sum(cut.end - cut.start for cut in cuts)
-            done = self._sent(link, jobs.size, delivered, partial(self._on_copied, unit))
+            done = self._sent(link, jobs.size, cuts, partial(self._on_copied, unit))
             tell = partial(call_on, loop, partial(self._on_decoded, unit, done))
             try:
                 target.tier.decoder.decode(link.stream, target.buffer, place, view, jobs, tell)
@@ -306,13 +318,14 @@ class Load:
                     copy = partial(
                         link.stream.copy_device, target.buffer, place, source.buffer, (start, end)
                     )
-                    self._copy_by(link, copy, end - start, self._on_cloned)
+                    self._copy_by(link, copy, Slice(target, start, end), self._on_cloned)
 
     def _copy_by(
-        self, link: Link, copy: Callable[[], None], size: int, tell: "Callable[..., None]"
+        self, link: Link, copy: Callable[[], None], cut: Slice, tell: "Callable[..., None]"
     ) -> None:
-        """Enqueue a copy of `size` bytes; `tell` is called when it is done, or can't be."""
-        done, loop = self._sent(link, size, size, tell), self._machinery.loop
+        """Enqueue the copy of `cut`; `tell` is called when it is done, or can't be."""
+        done = self._sent(link, cut.end - cut.start, (cut,), tell)
+        loop = self._machinery.loop
         try:
             copy()
             event = link.stream.record()
@@ -322,7 +335,7 @@ class Load:
             event.on_done(lambda error: call_on(loop, done, error))
 
     def _sent(
-        self, link: Link, carried: int, delivered: int, tell: "Callable[..., None]"
+        self, link: Link, carried: int, cuts: Sequence[Slice], tell: "Callable[..., None]"
     ) -> "Callable[[BaseException | None], None]":
         """Count what is on its way by `link`; return what is to be called when it is there."""
         if self._first_copy is None:
@@ -332,8 +345,8 @@ class Load:
         link.outstanding += carried
         self._on_links += carried
         if link.through is not None:
-            self._moved.relayed += delivered
-        return partial(self._link_done, link, carried, delivered, tell)
+            self._moved.relayed += sum(cut.end - cut.start for cut in cuts)
+        return partial(self._link_done, link, carried, cuts, tell)
 
     def _watch(self, target: Target) -> None:
         """Be told when memory is mapped."""
@@ -414,7 +427,12 @@ class Load:
             self._unpark()
             if self._source is not None and not self._mapping:
                 self._clone(self._source)
+            self._tell_mapped()
         self._go_on()
+
+    def _tell_mapped(self) -> None:
+        if not self._mapping and not self.mapped.done():
+            self.mapped.set_result(None)
 
     def _unpark(self) -> None:
         parked, self._parked = self._parked, []
@@ -430,7 +448,7 @@ class Load:
         self,
         link: Link,
         carried: int,
-        delivered: int,
+        cuts: Sequence[Slice],
         tell: "Callable[..., None]",
         error: BaseException | None,
     ) -> None:
@@ -440,7 +458,9 @@ class Load:
         if error is not None:
             self._fail(error)
         else:
-            self._moved.done += delivered
+            for cut in cuts:
+                self._moved.done += cut.end - cut.start
+                self.deliveries.delivered(cut.target.number, cut.start, cut.end)
         tell(error)
         self._go_on()
 
@@ -476,6 +496,7 @@ class Load:
         """Remember the first error and start nothing new."""
         if self._error is None and not self.ended.done():
             self._error = error
+            self.deliveries.fail(failure_of(self.model, error))
             self._cached.clear()
             self._missing.clear()
             self._unpark()
@@ -502,6 +523,8 @@ class Load:
             self._machinery.on_ended(self, result)
         finally:
             self.ended.set_result(result)
+            if not self.mapped.done():
+                self.mapped.set_result(None)
             self._machinery.chunk_given_back()
 
     def _report(self) -> LoadReport:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
 
 from sllm_node.core.clock import Clock
+from sllm_node.core.errors import LoadFailedError, SllmError
 from sllm_node.core.types import LoadReport, ModelId, Part
 from sllm_node.core.units import MIB
 from sllm_node.device.base import DeviceBuffer, Event
@@ -61,6 +62,8 @@ class LoadCancelledError(Exception):
 class Target:
     """A device that the load fills, and what it wants there."""
 
+    number: int
+    """Of its part in the placement."""
     tier: DeviceTier
     part: Part
     wants: tuple[tuple[int, int], ...]
@@ -106,6 +109,15 @@ class Slice:
     target: Target
     start: int
     end: int
+
+
+def failure_of(model: ModelId, error: BaseException) -> SllmError:
+    """Return what those who wait for a load are told of its error."""
+    if isinstance(error, SllmError):
+        return error
+    failure = LoadFailedError(model, str(error) or type(error).__name__)
+    failure.__cause__ = error
+    return failure
 
 
 def within(units: Sequence[Unit], ranges: Sequence[tuple[int, int]]) -> list[Unit]:

@@ -24,7 +24,7 @@ from sllm_node.core.errors import LoadFailedError, ModelBusyError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Part, Placement, Tier
 from sllm_node.device.base import Device, DeviceRange, Event
-from sllm_node.store.lease import Lease, LeasedPart, Resident
+from sllm_node.store.lease import Lease, LeasedPart, Resident, parts_of, report_of
 from sllm_node.store.loader import Load
 from sllm_node.store.observed import Observed
 from sllm_node.store.pipeline import LoadCancelledError, Machinery, Source, Target, call_on
@@ -76,6 +76,8 @@ class Store:
         self._residents: dict[ModelId, dict[Placement, Resident]] = {}
         self._loads: dict[ModelId, Load] = {}
         self._waiters: dict[ModelId, int] = {}
+        self._remnants: dict[ModelId, Load] = {}
+        """Loads that failed and whose memory somebody still looks at."""
         self._slot_queue: deque[Load] = deque()
         self._active = 0
         self._chunk_queue: deque[Load] = deque()
@@ -170,7 +172,7 @@ class Store:
         while self._loads:
             await next(iter(self._loads.values())).ended
         self._pins[Tier.DEVICE].clear()
-        leased = [model for model in self._residents if self.leases(model)]
+        leased = [*self._remnants, *(model for model in self._residents if self.leases(model))]
         for model, residents in list(self._residents.items()):
             for placement, resident in list(residents.items()):
                 if not resident.leases:
@@ -256,8 +258,12 @@ class Store:
         name = device or self._devices[0].name
         return (Part(name, 0, self._catalog.get(model).index.size),)
 
-    async def acquire(self, model: ModelId, placement: Placement | None = None) -> Lease:
+    async def acquire(
+        self, model: ModelId, placement: Placement | None = None, *, early: bool = False
+    ) -> Lease:
         """Return a lease on `model`, loading it where `placement` says if it is not there.
+
+        An `early` one is given as soon as all memory is there; `Lease.arrival` says which bytes are.
 
         Raises:
             ModelNotFoundError: there is no such checkpoint.
@@ -270,6 +276,9 @@ class Store:
         if placement is None:
             placement = self.whole(model)
         while True:
+            if (remnant := self._remnants.get(model)) is not None:
+                await asyncio.shield(remnant.returned)
+                continue
             resident = self._residents.get(model, {}).get(placement)
             if resident is not None:
                 resident.leases += 1
@@ -282,7 +291,9 @@ class Store:
             if load.is_ending or load.placement != placement:
                 await asyncio.shield(load.ended)
                 continue
-            report = await self._wait(load)
+            report = await self._wait(load, early=early)
+            if report is None:
+                return self._lend(load)
             return self._residents[model][placement].lease(report)
 
     def hand_over(self, lease: Lease) -> tuple[LeasedPart, ...]:
@@ -319,7 +330,7 @@ class Store:
             # Not as one of its waiters: it ends when nobody wants the model on the device any more.
             result = await asyncio.shield(load.ended)
             if not isinstance(result, LoadCancelledError):
-                _report_of(model, result)
+                report_of(model, result)
                 return
         if load is None:
             load = self._begin(model, self._clock.now(), ())
@@ -356,17 +367,41 @@ class Store:
         """
         while (load := self._loads.get(model)) is not None and load.is_onto_device:
             await asyncio.shield(load.ended)
+        if (remnant := self._remnants.get(model)) is not None:
+            await asyncio.shield(remnant.returned)
 
-    async def _wait(self, load: Load) -> LoadReport:
-        """Wait for `load`; if it was one onto the device, a lease has been counted for us."""
+    async def _wait(self, load: Load, *, early: bool = False) -> LoadReport | None:
+        """Wait for `load`; if it was one onto the device, a lease has been counted for us.
+
+        With `early`, return None when its memory is there and it goes on.
+        """
         model = load.model
         self._waiters[model] = self._waiters.get(model, 0) + 1
         try:
+            if early:
+                await asyncio.shield(load.mapped)
+                if not (load.is_ending or load.ended.done()):
+                    return None
             result = await asyncio.shield(load.ended)
         except asyncio.CancelledError:
             self._leave(load)
             raise
-        return _report_of(model, result)
+        return report_of(model, result)
+
+    def _lend(self, load: Load) -> Lease:
+        """Return an early lease to somebody who is counted as waiting for `load`."""
+        load.borrowers += 1
+        give_back = partial(self._give_back_early, load)
+        return Lease(load.checkpoint, parts_of(load), None, give_back, early=load)
+
+    def _give_back_early(self, load: Load) -> None:
+        load.borrowers -= 1
+        self._leave(load)
+        if not load.borrowers and self._remnants.get(load.model) is load:
+            del self._remnants[load.model]
+            self._take_back(load)
+            load.returned.set_result(None)
+            self._observed.show()
 
     def _leave(self, load: Load) -> None:
         """A waiter was cancelled; the last one cancels the load."""
@@ -430,8 +465,8 @@ class Store:
             for tier in tiers:
                 tier.arena.release(model)
             raise
-        parts = zip(tiers, placement, staged, strict=True)
-        return tuple(self._target(model, tier, part, events) for tier, part, events in parts)
+        parts = enumerate(zip(tiers, placement, staged, strict=True))
+        return tuple(self._target(model, number, *one) for number, one in parts)
 
     def _decodes(self, index: TensorIndex, tier: DeviceTier) -> bool:
         """Tell whether a decoder is needed, to decode or to compare digests."""
@@ -439,13 +474,15 @@ class Store:
         return index.is_encoded or (is_checked and tier.verifies)
 
     def _target(
-        self, model: ModelId, tier: DeviceTier, part: Part, staged: tuple[Event, ...]
+        self, model: ModelId, number: int, tier: DeviceTier, part: Part, staged: tuple[Event, ...]
     ) -> Target:
         wants, ready_to = tier.arena.wants(model), tier.ready_to(model)
         tier.loads += 1
         # Memory is mapped in order: staging memory is there before any of the row's.
         events = tuple((ready_to, event) for event in staged)
-        return Target(tier, part, wants, tier.buffer(model), ready_to, events + tier.map(model))
+        return Target(
+            number, tier, part, wants, tier.buffer(model), ready_to, events + tier.map(model)
+        )
 
     def _source(self, model: ModelId, placement: Placement) -> Source | None:
         """Borrow a replica on one device from which all of `placement` can be cloned."""
@@ -499,14 +536,21 @@ class Store:
                 self._residents.setdefault(model, {})[load.placement] = made
             self._observed.succeeded(load, result)
         else:
-            for target in load.targets:
-                target.tier.arena.release(model)
-                target.tier.drop_unfilled(model)
+            if load.borrowers:
+                self._remnants[model] = load
+            else:
+                self._take_back(load)
             self._observed.failed(load, result)
         self._start_next()
         self._observed.show()
         if isinstance(result, LoadReport):
             self.on_load(result)
+
+    def _take_back(self, load: Load) -> None:
+        """Free the memory of a load that failed."""
+        for target in load.targets:
+            target.tier.arena.release(load.model)
+            target.tier.drop_unfilled(load.model)
 
     def _start_next(self) -> None:
         limit = 0 if self._is_closing else self._config.max_concurrent_loads
@@ -624,15 +668,6 @@ class Store:
         for tier in self._tiers.values():
             if not tier.arena.is_held(model):
                 tier.forget(model)
-
-
-def _report_of(model: ModelId, result: LoadReport | BaseException) -> LoadReport:
-    """Return the report of a load that ended well, or raise why it did not."""
-    if isinstance(result, SllmError):
-        raise result
-    if isinstance(result, BaseException):
-        raise LoadFailedError(model, str(result) or type(result).__name__) from result
-    return result
 
 
 def _settle(mapped: "asyncio.Future[None]", error: BaseException | None) -> None:

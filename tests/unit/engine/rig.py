@@ -3,6 +3,7 @@
 import contextlib
 import threading
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,8 @@ GREEDY = SamplingParameters(temperature=0.0)
 
 class Weights:
     """A checkpoint's bytes on a device, as a lease shows them."""
+
+    arrival: Any = None
 
     def __init__(self, checkpoint, device):
         self.checkpoint = checkpoint

@@ -43,14 +43,16 @@ async def test_a_model_split_over_two_devices_says_what_it_says_on_one(tmp_path,
     assert all(share.size <= memory for share in shares)
     placement = tuple(Part(share.device or "", share.start, share.end) for share in shares)
     codec = await engines.load_codec(checkpoint.path)
-    for _ in range(2):
-        lease = await store.acquire(MODEL, placement)
+    for early in (False, True):
+        lease = await store.acquire(MODEL, placement, early=early)
         engine = await engines.open(lease, await engines.skeleton(checkpoint), codec)
         assert len(engine._parts.buffers) == 2
         for cached in (0, 16):
             chunks = [chunk async for chunk in engine.submit(ask(PROMPT, 16))]
             assert tuple(token for chunk in chunks for token in chunk.tokens) == wanted
             assert chunks[0].cached_tokens == cached
+            await lease.loaded()
+            engine.loaded()
         await engine.close()
         lease.release()
         store.evict(MODEL, Tier.DEVICE, "operator")

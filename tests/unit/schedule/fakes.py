@@ -15,7 +15,7 @@ from sllm_node.checkpoint.index import (
     shard_name,
     to_json,
 )
-from sllm_node.core.config import Config, DeviceConfig, ScheduleConfig
+from sllm_node.core.config import Config, DeviceConfig, EngineConfig, ScheduleConfig
 from sllm_node.core.errors import DeviceMemoryError, EngineError, PromptTooLongError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import (
@@ -51,8 +51,11 @@ def write_checkpoint(root: Path, name: str, pages: int = 1) -> None:
 
 
 class FakeLease:
+    """Early while its model is loading."""
+
     def __init__(self, store: "FakeStore", checkpoint: Checkpoint):
         self.checkpoint = checkpoint
+        self.arrival = object() if checkpoint.model in store.loading else None
         size = checkpoint.index.size
         self.report = LoadReport(checkpoint.model, size, size, 0, 0, 0, 0, LOAD_S, 0.0, size)
         self._store = store
@@ -61,8 +64,15 @@ class FakeLease:
     def parts(self):
         raise NotImplementedError
 
+    async def loaded(self):
+        if self.arrival is not None:
+            await self._store.bring(self.checkpoint.model, LOAD_S - (self._store.early_s or 0))
+
     def release(self):
-        self._store.leased.discard(self.checkpoint.model)
+        model = self.checkpoint.model
+        self._store.leased.discard(model)
+        if model in self._store.loading:
+            asyncio.get_running_loop().call_later(CANCEL_S, self._store.wind_down, model)
 
 
 class FakeStore:
@@ -78,11 +88,13 @@ class FakeStore:
         self.forgotten: list[ModelId] = []
         self.error: BaseException | None = None
         self.on_acquired = lambda: None
+        self.early_s: float | None = None
+        """When early leases are given; None: at the end of the load."""
 
     def capacities(self):
         return {"cpu": self.room * PAGE}
 
-    async def acquire(self, model, placement):
+    async def acquire(self, model, placement, *, early):
         (part,) = placement
         assert (part.device, part.start, part.end) == ("cpu", 0, PAGE)
         self.loads.append(model)
@@ -90,19 +102,26 @@ class FakeStore:
             raise DeviceMemoryError("cpu", PAGE, 0, self.room * PAGE)
         self.loading.add(model)
         try:
-            await asyncio.sleep(LOAD_S)
+            if early and self.early_s is not None:
+                await asyncio.sleep(self.early_s)
+                self.leased.add(model)
+                return FakeLease(self, self.catalog.get(model))
+            await self.bring(model, LOAD_S)
         except asyncio.CancelledError:
-            asyncio.get_running_loop().call_later(CANCEL_S, self._wind_down, model)
+            asyncio.get_running_loop().call_later(CANCEL_S, self.wind_down, model)
             raise
-        self.loading.remove(model)
-        if self.error is not None:
-            raise self.error
         self.leased.add(model)
-        self.on_device.add(model)
         self.on_acquired()
         return FakeLease(self, self.catalog.get(model))
 
-    def _wind_down(self, model):
+    async def bring(self, model, seconds):
+        await asyncio.sleep(seconds)
+        self.loading.remove(model)
+        if self.error is not None:
+            raise self.error
+        self.on_device.add(model)
+
+    def wind_down(self, model):
         self.loading.remove(model)
         self.wound_down.set()
 
@@ -164,6 +183,10 @@ class FakeReplica:
         self.running: set[SessionId] = set()
         self.error: Exception | None = None
         self.is_closed = False
+        self.is_loaded = False
+
+    def loaded(self):
+        self.is_loaded = True
 
     @property
     def kv_usage(self):
@@ -273,7 +296,7 @@ class Node:
         self.engines.replicas[ModelId(model)].error = EngineError(model, problem)
 
 
-def make_node(root: Path, names=("a", "b", "c"), pages=1, models=None, **schedule):
+def make_node(root: Path, names=("a", "b", "c"), pages=1, models=None, overlap=True, **schedule):
     """Make a node of checkpoints `names` with device memory of `pages`."""
     for name in names:
         write_checkpoint(root, name)
@@ -281,6 +304,7 @@ def make_node(root: Path, names=("a", "b", "c"), pages=1, models=None, **schedul
     store, engines, metrics = FakeStore(catalog, pages), FakeEngines(), Metrics()
     config = Config(
         device=DeviceConfig(memory_bytes=pages * PAGE),
+        engine=EngineConfig(overlap_load=overlap),
         schedule=ScheduleConfig(**schedule),
         models=models or {},
     )
