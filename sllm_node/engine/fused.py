@@ -53,9 +53,7 @@ class Scratch:
     """Memory of a step of R rows; one layer uses it after the other."""
 
     hidden: torch.Tensor  # (R, hidden)
-    query: torch.Tensor  # (R, heads * size)
-    key: torch.Tensor  # (R, kv heads * size)
-    value: torch.Tensor  # (R, kv heads * size)
+    packed: torch.Tensor  # (R, (heads + 2 kv heads) * size): queries, keys, values
     attended: torch.Tensor  # (R, heads * size)
     gated: torch.Tensor  # (R, inner size of the gated unit)
     logits: torch.Tensor  # (R, vocabulary)
@@ -90,7 +88,7 @@ class FusedDecoder:
         layer = self._layers[0]
         queries, keys = layer.heads * layer.head_size, layer.kv_heads * layer.head_size
         hidden, inner = self._embedding.weight.shape[1], layer.unit.gate.shape[0]
-        return (hidden, queries, keys, keys, queries, inner, self.vocabulary)
+        return (hidden, queries + 2 * keys, queries, inner, self.vocabulary)
 
     @property
     def vocabulary(self) -> int:
@@ -113,12 +111,10 @@ class FusedDecoder:
         angles = Angles(cosines[0], sines[0])
         for number, layer in enumerate(self._layers):
             keys, values = cache.keys[number], cache.values[number]
-            self._attend(layer, inputs, angles, KvSlots(keys, values, inputs.slots), memory)
+            kept = KvSlots(keys, values, inputs.slots)
+            query = self._queries(layer, angles, kept, memory)
             tables = KvTables(keys, values, inputs.tables, inputs.lengths, block_tokens)
-            query, attended = (
-                x.view(-1, layer.heads, layer.head_size) for x in (memory.query, memory.attended)
-            )
-            ops.attend(query, tables, layer.scoring, attended)
+            ops.attend(query, tables, layer.scoring, memory.attended.view(query.shape))
             weight, bias = layer.out
             ops.linear(memory.attended, [Matrix(weight, hidden, bias)], residual=hidden)
             ops.gated_linear(hidden, layer.unit, memory.gated, layer.unit_norm)
@@ -128,27 +124,23 @@ class FusedDecoder:
         ops.linear(hidden, [Matrix(weight, memory.logits, bias)], norm=self._norm)
         return memory.logits
 
-    def _attend(
-        self,
-        layer: FusedLayer,
-        inputs: DecodeInputs,
-        angles: Angles,
-        kept: KvSlots,
-        memory: Scratch,
-    ) -> None:
-        """Compute queries, keys and values of a layer; rotate and keep them."""
-        outputs = (memory.query, memory.key, memory.value)
+    def _queries(
+        self, layer: FusedLayer, angles: Angles, kept: KvSlots, memory: Scratch
+    ) -> torch.Tensor:
+        """Return rotated queries of a layer, (R, heads, size); keep keys and values."""
+        counts = (layer.heads, layer.kv_heads, layer.kv_heads)
+        outputs = torch.split(memory.packed, [count * layer.head_size for count in counts], 1)
         matrices = [
             Matrix(weight, output, bias)
             for (weight, bias), output in zip(layer.qkv, outputs, strict=True)
         ]
         self._ops.linear(memory.hidden, matrices, norm=layer.attention_norm)
-        heads = Heads(
-            memory.query.view(-1, layer.heads, layer.head_size),
-            memory.key.view(-1, layer.kv_heads, layer.head_size),
-            memory.value.view(-1, layer.kv_heads, layer.head_size),
+        query, key, value = (
+            output.view(-1, count, layer.head_size)
+            for output, count in zip(outputs, counts, strict=True)
         )
-        self._ops.rotate_and_keep(heads, angles, kept, layer.head_norms)
+        self._ops.rotate_and_keep(Heads(query, key, value), angles, kept, layer.head_norms)
+        return query
 
 
 # --- where a module keeps its weights -----------------------------------------------------------
