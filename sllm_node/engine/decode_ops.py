@@ -24,6 +24,7 @@ from sllm_node.engine.decode_kernels import (
     Matrix,
     RmsNorm,
 )
+from sllm_node.engine.joined import joined_columns, joined_rows
 from sllm_node.engine.kernel_tensors import HALVES
 from sllm_node.engine.paged_attention import KvTables, Scoring, Splits
 
@@ -140,7 +141,7 @@ class ReferenceOps:
 
 
 class KernelOps:
-    """Our kernels; products of more than `ROWS_MAX` rows are torch's."""
+    """Our kernels; products of more than `ROWS_MAX` rows are torch's, of few large matrices."""
 
     def __init__(self, kernels: Kernels, longest: int) -> None:
         self._kernels = kernels
@@ -179,7 +180,7 @@ class KernelOps:
         if is_small:
             launches.linear(self._kernels, x, matrices, norm, residual)
             return
-        for matrix in matrices:
+        for matrix in _joined(matrices):
             _multiply(x, matrix, residual)
 
     def gated_linear(
@@ -192,7 +193,11 @@ class KernelOps:
         if x.shape[0] <= ROWS_MAX:
             launches.gated_linear(self._kernels, normed, unit, output)
             return
-        gate, up = functional.linear(normed, unit.gate), functional.linear(normed, unit.up)
+        both = joined_rows((unit.gate, unit.up))
+        if both is not None:
+            gate, up = functional.linear(normed, both).chunk(2, -1)
+        else:
+            gate, up = functional.linear(normed, unit.gate), functional.linear(normed, unit.up)
         launches.gated(self._kernels, gate, up, output, gelu=unit.gelu)
 
     def rotate_and_keep(
@@ -223,6 +228,15 @@ class KernelOps:
         output = torch.empty_like(x)
         launches.rms_norm(self._kernels, x, norm, output)
         return output
+
+
+def _joined(matrices: Sequence[Matrix]) -> Sequence[Matrix]:
+    """Return them as one matrix, if weights and outputs lie side by side."""
+    if len(matrices) == 1 or any(matrix.bias is not None for matrix in matrices):
+        return matrices
+    weight = joined_rows([matrix.weight for matrix in matrices])
+    output = joined_columns([matrix.output for matrix in matrices])
+    return matrices if weight is None or output is None else [Matrix(weight, output)]
 
 
 def _multiply(x: torch.Tensor, matrix: Matrix, residual: torch.Tensor | None) -> None:

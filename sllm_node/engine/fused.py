@@ -54,9 +54,7 @@ class Scratch:
     """Memory of a step of R rows; one layer uses it after the other."""
 
     hidden: torch.Tensor  # (R, hidden)
-    query: torch.Tensor  # (R, heads * size)
-    key: torch.Tensor  # (R, kv heads * size)
-    value: torch.Tensor  # (R, kv heads * size)
+    packed: torch.Tensor  # (R, (heads + 2 kv heads) * size): queries, keys, values
     attended: torch.Tensor  # (R, heads * size)
     gated: torch.Tensor  # (R, inner size of the gated unit)
     logits: torch.Tensor  # (R, vocabulary)
@@ -64,8 +62,8 @@ class Scratch:
 
 Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of T tokens: ids, positions, and slots of int32."""
-Attend = Callable[[int, FusedLayer, Scratch], None]
-"""Fills `attended` from `query` for a layer of this number, whose keys and values are in the cache."""
+Attend = Callable[[int, FusedLayer, torch.Tensor, torch.Tensor], None]
+"""For the layer of a number, with keys and values in the cache: sets what is attended to by queries."""
 
 
 class FusedDecoder:
@@ -97,7 +95,7 @@ class FusedDecoder:
         layer = self._layers[0]
         queries, keys = layer.heads * layer.head_size, layer.kv_heads * layer.head_size
         hidden, inner = self._embedding.weight.shape[1], layer.unit.gate.shape[0]
-        return (hidden, queries, keys, keys, queries, inner, self.vocabulary)
+        return (hidden, queries + 2 * keys, queries, inner, self.vocabulary)
 
     @property
     def vocabulary(self) -> int:
@@ -125,11 +123,11 @@ class FusedDecoder:
     ) -> torch.Tensor:
         """Return the logits of each row, (R, vocabulary); keys and values go to the cache."""
 
-        def attend(number: int, layer: FusedLayer, memory: Scratch) -> None:
+        def attend(
+            number: int, layer: FusedLayer, query: torch.Tensor, attended: torch.Tensor
+        ) -> None:
             keys, values = cache.keys[number], cache.values[number]
             tables = KvTables(keys, values, inputs.tables, inputs.lengths, block_tokens)
-            shape = (-1, layer.heads, layer.head_size)
-            query, attended = memory.query.view(shape), memory.attended.view(shape)
             self.ops.attend(query, tables, layer.scoring, attended)
 
         self._layers_on((inputs.ids, inputs.positions, inputs.slots), cache, memory, attend)
@@ -151,7 +149,7 @@ class FusedDecoder:
         `attending`: rows for queries and what they see, the tokens' first; at least as many.
         """
         widths = self.widths()
-        counts = (tokens, attending, tokens, tokens, attending, tokens)
+        counts = (tokens, attending, attending, tokens)
         made = [
             torch.empty(count, width, dtype=self.dtype, device=device)
             for count, width in zip((*counts, 0), widths, strict=True)
@@ -168,8 +166,8 @@ class FusedDecoder:
         angles = Angles(cosines[0], sines[0])
         for number, layer in enumerate(self._layers):
             kept = KvSlots(cache.keys[number], cache.values[number], slots)
-            self._keep(layer, angles, kept, memory)
-            attend(number, layer, memory)
+            query = self._queries(layer, angles, kept, memory)
+            attend(number, layer, query, memory.attended.view(query.shape))
             weight, bias = layer.out
             ops.linear(attended, [Matrix(weight, hidden, bias)], residual=hidden)
             ops.gated_linear(hidden, layer.unit, memory.gated, layer.unit_norm)
@@ -180,21 +178,27 @@ class FusedDecoder:
         weight, bias = self._head
         self.ops.linear(hidden, [Matrix(weight, logits, bias)], norm=self._norm)
 
-    def _keep(self, layer: FusedLayer, angles: Angles, kept: KvSlots, memory: Scratch) -> None:
-        """Compute queries, keys and values of a layer; rotate and keep them."""
-        query = memory.query[: len(memory.hidden)]
-        outputs = (query, memory.key, memory.value)
+    def _queries(
+        self, layer: FusedLayer, angles: Angles, kept: KvSlots, memory: Scratch
+    ) -> torch.Tensor:
+        """Return queries of a layer, those of the tokens rotated; keep keys and values.
+
+        (A, heads, size) for A attending rows, of which the tokens' are the first.
+        """
+        counts = (layer.heads, layer.kv_heads, layer.kv_heads)
+        sizes = [count * layer.head_size for count in counts]
+        outputs = torch.split(memory.packed[: len(memory.hidden)], sizes, 1)
         matrices = [
             Matrix(weight, output, bias)
             for (weight, bias), output in zip(layer.qkv, outputs, strict=True)
         ]
         self.ops.linear(memory.hidden, matrices, norm=layer.attention_norm)
-        heads = Heads(
-            query.view(-1, layer.heads, layer.head_size),
-            memory.key.view(-1, layer.kv_heads, layer.head_size),
-            memory.value.view(-1, layer.kv_heads, layer.head_size),
+        query, key, value = (
+            output.view(-1, count, layer.head_size)
+            for output, count in zip(outputs, counts, strict=True)
         )
-        self.ops.rotate_and_keep(heads, angles, kept, layer.head_norms)
+        self.ops.rotate_and_keep(Heads(query, key, value), angles, kept, layer.head_norms)
+        return memory.packed[:, : sizes[0]].view(-1, layer.heads, layer.head_size)
 
 
 # --- where a module keeps its weights -----------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from sllm_node.engine.attention import AttentionCall
 from sllm_node.engine.decode_ops import FusedLayer
 from sllm_node.engine.flash import FlashPieces, Piece, cuts_of
-from sllm_node.engine.fused import FusedDecoder, Scratch
+from sllm_node.engine.fused import FusedDecoder
 from sllm_node.engine.kv import KvCache, KvPart, PagedStep, slots_of
 from sllm_node.engine.paged_attention import KvTables, Scoring
 from sllm_node.engine.upload import upload
@@ -94,9 +94,9 @@ class MixedStep:
         inputs = (ids, positions, self._written)
         return self._decoder.forward(inputs, self._cache, memory, rows, self._attend)
 
-    def _attend(self, number: int, layer: FusedLayer, memory: Scratch) -> None:
-        shape = (-1, layer.heads, layer.head_size)
-        query, attended = memory.query.view(shape), memory.attended.view(shape)
+    def _attend(
+        self, number: int, layer: FusedLayer, query: torch.Tensor, attended: torch.Tensor
+    ) -> None:
         keys, values = self._cache.keys[number], self._cache.values[number]
         if self._decoding:
             # Rows of sessions that are not there may be those of prompts: these come after.
