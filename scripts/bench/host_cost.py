@@ -53,7 +53,10 @@ def made_checkpoint(shape: str, codec: str) -> Checkpoint:
         if codec != RAW:
             drawn = np.random.default_rng(number).integers(-1, 2, count) + int(RATIO * step) // PAGE
             last = size - (count - 1) * step
-            stored = (*(int(pages) * PAGE for pages in drawn[:-1]), min(last, int(drawn[-1]) * PAGE))
+            stored = (
+                *(int(pages) * PAGE for pages in drawn[:-1]),
+                min(last, int(drawn[-1]) * PAGE),
+            )
         codecs = ("exp-bf16",) * len(stored)
         shards.append(Shard(shard_name(number), size, digests, codecs, stored))
     index = TensorIndex(
@@ -94,7 +97,9 @@ class Collections:
             self.seconds[about["generation"]] += time.perf_counter() - self._begun
 
 
-async def measure(checkpoint: Checkpoint, links: int, options: argparse.Namespace) -> dict[str, Any]:
+async def measure(
+    checkpoint: Checkpoint, links: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Load `checkpoint` over and over; the first load, which makes plans, is told apart."""
     config = StoreConfig(
         path="none", pool_bytes=ByteSize(checkpoint.index.file_size // GIB * GIB + 3 * GIB),

@@ -133,4 +133,3 @@ class NullDevice(CudaDevice):
     def pin(self, size: int, *, huge_pages: bool) -> Any:
         """Return memory that nobody touched."""
         return _Untouched(size)
-

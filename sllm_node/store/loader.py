@@ -15,7 +15,7 @@ chunks can be had and fewer than `max_reads` are under way, so that every reader
 job queued. A chunk stays with the ledger after its copy, for the next load, until somebody else
 needs it.
 
-Memory is mapped in growing steps, so that the first copy does not wait for the last piece; a unit
+Memory is mapped in small steps, so that no copy waits for more than the pieces before its own; a unit
 whose place isn't mapped yet is parked. A target that kept pieces from an earlier replica wants only
 the rest. A model that lies on a sibling device is cloned from there instead.
 
