@@ -131,11 +131,10 @@ async def measure(
     if options.profile:
         pstats.Stats(profile).sort_stats("tottime").print_stats(28)
     await store.close()
-    units = len(store._ledger.units(checkpoint.model)) if False else 0
     return {
         "first_s": seconds[0], "median_s": statistics.median(seconds[1:]), "worst_s": max(seconds[1:]),
         "first_copy_ms": statistics.median(first_copies[1:]), "worst_first_copy_ms": max(first_copies[1:]),
-        "collector_ms": [1e3 * s / options.rounds for s in collections.seconds], "units": units,
+        "collector_ms": [1e3 * s / options.rounds for s in collections.seconds],
     }  # fmt: skip
 
 
