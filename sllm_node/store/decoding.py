@@ -31,8 +31,16 @@ def jobs_of(unit: Unit, slices: list[Slice], *, verify: bool) -> tuple[int, Chun
     if ranges != ((0, unit.device_size),):
         return place, ChunkJobs(_jobs(unit, ranges, verify=verify))
     if verify not in unit.whole:
-        unit.whole[verify] = ChunkJobs(_jobs(unit, ranges, verify=verify))
+        unit.whole[verify] = ChunkJobs(_whole_jobs(unit, verify=verify))
     return place, unit.whole[verify]
+
+
+def _whole_jobs(unit: Unit, *, verify: bool) -> Iterator[ChunkJob]:
+    base, first = unit.offset, unit.chunks[0].start
+    for chunk in unit.chunks:
+        begin, size = chunk.start - first, chunk.decoded_size
+        digest, writes = chunk.digest if verify else None, ((begin, begin + size),)
+        yield ChunkJob(chunk.codec, chunk.offset - base, chunk.size, begin, size, writes, digest)
 
 
 def _jobs(unit: Unit, ranges: tuple[tuple[int, int], ...], *, verify: bool) -> Iterator[ChunkJob]:
