@@ -112,14 +112,15 @@ async def measure(
     )  # fmt: skip
     await store.start()
     await store.prefetch(checkpoint.model)
-    seconds, first_copies, collections = [], [], Collections()
+    seconds, first_copies, busy, collections = [], [], [], Collections()
     profile = cProfile.Profile()
     for number in range(options.rounds + 1):
         if options.profile and number == 1:
             profile.enable()
-        start = time.perf_counter()
+        start, begun = time.perf_counter(), time.process_time()
         lease = await store.acquire(checkpoint.model)
         seconds.append(time.perf_counter() - start)
+        busy.append(time.process_time() - begun)
         assert lease.report is not None
         first_copies.append(1e3 * lease.report.first_copy_s)
         if not number:
@@ -133,6 +134,7 @@ async def measure(
     await store.close()
     return {
         "first_s": seconds[0], "median_s": statistics.median(seconds[1:]), "worst_s": max(seconds[1:]),
+        "first_cpu_s": busy[0], "cpu_s": statistics.median(busy[1:]),
         "first_copy_ms": statistics.median(first_copies[1:]), "worst_first_copy_ms": max(first_copies[1:]),
         "collector_ms": [1e3 * s / options.rounds for s in collections.seconds],
     }  # fmt: skip
@@ -165,6 +167,7 @@ def main() -> None:
                 print(
                     f"{shape:4} {codec:8} {links} links  first {result['first_s']:.4f} s"
                     f"  then {result['median_s']:.4f} s (worst {result['worst_s']:.4f})"
+                    f"  cpu {result['first_cpu_s']:.4f}, {result['cpu_s']:.4f}"
                     f"  first copy {result['first_copy_ms']:.1f} ms (worst"
                     f" {result['worst_first_copy_ms']:.1f})  collector"
                     f" {', '.join(f'{ms:.1f}' for ms in result['collector_ms'])} ms",

@@ -328,6 +328,8 @@ class CudaStream:
             flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
             self.handle = cuda.check("create a stream", driver.cuStreamCreate(flags))
         self._failure: SllmError | None = None
+        self._spare: list[Any] = []
+        """Events of `mark` that nobody waits for any more."""
         self._watched: SimpleQueue[tuple[Any, Done, SllmError | None] | None] = SimpleQueue()
         self._watcher = Thread(target=self._watch, name="sllm-events", daemon=True)
         self._watcher.start()
@@ -372,12 +374,27 @@ class CudaStream:
         """Where bytes arrive: for a stream that is several, the last one."""
         return self
 
+    @property
+    def context(self) -> _Driver:
+        """Of its device: who makes several calls enters it once around them."""
+        return self._cuda
+
     def mark(self) -> Any:
-        """Return an event of the driver, behind all that was enqueued, for other streams."""
+        """Return an event of the driver, behind all that was enqueued, for other streams.
+
+        It goes to `unmark` once what is to wait for it has been told so.
+        """
         with self._cuda:
-            event = self._cuda.check("create an event", driver.cuEventCreate(_WITHOUT_TIMES))
+            if self._spare:
+                event = self._spare.pop()
+            else:
+                event = self._cuda.check("create an event", driver.cuEventCreate(_WITHOUT_TIMES))
             self.fail("record an event", driver.cuEventRecord(event, self.handle)[0])
         return event
+
+    def unmark(self, event: Any) -> None:
+        """Use an event again: what waits for it waits for what it was when that was enqueued."""
+        self._spare.append(event)
 
     def wait_for(self, event: Any) -> None:
         """Let what is enqueued from now on wait for `event`, of any device."""
@@ -394,6 +411,9 @@ class CudaStream:
             driver.cuStreamSynchronize(self.handle)
             self._watched.put(None)
             self._watcher.join()
+            for event in self._spare:
+                driver.cuEventDestroy(event)
+            self._spare.clear()
             driver.cuStreamDestroy(self.handle)
 
     def place(self, buffer: DeviceBuffer, offset: int, size: int) -> int | None:

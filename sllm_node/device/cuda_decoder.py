@@ -173,18 +173,19 @@ class CudaDecoder:
     ) -> None:
         destination, place = where
         start, readers, ended = self._ring.take(batch.size)
-        for event in readers:
-            link.tail.wait_for(event)
-        for event in ended:
-            self._destroy(event)
-        for copy in batch.runs:
-            stored = source[copy.start : copy.start + copy.size]
-            link.copy_in(self._staging, start + copy.to, stored)
-        for copy in batch.direct:
-            stored = source[copy.start : copy.start + copy.size]
-            link.copy_in(destination, place + copy.to, stored)
-        failure = link.tail.take_failure()
-        filled = link.tail.mark()
+        with link.tail.context:
+            for event in readers:
+                link.tail.wait_for(event)
+            for event in ended:
+                self._stream.unmark(event)
+            for copy in batch.runs:
+                stored = source[copy.start : copy.start + copy.size]
+                link.copy_in(self._staging, start + copy.to, stored)
+            for copy in batch.direct:
+                stored = source[copy.start : copy.start + copy.size]
+                link.copy_in(destination, place + copy.to, stored)
+            failure = link.tail.take_failure()
+            filled = link.tail.mark()
         self._stream.remember(failure)
         self._stream.wait_for(filled)
         if batch.staged and failure is None:
@@ -193,8 +194,8 @@ class CudaDecoder:
                 self._launch(batch, table, addresses, filled)
             except SllmError as error:
                 self._stream.remember(error)
-        self._destroy(filled)
-        if batch.size:  # or nobody would ever take its place and destroy the event
+        link.tail.unmark(filled)
+        if batch.size:  # or nobody would ever take its place and unmark the event
             self._ring.give(start, batch.size, self._stream.mark())
 
     def _launch(self, batch: Batch, table: _Table, addresses: tuple[int, int], filled: Any) -> None:
@@ -208,7 +209,8 @@ class CudaDecoder:
                 self._record(table.begun)
             for decoding in batch.decodings:
                 errors = table.errors_at + 4 * decoding.row
-                self._kernels.decode(decoding.codec, decoding.chunks(region, place), errors, handle)
+                chunks, most = decoding.chunks(region, place), decoding.largest
+                self._kernels.decode(decoding.codec, chunks, errors, handle, most)
             for copy in batch.moves:
                 with self._cuda:
                     to, start = place + copy.to, region + copy.start
