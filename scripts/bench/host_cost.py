@@ -112,6 +112,8 @@ async def measure(
     )  # fmt: skip
     await store.start()
     await store.prefetch(checkpoint.model)
+    gc.collect()
+    gc.freeze()  # as a node does when it starts
     seconds, first_copies, busy, collections = [], [], [], Collections()
     profile = cProfile.Profile()
     for number in range(options.rounds + 1):
@@ -127,7 +129,8 @@ async def measure(
             collections.seconds = [0.0] * 3
         lease.release()
         store.evict(checkpoint.model, Tier.DEVICE, "operator")
-        await asyncio.sleep(0.02)
+        for device in devices:
+            await asyncio.to_thread(device.free_bytes)  # when all is unmapped
     profile.disable()
     if options.profile:
         pstats.Stats(profile).sort_stats("tottime").print_stats(28)

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 STAGED_CHUNKS: Final = 4
 """File chunks, stored and decoded, that staging memory must hold at least when it is taken."""
-STEP_BYTES: Final = GIB
+STEP_BYTES: Final = 2 * GIB
 """Mapped in one step at most. Copies into a step begin when all of it is mapped, so with steps that
 grow on and on a large model waits for its last ones."""
 
