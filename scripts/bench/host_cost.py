@@ -1,11 +1,13 @@
 """What a load costs the host: checkpoints of any size onto GPUs that are not there.
 
-    python -m scripts.bench.host_cost [--shapes 8b,32b] [--links 1,4] [--rate 55.3] [--gc] [--profile]
+    python -m scripts.bench.host_cost [--shapes 8b,32b] [--links 1,4] [--rate 55.3] [--map-ms 1.6]
 
 The driver is a null driver (`null_driver.py`), files and pinned memory hold no bytes; index, plans,
 ledgers, event loop, threads and the device's own code are the real ones. Without `--rate` copies take
-no time, so the seconds of a load are the host's alone; with it, what a load takes beyond the bytes'
-own time shows. What a driver's calls cost inside the driver is not there: 2 to 5 us each.
+no time, so the seconds of a load are the host's alone; with it, and with what mapping a piece takes,
+what a load takes beyond the bytes' own time shows. `cpu` are seconds of all threads, of the first load,
+which makes plans, and of a later one: on a machine that others use they tell more than seconds do.
+What the driver itself does in a call, 1 to 5 us, is not there.
 """
 
 import argparse
@@ -90,6 +92,10 @@ class Collections:
         self._begun = 0.0
         gc.callbacks.append(self._note)
 
+    def close(self) -> None:
+        """Look no more."""
+        gc.callbacks.remove(self._note)
+
     def _note(self, phase: str, about: dict[str, int]) -> None:
         if phase == "start":
             self._begun = time.perf_counter()
@@ -135,6 +141,10 @@ async def measure(
     if options.profile:
         pstats.Stats(profile).sort_stats("tottime").print_stats(28)
     await store.close()
+    collections.close()
+    gc.unfreeze()
+    for device in devices:
+        device.close()
     return {
         "first_s": seconds[0], "median_s": statistics.median(seconds[1:]), "worst_s": max(seconds[1:]),
         "first_cpu_s": busy[0], "cpu_s": statistics.median(busy[1:]),

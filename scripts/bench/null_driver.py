@@ -50,10 +50,9 @@ class NullDriver:
         self._map_s = map_s
         self._handles = itertools.count(1)
         self._addresses = itertools.count(_FIRST_ADDRESS, 1 << 40)
-        self.calls = 0
 
-    def install(self) -> None:
-        """Take the place of the real calls, in this process and for good."""
+    def install(self, put: Callable[[Any, str, Any], None] = setattr) -> None:
+        """Take the place of the real calls, in this process; for good, unless `put` knows better."""
         answers: dict[str, Any] = {
             "cuInit": (_OK,), "cuDeviceGetCount": (_OK, self._devices),
             "cuDevicePrimaryCtxRetain": (_OK, 1), "cuMemGetAllocationGranularity": (_OK, _GRANULARITY),
@@ -70,7 +69,7 @@ class NullDriver:
         ):  # fmt: skip
             answers[name] = (_OK,)
         for name, answer in answers.items():
-            setattr(driver, name, _answering(answer))
+            put(driver, name, _answering(answer))
         for name, call in {
             "cuDeviceGetAttribute": lambda which, _: (_OK, 9 if "MAJOR" in which.name else 0),
             "cuDeviceGet": lambda ordinal: (_OK, ordinal),
@@ -84,7 +83,7 @@ class NullDriver:
             "cuEventSynchronize": lambda event: self._wait_until(event.at),
             "cuStreamSynchronize": lambda stream: self._wait_until(stream.until),
         }.items():
-            setattr(driver, name, call)
+            put(driver, name, call)
 
     def _create_memory(self, *_: Any) -> tuple[Any, int]:
         if self._map_s:

@@ -36,16 +36,17 @@ def jobs_of(unit: Unit, slices: list[Slice], *, verify: bool) -> tuple[int, Chun
 
 
 def _whole_jobs(unit: Unit, *, verify: bool) -> Iterator[ChunkJob]:
-    base, first = unit.offset, unit.chunks[0].start
-    for chunk in unit.chunks:
-        begin, size = chunk.start - first, chunk.decoded_size
+    base, chunks = unit.offset, unit.chunks
+    for chunk in chunks:
+        begin, size = chunk.start - chunks[0].start, chunk.decoded_size
         digest, writes = chunk.digest if verify else None, ((begin, begin + size),)
         yield ChunkJob(chunk.codec, chunk.offset - base, chunk.size, begin, size, writes, digest)
 
 
 def _jobs(unit: Unit, ranges: tuple[tuple[int, int], ...], *, verify: bool) -> Iterator[ChunkJob]:
-    for chunk in unit.chunks:
-        begin = chunk.start - unit.chunks[0].start
+    chunks = unit.chunks
+    for chunk in chunks:
+        begin = chunk.start - chunks[0].start
         end = begin + chunk.decoded_size
         writes = tuple(
             (max(begin, low), min(end, high)) for low, high in ranges if low < end and begin < high
