@@ -51,7 +51,7 @@ def made_checkpoint(shape: str, codec: str) -> Checkpoint:
     shards = []
     for number, size in enumerate(layout.shard_sizes):
         count = -(-size // step)
-        digests, stored = tuple(range(count)), ()
+        digests, stored = tuple(range(count)), tuple[int, ...]()
         if codec != RAW:
             drawn = np.random.default_rng(number).integers(-1, 2, count) + int(RATIO * step) // PAGE
             last = size - (count - 1) * step

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cuda.bindings import driver
+from typing_extensions import override
 
 from sllm_node.core.units import GIB, MIB
 from sllm_node.device.cuda import CudaDevice
@@ -129,6 +130,7 @@ class _Untouched:
 class NullDevice(CudaDevice):
     """A device of the null driver; its pool has addresses only."""
 
+    @override
     def pin(self, size: int, *, huge_pages: bool) -> Any:
         """Return memory that nobody touched."""
         return _Untouched(size)

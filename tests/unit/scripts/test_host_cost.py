@@ -1,6 +1,6 @@
 """The benchmark of host costs: loads end with a driver that moves no bytes, and give all back."""
 
-from types import SimpleNamespace
+from argparse import Namespace
 
 import pytest
 
@@ -14,6 +14,6 @@ from sllm_node.codec.names import EXPONENT, RAW
 @pytest.mark.parametrize("codec", [RAW, EXPONENT])
 async def test_a_checkpoint_without_bytes_loads_over_two_links(monkeypatch, codec):
     NullDriver(2).install(monkeypatch.setattr)
-    options = SimpleNamespace(chunk=16, rounds=1, profile=False)
+    options = Namespace(chunk=16, rounds=1, profile=False)
     found = await measure(made_checkpoint("tiny", codec), 2, options)
     assert found["median_s"] > 0
