@@ -10,6 +10,7 @@ on the device once, against bytes made again from their seeds.
 
 import argparse
 import asyncio
+import gc
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uvloop
 
 from scripts.bench import random_checkpoint
 from scripts.bench.device import wait
@@ -108,6 +110,7 @@ def same_bytes(run: Run, lease: Lease) -> bool:
 
 
 COMPARED_AT_ONCE = 128
+COPIED_BYTES = 4 * GIB
 SMALL_POOL_BYTES = GIB // 2
 
 
@@ -151,15 +154,22 @@ def loader(
         store.evict(wanted, Tier.DEVICE, reason, placement)
         if cold:
             store.evict(wanted, Tier.DRAM, reason)
-        await asyncio.sleep(0.05)  # the memory thread unmaps
+        begun = time.perf_counter()
+        for device in run.devices:  # a load is measured from memory that is free, not becoming so
+            await asyncio.to_thread(device.free_bytes)
+        run.extra.setdefault("unmap_ms", []).append(1e3 * (time.perf_counter() - begun))
         return seconds
 
     return load
 
 
 def copier(run: Run) -> tuple[Callable[[], Awaitable[float]], Callable[[], None]]:
-    """Return the ceiling: one long copy of 4 GiB, as seconds for the whole size; and its end."""
-    size = min(4 * GIB, align_up(run.size, MIB))
+    """Return the ceiling: copies of 1 GiB enqueued back to back, one wait at the end; and its end.
+
+    They copy the whole size, 4 GiB of pinned memory again and again: the seconds of fewer bytes would
+    have to be multiplied, and with them what it costs to begin.
+    """
+    size = min(COPIED_BYTES, align_up(run.size, MIB))
     device = run.devices[0]
     pinned, target, stream = (
         device.pin(size, huge_pages=True),
@@ -168,12 +178,14 @@ def copier(run: Run) -> tuple[Callable[[], Awaitable[float]], Callable[[], None]
     )
 
     async def copy() -> float:
-        start = time.perf_counter()
-        for at in range(0, size, 256 * MIB):
-            end = min(at + 256 * MIB, size)
+        copied, start = 0, time.perf_counter()
+        while copied < run.size:
+            at = copied % size
+            end = min(at + GIB, size, at + run.size - copied)
             stream.copy_in(target, at, pinned.view[at:end])
+            copied += end - at
         wait(stream.record())
-        return (time.perf_counter() - start) * run.size / size
+        return time.perf_counter() - start
 
     def close() -> None:
         stream.close()
@@ -408,7 +420,9 @@ def main() -> None:
             with_disk=not options.no_disk,
         )  # fmt: skip
         start = time.perf_counter()
-        asyncio.run(SCENARIOS[scenario](run))
+        gc.collect()
+        gc.freeze()  # as a node does when it starts
+        uvloop.run(SCENARIOS[scenario](run))
         for device in devices:
             device.close()
         results[scenario] = summary(run)

@@ -13,7 +13,7 @@ padding included.
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -82,9 +82,11 @@ class Shard:
         return sum(self.stored) if self.codecs else self.size
 
 
-@dataclass(frozen=True, slots=True)
-class FileChunk:
-    """The bytes of a shard under one digest, which decode by themselves."""
+class FileChunk(msgspec.Struct, frozen=True, gc=False):
+    """The bytes of a shard under one digest, which decode by themselves.
+
+    A model has tens of thousands, so they are made fast and none of the collector's.
+    """
 
     shard: int
     offset: int
@@ -142,19 +144,29 @@ class TensorIndex:
 
     def chunks_within(self, shard: int, offset: int, size: int) -> tuple[FileChunk, ...]:
         """Return the file chunks of a range of the shard's file, which begins and ends with some."""
-        found, step = self.shards[shard], self.chunk_bytes
-        if not found.stored:
-            first, last = offset // step, chunk_count(offset + size, step)
-            sizes = [min(step, found.size - number * step) for number in range(first, last)]
-            offsets: Iterable[int] = range(first * step, last * step, step)
-            stored, codecs = sizes, (RAW,) * len(sizes)
-        else:
-            places = _offsets(found.stored)
+        if self.shards[shard].stored:
+            places = self.chunk_offsets(shard)
             first, last = bisect_left(places, offset), bisect_left(places, offset + size)
-            sizes = [min(step, found.size - number * step) for number in range(first, last)]
-            offsets, stored = places[first:last], list(found.stored[first:last])
-            codecs = found.codecs[first:last]
-        starts, digests = range(first * step, last * step, step), found.digests[first:last]
+        else:
+            first = offset // self.chunk_bytes
+            last = chunk_count(offset + size, self.chunk_bytes)
+        return self.chunks_of(shard, first, last, offset)
+
+    def chunk_offsets(self, shard: int) -> Sequence[int]:
+        """Return where the chunks of `shard` begin in its file, and where the last one ends."""
+        found = self.shards[shard]
+        if found.stored:
+            return _offsets(found.stored)
+        return (*range(0, found.size, self.chunk_bytes), found.size)
+
+    def chunks_of(self, shard: int, first: int, last: int, offset: int) -> tuple[FileChunk, ...]:
+        """Return chunks [first, last) of `shard`, which begin at `offset` of its file."""
+        found, step = self.shards[shard], self.chunk_bytes
+        starts = range(first * step, last * step, step)
+        sizes = [min(step, found.size - start) for start in starts]
+        stored: Sequence[int] = found.stored[first:last] or sizes
+        codecs = found.codecs[first:last] or (RAW,) * len(sizes)
+        offsets, digests = accumulate(stored, initial=offset), found.digests[first:last]
         columns = zip(offsets, stored, digests, codecs, starts, sizes, strict=False)
         return tuple(FileChunk(shard, *row) for row in columns)
 

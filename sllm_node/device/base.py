@@ -11,9 +11,10 @@ mapped afterwards. Every method returns at once unless it says that it waits.
 """
 
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
+
+from msgspec import Struct
 
 Done = Callable[[BaseException | None], None]
 """Called once when an event happens, with the failure if there was one.
@@ -121,9 +122,11 @@ class Stream(Protocol):
         """Wait for what is enqueued, then free the stream."""
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkJob:
-    """A file chunk in pinned memory and where its decoded bytes go."""
+class ChunkJob(Struct, frozen=True, gc=False):
+    """A file chunk in pinned memory and where its decoded bytes go.
+
+    A model has tens of thousands, kept for its next load, so they are none of the collector's.
+    """
 
     codec: str
     offset: int

@@ -38,6 +38,9 @@ RELAY_SLOT_BYTES: Final = 32 * MIB
 """A relay's ring on the sibling: measured to keep both links busy with copies of 16 MiB and more."""
 
 _Result = driver.CUresult
+_OK: Final = _Result.CUDA_SUCCESS
+_WITHOUT_TIMES: Final = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+_WAITED_FOR: Final = driver.CUevent_flags.CU_EVENT_BLOCKING_SYNC | _WITHOUT_TIMES
 _POISON: Final = frozenset(
     getattr(_Result, "CUDA_ERROR_" + name)
     for name in (
@@ -91,14 +94,13 @@ class _Driver:
         Raises:
             DeviceError: it failed. DeviceLostError: so that the context is gone with it.
         """
-        error = self.error(what, result[0])
-        if error is not None:
+        if result[0] != _OK and (error := self.error(what, result[0])) is not None:
             raise error
         return result[1] if len(result) == 2 else result[1:]
 
     def error(self, what: str, code: Any) -> DeviceError | None:
         """Return what a driver call's result means; tell the owner if the context is lost."""
-        if code == _Result.CUDA_SUCCESS:
+        if code == _OK:
             return None
         problem = f"{what}: {_name(code)}"
         if code not in _POISON:
@@ -326,6 +328,8 @@ class CudaStream:
             flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
             self.handle = cuda.check("create a stream", driver.cuStreamCreate(flags))
         self._failure: SllmError | None = None
+        self._spare: list[Any] = []
+        """Events of `mark` that nobody waits for any more."""
         self._watched: SimpleQueue[tuple[Any, Done, SllmError | None] | None] = SimpleQueue()
         self._watcher = Thread(target=self._watch, name="sllm-events", daemon=True)
         self._watcher.start()
@@ -356,12 +360,8 @@ class CudaStream:
 
     def record(self) -> CudaEvent:
         with self._cuda:
-            flags = (
-                driver.CUevent_flags.CU_EVENT_BLOCKING_SYNC
-                | driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            )
             try:
-                event = self._cuda.check("create an event", driver.cuEventCreate(flags))
+                event = self._cuda.check("create an event", driver.cuEventCreate(_WAITED_FOR))
             except DeviceError:
                 # Nobody would know when the copies end, and their memory is given back now.
                 driver.cuStreamSynchronize(self.handle)
@@ -374,13 +374,27 @@ class CudaStream:
         """Where bytes arrive: for a stream that is several, the last one."""
         return self
 
+    @property
+    def context(self) -> _Driver:
+        """Of its device: who makes several calls enters it once around them."""
+        return self._cuda
+
     def mark(self) -> Any:
-        """Return an event of the driver, behind all that was enqueued, for other streams."""
-        flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
+        """Return an event of the driver, behind all that was enqueued, for other streams.
+
+        It goes to `unmark` once what is to wait for it has been told so.
+        """
         with self._cuda:
-            event = self._cuda.check("create an event", driver.cuEventCreate(flags))
+            if self._spare:
+                event = self._spare.pop()
+            else:
+                event = self._cuda.check("create an event", driver.cuEventCreate(_WITHOUT_TIMES))
             self.fail("record an event", driver.cuEventRecord(event, self.handle)[0])
         return event
+
+    def unmark(self, event: Any) -> None:
+        """Use an event again: what waits for it waits for what it was when that was enqueued."""
+        self._spare.append(event)
 
     def wait_for(self, event: Any) -> None:
         """Let what is enqueued from now on wait for `event`, of any device."""
@@ -397,6 +411,9 @@ class CudaStream:
             driver.cuStreamSynchronize(self.handle)
             self._watched.put(None)
             self._watcher.join()
+            for event in self._spare:
+                driver.cuEventDestroy(event)
+            self._spare.clear()
             driver.cuStreamDestroy(self.handle)
 
     def place(self, buffer: DeviceBuffer, offset: int, size: int) -> int | None:
@@ -410,7 +427,8 @@ class CudaStream:
 
     def fail(self, what: str, code: Any) -> None:
         """Remember a failure for the next event."""
-        self.remember(self._cuda.error(what, code))
+        if code != _OK:
+            self.remember(self._cuda.error(what, code))
 
     def remember(self, failure: SllmError | None) -> None:
         """Let the next event tell of `failure`, if it is the first."""
@@ -445,8 +463,7 @@ class CudaRelay:
         self._ring = sibling.allocate(RELAY_SLOTS * RELAY_SLOT_BYTES)
         self._next = 0
         with self._cuda:
-            flags = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
-            made = [driver.cuEventCreate(flags) for _ in range(2 * RELAY_SLOTS)]
+            made = [driver.cuEventCreate(_WITHOUT_TIMES) for _ in range(2 * RELAY_SLOTS)]
         events = [self._cuda.check("create an event", result) for result in made]
         self._filled, self._emptied = events[:RELAY_SLOTS], events[RELAY_SLOTS:]
 

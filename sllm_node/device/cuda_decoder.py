@@ -39,6 +39,7 @@ _TABLES: Final = 64
 _ERRORS_AT: Final = 8 * JOBS_MAX
 _TABLE_BYTES: Final = 2048
 assert _ERRORS_AT + 4 * JOBS_MAX <= _TABLE_BYTES
+_ZEROS: Final = bytes(_TABLE_BYTES)
 assert JOBS_MAX <= CHUNKS_MAX
 _BESIDE_OTHERS: Final = driver.CUstream_flags.CU_STREAM_NON_BLOCKING
 _WITHOUT_TIMES: Final = driver.CUevent_flags.CU_EVENT_DISABLE_TIMING
@@ -54,9 +55,9 @@ class _Table:
     def __init__(self, view: memoryview, begun: Any, ended: Any) -> None:
         address = address_of(view)
         self.digests_at, self.errors_at = address, address + _ERRORS_AT
-        self._bytes = np.frombuffer(view, np.uint8)
-        self.digests: npt.NDArray[np.uint64] = self._bytes[:_ERRORS_AT].view("<u8")
-        self.errors: npt.NDArray[np.uint32] = self._bytes[_ERRORS_AT:].view("<u4")
+        self._view = view
+        self.digests: npt.NDArray[np.uint64] = np.frombuffer(view[:_ERRORS_AT], "<u8")
+        self.errors: npt.NDArray[np.uint32] = np.frombuffer(view[_ERRORS_AT:], "<u4")
         self.begun = begun
         self.ended = ended
         """Events with times, around the decoding."""
@@ -64,7 +65,7 @@ class _Table:
 
     def clear(self) -> None:
         """Forget what was said of another batch."""
-        self._bytes[:] = 0
+        self._view[:] = _ZEROS  # by numpy it would let another thread go first, for 2 KiB
 
 
 class _Report:
@@ -172,18 +173,19 @@ class CudaDecoder:
     ) -> None:
         destination, place = where
         start, readers, ended = self._ring.take(batch.size)
-        for event in readers:
-            link.tail.wait_for(event)
-        for event in ended:
-            self._destroy(event)
-        for copy in batch.runs:
-            stored = source[copy.start : copy.start + copy.size]
-            link.copy_in(self._staging, start + copy.to, stored)
-        for copy in batch.direct:
-            stored = source[copy.start : copy.start + copy.size]
-            link.copy_in(destination, place + copy.to, stored)
-        failure = link.tail.take_failure()
-        filled = link.tail.mark()
+        with link.tail.context:
+            for event in readers:
+                link.tail.wait_for(event)
+            for event in ended:
+                self._stream.unmark(event)
+            for copy in batch.runs:
+                stored = source[copy.start : copy.start + copy.size]
+                link.copy_in(self._staging, start + copy.to, stored)
+            for copy in batch.direct:
+                stored = source[copy.start : copy.start + copy.size]
+                link.copy_in(destination, place + copy.to, stored)
+            failure = link.tail.take_failure()
+            filled = link.tail.mark()
         self._stream.remember(failure)
         self._stream.wait_for(filled)
         if batch.staged and failure is None:
@@ -192,8 +194,8 @@ class CudaDecoder:
                 self._launch(batch, table, addresses, filled)
             except SllmError as error:
                 self._stream.remember(error)
-        self._destroy(filled)
-        if batch.size:  # or nobody would ever take its place and destroy the event
+        link.tail.unmark(filled)
+        if batch.size:  # or nobody would ever take its place and unmark the event
             self._ring.give(start, batch.size, self._stream.mark())
 
     def _launch(self, batch: Batch, table: _Table, addresses: tuple[int, int], filled: Any) -> None:
@@ -207,7 +209,8 @@ class CudaDecoder:
                 self._record(table.begun)
             for decoding in batch.decodings:
                 errors = table.errors_at + 4 * decoding.row
-                self._kernels.decode(decoding.codec, decoding.chunks(region, place), errors, handle)
+                chunks, most = decoding.chunks(region, place), decoding.largest
+                self._kernels.decode(decoding.codec, chunks, errors, handle, most)
             for copy in batch.moves:
                 with self._cuda:
                     to, start = place + copy.to, region + copy.start

@@ -86,12 +86,17 @@ class Kernels:
         for name in names:
             self._function(name)
 
-    def decode(self, codec: str, chunks: Rows, errors: int, stream: Any) -> None:
-        """Enqueue the decoding of (n,) `CHUNK`s; `errors` is the address of n zeroed u32."""
-        sizes, step = chunks["output_size"], _ELEMENTS * FORMATS[codec].width
+    def decode(
+        self, codec: str, chunks: Rows, errors: int, stream: Any, largest: int | None = None
+    ) -> None:
+        """Enqueue the decoding of (n,) `CHUNK`s; `errors` is the address of n zeroed u32.
+
+        `largest`: decoded bytes of the largest one, where that is known.
+        """
+        most = int(chunks["output_size"].max()) if largest is None else largest
+        blocks = max(1, -(-most // (_ELEMENTS * FORMATS[codec].width)))
         for start in range(0, len(chunks), CHUNKS_MAX):
             some = chunks[start : start + CHUNKS_MAX]
-            blocks = max(1, -(-int(sizes[start : start + CHUNKS_MAX].max()) // step))
             grid = (blocks, len(some))
             self._launch(DECODERS[codec], grid, _DECODER_THREADS, some, errors + 4 * start, stream)
 

@@ -7,13 +7,14 @@ is used. Regions are taken in turn. What reads a region is known by a token, whi
 same memory later must wait for.
 """
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Final, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import Struct
 
 from sllm_node.codec.names import RAW
 from sllm_node.core.units import PAGE, align_up
@@ -36,11 +37,14 @@ PROBLEMS: Final = {
 JOBS_MAX: Final = 120
 """Of one batch; one launch decodes as many."""
 
+_NO_ONE: Final = np.zeros(0, np.bool_)
+_NO_DIGESTS: Final = np.zeros(0, np.uint64)
+_NO_PIECES: Final = np.zeros(0, PIECE)
+
 TokenT = TypeVar("TokenT")
 
 
-@dataclass(frozen=True, slots=True)
-class Staged:
+class Staged(Struct, frozen=True, gc=False):
     """A chunk in a region."""
 
     job: ChunkJob
@@ -50,8 +54,7 @@ class Staged:
     """Too; None: it is decoded to its place."""
 
 
-@dataclass(frozen=True, slots=True)
-class Copy:
+class Copy(Struct, frozen=True, gc=False):
     """`size` bytes from one place to another."""
 
     start: int
@@ -66,15 +69,18 @@ class Decoding:
         self.codec = codec
         self.row = row
         """Of its first chunk in the batch."""
-        self._is_in_room = np.array([one.decoded_at is not None for one in staged])
-        self._chunks = np.array([_chunk(one) for one in staged], CHUNK)
+        self.largest = max(one.job.decoded_size for one in staged)
+        """Decoded bytes of its largest chunk."""
+        self._chunks = np.array([_chunk(one) for one in staged], np.uint64)
+        in_room = np.array([one.decoded_at is not None for one in staged])
+        self._in_room = in_room if in_room.any() else None
 
     def chunks(self, region: int, place: int) -> Rows:
         """Return (n,) `CHUNK` for a region and a place at these addresses."""
-        made = self._chunks.copy()
-        made["encoded"] += np.uint64(region)
-        made["output"] += np.where(self._is_in_room, np.uint64(region), np.uint64(place))
-        return made
+        made = self._chunks + np.array((region, 0, place, 0), np.uint64)
+        if self._in_room is not None:
+            made[self._in_room, 2] = self._chunks[self._in_room, 2] + np.uint64(region)
+        return made.view(CHUNK)[:, 0]
 
 
 class Batch:
@@ -94,10 +100,13 @@ class Batch:
         self.decodings = tuple(_decodings(self.staged))
         digests = [one.job.digest for one in self.staged]
         self.is_checked = any(digest is not None for digest in digests)
-        self._is_asked = np.array([digest is not None for digest in digests], np.bool_)
-        self._digests = np.array([digest or 0 for digest in digests], np.uint64)
-        pieces = [(one.stored_at, one.job.size) for one in self.staged]
-        self._pieces = np.array(pieces, PIECE)
+        self._is_asked, self._digests = _NO_ONE, _NO_DIGESTS
+        self._pieces = _NO_PIECES
+        if self.is_checked:
+            self._is_asked = np.array([digest is not None for digest in digests], np.bool_)
+            self._digests = np.array([digest or 0 for digest in digests], np.uint64)
+            pieces = [(one.stored_at, one.job.size) for one in self.staged]
+            self._pieces = np.array(pieces, PIECE)
 
     def pieces(self, region: int) -> Rows:
         """Return (n,) `PIECE` for a region at this address."""
@@ -110,11 +119,12 @@ class Batch:
     ) -> WrongChunkError | None:
         """Return the first thing that the kernels found wrong, by their results for each chunk."""
         count = len(self.staged)
-        found = np.flatnonzero(self._is_asked & (digests[:count] != self._digests))
-        if len(found):
-            return WrongChunkError(self.staged[found[0]].job, None)
-        found = np.flatnonzero(errors[:count])
-        if len(found):
+        if self.is_checked:
+            found = np.flatnonzero(self._is_asked & (digests[:count] != self._digests))
+            if len(found):
+                return WrongChunkError(self.staged[found[0]].job, None)
+        if errors[:count].any():
+            found = np.flatnonzero(errors[:count])
             number = int(errors[found[0]])
             problem = PROBLEMS.get(number, f"the kernel says {number}")
             return WrongChunkError(self.staged[found[0]].job, problem)
@@ -202,7 +212,8 @@ class Ring(Generic[TokenT]):
     def __init__(self, size: int) -> None:
         self.size = size
         self._next = 0
-        self._taken: list[tuple[int, int, TokenT]] = []
+        self._taken: deque[tuple[int, int, TokenT]] = deque()
+        """In the order in which they are met from `_next` on, once around."""
 
     def take(self, size: int) -> tuple[int, list[TokenT], list[TokenT]]:
         """Return where the next region begins, whom to wait for, and who is forgotten with that.
@@ -211,20 +222,20 @@ class Ring(Generic[TokenT]):
         other memory that he read: the next one to take that may come by another link.
         """
         assert size <= self.size
-        start = self._next if self._next + size <= self.size else 0
+        taken, start = self._taken, self._next
+        if start + size > self.size:
+            behind = sum(low >= start for low, _, _ in taken)
+            taken.rotate(-behind)  # they are passed over: met again at the end of this turn
+            start = 0
         end = self._next = start + size
-        kept: list[tuple[int, int, TokenT]] = []
         waits, ended = [], []
-        for low, high, token in self._taken:
-            if end <= low or high <= start:
-                kept.append((low, high, token))
-                continue
+        while taken and start <= taken[0][0] < end:
+            _, high, token = taken.popleft()
             waits.append(token)
-            rest = [(low, start, token)] * (low < start) + [(end, high, token)] * (end < high)
-            kept += rest
-            if not rest:
+            if high > end:
+                taken.appendleft((end, high, token))
+            else:
                 ended.append(token)
-        self._taken = kept
         return start, waits, ended
 
     def give(self, start: int, size: int, token: TokenT) -> None:
@@ -233,5 +244,5 @@ class Ring(Generic[TokenT]):
 
     def tokens(self) -> list[TokenT]:
         """Return and forget what is left."""
-        left, self._taken = self._taken, []
+        left, self._taken = self._taken, deque()
         return list(dict.fromkeys(token for _, _, token in left))

@@ -7,6 +7,7 @@ sessions had to be ended.
 """
 
 import asyncio
+import gc
 import logging
 import signal
 from collections.abc import Coroutine, Mapping, Sequence
@@ -95,6 +96,7 @@ class Node:
         self.url = await server.start()
         self._closing.push_async_callback(server.close)
         self._watch()
+        self._freeze_heap()
         self._metrics.ready.set(1)
         self._notifier.ready(f"{self.url}, {self._describe()}")
         log.info("serving", extra={"url": self.url, **self._sizes()})
@@ -125,6 +127,12 @@ class Node:
     async def close(self) -> None:
         """Close what a start that failed has opened."""
         await self._closing.aclose()
+
+    def _freeze_heap(self) -> None:
+        """Take what is there out of the collector's sight: its full turns would hold all streams up."""
+        gc.collect()
+        gc.freeze()
+        self._closing.callback(gc.unfreeze)
 
     def _open_store_folder(self) -> None:
         folder = Path(self._config.store.path)

@@ -31,13 +31,22 @@ def jobs_of(unit: Unit, slices: list[Slice], *, verify: bool) -> tuple[int, Chun
     if ranges != ((0, unit.device_size),):
         return place, ChunkJobs(_jobs(unit, ranges, verify=verify))
     if verify not in unit.whole:
-        unit.whole[verify] = ChunkJobs(_jobs(unit, ranges, verify=verify))
+        unit.whole[verify] = ChunkJobs(_whole_jobs(unit, verify=verify))
     return place, unit.whole[verify]
 
 
+def _whole_jobs(unit: Unit, *, verify: bool) -> Iterator[ChunkJob]:
+    base, chunks = unit.offset, unit.chunks
+    for chunk in chunks:
+        begin, size = chunk.start - chunks[0].start, chunk.decoded_size
+        digest, writes = chunk.digest if verify else None, ((begin, begin + size),)
+        yield ChunkJob(chunk.codec, chunk.offset - base, chunk.size, begin, size, writes, digest)
+
+
 def _jobs(unit: Unit, ranges: tuple[tuple[int, int], ...], *, verify: bool) -> Iterator[ChunkJob]:
-    for chunk in unit.chunks:
-        begin = chunk.start - unit.chunks[0].start
+    chunks = unit.chunks
+    for chunk in chunks:
+        begin = chunk.start - chunks[0].start
         end = begin + chunk.decoded_size
         writes = tuple(
             (max(begin, low), min(end, high)) for low, high in ranges if low < end and begin < high

@@ -15,7 +15,7 @@ chunks can be had and fewer than `max_reads` are under way, so that every reader
 job queued. A chunk stays with the ledger after its copy, for the next load, until somebody else
 needs it.
 
-Memory is mapped in growing steps, so that the first copy does not wait for the last piece; a unit
+Memory is mapped in small steps, so that no copy waits for more than the pieces before its own; a unit
 whose place isn't mapped yet is parked. A target that kept pieces from an earlier replica wants only
 the rest. A model that lies on a sibling device is cloned from there instead.
 
@@ -232,7 +232,7 @@ class Load:
 
     def _issue_cached(self, unit: Unit) -> bool:
         """Issue the next unit from DRAM; False if its place isn't mapped yet, or links have enough."""
-        if not self._is_mapped(unit) or self._on_links >= LINK_BYTES * self._links:
+        if self._on_links >= LINK_BYTES * self._links or not self._is_mapped(unit):
             return False
         self._cached.pop()
         if self._machinery.verify == "always" and self._verifies_on_device:
@@ -254,6 +254,8 @@ class Load:
         return is_wanted and all(target.tier.verifies for target in targets)
 
     def _is_mapped(self, unit: Unit) -> bool:
+        if min((target.ready_to for target in self.targets), default=0) >= unit.device_end:
+            return True  # the rule, without a look at what goes where
         return all(cut.end <= cut.target.ready_to for cut in self._slices_of(unit))
 
     def _read(self, unit: Unit, chunk: int) -> None:

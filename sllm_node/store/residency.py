@@ -11,6 +11,7 @@ model larger than the pool streams through it and keeps its head for the next ti
 answer when all that is left is in flight: whoever asked waits until something is given back.
 """
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -36,8 +37,11 @@ class Unit:
     device_offset: int
     device_size: int
     """Decoded; what it takes on a device."""
-    chunks: tuple[FileChunk, ...] = ()
-    """What lies in it, in order."""
+    is_encoded: bool = False
+    """Whether some of its chunks have to be decoded."""
+    numbers: tuple[int, int] = (0, 0)
+    """Of its file chunks in the shard: the first one, and the one behind the last."""
+    source: TensorIndex | None = field(default=None, compare=False, repr=False)
     whole: dict[bool, ChunkJobs] = field(default_factory=dict, compare=False, repr=False)
     """What a decoder has to do when all of it goes to one device; with digests, and without."""
 
@@ -47,9 +51,11 @@ class Unit:
         return self.device_offset + self.device_size
 
     @property
-    def is_encoded(self) -> bool:
-        """Whether some of its chunks have to be decoded."""
-        return any(chunk.codec != RAW for chunk in self.chunks)
+    def chunks(self) -> tuple[FileChunk, ...]:
+        """What lies in it, in order; made anew, since a model has tens of thousands."""
+        if self.source is None:
+            return ()
+        return self.source.chunks_of(self.shard, *self.numbers, self.offset)
 
 
 def units_of(index: TensorIndex, chunk_bytes: int) -> tuple[Unit, ...]:
@@ -61,26 +67,35 @@ def units_of(index: TensorIndex, chunk_bytes: int) -> tuple[Unit, ...]:
     """
     _check_chunks(index, chunk_bytes)
     units: list[Unit] = []
-    base = 0
+    base, step = 0, index.chunk_bytes
     for number, shard in enumerate(index.shards):
-        for chunks in _grouped(index.file_chunks(number), chunk_bytes):
-            first, last = chunks[0], chunks[-1]
-            size = last.offset + last.size - first.offset
-            decoded = last.start + last.decoded_size - first.start
-            place = base + first.start
-            units.append(Unit(len(units), number, first.offset, size, place, decoded, chunks))
+        places = index.chunk_offsets(number)
+        for first, last in _grouped(places, chunk_bytes):
+            start, end = first * step, min(last * step, shard.size)
+            units.append(
+                Unit(
+                    index=len(units),
+                    shard=number,
+                    offset=places[first],
+                    size=places[last] - places[first],
+                    device_offset=base + start,
+                    device_size=end - start,
+                    is_encoded=any(codec != RAW for codec in shard.codecs[first:last]),
+                    numbers=(first, last),
+                    source=index,
+                )
+            )
         base += shard.size
     return tuple(units)
 
 
-def _grouped(chunks: Sequence[FileChunk], size: int) -> Iterator[tuple[FileChunk, ...]]:
-    """Yield runs of chunks of at most `size` bytes in the file, each as long as can be."""
-    begin = 0
-    for end, chunk in enumerate(chunks):
-        if chunk.offset + chunk.size - chunks[begin].offset > size:
-            yield tuple(chunks[begin:end])
-            begin = end
-    yield tuple(chunks[begin:])
+def _grouped(places: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
+    """Yield runs [first, last) of chunks of at most `size` bytes, each as long as can be."""
+    first = 0
+    while first < len(places) - 1:
+        last = max(bisect_right(places, places[first] + size) - 1, first + 1)
+        yield first, last
+        first = last
 
 
 def _check_chunks(index: TensorIndex, chunk_bytes: int) -> None:

@@ -12,7 +12,7 @@ from typing import Final
 
 from sllm_node.core.errors import DeviceError, DeviceMemoryError, KernelError, ModelBusyError
 from sllm_node.core.types import ModelId, Part
-from sllm_node.core.units import align_up
+from sllm_node.core.units import GIB, align_up
 from sllm_node.device.base import Decoder, Device, DeviceBuffer, DeviceRange, Event, Stream
 from sllm_node.store.arena import Arena
 
@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 
 STAGED_CHUNKS: Final = 4
 """File chunks, stored and decoded, that staging memory must hold at least when it is taken."""
+STEP_BYTES: Final = 2 * GIB
+"""Mapped in one step at most. Copies into a step begin when all of it is mapped, so with steps that
+grow on and on a large model waits for its last ones."""
 
 
 @dataclass(slots=True)
@@ -190,8 +193,8 @@ class DeviceTier:
     def map(self, model: ModelId) -> tuple[tuple[int, Event], ...]:
         """Put memory behind all of the row, giving up caches.
 
-        In growing steps, so that copies begin before the last piece is there: returns (byte of the
-        checkpoint up to which memory is mapped, when) of each. The row must be held.
+        In small steps, the first ones smaller, so that copies follow the mapping closely: returns
+        (byte of the checkpoint up to which memory is mapped, when) of each. The row must be held.
 
         Raises:
             DeviceMemoryError: no room.
@@ -201,13 +204,14 @@ class DeviceTier:
             return ()
         self.check_room(self.arena.memory_of(model, pieces))
         place, steps, first, count = self._ranges[model], [], 0, 1
+        most = max(1, STEP_BYTES // place.piece_bytes)
         while first < len(pieces):
             step = pieces[first : first + count]
             # What gives way to one step is unmapped right before it, not all of it before the first.
             self._make_room(self.arena.memory_of(model, step))
             self.arena.mapped(model, step)
             event = place.map(step)
-            first, count = first + count, 4 * count
+            first, count = first + count, min(2 * count, most)
             following = pieces[first] if first < len(pieces) else None
             steps.append((self.arena.start_of(model, following), event))
         return tuple(steps)

@@ -1,6 +1,5 @@
-from dataclasses import replace
-
 import pytest
+from msgspec.structs import replace
 
 from sllm_node.checkpoint.digest import chunk_digest
 from sllm_node.checkpoint.stored import problem_of, read_decoded
