@@ -2,8 +2,9 @@
 
 A step has room for `max_step_tokens` tokens. Sessions that decode come first, one token each, so
 that nobody's stream stalls behind a prompt; what is left of the budget goes to prompts, in order of
-priority and arrival, long ones in pieces over several steps. Beside sessions that decode, prompts get
-no more than `prefill_beside_tokens`: a step's time grows with its tokens, and their readers wait for it. A waiting session is admitted when
+priority and arrival, long ones in pieces over several steps. Where more sessions decode than wait for
+their first token, prompts get no more than `prefill_beside_tokens`: a step's time grows with its tokens,
+and readers wait for it. A waiting session is admitted when
 there are blocks for all its tokens and one more; nobody behind it overtakes it, or a long one would
 never start. It begins behind the blocks that it finds cached, so that these are not computed again;
 one token at least is, because the next is drawn from its logits. When a running session needs a
@@ -133,7 +134,9 @@ class Batch:
 
     def _left(self, budget: int, counts: dict[Session, int]) -> int:
         """Return what is left for prompts, after what is planned for others."""
-        if all(count > 1 for count in counts.values()):
+        decoding = sum(count == 1 for count in counts.values())
+        starting = len(self._waiting) + sum(s.due > 1 for s in self._running)
+        if decoding <= starting:
             return budget
         prompts = sum(count for count in counts.values() if count > 1)
         return max(0, min(budget, self._prefill_beside_tokens - prompts))

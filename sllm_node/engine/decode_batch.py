@@ -14,7 +14,7 @@ leaves the graphs' memory right behind the replay, because any later one may wri
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ import torch
 from sllm_node.engine.draw import draw
 from sllm_node.engine.fused import DecodeInputs, FusedDecoder, Scratch
 from sllm_node.engine.kv import KvCache, KvPart
-from sllm_node.engine.mixed import MixedStep
+from sllm_node.engine.mixed import Graphs, MixedSteps
 from sllm_node.engine.sampling import SamplingRow
 from sllm_node.engine.sampling_plan import SamplingPlan, Variant
 from sllm_node.engine.scratch import ScratchMemory
@@ -85,13 +85,6 @@ def block_tables(
     return tables
 
 
-class Graphs(Protocol):
-    """What captures steps: `graphs.CudaGraphs`."""
-
-    def capture(self, compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Return a function that does what `compute` does."""
-
-
 @dataclass(slots=True)
 class _Bucket:
     """What steps of one size use."""
@@ -127,11 +120,12 @@ class DecodeBatch:
         self._buckets: dict[int, _Bucket] = {}
         self._memory = memory
         self._graphs = graphs
+        self._mixed = MixedSteps(decoder, cache, block_tokens, BUCKETS, memory, graphs)
 
     @property
     def graphs(self) -> int:
         """How many graphs there are."""
-        return sum(len(bucket.graphs) for bucket in self._buckets.values())
+        return sum(len(one.graphs) for one in self._buckets.values()) + self._mixed.graphs
 
     @torch.inference_mode()
     def launch(
@@ -159,11 +153,11 @@ class DecodeBatch:
         rows: torch.Tensor,
     ) -> torch.Tensor:
         """Return the logits of some `rows` of a step that has pieces of prompts, too."""
-        step = MixedStep(self._decoder, self._cache, parts, self._block_tokens, BUCKETS)
-        return step.compute(ids, positions, rows)
+        return self._mixed.compute(parts, ids, positions, rows)
 
     def close(self) -> None:
         """Drop graphs and memory."""
+        self._mixed.close()
         self._buckets.clear()
 
     def _make(self, rows: int) -> _Bucket:

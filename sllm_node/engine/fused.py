@@ -13,6 +13,7 @@ steps with pieces of prompts (`mixed`) bring their own.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -62,6 +63,7 @@ class Scratch:
 
 Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of T tokens: ids, positions, and slots of int32."""
+Piece = Callable[[], object]
 Attend = Callable[[int, FusedLayer, torch.Tensor, torch.Tensor], None]
 """For the layer of a number, with keys and values in the cache: sets what is attended to by queries."""
 
@@ -130,15 +132,43 @@ class FusedDecoder:
             tables = KvTables(keys, values, inputs.tables, inputs.lengths, block_tokens)
             self.ops.attend(query, tables, layer.scoring, attended)
 
-        self._layers_on((inputs.ids, inputs.positions, inputs.slots), cache, memory, attend)
+        tokens = (inputs.ids, inputs.positions, inputs.slots)
+        self.run(self.pieces(tokens, cache, memory), memory, attend)
         self._logits(memory.hidden, memory.logits)
         return memory.logits
 
-    def forward(
-        self, inputs: Tokens, cache: KvCache, memory: Scratch, rows: torch.Tensor, attend: Attend
-    ) -> torch.Tensor:
-        """Return the logits of some `rows` of T tokens; `attend` looks at keys and values kept."""
-        self._layers_on(inputs, cache, memory, attend)
+    def pieces(self, inputs: Tokens, cache: KvCache, memory: Scratch) -> list[Piece]:
+        """Return what a step does before, between and behind the attentions of its layers.
+
+        Each has to run once in turn. All read and write the same addresses every time, but for what
+        they allocate; the first makes rotary angles, which stay while any of them does.
+        """
+        angles: list[Angles] = []
+
+        def begin() -> None:
+            memory.hidden.copy_(self._embedding(inputs[0]))
+            rotary = self._rotary(memory.hidden[None], position_ids=inputs[1][None])
+            angles[:] = [Angles(rotary[0][0], rotary[1][0])]
+
+        def piece(number: int) -> None:
+            begin() if number == 0 else self._leave(self._layers[number - 1], memory)
+            if number < len(self._layers):
+                kept = KvSlots(cache.keys[number], cache.values[number], inputs[2])
+                self._enter(self._layers[number], angles[0], kept, memory)
+
+        return [partial(piece, number) for number in range(len(self._layers) + 1)]
+
+    def run(self, pieces: Sequence[Piece], memory: Scratch, attend: Attend) -> None:
+        """Bring a step's tokens through all layers, in `memory.hidden`."""
+        for number, layer in enumerate(self._layers):
+            pieces[number]()
+            width = layer.heads * layer.head_size
+            query = memory.packed[:, :width].view(-1, layer.heads, layer.head_size)
+            attend(number, layer, query, memory.attended.view(query.shape))
+        pieces[-1]()
+
+    def logits_of(self, memory: Scratch, rows: torch.Tensor) -> torch.Tensor:
+        """Return the logits of some `rows` of a step that has run."""
         logits = memory.logits.new_empty(len(rows), self.vocabulary)
         self._logits(memory.hidden.index_select(0, rows), logits)
         return logits
@@ -148,43 +178,15 @@ class FusedDecoder:
 
         `attending`: rows for queries and what they see, the tokens' first; at least as many.
         """
-        widths = self.widths()
-        counts = (tokens, attending, attending, tokens)
+        counts = (tokens, attending, attending, tokens, 0)
         made = [
             torch.empty(count, width, dtype=self.dtype, device=device)
-            for count, width in zip((*counts, 0), widths, strict=True)
+            for count, width in zip(counts, self.widths(), strict=True)
         ]
         return Scratch(*made)
 
-    def _layers_on(self, inputs: Tokens, cache: KvCache, memory: Scratch, attend: Attend) -> None:
-        """Bring tokens through all layers, in `memory.hidden`."""
-        ops, hidden = self.ops, memory.hidden
-        ids, positions, slots = inputs
-        attended = memory.attended[: len(ids)]
-        hidden.copy_(self._embedding(ids))
-        cosines, sines = self._rotary(hidden[None], position_ids=positions[None])
-        angles = Angles(cosines[0], sines[0])
-        for number, layer in enumerate(self._layers):
-            kept = KvSlots(cache.keys[number], cache.values[number], slots)
-            query = self._queries(layer, angles, kept, memory)
-            attend(number, layer, query, memory.attended.view(query.shape))
-            weight, bias = layer.out
-            ops.linear(attended, [Matrix(weight, hidden, bias)], residual=hidden)
-            ops.gated_linear(hidden, layer.unit, memory.gated, layer.unit_norm)
-            weight, bias = layer.down
-            ops.linear(memory.gated, [Matrix(weight, hidden, bias)], residual=hidden)
-
-    def _logits(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
-        weight, bias = self._head
-        self.ops.linear(hidden, [Matrix(weight, logits, bias)], norm=self._norm)
-
-    def _queries(
-        self, layer: FusedLayer, angles: Angles, kept: KvSlots, memory: Scratch
-    ) -> torch.Tensor:
-        """Return queries of a layer, those of the tokens rotated; keep keys and values.
-
-        (A, heads, size) for A attending rows, of which the tokens' are the first.
-        """
+    def _enter(self, layer: FusedLayer, angles: Angles, kept: KvSlots, memory: Scratch) -> None:
+        """Compute queries, keys and values of a layer, rotate them; keep keys and values."""
         counts = (layer.heads, layer.kv_heads, layer.kv_heads)
         sizes = [count * layer.head_size for count in counts]
         outputs = torch.split(memory.packed[: len(memory.hidden)], sizes, 1)
@@ -198,7 +200,19 @@ class FusedDecoder:
             for output, count in zip(outputs, counts, strict=True)
         )
         self.ops.rotate_and_keep(Heads(query, key, value), angles, kept, layer.head_norms)
-        return memory.packed[:, : sizes[0]].view(-1, layer.heads, layer.head_size)
+
+    def _leave(self, layer: FusedLayer, memory: Scratch) -> None:
+        """Compute what follows the attention of a layer."""
+        hidden, attended = memory.hidden, memory.attended[: len(memory.hidden)]
+        weight, bias = layer.out
+        self.ops.linear(attended, [Matrix(weight, hidden, bias)], residual=hidden)
+        self.ops.gated_linear(hidden, layer.unit, memory.gated, layer.unit_norm)
+        weight, bias = layer.down
+        self.ops.linear(memory.gated, [Matrix(weight, hidden, bias)], residual=hidden)
+
+    def _logits(self, hidden: torch.Tensor, logits: torch.Tensor) -> None:
+        weight, bias = self._head
+        self.ops.linear(hidden, [Matrix(weight, logits, bias)], norm=self._norm)
 
 
 # --- where a module keeps its weights -----------------------------------------------------------

@@ -10,9 +10,11 @@ from sllm_node.device.optional import step_kernels
 from sllm_node.engine.decode_ops import KernelOps, ReferenceOps
 from sllm_node.engine.flash import FlashPieces, Piece, cuts_of
 from sllm_node.engine.fused import FusedDecoder
+from sllm_node.engine.graphs import CudaGraphs
 from sllm_node.engine.kv import KvCache, KvMemory, KvPart, bytes_per_token
-from sllm_node.engine.mixed import MixedStep
+from sllm_node.engine.mixed import MixedSteps
 from sllm_node.engine.paged_attention import Scoring
+from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import LayerShape
 from tests.gpu.test_fused import BLOCK_TOKENS, small_model
 from tests.gpu.test_loads import open_devices
@@ -53,17 +55,19 @@ def test_logits_are_as_near_to_the_truth_as_torchs(family):
     (device,) = open_devices(1, 600 * MIB)
     kernels = step_kernels(device)
     assert kernels is not None
-    found = logits_of(model, KernelOps(kernels, 512), device).double()
-    torchs = logits_of(model, ReferenceOps(), device).double()
-    truth = logits_of(model.double(), ReferenceOps(), device)
-    error = float((found - truth).norm() / truth.norm())
+    found, again, captured = logits_of(model, KernelOps(kernels, 512), device, CudaGraphs())
+    assert torch.equal(again, found)
+    assert torch.equal(captured, found)
+    torchs = logits_of(model, ReferenceOps(), device)[0].double()
+    truth = logits_of(model.double(), ReferenceOps(), device)[0]
+    error = float((found.double() - truth).norm() / truth.norm())
     assert error <= 1.2 * float((torchs - truth).norm() / truth.norm()) + 1e-3
     kernels.close()
     device.close()
 
 
-def logits_of(model, ops, device):
-    """Return the logits of a step of three sessions that decode and two pieces of prompts."""
+def logits_of(model, ops, device, graphs=None):
+    """Return the logits, each of three times, of a step of three sessions that decode and two pieces of prompts."""
     config = model.config
     shapes = [LayerShape(config.num_key_value_heads, 64, 64)] * config.num_hidden_layers
     slots = BLOCK_TOKENS * 64
@@ -81,8 +85,11 @@ def logits_of(model, ops, device):
         [torch.arange(s, s + n, device=GPU) for s, n in zip(starts, counts, strict=True)]
     )
     with torch.inference_mode():
-        step = MixedStep(decoder, cache, places, BLOCK_TOKENS, (1, 2, 4, 8))
-        logits = step.compute(ids, positions, torch.arange(sum(counts), device=GPU)).clone()
+        memory, rows = ScratchMemory(GPU), torch.arange(sum(counts), device=GPU)
+        steps = MixedSteps(decoder, cache, BLOCK_TOKENS, (1, 2, 4, 8), memory, graphs)
+        made = [steps.compute(places, ids, positions, rows).clone() for _ in range(3)]
+        assert (steps.graphs > 0) == (graphs is not None)
+        steps.close()
     cache.close()
     buffer.close()
-    return logits
+    return made

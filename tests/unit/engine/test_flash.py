@@ -27,10 +27,10 @@ def oracle(query, key, value, lengths, scoring):
         assert len(k) <= lengths.longest_key
         scores = torch.einsum("qhd,khd->hqk", q, k) * scoring.scaling
         if lengths.is_causal:
-            last = torch.arange(len(q))[:, None] + len(k) - len(q)
-            ahead = torch.arange(len(k)) > last
+            last = torch.arange(len(q), device=q.device)[:, None] + len(k) - len(q)
+            ahead = torch.arange(len(k), device=q.device) > last
             if scoring.window is not None:
-                ahead |= torch.arange(len(k)) <= last - scoring.window
+                ahead |= torch.arange(len(k), device=q.device) <= last - scoring.window
             scores = scores.masked_fill(ahead, -math.inf)
         logs.append(torch.logsumexp(scores, -1))
         outputs.append(torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1), v))

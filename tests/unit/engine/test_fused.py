@@ -126,6 +126,22 @@ async def test_a_kind_of_step_is_captured_when_it_comes_again(tmp_path):
     assert captured.replays == 2 * (COUNT - 1 - 1)  # the first token comes with the prompt
 
 
+async def test_what_lies_between_attentions_of_prompts_is_captured(tmp_path):
+    checkpoint, prompts = make_checkpoint(tmp_path, "m", "qwen2"), prompts_of("c")
+
+    async def run(graphs):
+        config = {"max_step_tokens": 80, "block_tokens": 4, "prefix_cache": False}
+        async with engine_of(checkpoint, ops_of=oracle, **config) as engine:
+            engine._parts.decode._mixed._graphs = graphs
+            asks = [ask(prompt, COUNT) for prompt in prompts * 3]
+            return [(await collect(g))[1] for g in [engine.submit(one) for one in asks]]
+
+    captured = Captured()
+    assert await run(captured) == await run(None)
+    assert captured.captures % 3 == 0  # of two layers: before, between and behind
+    assert captured.replays > captured.captures > 0
+
+
 def watch(decode):
     """Return what grows by (rows, rows that follow the step before) of each step launched."""
     launch, made = decode.launch, []
