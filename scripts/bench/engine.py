@@ -238,7 +238,7 @@ async def beside(bench: Bench) -> None:
     """What a long prompt does to the streams beside it."""
     lease, engine, _ = await bench.open(bench.raw)
     found: dict[str, Any] = {}
-    for name, length in (("warm", 4096), ("alone", 0), ("beside", 32768)):
+    for name, length in (("warm", 32768), ("alone", 0), ("beside", 32768)):
         started = asyncio.Event()
         streams = [bench.say(engine, 256, 384, started) for _ in range(32)]
         other = asyncio.create_task(_after(bench, engine, min(length, bench.context - 8), started))

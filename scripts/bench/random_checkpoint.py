@@ -78,8 +78,8 @@ def write(
                 digests = tuple(threads.map(_write_chunk, jobs))
             shards.append(Shard(path.name, size, digests))
     index = TensorIndex(
-        VERSION, folder.name, found.config.architectures[0], "BF16", 4096, CHUNK_BYTES, 0, tuple(shards),
-        layout.tensors, (), CODEC,
+        VERSION, folder.name, found.config.architectures[0], "BF16",
+        found.config.max_position_embeddings, CHUNK_BYTES, 0, tuple(shards), layout.tensors, (), CODEC,
     )  # fmt: skip
     (folder / INDEX_FILE).write_bytes(to_json(index))
     return index.size
