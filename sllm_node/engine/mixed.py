@@ -176,10 +176,11 @@ class MixedSteps:
         """Return the logits of some `rows`; ids and positions are (tokens,)."""
         attention = _Attention(self._decoder, self._cache, parts, self._block_tokens, self._sizes)
         size = self._size_for(attention)
-        size.numbers[0, : attention.tokens] = ids
-        size.numbers[1, : attention.tokens] = positions
-        size.numbers[2].fill_(-1)  # tokens that are not there are kept nowhere
-        size.numbers[2, : attention.tokens] = upload(attention.written.int(), self._device)
+        numbers, here = size.numbers, slice(0, attention.tokens)
+        numbers[:2].zero_()  # tokens that are not there: some token, at some place
+        numbers[2].fill_(-1)  # and kept nowhere
+        numbers[0, here], numbers[1, here] = ids, positions
+        numbers[2, here] = upload(attention.written.int(), self._device)
         self._decoder.run(self._pieces_of(size), size.memory, attention.attend)
         return self._decoder.logits_of(size.memory, rows)
 

@@ -142,6 +142,16 @@ async def test_what_lies_between_attentions_of_prompts_is_captured(tmp_path):
     assert captured.replays > captured.captures > 0
 
 
+async def test_what_others_have_left_in_scratch_memory_changes_nothing(tmp_path):
+    checkpoint, prompt = make_checkpoint(tmp_path, "m", "llama"), prompts_of("s")[1]
+    async with engine_of(checkpoint, ops_of=oracle, prefix_cache=False) as engine:
+        _, first, _, _ = await collect(engine.submit(ask(prompt, COUNT)))
+        for piece in engine._parts.decode._memory._pieces.values():
+            piece.fill_(0x7F)
+        _, second, _, _ = await collect(engine.submit(ask(prompt, COUNT)))
+    assert second == first
+
+
 def watch(decode):
     """Return what grows by (rows, rows that follow the step before) of each step launched."""
     launch, made = decode.launch, []
