@@ -146,8 +146,9 @@ async def test_what_others_have_left_in_scratch_memory_changes_nothing(tmp_path)
     checkpoint, prompt = make_checkpoint(tmp_path, "m", "llama"), prompts_of("s")[1]
     async with engine_of(checkpoint, ops_of=oracle, prefix_cache=False) as engine:
         _, first, _, _ = await collect(engine.submit(ask(prompt, COUNT)))
-        for piece in engine._parts.decode._memory._pieces.values():
-            piece.fill_(0x7F)
+        with torch.inference_mode():
+            for piece in engine._parts.decode._memory._pieces.values():
+                piece.fill_(0x7F)
         _, second, _, _ = await collect(engine.submit(ask(prompt, COUNT)))
     assert second == first
 
