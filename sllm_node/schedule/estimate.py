@@ -6,6 +6,8 @@ to the device.
 The waiting time in front of a load (q in q + n / b) is the scheduler's to know.
 """
 
+import math
+from collections.abc import Iterable
 from typing import Final
 
 from sllm_node.core.types import LoadReport, Tier
@@ -32,6 +34,18 @@ class MovingAverage:
         self._is_guess = False
 
 
+def path_s(parts: Iterable[tuple[float, float]]) -> float:
+    """Return the seconds of a path whose tiers work at once, of (bytes, bytes a second) of each.
+
+    A tier with bytes to carry and no bandwidth makes it infinite.
+    """
+    slowest = 0.0
+    for size, bandwidth in parts:
+        if size > 0:
+            slowest = max(slowest, size / bandwidth if bandwidth > 0 else math.inf)
+    return slowest
+
+
 class LoadEstimator:
     """Expected duration of loads on this node."""
 
@@ -43,6 +57,10 @@ class LoadEstimator:
     def load_s(self, bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int = 0) -> float:
         """Return the expected seconds of a load of which a part still lies on NVMe or farther."""
         return max(self._parts(bytes_total, bytes_from_nvme, bytes_from_remote).values())
+
+    def bandwidth(self, tier: Tier) -> float:
+        """Return the bytes a second that loads from `tier` are reckoned with."""
+        return self._bandwidth[tier].value
 
     def observe(self, report: LoadReport) -> None:
         """Learn from a finished load: it tells the bandwidth of the tier that held it up."""
@@ -61,8 +79,9 @@ class LoadEstimator:
     def _parts(
         self, bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int
     ) -> dict[Tier, float]:
-        return {
-            Tier.NVME: bytes_from_nvme / self._bandwidth[Tier.NVME].value,
-            Tier.DRAM: bytes_total / self._bandwidth[Tier.DRAM].value,
-            Tier.REMOTE: bytes_from_remote / self._bandwidth[Tier.REMOTE].value,
+        sizes = {
+            Tier.NVME: bytes_from_nvme,
+            Tier.DRAM: bytes_total,
+            Tier.REMOTE: bytes_from_remote,
         }
+        return {tier: path_s([(size, self.bandwidth(tier))]) for tier, size in sizes.items()}

@@ -1,0 +1,1 @@
+"""Other nodes: what they tell of themselves, and which node serves a request."""

@@ -1,0 +1,220 @@
+"""The cluster as one node sees it: the newest state of every node, indexed for placement.
+
+`update` takes a state and marks what depends on it; a model's list of load paths, quickest first, is
+brought up to date when it is next asked for. So a decision looks at the few nodes that can win, not
+at all of them (`scripts/bench/placement.py` measures it). Absolute times are in the viewer's clock.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sllm_node.cluster.estimate import LoadPath, load_path, resume_s, send_rate
+from sllm_node.cluster.state import (
+    Bandwidths,
+    DeviceState,
+    HeldModel,
+    NodeId,
+    NodeState,
+    ReplicaState,
+)
+from sllm_node.core.types import ModelId
+
+Slot = tuple[NodeId, str]
+"""A device of the cluster: what a decision promises at most once."""
+
+
+class DeviceView:
+    """One device, with what stands on it added up."""
+
+    __slots__ = ("busy", "bytes_total", "free", "idle", "models", "name", "ready_at", "room")
+
+    def __init__(
+        self, state: DeviceState, replicas: Sequence[ReplicaState], seen_at: float
+    ) -> None:
+        here = [replica for replica in replicas if replica.size_on(state.name)]
+        self.name = state.name
+        self.bytes_total = state.bytes_total
+        self.free = state.bytes_free
+        self.ready_at = seen_at + max(state.loads_done_s, default=0.0)
+        """When all queued loads are done."""
+        self.idle = [replica for replica in here if replica.is_evictable]
+        self.busy = [replica for replica in here if replica.is_movable]
+        self.models = frozenset(replica.model for replica in here)
+        self.room = self.free + sum(replica.size_on(self.name) for replica in self.idle)
+        """Free now or by evicting idle replicas."""
+
+
+class NodeView:
+    """One node's newest state and when it came."""
+
+    __slots__ = ("by_model", "by_name", "devices", "held", "node", "room", "seen_at", "state")
+
+    def __init__(self, state: NodeState, seen_at: float) -> None:
+        self.state = state
+        self.node = state.node
+        self.seen_at = seen_at
+        self.devices = tuple(DeviceView(d, state.replicas, seen_at) for d in state.devices)
+        self.by_name = {device.name: device for device in self.devices}
+        self.held = {held.model: held for held in state.models}
+        self.room = max((device.room for device in self.devices), default=0)
+        """Of the roomiest device."""
+        self.by_model: dict[ModelId, list[ReplicaState]] = {}
+        for replica in state.replicas:
+            self.by_model.setdefault(replica.model, []).append(replica)
+
+    def has_ready(self, model: ModelId) -> bool:
+        """Tell whether a replica is there to clone from."""
+        return any(replica.ready_s <= 0 for replica in self.by_model.get(model, ()))
+
+    def sessions_resume_s(self, replica: ReplicaState, at: "NodeView", now: float) -> float:
+        """Return the seconds to resume all sessions of a replica of this node at another node."""
+        held = at.held.get(replica.model)
+        fit = held.resume if held else None
+        age_s = max(0.0, now - self.seen_at)
+        return sum(resume_s(fit, session.tokens(age_s)) for session in replica.sessions)
+
+
+class _ModelIndex:
+    """What is known of one model over all nodes."""
+
+    __slots__ = ("by_node", "entries", "holders", "rates", "resident", "stale")
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[float, NodeId]] = []
+        self.by_node: dict[NodeId, LoadPath] = {}
+        self.stale: set[NodeId] = set()
+        """Nodes whose entry is to be made anew."""
+        self.rates: dict[NodeId, float] = {}
+        """What each node could send at; those that could not are absent."""
+        self.holders: dict[NodeId, HeldModel] = {}
+        self.resident: set[NodeId] = set()
+        """Nodes that have replicas of it, ready or not."""
+
+    def best_rates(self) -> tuple[float, int, float]:
+        """Return the best rate, how many nodes have it, and the next best."""
+        values = self.rates.values()
+        best = max(values, default=0.0)
+        at_best = sum(rate == best for rate in values)
+        return best, at_best, max((rate for rate in values if rate < best), default=0.0)
+
+
+class ClusterView:
+    """All nodes; feed it with `update` and `remove`, then ask."""
+
+    def __init__(self) -> None:
+        self.nodes: dict[NodeId, NodeView] = {}
+        self._models: dict[ModelId, _ModelIndex] = {}
+
+    def update(self, state: NodeState, now: float) -> bool:
+        """Take a state that came at `now`; tell whether it was newer than the one known."""
+        old = self.nodes.get(state.node)
+        if old and old.state.boot == state.boot and old.state.version >= state.version:
+            return False
+        view = NodeView(state, now)
+        self.nodes[state.node] = view
+        self._index(state.node, old, view)
+        return True
+
+    def remove(self, node: NodeId) -> None:
+        """Forget a node that left or died."""
+        old = self.nodes.pop(node, None)
+        if old:
+            self._index(node, old, None)
+
+    def paths(self, model: ModelId) -> list[tuple[float, NodeId]]:
+        """Return (load_s, node) of all nodes that can load it and take requests, quickest first."""
+        index = self._models.get(model)
+        if index is None:
+            return []
+        if index.stale:
+            self._refresh(model, index)
+        return index.entries
+
+    def path(self, model: ModelId, node: NodeId) -> LoadPath:
+        """Return how `node` would load it; it must be one of `paths`."""
+        return self._models[model].by_node[node]
+
+    def resident(self, model: ModelId) -> Sequence[NodeId]:
+        """Return the nodes that have replicas of it, in order."""
+        index = self._models.get(model)
+        return sorted(index.resident) if index else ()
+
+    def is_known(self, model: ModelId) -> bool:
+        """Tell whether any node lists it or serves it."""
+        index = self._models.get(model)
+        return bool(index and (index.holders or index.resident))
+
+    def _index(self, node: NodeId, old: NodeView | None, new: NodeView | None) -> None:
+        models: set[ModelId] = set()
+        for view in (old, new):
+            if view:
+                models.update(view.held)
+                models.update(view.by_model)
+        is_same = bool(
+            old and new and old.state.bandwidths == new.state.bandwidths
+            and old.state.is_draining == new.state.is_draining
+        )  # fmt: skip
+        if old is None or new is None or not is_same:
+            models.update(self._models)
+        for model in models:
+            index = self._models.setdefault(model, _ModelIndex())
+            self._index_model(model, index, old if is_same else None, new, node)
+            if not (index.holders or index.resident):
+                del self._models[model]
+
+    def _index_model(
+        self, model: ModelId, index: _ModelIndex, same: NodeView | None, new: NodeView | None,
+        node: NodeId,
+    ) -> None:  # fmt: skip
+        held = new.held.get(model) if new else None
+        if new and model in new.by_model:
+            index.resident.add(node)
+        else:
+            index.resident.discard(node)
+        if (
+            same and new and same.held.get(model) == held
+            and same.has_ready(model) == new.has_ready(model)
+        ):  # fmt: skip
+            return
+        index.stale.add(node)
+        rate = send_rate(held, new.state.bandwidths) if held and new else 0.0
+        was_known, before = bool(index.holders), index.best_rates()
+        if held:
+            index.holders[node] = held
+        else:
+            index.holders.pop(node, None)
+        if rate > 0:
+            index.rates[node] = rate
+        else:
+            index.rates.pop(node, None)
+        if before != index.best_rates() or was_known != bool(index.holders):
+            index.stale.update(self.nodes)
+
+    def _refresh(self, model: ModelId, index: _ModelIndex) -> None:
+        best, at_best, second = index.best_rates()
+        anyone = index.holders[min(index.holders)] if index.holders else None
+        for node in index.stale:
+            old = index.by_node.pop(node, None)
+            if old:
+                del index.entries[bisect_left(index.entries, (old.load_s, node))]
+            view = self.nodes.get(node)
+            if view is None or view.state.is_draining or anyone is None:
+                continue
+            held = view.held.get(model) or replace(anyone, bytes_dram=0, bytes_nvme=0, resume=None)
+            own_best = index.rates.get(node) == best and at_best == 1
+            path = load_path(
+                held, _bandwidths(view, model), peer_rate=second if own_best else best,
+                has_replica=view.has_ready(model),
+            )  # fmt: skip
+            if path.load_s < math.inf:
+                index.by_node[node] = path
+                insort(index.entries, (path.load_s, node))
+        index.stale.clear()
+
+
+def _bandwidths(view: NodeView, model: ModelId) -> Bandwidths:
+    """Return those that count for a model: a remote has only what the node lists."""
+    bandwidths = view.state.bandwidths
+    return bandwidths if model in view.held else replace(bandwidths, remote=0.0)
