@@ -190,7 +190,7 @@ def _resident(view: ClusterView, request: PlacementRequest, now: float) -> Itera
                 startup_s,
                 node_id,
                 tuple(share.device for share in replica.shares),
-                crowding=len(replica.sessions) / replica.slots,
+                crowding=len(replica.sessions) / max(1, replica.slots),
                 replica=replica.replica,
                 wait_s=startup_s,
             )

@@ -17,9 +17,7 @@ from sllm_node.cluster.state import (
     NodeState,
     ReplicaId,
     ReplicaState,
-    SessionState,
 )
-from sllm_node.core.types import SessionId
 
 ReservationId = NewType("ReservationId", str)
 """Made by the asker; asking again with the same one changes nothing."""
@@ -105,8 +103,7 @@ class Reservations:
         if not asks:
             return state
         leaving = {name for ask in asks for name in (*ask.evicts, *ask.frees)}
-        gone = [r for r in state.replicas if r.replica in leaving]
-        devices = tuple(_less(device, asks, gone) for device in state.devices)
+        devices = tuple(_less(device, asks, state) for device in state.devices)
         staying = (r for r in state.replicas if r.replica not in leaving)
         return replace(state, devices=devices, replicas=tuple(_taken(r, asks) for r in staying))
 
@@ -118,21 +115,26 @@ class Reservations:
             return f"node {state.node} is draining"
         if len(self._held) >= self._limit:
             return f"node {state.node} has made {self._limit} promises, which is the limit"
-        replicas = {r.replica: r for r in state.replicas}
-        if ask.replica is not None:
-            found = replicas.get(ask.replica)
-            if found is None or found.free_slots < ask.places:
-                return f"replica {ask.replica} has no {ask.places} places"
-        for name in ask.evicts:
-            if name not in replicas or not replicas[name].is_evictable:
-                return f"replica {name} is not idle any more"
-        for name in ask.frees:
-            if name not in replicas or replicas[name].is_pinned:
-                return f"replica {name} is gone, leaving already, or pinned"
-        return _shortage(ask, state, [replicas[name] for name in (*ask.evicts, *ask.frees)])
+        return _missing_replica(ask, state) or _shortage(ask, state)
 
 
-def _shortage(ask: Ask, state: NodeState, leaving: list[ReplicaState]) -> str | None:
+def _missing_replica(ask: Ask, state: NodeState) -> str | None:
+    replicas = {r.replica: r for r in state.replicas}
+    if ask.replica is not None:
+        found = replicas.get(ask.replica)
+        if found is None or found.free_slots < ask.places:
+            return f"replica {ask.replica} has not {ask.places} places"
+    for name in ask.evicts:
+        if name not in replicas or not replicas[name].is_evictable:
+            return f"replica {name} is not idle any more"
+    for name in ask.frees:
+        if name not in replicas or replicas[name].is_pinned:
+            return f"replica {name} is gone, leaving already, or must stay"
+    return None
+
+
+def _shortage(ask: Ask, state: NodeState) -> str | None:
+    leaving = [r for r in state.replicas if r.replica in ask.evicts or r.replica in ask.frees]
     free = {device.name: device.bytes_free for device in state.devices}
     for share in ask.shares:
         room = free.get(share.device, 0) + sum(r.size_on(share.device) for r in leaving)
@@ -143,14 +145,23 @@ def _shortage(ask: Ask, state: NodeState, leaving: list[ReplicaState]) -> str | 
     return None
 
 
-def _less(device: DeviceState, asks: list[Ask], gone: list[ReplicaState]) -> DeviceState:
-    """Take what is promised from a device; memory of leaving replicas is promised, not free."""
-    promised = sum(s.size for ask in asks for s in ask.shares if s.device == device.name)
-    leaving = sum(replica.size_on(device.name) for replica in gone)
-    return replace(device, bytes_free=max(0, device.bytes_free + leaving - promised))
+def _less(device: DeviceState, asks: list[Ask], state: NodeState) -> DeviceState:
+    """Take what is promised from a device; what evictions leave over is not free before they are done."""
+    promised = 0
+    for ask in asks:
+        leaving = sum(
+            r.size_on(device.name)
+            for r in state.replicas
+            if r.replica in ask.evicts or r.replica in ask.frees
+        )
+        asked = sum(share.size for share in ask.shares if share.device == device.name)
+        promised += max(0, asked - leaving)
+    return replace(device, bytes_free=max(0, device.bytes_free - promised))
 
 
 def _taken(replica: ReplicaState, asks: list[Ask]) -> ReplicaState:
+    """Take promised places from a replica; one with promises may neither leave nor be emptied."""
     places = sum(ask.places for ask in asks if ask.replica == replica.replica)
-    promised = tuple(SessionState(SessionId(""), 0, 0) for _ in range(places))
-    return replace(replica, sessions=(*replica.sessions, *promised)) if places else replica
+    if not places:
+        return replica
+    return replace(replica, slots=replica.slots - places, is_pinned=True)
