@@ -92,12 +92,10 @@ class _ModelIndex:
         self.resident: set[NodeId] = set()
         """Nodes that have replicas of it, ready or not."""
 
-    def best_rates(self) -> tuple[float, int, float]:
-        """Return the best rate, how many nodes have it, and the next best."""
-        values = self.rates.values()
-        best = max(values, default=0.0)
-        at_best = sum(rate == best for rate in values)
-        return best, at_best, max((rate for rate in values if rate < best), default=0.0)
+    @property
+    def peer_rate(self) -> float:
+        """Return the best rate; a node that sends needs no peer, so it is never its own."""
+        return max(self.rates.values(), default=0.0)
 
 
 class ClusterView:
@@ -180,7 +178,7 @@ class ClusterView:
             return
         index.stale.add(node)
         rate = send_rate(held, new.state.bandwidths) if held and new else 0.0
-        was_known, before = bool(index.holders), index.best_rates()
+        was_known, before = bool(index.holders), index.peer_rate
         if held:
             index.holders[node] = held
         else:
@@ -189,11 +187,11 @@ class ClusterView:
             index.rates[node] = rate
         else:
             index.rates.pop(node, None)
-        if before != index.best_rates() or was_known != bool(index.holders):
+        if before != index.peer_rate or was_known != bool(index.holders):
             index.stale.update(self.nodes)
 
     def _refresh(self, model: ModelId, index: _ModelIndex) -> None:
-        best, at_best, second = index.best_rates()
+        peer_rate = index.peer_rate
         anyone = index.holders[min(index.holders)] if index.holders else None
         for node in index.stale:
             old = index.by_node.pop(node, None)
@@ -203,9 +201,8 @@ class ClusterView:
             if view is None or view.state.is_draining or anyone is None:
                 continue
             held = view.held.get(model) or replace(anyone, bytes_dram=0, bytes_nvme=0, resume=None)
-            own_best = index.rates.get(node) == best and at_best == 1
             path = load_path(
-                held, _bandwidths(view, model), peer_rate=second if own_best else best,
+                held, _bandwidths(view, model), peer_rate=peer_rate,
                 has_replica=view.has_ready(model),
             )  # fmt: skip
             if path.load_s < math.inf:
