@@ -3,8 +3,9 @@
     python -m scripts.bench.placement [--nodes 64] [--devices 8] [--models 200] [--seconds 5]
 
 Each mix is a load of the devices: `light` leaves a third of them empty; `busy` has every device with
-replicas, half of them idle; `full` has every replica full and no device free, so that a decision has to
-look for moves. Between decisions states arrive as they would at one a second from each node and 10,000
+replicas, half of them idle; `full` has every replica full and no device free: a decision waits or
+rejects; `tight` is `full` with a device or so free that takes small models only, so large ones have
+to look for moves. Between decisions states arrive as they would at one a second from each node and 10,000
 decisions a second. Prints decisions a second with updates included, percentiles of one decision, the
 cost of an update, and which kinds of decisions there were.
 """
@@ -34,7 +35,12 @@ from sllm_node.core.types import ModelId, SessionId
 from sllm_node.core.units import GIB
 
 DEVICE_BYTES = 140 * GIB
-MIXES = {"light": (0.35, 0.5, 0.4), "busy": (0.0, 0.5, 0.7), "full": (0.0, 0.0, 1.0)}
+MIXES = {
+    "light": (0.35, 0.5, 0.4),
+    "busy": (0.0, 0.5, 0.7),
+    "full": (0.0, 0.0, 1.0),
+    "tight": (0.0, 0.0, 1.0),
+}
 """Of devices: empty; of replicas: idle; of the places of the others: taken."""
 
 
@@ -44,6 +50,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, mix: str) -> None:
         self.rng = Random(7)
         self.options = options
+        self.mix = mix
         self.empty, self.idle, self.taken = MIXES[mix]
         self.sizes = {
             ModelId(f"model-{i}"): (self.rng.choice([16, 16, 28, 65]) * 10**9, 1)
@@ -56,7 +63,9 @@ class Bench:
 
     def node(self, name: str) -> NodeState:
         """Return a node with a random fill."""
-        rng, devices, replicas = self.rng, [], []
+        rng = self.rng
+        devices: list[DeviceState] = []
+        replicas: list[ReplicaState] = []
         held = tuple(self.held(model) for model in self.sizes if rng.random() < 0.5)
         for i in range(self.options.devices):
             free, here = DEVICE_BYTES - 4 * GIB, set[ModelId]()
@@ -70,7 +79,9 @@ class Bench:
                 number = f"{name}-r{len(replicas)}"
                 replicas.append(self.replica(number, model, f"cuda:{i}", size))
             queue = (rng.choice([0.5, 2.0]),) if rng.random() < 0.1 else ()
-            free = free if self.taken < 1 else min(free, 10 * GIB)
+            if self.taken >= 1:
+                is_spare = self.mix == "tight" and rng.random() < 0.01
+                free = 30 * GIB if is_spare else min(free, 10 * GIB)
             devices.append(DeviceState(f"cuda:{i}", DEVICE_BYTES, free, queue))
         rates = Bandwidths(394e9, 1870e9, 55e9, rng.choice([3e9, 14e9]), 10e9, 1e9)
         self.version += 1
@@ -112,7 +123,9 @@ class Bench:
         start = time.perf_counter()
         while (begun := time.perf_counter()) - start < self.options.seconds:
             if len(each) % every == 0:
-                self.change(view, now)
+                news = self.news()
+                begun = time.perf_counter()
+                view.update(news, now)
                 updates_s += time.perf_counter() - begun
             model = rng.choice(models)
             request = PlacementRequest(model, self.memory(model), self.sizes[model][1])
@@ -121,7 +134,7 @@ class Bench:
             each.append(time.perf_counter() - before)
             kinds["Reject" if isinstance(decision, Reject) else decision.best.kind.name] += 1
             now += 1e-4
-        elapsed = time.perf_counter() - start
+        elapsed = sum(each) + updates_s
         each.sort()
         updates = len(each) / every
         print(
@@ -132,15 +145,15 @@ class Bench:
         )
         print("  " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
 
-    def change(self, view: ClusterView, now: float) -> None:
-        """Bring news of one node: other replicas, sometimes other bytes in DRAM."""
+    def news(self) -> NodeState:
+        """Return news of one node: other replicas, sometimes other bytes in DRAM."""
         old = self.rng.choice(self.states)
         new = self.node(old.node)
         models = list(old.models)
         if models and self.rng.random() < 0.3:
             place = self.rng.randrange(len(models))
             models[place] = self.held(models[place].model)
-        view.update(replace(new, models=tuple(models), bandwidths=old.bandwidths), now)
+        return replace(new, models=tuple(models), bandwidths=old.bandwidths)
 
 
 def main() -> None:

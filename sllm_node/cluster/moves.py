@@ -87,7 +87,8 @@ def destinations(
     """Yield every destination of a replica's sessions, cheapest first, looking no farther than asked."""
     heap = list(_joins(view, home, victim, now))
     heapq.heapify(heap)
-    for load_s, node_id in view.paths(victim.model):
+    size = max(share.size for share in victim.shares)
+    for load_s, node_id in view.paths_with_room(victim.model, size):
         while heap and heap[0].cost_s < load_s:
             yield heapq.heappop(heap)
         for found in _loads(view.nodes[node_id], home, victim, load_s, now):

@@ -247,8 +247,11 @@ def _migration(
 ) -> Candidate | None:  # fmt: skip
     """Return the best load after moves on this node; None: there is none that could beat `best`."""
     model, size = request.model, request.share_bytes
+    reachable = view.reachable(node.node)
+    usable = [d for d in node.devices if reachable[d.name] >= size and model not in d.models]
+    if len(usable) < request.shares:
+        return None
     path = view.path(model, node.node)
-    usable = [d for d in node.devices if model not in d.models and d.bytes_total >= size]
     for chosen in combinations(sorted(usable, key=lambda d: d.name), request.shares):
         if all(d.room >= size for d in chosen):
             continue

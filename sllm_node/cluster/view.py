@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from sllm_node.cluster.estimate import LoadPath, load_path, resume_s, send_rate
 from sllm_node.cluster.state import (
@@ -23,6 +24,9 @@ from sllm_node.core.types import ModelId
 
 Slot = tuple[NodeId, str]
 """A device of the cluster: what a decision promises at most once."""
+
+_FEW: Final = 8
+"""Nodes: that many are looked up one by one, of more the list is walked."""
 
 
 class DeviceView:
@@ -79,7 +83,7 @@ class NodeView:
 class _ModelIndex:
     """What is known of one model over all nodes."""
 
-    __slots__ = ("by_node", "entries", "holders", "rates", "resident", "stale")
+    __slots__ = ("by_node", "entries", "free_slots", "holders", "rates", "resident", "stale")
 
     def __init__(self) -> None:
         self.entries: list[tuple[float, NodeId]] = []
@@ -91,6 +95,8 @@ class _ModelIndex:
         self.holders: dict[NodeId, HeldModel] = {}
         self.resident: set[NodeId] = set()
         """Nodes that have replicas of it, ready or not."""
+        self.free_slots: int | None = None
+        """Most places that one replica has free; None: to be looked up."""
 
     @property
     def peer_rate(self) -> float:
@@ -104,6 +110,9 @@ class ClusterView:
     def __init__(self) -> None:
         self.nodes: dict[NodeId, NodeView] = {}
         self._models: dict[ModelId, _ModelIndex] = {}
+        self._rooms: list[tuple[int, NodeId]] | None = None
+        """Nodes by the room of their roomiest device; None: to be made anew, as are `_reachable`."""
+        self._reachable: dict[NodeId, dict[str, int]] | None = None
 
     def update(self, state: NodeState, now: float) -> bool:
         """Take a state that came at `now`; tell whether it was newer than the one known."""
@@ -134,6 +143,46 @@ class ClusterView:
         """Return how `node` would load it; it must be one of `paths`."""
         return self._models[model].by_node[node]
 
+    def paths_with_room(self, model: ModelId, size: int) -> list[tuple[float, NodeId]]:
+        """Return those of `paths` that matter to who needs so many bytes of a device; perhaps more."""
+        rooms = self._rooms
+        if rooms is None:
+            rooms = self._rooms = sorted(
+                (node.room, name) for name, node in self.nodes.items() if not node.state.is_draining
+            )
+        first = bisect_left(rooms, size, key=lambda room: room[0])
+        paths = self.paths(model)
+        if len(rooms) - first > _FEW:
+            return paths
+        by_node = self._models[model].by_node if paths else {}
+        return sorted((by_node[name].load_s, name) for _, name in rooms[first:] if name in by_node)
+
+    def reachable(self, node: NodeId) -> dict[str, int]:
+        """Return for each device the bytes that are free once all has left that might find a place."""
+        if self._reachable is None:
+            self._reachable = {name: self._reach(view) for name, view in self.nodes.items()}
+        return self._reachable[node]
+
+    def _reach(self, node: NodeView) -> dict[str, int]:
+        return {
+            device.name: device.room
+            + sum(r.size_on(device.name) for r in device.busy if self._may_move(r))
+            for device in node.devices
+        }
+
+    def _may_move(self, replica: ReplicaState) -> bool:
+        """Tell whether a place for it is conceivable; cheap, and never wrongly False."""
+        index = self._models[replica.model]
+        if index.free_slots is None:
+            index.free_slots = max(
+                other.free_slots
+                for name in index.resident
+                for other in self.nodes[name].by_model[replica.model]
+            )
+        if index.free_slots >= len(replica.sessions):
+            return True
+        return bool(self.paths_with_room(replica.model, replica.shares[0].size))
+
     def resident(self, model: ModelId) -> Sequence[NodeId]:
         """Return the nodes that have replicas of it, in order."""
         index = self._models.get(model)
@@ -145,6 +194,7 @@ class ClusterView:
         return bool(index and (index.holders or index.resident))
 
     def _index(self, node: NodeId, old: NodeView | None, new: NodeView | None) -> None:
+        self._rooms = self._reachable = None
         models: set[ModelId] = set()
         for view in (old, new):
             if view:
@@ -166,6 +216,7 @@ class ClusterView:
         self, model: ModelId, index: _ModelIndex, same: NodeView | None, new: NodeView | None,
         node: NodeId,
     ) -> None:  # fmt: skip
+        index.free_slots = None
         held = new.held.get(model) if new else None
         if new and model in new.by_model:
             index.resident.add(node)
