@@ -13,7 +13,7 @@ fractional knapsack without conflicts as the lower bound.
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Final
@@ -134,16 +134,20 @@ class Streams:
     """Destinations of the victims of one decision, kept as far as they were looked at."""
 
     def __init__(self, view: ClusterView, now: float) -> None:
-        self._view = view
+        self.view = view
         self._now = now
         self._open: dict[tuple[NodeId, ReplicaId], tuple[list[Destination], Iterator[Destination]]]
         self._open = {}
+
+    def least_s(self, home: NodeView, victim: ReplicaState) -> float:
+        """Return the cost of the victim's cheapest destination; infinite: it has none."""
+        return next((to.cost_s for to in self.of(home, victim)), math.inf)
 
     def of(self, home: NodeView, victim: ReplicaState) -> Iterator[Destination]:
         """Yield the victim's destinations, cheapest first."""
         key = (home.node, victim.replica)
         if key not in self._open:
-            self._open[key] = ([], destinations(self._view, home, victim, self._now))
+            self._open[key] = ([], destinations(self.view, home, victim, self._now))
         seen, rest = self._open[key]
         position = 0
         while True:
@@ -203,15 +207,19 @@ class _Search:
         return cost_s < self.best_s and cost_s <= self.limit_s
 
     def _bound(self, index: int, left: Mapping[str, int]) -> float:
-        """Return what the rest costs at least: parts of victims, each at its cheapest destination."""
-        need = sum(size for size in left.values() if size > 0)
-        cost_s = 0.0
-        for victim in self.victims[index:]:
-            if need <= 0:
-                break
-            cost_s += victim.least_s * min(1.0, need / victim.weight)
-            need -= victim.weight
-        return cost_s * _ROUNDING if need <= 0 else math.inf
+        return _least_s(self.victims[index:], left)
+
+
+def _least_s(victims: Sequence[_Victim], left: Mapping[str, int]) -> float:
+    """Return what freeing the rest costs at least: parts of victims, the cheapest by byte first."""
+    need = sum(size for size in left.values() if size > 0)
+    cost_s = 0.0
+    for victim in victims:
+        if need <= 0:
+            break
+        cost_s += victim.least_s * min(1.0, need / victim.weight)
+        need -= victim.weight
+    return cost_s * _ROUNDING if need <= 0 else math.inf
 
 
 def cheapest_moves(
@@ -229,15 +237,19 @@ def cheapest_moves(
         for replica in home.by_name[name].busy
         if all(session.priority <= priority for session in replica.sessions)
     }
-    for name, size in left.items():
-        if sum(replica.size_on(name) for replica in victims.values()) < size:
-            return None
-    found: list[_Victim] = []
-    for victim in victims.values():
-        first = next(streams.of(home, victim), None)
-        if first is not None:
-            found.append(_Victim(victim, sum(map(victim.size_on, left)), first.cost_s))
-    found.sort(key=lambda v: (v.least_s / v.weight, v.state.replica))
-    search = _Search(streams, home, found, limit_s)
+    rough = _ordered(victims.values(), left, streams.view.least_move_s)
+    if _least_s(rough, left) > limit_s:
+        return None
+    exact = _ordered((v.state for v in rough), left, lambda replica: streams.least_s(home, replica))
+    search = _Search(streams, home, exact, limit_s)
     search.run(0, left, frozenset((home.node, name) for name in needs), 0.0, ())
     return None if search.best is None else (search.best_s, search.best)
+
+
+def _ordered(
+    replicas: Iterable[ReplicaState], left: Mapping[str, int], least_s: Callable[[ReplicaState], float]
+) -> list[_Victim]:  # fmt: skip
+    """Return those that can move at all, the cheapest by byte first."""
+    victims = [_Victim(r, sum(map(r.size_on, left)), least_s(r)) for r in replicas]
+    movable = [victim for victim in victims if victim.least_s < math.inf]
+    return sorted(movable, key=lambda v: (v.least_s / v.weight, v.state.replica))

@@ -142,7 +142,7 @@ def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision
     """Return where the request starts soonest."""
     seen = list(_resident(view, request, now))
     best = min(seen, key=attrgetter("key"), default=None)
-    for load_s, node in view.paths(request.model):
+    for load_s, node in view.paths_with_room(request.model, request.share_bytes):
         if best and (load_s, Kind.LOAD, 0.0, node) > best.key:
             break
         for candidate in _loads(view, view.nodes[node], request, load_s, now):
@@ -150,7 +150,7 @@ def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision
             if best is None or candidate.key < best.key:
                 best = candidate
     streams = Streams(view, now)
-    for load_s, node in view.paths(request.model):
+    for load_s, node in view.paths_within_reach(request.model, request.share_bytes):
         if best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
             break
         found = _migration(streams, view, view.nodes[node], request, best, now)

@@ -9,6 +9,7 @@ import math
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import replace
+from operator import itemgetter
 from typing import Final
 
 from sllm_node.cluster.estimate import LoadPath, load_path, resume_s, send_rate
@@ -111,8 +112,10 @@ class ClusterView:
         self.nodes: dict[NodeId, NodeView] = {}
         self._models: dict[ModelId, _ModelIndex] = {}
         self._rooms: list[tuple[int, NodeId]] | None = None
-        """Nodes by the room of their roomiest device; None: to be made anew, as are `_reachable`."""
-        self._reachable: dict[NodeId, dict[str, int]] | None = None
+        """Nodes by the room of their roomiest device; None: to be made anew, as are the next two."""
+        self._reachable: dict[NodeId, dict[str, int]] = {}
+        self._reaches: list[tuple[int, NodeId]] | None = None
+        """Nodes by the most that moves could free on a device."""
 
     def update(self, state: NodeState, now: float) -> bool:
         """Take a state that came at `now`; tell whether it was newer than the one known."""
@@ -145,43 +148,63 @@ class ClusterView:
 
     def paths_with_room(self, model: ModelId, size: int) -> list[tuple[float, NodeId]]:
         """Return those of `paths` that matter to who needs so many bytes of a device; perhaps more."""
-        rooms = self._rooms
-        if rooms is None:
-            rooms = self._rooms = sorted(
-                (node.room, name) for name, node in self.nodes.items() if not node.state.is_draining
-            )
-        first = bisect_left(rooms, size, key=lambda room: room[0])
-        paths = self.paths(model)
-        if len(rooms) - first > _FEW:
-            return paths
-        by_node = self._models[model].by_node if paths else {}
-        return sorted((by_node[name].load_s, name) for _, name in rooms[first:] if name in by_node)
+        if self._rooms is None:
+            self._rooms = sorted((node.room, name) for name, node in self.nodes.items())
+        return self._paths_among(self._rooms, model, size)
+
+    def paths_within_reach(self, model: ModelId, size: int) -> list[tuple[float, NodeId]]:
+        """Return those where moves and evictions might free so many bytes of a device; perhaps more."""
+        return self._paths_among(self._reach_order(), model, size)
 
     def reachable(self, node: NodeId) -> dict[str, int]:
         """Return for each device the bytes that are free once all has left that might find a place."""
-        if self._reachable is None:
-            self._reachable = {name: self._reach(view) for name, view in self.nodes.items()}
+        self._reach_order()
         return self._reachable[node]
+
+    def least_move_s(self, replica: ReplicaState) -> float:
+        """Return a time that moving it takes at least, without its resume times; infinite: no place."""
+        if self._most_free_slots(replica.model) >= len(replica.sessions):
+            return 0.0
+        paths = self.paths_with_room(replica.model, replica.shares[0].size)
+        return paths[0][0] if paths else math.inf
+
+    def _paths_among(
+        self, order: list[tuple[int, NodeId]], model: ModelId, size: int
+    ) -> list[tuple[float, NodeId]]:
+        first = bisect_left(order, size, key=itemgetter(0))
+        if first == len(order):
+            return []
+        paths = self.paths(model)
+        if len(order) - first > _FEW or not paths:
+            return paths
+        by_node = self._models[model].by_node
+        return sorted((by_node[name].load_s, name) for _, name in order[first:] if name in by_node)
+
+    def _reach_order(self) -> list[tuple[int, NodeId]]:
+        if self._reaches is None:
+            self._reachable = {name: self._reach(view) for name, view in self.nodes.items()}
+            most = (
+                (max(sizes.values(), default=0), name) for name, sizes in self._reachable.items()
+            )
+            self._reaches = sorted(most)
+        return self._reaches
 
     def _reach(self, node: NodeView) -> dict[str, int]:
         return {
             device.name: device.room
-            + sum(r.size_on(device.name) for r in device.busy if self._may_move(r))
+            + sum(r.size_on(device.name) for r in device.busy if self.least_move_s(r) < math.inf)
             for device in node.devices
         }
 
-    def _may_move(self, replica: ReplicaState) -> bool:
-        """Tell whether a place for it is conceivable; cheap, and never wrongly False."""
-        index = self._models[replica.model]
+    def _most_free_slots(self, model: ModelId) -> int:
+        index = self._models[model]
         if index.free_slots is None:
             index.free_slots = max(
-                other.free_slots
+                replica.free_slots
                 for name in index.resident
-                for other in self.nodes[name].by_model[replica.model]
+                for replica in self.nodes[name].by_model[model]
             )
-        if index.free_slots >= len(replica.sessions):
-            return True
-        return bool(self.paths_with_room(replica.model, replica.shares[0].size))
+        return index.free_slots
 
     def resident(self, model: ModelId) -> Sequence[NodeId]:
         """Return the nodes that have replicas of it, in order."""
@@ -194,7 +217,7 @@ class ClusterView:
         return bool(index and (index.holders or index.resident))
 
     def _index(self, node: NodeId, old: NodeView | None, new: NodeView | None) -> None:
-        self._rooms = self._reachable = None
+        self._rooms = self._reaches = None
         models: set[ModelId] = set()
         for view in (old, new):
             if view:
