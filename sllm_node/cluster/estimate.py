@@ -76,10 +76,10 @@ def send_rate(held: HeldModel, bandwidths: Bandwidths) -> float:
     return 0.0
 
 
-def resume_s(fit: ResumeFit | None, tokens: float) -> float:
-    """Return the expected seconds until a session of so many tokens decodes again."""
+def resume_s(fit: ResumeFit | None, tokens: float, sessions: int = 1) -> float:
+    """Return the expected seconds until sessions of so many tokens together decode again, in turn."""
     fit = fit or RESUME_GUESS
-    return fit.a_s_per_token * tokens + fit.b_s
+    return fit.a_s_per_token * tokens + fit.b_s * sessions
 
 
 class ErrorTrack:

@@ -16,11 +16,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Final
+from typing import Final, Generic, TypeVar
 
+from sllm_node.cluster.estimate import resume_s
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
 from sllm_node.cluster.view import ClusterView, NodeView, Slot
-from sllm_node.core.types import SessionId
+from sllm_node.core.types import ModelId, SessionId
 
 _ROUNDING: Final = 1 - 1e-12
 """Takes from a bound what rounding may have added."""
@@ -81,83 +82,110 @@ def evictions(
     return tuple(replica.replica for replica in chosen)
 
 
-def destinations(
-    view: ClusterView, home: NodeView, victim: ReplicaState, now: float
-) -> Iterator[Destination]:
-    """Yield every destination of a replica's sessions, cheapest first, looking no farther than asked."""
-    heap = list(_joins(view, home, victim, now))
-    heapq.heapify(heap)
-    size = max(share.size for share in victim.shares)
-    for load_s, node_id in view.paths_with_room(victim.model, size):
-        while heap and heap[0].cost_s < load_s:
-            yield heapq.heappop(heap)
-        for found in _loads(view.nodes[node_id], home, victim, load_s, now):
-            heapq.heappush(heap, found)
-    while heap:
-        yield heapq.heappop(heap)
+_T = TypeVar("_T")
 
 
-def _joins(
-    view: ClusterView, home: NodeView, victim: ReplicaState, now: float
-) -> Iterator[Destination]:
-    for node_id in view.resident(victim.model):
-        node = view.nodes[node_id]
-        if node.state.is_draining:
-            continue
-        for other in node.by_model[victim.model]:
-            is_self = node is home and other.replica == victim.replica
-            if is_self or other.ready_s > 0 or other.free_slots < len(victim.sessions):
-                continue
-            cost_s = home.sessions_resume_s(victim, node, now)
-            devices = tuple(sorted({share.device for share in other.shares}))
-            yield Destination(cost_s, node_id, devices, other.replica)
+class _Lazy(Generic[_T]):
+    """An iterator that many read from its start, kept as far as it was read."""
+
+    __slots__ = ("_rest", "_seen")
+
+    def __init__(self, rest: Iterator[_T]) -> None:
+        self._seen: list[_T] = []
+        self._rest = rest
+
+    def __iter__(self) -> Iterator[_T]:
+        position = 0
+        while True:
+            if position == len(self._seen):
+                found = next(self._rest, None)
+                if found is None:
+                    return
+                self._seen.append(found)
+            yield self._seen[position]
+            position += 1
 
 
-def _loads(
-    node: NodeView, home: NodeView, victim: ReplicaState, load_s: float, now: float
-) -> Iterator[Destination]:
-    size = max(share.size for share in victim.shares)
-    if node.room < size:
-        return
-    fitting = [d for d in node.devices if d.room >= size and victim.model not in d.models]
-    if len(fitting) < len(victim.shares):
-        return
-    resume = home.sessions_resume_s(victim, node, now)
-    for chosen in combinations(sorted(fitting, key=lambda d: d.name), len(victim.shares)):
-        wait_s = max(0.0, max(d.ready_at for d in chosen) - now)
-        names = tuple(d.name for d in chosen)
-        evicts = evictions(node, dict.fromkeys(names, size))
-        yield Destination(wait_s + load_s + resume, node.node, names, evicts=evicts)
+_Load = tuple[float, NodeId, tuple[str, ...], tuple[ReplicaId, ...]]
+"""A load somewhere: seconds with the wait, node, devices, evictions."""
 
 
 class Streams:
-    """Destinations of the victims of one decision, kept as far as they were looked at."""
+    """Destinations of the victims of one decision, each list made no farther than it is read."""
 
     def __init__(self, view: ClusterView, now: float) -> None:
         self.view = view
         self._now = now
-        self._open: dict[tuple[NodeId, ReplicaId], tuple[list[Destination], Iterator[Destination]]]
-        self._open = {}
+        self._of: dict[tuple[NodeId, ReplicaId], _Lazy[Destination]] = {}
+        self._loads: dict[tuple[ModelId, int, int], _Lazy[_Load]] = {}
+
+    def of(self, home: NodeView, victim: ReplicaState) -> Iterator[Destination]:
+        """Yield the victim's destinations, cheapest first."""
+        key = (home.node, victim.replica)
+        if key not in self._of:
+            self._of[key] = _Lazy(self._destinations(home, victim))
+        return iter(self._of[key])
 
     def least_s(self, home: NodeView, victim: ReplicaState) -> float:
         """Return the cost of the victim's cheapest destination; infinite: it has none."""
         return next((to.cost_s for to in self.of(home, victim)), math.inf)
 
-    def of(self, home: NodeView, victim: ReplicaState) -> Iterator[Destination]:
-        """Yield the victim's destinations, cheapest first."""
-        key = (home.node, victim.replica)
-        if key not in self._open:
-            self._open[key] = ([], destinations(self.view, home, victim, self._now))
-        seen, rest = self._open[key]
-        position = 0
-        while True:
-            if position == len(seen):
-                found = next(rest, None)
-                if found is None:
-                    return
-                seen.append(found)
-            yield seen[position]
-            position += 1
+    def _destinations(self, home: NodeView, victim: ReplicaState) -> Iterator[Destination]:
+        age_s = max(0.0, self._now - home.seen_at)
+        tokens = sum(session.tokens(age_s) for session in victim.sessions)
+        heap = list(self._joins(home, victim, tokens))
+        heapq.heapify(heap)
+        for load_s, node, devices, evicts in self._loads_of(victim):
+            while heap and heap[0].cost_s < load_s:
+                yield heapq.heappop(heap)
+            cost_s = load_s + self._resume_s(victim, tokens, node)
+            heapq.heappush(heap, Destination(cost_s, node, devices, evicts=evicts))
+        while heap:
+            yield heapq.heappop(heap)
+
+    def _resume_s(self, victim: ReplicaState, tokens: float, node: NodeId) -> float:
+        """Return the seconds to resume all sessions of a replica, one after another."""
+        held = self.view.nodes[node].held.get(victim.model)
+        return resume_s(held.resume if held else None, tokens, len(victim.sessions))
+
+    def _joins(self, home: NodeView, victim: ReplicaState, tokens: float) -> Iterator[Destination]:
+        for node_id in self.view.resident(victim.model):
+            node = self.view.nodes[node_id]
+            if node.state.is_draining:
+                continue
+            for other in node.by_model[victim.model]:
+                is_self = node is home and other.replica == victim.replica
+                if is_self or other.ready_s > 0 or other.free_slots < len(victim.sessions):
+                    continue
+                cost_s = self._resume_s(victim, tokens, node_id)
+                devices = tuple(sorted({share.device for share in other.shares}))
+                yield Destination(cost_s, node_id, devices, other.replica)
+
+    def _loads_of(self, victim: ReplicaState) -> _Lazy[_Load]:
+        size, count = max(share.size for share in victim.shares), len(victim.shares)
+        key = (victim.model, size, count)
+        if key not in self._loads:
+            self._loads[key] = _Lazy(_loads(self.view, *key, self._now))
+        return self._loads[key]
+
+
+def _loads(view: ClusterView, model: ModelId, size: int, count: int, now: float) -> Iterator[_Load]:
+    """Yield every load of so many shares, soonest first."""
+    heap: list[_Load] = []
+    for load_s, node_id in view.paths_with_room(model, size):
+        while heap and heap[0][0] < load_s:
+            yield heapq.heappop(heap)
+        node = view.nodes[node_id]
+        if node.room < size:
+            continue
+        fitting = [d for d in node.devices if d.room >= size and model not in d.models]
+        for chosen in combinations(sorted(fitting, key=lambda d: d.name), count):
+            wait_s = max(0.0, max(d.ready_at for d in chosen) - now)
+            names = tuple(d.name for d in chosen)
+            evicts = evictions(node, dict.fromkeys(names, size))
+            heapq.heappush(heap, (wait_s + load_s, node_id, names, evicts))
+    while heap:
+        yield heapq.heappop(heap)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Final
 
-from sllm_node.cluster.estimate import LoadPath, load_path, resume_s, send_rate
+from sllm_node.cluster.estimate import LoadPath, load_path, send_rate
 from sllm_node.cluster.state import (
     Bandwidths,
     DeviceState,
@@ -72,13 +72,6 @@ class NodeView:
     def has_ready(self, model: ModelId) -> bool:
         """Tell whether a replica is there to clone from."""
         return any(replica.ready_s <= 0 for replica in self.by_model.get(model, ()))
-
-    def sessions_resume_s(self, replica: ReplicaState, at: "NodeView", now: float) -> float:
-        """Return the seconds to resume all sessions of a replica of this node at another node."""
-        held = at.held.get(replica.model)
-        fit = held.resume if held else None
-        age_s = max(0.0, now - self.seen_at)
-        return sum(resume_s(fit, session.tokens(age_s)) for session in replica.sessions)
 
 
 class _ModelIndex:
