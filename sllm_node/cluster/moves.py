@@ -116,6 +116,7 @@ class Streams:
     def __init__(self, view: ClusterView, now: float) -> None:
         self.view = view
         self._now = now
+        self._rough: dict[tuple[NodeId, ReplicaId], float] = {}
         self._of: dict[tuple[NodeId, ReplicaId], _Lazy[Destination]] = {}
         self._loads: dict[tuple[ModelId, int, int], _Lazy[_Load]] = {}
 
@@ -130,9 +131,21 @@ class Streams:
         """Return the cost of the victim's cheapest destination; infinite: it has none."""
         return next((to.cost_s for to in self.of(home, victim)), math.inf)
 
-    def _destinations(self, home: NodeView, victim: ReplicaState) -> Iterator[Destination]:
+    def rough_s(self, home: NodeView, victim: ReplicaState) -> float:
+        """Return a time below the cost of any destination, without looking for one; infinite: no place."""
+        key = (home.node, victim.replica)
+        if key not in self._rough:
+            tokens, fit = self._tokens(home, victim), self.view.least_resume(victim.model)
+            least_s = resume_s(fit, tokens, len(victim.sessions))
+            self._rough[key] = _ROUNDING * (self.view.least_move_s(victim) + least_s)
+        return self._rough[key]
+
+    def _tokens(self, home: NodeView, victim: ReplicaState) -> float:
         age_s = max(0.0, self._now - home.seen_at)
-        tokens = sum(session.tokens(age_s) for session in victim.sessions)
+        return sum(session.tokens(age_s) for session in victim.sessions)
+
+    def _destinations(self, home: NodeView, victim: ReplicaState) -> Iterator[Destination]:
+        tokens = self._tokens(home, victim)
         heap = list(self._joins(home, victim, tokens))
         heapq.heapify(heap)
         for load_s, node, devices, evicts in self._loads_of(victim):
@@ -265,7 +278,7 @@ def cheapest_moves(
         for replica in home.by_name[name].busy
         if all(session.priority <= priority for session in replica.sessions)
     }
-    rough = _ordered(victims.values(), left, streams.view.least_move_s)
+    rough = _ordered(victims.values(), left, lambda replica: streams.rough_s(home, replica))
     if _least_s(rough, left) > limit_s:
         return None
     exact = _ordered((v.state for v in rough), left, lambda replica: streams.least_s(home, replica))

@@ -12,7 +12,7 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Final
 
-from sllm_node.cluster.estimate import LoadPath, load_path, send_rate
+from sllm_node.cluster.estimate import RESUME_GUESS, LoadPath, load_path, send_rate
 from sllm_node.cluster.state import (
     Bandwidths,
     DeviceState,
@@ -20,6 +20,7 @@ from sllm_node.cluster.state import (
     NodeId,
     NodeState,
     ReplicaState,
+    ResumeFit,
 )
 from sllm_node.core.types import ModelId
 
@@ -77,7 +78,16 @@ class NodeView:
 class _ModelIndex:
     """What is known of one model over all nodes."""
 
-    __slots__ = ("by_node", "entries", "free_slots", "holders", "rates", "resident", "stale")
+    __slots__ = (
+        "by_node",
+        "entries",
+        "free_slots",
+        "holders",
+        "least_fit",
+        "rates",
+        "resident",
+        "stale",
+    )
 
     def __init__(self) -> None:
         self.entries: list[tuple[float, NodeId]] = []
@@ -91,6 +101,8 @@ class _ModelIndex:
         """Nodes that have replicas of it, ready or not."""
         self.free_slots: int | None = None
         """Most places that one replica has free; None: to be looked up."""
+        self.least_fit: ResumeFit | None = None
+        """Not above that of any node; None: to be looked up."""
 
     @property
     def peer_rate(self) -> float:
@@ -160,6 +172,16 @@ class ClusterView:
             return 0.0
         paths = self.paths_with_room(replica.model, replica.shares[0].size)
         return paths[0][0] if paths else math.inf
+
+    def least_resume(self, model: ModelId) -> ResumeFit:
+        """Return what no node resumes sessions of the model quicker than."""
+        index = self._models[model]
+        if index.least_fit is None:
+            fits = [held.resume or RESUME_GUESS for held in index.holders.values()]
+            fits.append(RESUME_GUESS)
+            least_a = min(fit.a_s_per_token for fit in fits)
+            index.least_fit = ResumeFit(least_a, min(fit.b_s for fit in fits))
+        return index.least_fit
 
     def _paths_among(
         self, order: list[tuple[int, NodeId]], model: ModelId, size: int
@@ -245,6 +267,7 @@ class ClusterView:
             return
         index.stale.add(node)
         rate = send_rate(held, new.state.bandwidths) if held and new else 0.0
+        index.least_fit = None
         was_known, before = bool(index.holders), index.peer_rate
         if held:
             index.holders[node] = held
