@@ -1,1 +1,1 @@
-"""Other nodes: what they tell of themselves, and which node serves a request."""
+"""Which node serves a request: what nodes tell of themselves, and placement (nothing uses it yet)."""

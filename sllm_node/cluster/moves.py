@@ -14,7 +14,7 @@ fractional knapsack without conflicts as the lower bound.
 import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import combinations
 from typing import Final, Generic, TypeVar
 
@@ -25,8 +25,8 @@ from sllm_node.core.types import ModelId, SessionId
 
 _ROUNDING: Final = 1 - 1e-12
 """Takes from a bound what rounding may have added."""
-_STEPS_MAX: Final = 20_000
-"""Of one search; then the best found so far counts. Devices with a dozen replicas need hundreds."""
+STEPS_MAX: Final = 20_000
+"""Of all searches of one decision; then the best found so far counts. The hardest measured need 2,000."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -113,8 +113,10 @@ _Load = tuple[float, NodeId, tuple[str, ...], tuple[ReplicaId, ...]]
 class Streams:
     """Destinations of the victims of one decision, each list made no farther than it is read."""
 
-    def __init__(self, view: ClusterView, now: float) -> None:
+    def __init__(self, view: ClusterView, now: float, steps_max: int = STEPS_MAX) -> None:
         self.view = view
+        self.steps_left = steps_max
+        """Of branch and bound."""
         self._now = now
         self._rough: dict[tuple[NodeId, ReplicaId], float] = {}
         self._of: dict[tuple[NodeId, ReplicaId], _Lazy[Destination]] = {}
@@ -220,17 +222,16 @@ class _Search:
     """Costs above are of no use."""
     best_s: float = math.inf
     best: tuple[Move, ...] | None = None
-    steps: int = field(default=0)
 
     def run(self, index: int, left: dict[str, int], taken: frozenset[Slot], cost_s: float,
             moves: tuple[Move, ...]) -> None:  # fmt: skip
         """Decide on the victims from `index` on."""
-        self.steps += 1
+        self.streams.steps_left -= 1
         if all(size <= 0 for size in left.values()):
             if self._is_useful(cost_s):
                 self.best_s, self.best = cost_s, moves
             return
-        if self.steps > _STEPS_MAX or not self._is_useful(cost_s + self._bound(index, left)):
+        if self.streams.steps_left < 0 or not self._is_useful(cost_s + self._bound(index, left)):
             return
         victim = self.victims[index].state
         rest = {name: size - victim.size_on(name) for name, size in left.items()}

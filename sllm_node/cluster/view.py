@@ -127,10 +127,15 @@ class ClusterView:
         old = self.nodes.get(state.node)
         if old and old.state.boot == state.boot and old.state.version >= state.version:
             return False
+        self.refresh(state, now)
+        return True
+
+    def refresh(self, state: NodeState, now: float) -> None:
+        """Take a state as it is: one that came with a refusal, less what its node has promised."""
+        old = self.nodes.get(state.node)
         view = NodeView(state, now)
         self.nodes[state.node] = view
         self._index(state.node, old, view)
-        return True
 
     def remove(self, node: NodeId) -> None:
         """Forget a node that left or died."""

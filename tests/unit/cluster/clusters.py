@@ -22,6 +22,7 @@ from sllm_node.cluster.state import (
     ResumeFit,
     SessionState,
 )  # fmt: skip
+from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId, SessionId
 
 TOTAL = 32
@@ -131,6 +132,27 @@ def random_cluster(rng: Random) -> tuple[list[NodeState], PlacementRequest]:
     model = rng.choice(list(sizes))
     size, shares, _ = sizes[model]
     return nodes, PlacementRequest(model, size, shares, rng.choice([0, 0, 1]))
+
+
+def viewed(nodes, now=0.0):
+    view = ClusterView()
+    for node in nodes:
+        view.update(node, now)
+    return view
+
+
+def one_node(*, total=32, free=0, replicas=(), name="n0", dram=8, is_draining=False):
+    held = (HeldModel(ModelId("a"), 8, 8, dram, 8), HeldModel(ModelId("b"), 8, 8, 8, 8))
+    return NodeState(
+        NodeId(name), BootId("b"), 1, (DeviceState("d0", total, free),), Bandwidths(8, 8, 8, 1),
+        held, tuple(replicas), is_draining,
+    )  # fmt: skip
+
+
+def busy(model, size, name="r0", priority=0, **rest):
+    sessions = (SessionState(SessionId("s"), 10, 10, priority=priority),)
+    shares = (DeviceShare("d0", size),)
+    return ReplicaState(ReplicaId(name), ModelId(model), shares, 1, sessions, **rest)
 
 
 @dataclass

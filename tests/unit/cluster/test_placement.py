@@ -4,21 +4,29 @@ import pytest
 
 from sllm_node.cluster.placement import (
     Kind,
+    LoadThere,
+    MigrateThenLoad,
+    PlacementRequest,
     Reject,
+    ServeHere,
+    Wait,
     decide,
     explain,
 )  # fmt: skip
-from sllm_node.cluster.view import ClusterView
-from tests.unit.cluster.clusters import Brute, crowded_cluster, random_cluster
+from sllm_node.cluster.state import DeviceShare, ReplicaId, ReplicaState
+from sllm_node.core.types import ModelId
+from tests.unit.cluster.clusters import (
+    Brute,
+    busy,
+    crowded_cluster,
+    one_node,
+    random_cluster,
+    random_model_sizes,
+    random_node,
+    viewed,
+)  # fmt: skip
 
 ROUNDS, BATCHES = 1250, 8
-
-
-def viewed(nodes, now=0.0):
-    view = ClusterView()
-    for node in nodes:
-        view.update(node, now)
-    return view
 
 
 def check_is_sound(view, request, best):
@@ -78,3 +86,77 @@ def check_one(seed):
 def test_a_decision_is_what_trying_everything_finds(batch):
     seen = {check_one(seed) for seed in range(batch * ROUNDS, (batch + 1) * ROUNDS)}
     assert seen == {"REJECT", *(kind.name for kind in Kind)}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_in_a_larger_cluster_looking_at_few_nodes_finds_the_same_as_looking_at_all(seed):
+    rng = Random(seed)
+    sizes = random_model_sizes(rng)
+    nodes = [random_node(rng, f"n{i:02}", sizes) for i in range(24)]
+    view = viewed(nodes)
+    for model, (size, shares, _) in sizes.items():
+        decision = decide(view, PlacementRequest(model, size, shares), 1.0)
+        every = explain(view, PlacementRequest(model, size, shares), 1.0)
+        if isinstance(decision, Reject):
+            assert every == []
+        else:
+            assert decision.best.key == every[0].key
+            assert decision.best in decision.seen
+
+
+A = PlacementRequest(ModelId("a"), 16)
+
+
+def reason(*nodes, request=A):
+    decision = decide(viewed(nodes), request, 0.0)
+    assert isinstance(decision, Reject)
+    return decision.reason
+
+
+def test_a_rejection_says_what_lacks():
+    assert reason() == "no node has or can fetch model 'a'"
+    assert "takes requests" in reason(one_node(free=32, is_draining=True))
+    assert "1 devices with 16 bytes" in reason(one_node(total=8, free=8))
+    assert "can't move" in reason(one_node(replicas=[busy("b", 32)]))
+
+
+def test_sessions_move_away_where_the_model_lies_in_dram_and_the_victim_may_be_larger_than_the_shortage():
+    nodes = one_node(replicas=[busy("b", 32)]), one_node(free=32, name="n1", dram=0)
+    decision = decide(viewed(nodes), A, 0.0)
+    assert isinstance(decision, MigrateThenLoad)
+    (move,) = decision.best.moves
+    assert (decision.best.node, move.replica, move.sessions) == ("n0", "r0", ("s",))
+    assert (move.to.node, move.to.devices) == ("n1", ("d0",))
+    assert decision.best.startup_s == pytest.approx(1 + 0.05 + 20 * 2e-4 + 1)
+    assert "sessions have moved; starts in 2.054 s" in decision.best.reason
+    loads = [c for c in decision.seen if c.kind is Kind.LOAD]
+    assert [(c.node, c.startup_s) for c in loads] == [("n1", 8.0)]
+
+
+def test_sessions_of_a_higher_priority_stay():
+    nodes = one_node(replicas=[busy("b", 32, priority=1)]), one_node(free=32, name="n1", dram=0)
+    assert isinstance(decide(viewed(nodes), A, 0.0), LoadThere)
+    urgent = PlacementRequest(ModelId("a"), 16, priority=1)
+    assert isinstance(decide(viewed(nodes), urgent, 0.0), MigrateThenLoad)
+
+
+def test_a_pinned_replica_stays():
+    nodes = one_node(replicas=[busy("b", 32, is_pinned=True)]), one_node(free=32, name="n1", dram=0)
+    assert isinstance(decide(viewed(nodes), A, 0.0), LoadThere)
+
+
+def test_of_replicas_with_a_place_the_emptiest_serves():
+    full = ReplicaState(ReplicaId("x"), A.model, (DeviceShare("d0", 16),), 4, busy("a", 1).sessions)
+    idle = ReplicaState(ReplicaId("y"), A.model, (DeviceShare("d0", 16),), 4)
+    decision = decide(
+        viewed([one_node(replicas=[full]), one_node(name="n1", replicas=[idle])]), A, 0.0
+    )
+    assert isinstance(decision, ServeHere)
+    assert decision.best.node == "n1"
+
+
+def test_time_that_passes_shortens_a_wait():
+    view = viewed([one_node(replicas=[busy("a", 32, next_free_s=5.0)])])
+    decision = decide(view, A, 2.0)
+    assert isinstance(decision, Wait)
+    assert decision.best.startup_s == 3.0

@@ -3,10 +3,9 @@ from random import Random
 
 import pytest
 
-from sllm_node.cluster.state import BootId
+from sllm_node.cluster.state import BootId, NodeId
 from sllm_node.cluster.view import ClusterView
-from tests.unit.cluster.clusters import random_cluster, random_model_sizes, random_node
-from tests.unit.cluster.test_placement import viewed
+from tests.unit.cluster.clusters import random_cluster, random_model_sizes, random_node, viewed
 
 
 def test_an_older_state_of_the_same_boot_is_passed_over_and_a_new_boot_is_not():
@@ -25,7 +24,7 @@ def test_a_view_brought_up_to_date_bit_by_bit_is_one_made_at_once(seed):
     sizes = random_model_sizes(rng)
     view, current = ClusterView(), {}
     for version in range(1, 60):
-        name = f"n{rng.randint(0, 3)}"
+        name = NodeId(f"n{rng.randint(0, 3)}")
         if rng.random() < 0.15:
             view.remove(name)
             current.pop(name, None)
