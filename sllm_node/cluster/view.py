@@ -109,6 +109,14 @@ class _ModelIndex:
         """Return the best rate; a node that sends needs no peer, so it is never its own."""
         return max(self.rates.values(), default=0.0)
 
+    @property
+    def sizes(self) -> tuple[int, int] | None:
+        """Return decoded and stored bytes as the first node by name lists them, for those that don't."""
+        if not self.holders:
+            return None
+        first = self.holders[min(self.holders)]
+        return first.bytes_decoded, first.bytes_stored
+
 
 class ClusterView:
     """All nodes; feed it with `update` and `remove`, then ask."""
@@ -273,7 +281,7 @@ class ClusterView:
         index.stale.add(node)
         rate = send_rate(held, new.state.bandwidths) if held and new else 0.0
         index.least_fit = None
-        was_known, before = bool(index.holders), index.peer_rate
+        before = index.peer_rate, index.sizes
         if held:
             index.holders[node] = held
         else:
@@ -282,20 +290,20 @@ class ClusterView:
             index.rates[node] = rate
         else:
             index.rates.pop(node, None)
-        if before != index.peer_rate or was_known != bool(index.holders):
+        if before != (index.peer_rate, index.sizes):
             index.stale.update(self.nodes)
 
     def _refresh(self, model: ModelId, index: _ModelIndex) -> None:
         peer_rate = index.peer_rate
-        anyone = index.holders[min(index.holders)] if index.holders else None
+        sizes = index.sizes
         for node in index.stale:
             old = index.by_node.pop(node, None)
             if old:
                 del index.entries[bisect_left(index.entries, (old.load_s, node))]
             view = self.nodes.get(node)
-            if view is None or view.state.is_draining or anyone is None:
+            if view is None or view.state.is_draining or sizes is None:
                 continue
-            held = view.held.get(model) or replace(anyone, bytes_dram=0, bytes_nvme=0, resume=None)
+            held = view.held.get(model) or HeldModel(model, *sizes)
             path = load_path(
                 held, _bandwidths(view, model), peer_rate=peer_rate,
                 has_replica=view.has_ready(model),
