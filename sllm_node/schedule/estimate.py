@@ -7,6 +7,8 @@ delivers half as much again of an encoded one, a CPU that decodes much less.
 The waiting time in front of a load (q in q + n / b) is the scheduler's to know.
 """
 
+import math
+from collections.abc import Iterable
 from typing import Final
 
 from sllm_node.core.types import LoadReport, Tier
@@ -36,6 +38,18 @@ class MovingAverage:
 _Bandwidth = dict[Tier, MovingAverage]
 
 
+def path_s(parts: Iterable[tuple[float, float]]) -> float:
+    """Return the seconds of a path whose tiers work at once, of (bytes, bytes a second) of each.
+
+    A tier with bytes to carry and no bandwidth makes it infinite.
+    """
+    slowest = 0.0
+    for size, bandwidth in parts:
+        if size > 0:
+            slowest = max(slowest, size / bandwidth if bandwidth > 0 else math.inf)
+    return slowest
+
+
 class LoadEstimator:
     """Expected duration of loads on this node."""
 
@@ -54,6 +68,10 @@ class LoadEstimator:
         """Return the expected seconds of a load of which a part still lies on NVMe or farther."""
         bandwidth = self._encoded if is_encoded else self._raw
         return max(_parts(bandwidth, bytes_total, bytes_from_nvme, bytes_from_remote).values())
+
+    def bandwidth(self, tier: Tier, *, is_encoded: bool = False) -> float:
+        """Return the delivered bytes a second that loads from `tier` are reckoned with."""
+        return (self._encoded if is_encoded else self._raw)[tier].value
 
     def observe(self, report: LoadReport) -> None:
         """Learn from a finished load: it tells the bandwidth of the tier that held it up."""
@@ -79,8 +97,9 @@ def _parts(
     bandwidth: _Bandwidth, bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int
 ) -> dict[Tier, float]:
     """Return the seconds that each tier needs for its part of a load."""
-    return {
-        Tier.NVME: bytes_from_nvme / bandwidth[Tier.NVME].value,
-        Tier.DRAM: bytes_total / bandwidth[Tier.DRAM].value,
-        Tier.REMOTE: bytes_from_remote / bandwidth[Tier.REMOTE].value,
+    sizes = {
+        Tier.NVME: bytes_from_nvme,
+        Tier.DRAM: bytes_total,
+        Tier.REMOTE: bytes_from_remote,
     }
+    return {tier: path_s([(size, bandwidth[tier].value)]) for tier, size in sizes.items()}
