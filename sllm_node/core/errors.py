@@ -587,6 +587,67 @@ class DeviceMapError(ArgumentError):
         self.entry = entry
 
 
+# --- cluster ------------------------------------------------------------------------------------
+
+
+class MessageError(SllmError):
+    """A message between nodes that is not taken."""
+
+    code = "message_error"
+
+
+class MessageFormatError(MessageError):
+    """Bytes that are no message of ours: cut off, damaged, or somebody else's."""
+
+    code = "message_format"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"a message that can't be read: {problem}; is the sender a sllm-node?")
+        self.problem = problem
+
+
+class MessageTooLargeError(MessageError):
+    """A message above the limit; it is neither sent nor read."""
+
+    code = "message_too_large"
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"a message of {size} bytes is above the limit of {limit}; see "
+            "limits.document_bytes in the cluster file, which must be the same on all nodes"
+        )
+        self.size = size
+        self.limit = limit
+
+
+class DocumentTooLargeError(SllmError):
+    """A node's state document above the limit; peers keep the one before."""
+
+    code = "document_too_large"
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"this node's state document has {size} bytes and the limit is {limit}; raise "
+            "limits.document_bytes in the cluster file of all nodes"
+        )
+        self.size = size
+        self.limit = limit
+
+
+class ProtocolVersionError(MessageError):
+    """A message of another release's protocol."""
+
+    code = "protocol_version"
+
+    def __init__(self, found: int | None, known: int) -> None:
+        super().__init__(
+            f"a message of protocol {found}, and this node speaks {known}; "
+            "run the same release on all nodes"
+        )
+        self.found = found
+        self.known = known
+
+
 # --- operators ----------------------------------------------------------------------------------
 
 

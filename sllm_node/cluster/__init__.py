@@ -1,0 +1,1 @@
+"""Other nodes: who they are, who is alive, what they tell of themselves."""
