@@ -620,6 +620,73 @@ class MessageTooLargeError(MessageError):
         self.limit = limit
 
 
+class ClusterKeyError(SllmError):
+    """A shared key that can't be used."""
+
+    fault = Fault.CALLER
+    code = "cluster_key"
+
+    def __init__(self, origin: str, problem: str) -> None:
+        super().__init__(f"{origin}: {problem}; 'sllm-node cluster init' writes a good one")
+        self.origin = origin
+        self.problem = problem
+
+
+class WrongKeyError(MessageError):
+    """A message that was not signed with this cluster's key, or was changed on its way."""
+
+    code = "wrong_key"
+
+    def __init__(self, sender: str) -> None:
+        super().__init__(
+            f"a message in the name of {sender!r} is not signed with this cluster's key; "
+            "compare trust.key_file of both nodes ('sllm-node cluster check')"
+        )
+        self.sender = sender
+
+
+class StrangerError(MessageError):
+    """A message in the name of a node that the cluster file does not have."""
+
+    code = "unknown_sender"
+
+    def __init__(self, sender: str) -> None:
+        super().__init__(
+            f"a message in the name of {sender!r}, which the cluster file here does not have; "
+            "all nodes need the same file"
+        )
+        self.sender = sender
+
+
+class MisdirectedError(MessageError):
+    """A message for another node."""
+
+    code = "misdirected"
+
+    def __init__(self, sender: str, receiver: str, me: str) -> None:
+        super().__init__(
+            f"a message from {sender!r} is for {receiver!r} and came to {me!r}; "
+            "compare the addresses in the cluster file"
+        )
+        self.sender = sender
+        self.receiver = receiver
+
+
+class ReplayError(MessageError):
+    """A message that came before, or too late to tell."""
+
+    code = "replayed"
+
+    def __init__(self, sender: str, boot: int, counter: int) -> None:
+        super().__init__(
+            f"message {counter} of boot {boot} from {sender!r} came before, or too late to tell; "
+            "limits.replay_window_messages is how late one may be"
+        )
+        self.sender = sender
+        self.boot = boot
+        self.counter = counter
+
+
 class DocumentTooLargeError(SllmError):
     """A node's state document above the limit; peers keep the one before."""
 
