@@ -632,6 +632,18 @@ class ClusterKeyError(SllmError):
         self.problem = problem
 
 
+class ClusterFolderError(SllmError):
+    """A cluster's folder in which a command can't do what it was asked for."""
+
+    fault = Fault.CALLER
+    code = "cluster_folder"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
 class WrongKeyError(MessageError):
     """A message that was not signed with this cluster's key, or was changed on its way."""
 
