@@ -15,7 +15,11 @@ Three things that go wrong elsewhere:
   is counted as nobody's silence.
 - *Restarts.* A message of a greater boot is a new incarnation: the old one is reported dead first.
   A boot that is not greater (the machine's clock went back between two starts) would never be
-  heard; but peers tell in `seen` which boot they know, and the node then takes a greater one.
+  heard; but peers tell which boot and sequence they heard last, and a node that has not got so far
+  itself takes a greater boot.
+
+A view is this node's own: nothing is passed on about third nodes. Where A is cut off from B and both
+see C, A and B hold each other dead and C holds both alive; whoever routes asks its own view.
 
 The object does no I/O: `receive(message, now)`, `to_send()`, `next_timer()`, `on_timer(now)` and
 `events()`. `now` is the local monotonic clock's, in seconds.
@@ -31,6 +35,7 @@ from sllm_node.cluster.messages import (
     Edition,
     Heartbeat,
     Phase,
+    raise_boot,
 )
 from sllm_node.cluster.peer import NEWS_OF_PHASE, REACHABLE, News, Peer, PeerState, PeerView
 from sllm_node.core.errors import DocumentTooLargeError
@@ -133,7 +138,7 @@ class Membership:
     def __init__(
         self, me: NodeId, boot: int, peers: Iterable[NodeId], timing: Timing, limit: int, now: float
     ) -> None:
-        assert 0 < boot <= LARGEST_BOOT
+        assert 0 < boot <= LARGEST_BOOT, "messages.make_boot makes one"
         self._me = me
         self._timing = timing
         self._document_limit = limit
@@ -220,7 +225,7 @@ class Membership:
         peer.heard_at = now
         self._apply(peer, NEWS_OF_PHASE[message.phase])
         self._take_document(peer, message)
-        self._take_acknowledgement(peer, message.seen)
+        self._take_acknowledgement(peer, message)
 
     def to_send(self) -> tuple[Heartbeat, ...]:
         """Return the messages that are due, and count them as sent."""
@@ -290,13 +295,14 @@ class Membership:
         peer.document = message.document
         self._events.append(StateChanged(peer.id, peer.edition, peer.document))
 
-    def _take_acknowledgement(self, peer: Peer, seen: Edition) -> None:
-        if seen.boot > self._edition.boot:
-            self._raise_boot(peer, seen.boot)
-        peer.acknowledged = seen
+    def _take_acknowledgement(self, peer: Peer, message: Heartbeat) -> None:
+        known = (message.seen.boot, message.heard)
+        if known > (self._edition.boot, self._sequence):
+            self._raise_boot(peer, message.seen.boot)
+        peer.acknowledged = message.seen
 
     def _raise_boot(self, peer: Peer, known: int) -> None:
-        boot = min(known + 1, LARGEST_BOOT)
+        boot = raise_boot(self._edition.boot, known)
         self._edition = Edition(boot, self._edition.version + 1)
         self._timer = min(self._timer, self._last_round + self._timing.publish_gap_s)
         self._events.append(BootRaised(peer.id, boot))
@@ -321,6 +327,7 @@ class Membership:
             edition=self._edition,
             phase=self._phase,
             seen=self._seen(peer),
+            heard=peer.sequence,
             document=self._document if has_news else None,
         )
 

@@ -18,9 +18,25 @@ OVERHEAD_BYTES: Final = 1024
 """What a heartbeat needs beside its document at most: ids of `ID_CHARACTERS`, numbers, a frame."""
 ID_CHARACTERS: Final = 64
 LARGEST_BOOT: Final = 1 << 62
+_LIFE_BITS: Final = 20
+"""Of a boot: its lowest bits tell two lives apart that began at one time by their clocks."""
 
 _Id = Annotated[str, Meta(min_length=1, max_length=ID_CHARACTERS)]
 _Number = Annotated[int, Meta(ge=0, le=LARGEST_BOOT)]
+
+
+def make_boot(clock_ms: int, life: int) -> int:
+    """Return the boot of a life that began at `clock_ms`; `life` is a random number of its own.
+
+    The clock need not be right: it only spares most restarts the round trip to `raise_boot`.
+    """
+    boot = clock_ms << _LIFE_BITS | life & ((1 << _LIFE_BITS) - 1)
+    return max(1, min(boot, LARGEST_BOOT))
+
+
+def raise_boot(boot: int, known: int) -> int:
+    """Return a boot above `known`, of the same life as `boot`: no other life raises to the same."""
+    return make_boot((known >> _LIFE_BITS) + 1, boot)
 
 
 class Phase(IntEnum):
@@ -51,7 +67,9 @@ class Heartbeat(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fie
     edition: Edition
     phase: Phase
     seen: Edition
-    """The receiver's edition whose document the sender has."""
+    """The receiver's edition whose document the sender has; its boot is the one that is heard."""
+    heard: _Number
+    """The sequence of the last message that came from the receiver, in that boot."""
     document: bytes | None = None
     """The sender's state of `edition`; absent where the receiver has it."""
 

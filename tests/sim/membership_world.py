@@ -10,6 +10,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from sllm_node.cluster.auth import Opener, Sealer
 from sllm_node.cluster.membership import (
     BootRaised,
     Event,
@@ -18,12 +19,14 @@ from sllm_node.cluster.membership import (
     StateChanged,
     Timing,
 )
-from sllm_node.cluster.messages import decode, encode
+from sllm_node.cluster.messages import decode, encode, make_boot
 from sllm_node.cluster.peer import PeerState
+from sllm_node.core.errors import ReplayError
 from sllm_node.core.types import NodeId
 
 TIMING = Timing(heartbeat_s=1.0, suspect_s=3.0, dead_s=10.0, publish_gap_s=0.1)
 DELAY_S = 0.8
+KEY = bytes(32)
 LIMIT = 256
 BOUND_S = (TIMING.dead_s + 3 * TIMING.heartbeat_s) * 1.2 + 4 * DELAY_S
 """True time after which all agree once faults stopped; the slowest clock runs at 0.9."""
@@ -54,12 +57,14 @@ class SimNode:
     events: list[Event] = field(default_factory=list)
     document: bytes = b""
     left: bool = False
+    sealer: Sealer | None = None
+    opener: Opener | None = None
 
 
 class World:
     """All nodes, the network, and true time."""
 
-    def __init__(self, seed: int, count: int = 5) -> None:
+    def __init__(self, seed: int, count: int = 5, *, is_sealed: bool = False) -> None:
         self.rng = random.Random(seed)
         self.now = 0.0
         self.network = Network()
@@ -70,6 +75,7 @@ class World:
         }
         self.disturbed = {(a, b): 0.0 for a in self.ids for b in self.ids}
         self.largest = 0
+        self.is_sealed = is_sealed
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._ticket = itertools.count()
         for name in self.ids:
@@ -79,11 +85,16 @@ class World:
 
     def start(self, name: NodeId, boot: int | None = None) -> None:
         node = self.nodes[name]
-        while boot is None or boot in node.boots:
-            boot = self.rng.randint(1, 1000)
+        if boot is None:
+            # The clock may have gone back, or stand still.
+            boot = make_boot(self.rng.randint(1, 20), self.rng.getrandbits(20))
         node.boots.append(boot)
         node.membership = Membership(name, boot, self.ids, TIMING, LIMIT, self.local(node))
         node.paused, node.left, node.waiting, node.document = False, False, [], b""
+        if self.is_sealed:
+            limit = node.membership.message_limit
+            node.sealer = Sealer(KEY, name, limit)
+            node.opener = Opener(KEY, name, self.ids, limit, window=4)
         node.events.clear()
         self._disturb(name)
         self.publish(name)
@@ -182,6 +193,9 @@ class World:
         for message in node.membership.to_send():
             data = encode(message, node.membership.message_limit)
             self.largest = max(self.largest, len(data))
+            if node.sealer is not None:
+                to = NodeId(message.receiver)
+                data = node.sealer.seal(data, to, node.membership.edition.boot)
             copies = 1 + (self.rng.random() < self.network.copies)
             for _ in range(copies):
                 if (node.id, NodeId(message.receiver)) in self.network.cut:
@@ -199,6 +213,11 @@ class World:
         if node.paused:
             node.waiting.append(data)
             return
+        if node.opener is not None:
+            try:
+                data = node.opener.open(data).payload
+            except ReplayError:
+                return
         timer = node.membership.next_timer()
         node.membership.receive(decode(data, node.membership.message_limit), self.local(node))
         self._check(node)
@@ -225,7 +244,7 @@ class World:
             older = [e for e in node.events if isinstance(e, StateChanged) and e.peer == event.peer]
             assert not older or older[-1].edition < event.edition, "an edition went backwards"
         if isinstance(event, BootRaised):
-            assert event.boot > max(node.boots[:-1], default=0) or event.boot > node.boots[-1]
+            node.boots.append(event.boot)
 
     def _check_dead(self, node: SimNode, name: NodeId) -> None:
         """A node that runs, on a link that works, is not dead for longer than the bound."""

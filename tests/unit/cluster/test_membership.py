@@ -28,7 +28,7 @@ def node(peers=(B,), boot=5):
 def heard(sequence=1, boot=1, version=0, **changes):
     fields = {
         "protocol": PROTOCOL, "sender": B, "receiver": A, "sequence": sequence,
-        "edition": Edition(boot, version), "phase": Phase.SERVING, "seen": Edition(),
+        "edition": Edition(boot, version), "phase": Phase.SERVING, "seen": Edition(), "heard": 0,
     }  # fmt: skip
     return Heartbeat(**{**fields, **changes})
 
@@ -150,8 +150,17 @@ def test_pauses_again_and_again_don_t_keep_the_dead_alive():
 def test_a_boot_below_the_one_that_peers_know_is_raised_above_it():
     a = node(boot=5)
     a.receive(heard(seen=Edition(9, 3)), 0.0)
-    assert a.edition.boot == 10
-    assert BootRaised(B, 10) in a.events()
+    assert a.edition.boot > 9
+    assert BootRaised(B, a.edition.boot) in a.events()
+
+
+def test_a_boot_used_before_is_raised_when_peers_heard_more_of_it():
+    a = node(boot=5)
+    beat(a, 0.0)
+    a.receive(heard(seen=Edition(5, 0), heard=1), 0.1)
+    assert a.edition.boot == 5
+    a.receive(heard(2, seen=Edition(5, 0), heard=2), 0.1)
+    assert a.edition.boot > 5
 
 
 def test_drain_and_leave_are_told_and_acknowledged():

@@ -13,6 +13,8 @@ from sllm_node.cluster.messages import (
     Phase,
     decode,
     encode,
+    make_boot,
+    raise_boot,
 )
 from sllm_node.core.errors import (
     MessageError,
@@ -25,7 +27,7 @@ from sllm_node.core.errors import (
 def heartbeat(**changes):
     fields = {
         "protocol": PROTOCOL, "sender": "a", "receiver": "b", "sequence": 1,
-        "edition": Edition(1, 2), "phase": Phase.SERVING, "seen": Edition(), "document": b"x",
+        "edition": Edition(1, 2), "phase": Phase.SERVING, "seen": Edition(), "heard": 0, "document": b"x",
     }  # fmt: skip
     return Heartbeat(**{**fields, **changes})
 
@@ -35,7 +37,7 @@ ids = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=ID_
 editions = st.builds(Edition, numbers, numbers)
 heartbeats = st.builds(
     heartbeat, sender=ids, receiver=ids, sequence=numbers, edition=editions,
-    phase=st.sampled_from(Phase), seen=editions, document=st.none() | st.binary(max_size=100),
+    phase=st.sampled_from(Phase), seen=editions, heard=numbers, document=st.none() | st.binary(max_size=100),
 )  # fmt: skip
 
 
@@ -81,3 +83,11 @@ def test_another_protocol_is_told_whatever_else_the_message_has():
 def test_values_out_of_range_are_refused(change):
     with pytest.raises(MessageFormatError):
         decode(encode(heartbeat(**change), 2000), 2000)
+
+
+@given(st.integers(0, 1 << 41), st.integers(0, 1 << 41), st.integers(0), st.integers(0))
+def test_a_raised_boot_is_above_the_known_one_and_no_other_lifes(clock, known, life, other):
+    boot = raise_boot(make_boot(clock, life), make_boot(known, other))
+    assert make_boot(known, other) < boot <= LARGEST_BOOT
+    if life % (1 << 20) != other % (1 << 20):
+        assert boot != raise_boot(make_boot(clock, other), make_boot(known, other))
