@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sllm_node import __version__
-from sllm_node.cli import bench, checkpoints, remote
+from sllm_node.cli import bench, checkpoints, cluster, remote
 from sllm_node.cli.output import fail, print_json, say
 from sllm_node.core.config import config_schema, load_config
 from sllm_node.core.errors import SllmError
@@ -22,6 +22,7 @@ app = typer.Typer(
 checkpoints.register(app)
 remote.register(app)
 app.add_typer(bench.app, name="bench")
+app.add_typer(cluster.app, name="cluster")
 
 
 def _version(*, wanted: bool) -> None:

@@ -1,1 +1,1 @@
-"""Which node serves a request: what nodes tell of themselves, and placement (nothing uses it yet)."""
+"""The other nodes: who is alive, what they tell of themselves, and which node serves a request."""
