@@ -8,10 +8,10 @@ one boot the higher version is the newer; a new boot id makes all earlier ones v
 from dataclasses import dataclass
 from typing import Final, NewType
 
+from sllm_node.core import types
 from sllm_node.core.types import ModelId, SessionId
 
-NodeId = NewType("NodeId", str)
-"""A node's name in the cluster; stays when it restarts."""
+NodeId = types.NodeId
 ReplicaId = NewType("ReplicaId", str)
 """A replica's name, unique within one boot of its node."""
 NO_REPLICA: Final = ReplicaId("")
@@ -72,6 +72,13 @@ class HeldModel:
     """Stored bytes that lie on NVMe, those also in DRAM included; what lacks comes from afar."""
     resume: ResumeFit | None = None
     """None: nothing observed yet."""
+    replica_bytes: int = 0
+    """What a replica takes of each of its devices here, weights and KV; 0: not told."""
+    replica_shares: int = 1
+    """Devices here that a replica is split over."""
+    context_tokens: int = 0
+    created: int = 0
+    """Unix time of the conversion."""
 
 
 @dataclass(frozen=True, slots=True)

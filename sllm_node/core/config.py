@@ -115,6 +115,13 @@ class ServerConfig(Section, frozen=True):
     write_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
 
 
+class ClusterConfig(Section, frozen=True):
+    """Table [cluster]."""
+
+    file: str = ""
+    listen: str = ""
+
+
 class LogConfig(Section, frozen=True):
     """Table [log]."""
 
@@ -155,6 +162,7 @@ class Config(Section, frozen=True):
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     schedule: ScheduleConfig = msgspec.field(default_factory=ScheduleConfig)
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    cluster: ClusterConfig = msgspec.field(default_factory=ClusterConfig)
     log: LogConfig = msgspec.field(default_factory=LogConfig)
     models: dict[str, ModelConfig] = {}
     remotes: dict[str, RemoteConfig] = {}
@@ -278,7 +286,7 @@ def _suggest(key: str, fields: dict[str, Any]) -> str:
 
 def _contradictions(config: Config) -> Iterator[str]:
     checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_blocks, _check_pool, _check_bind, _check_keep_alive, _check_device, _check_remotes,
+        _check_chunks, _check_blocks, _check_pool, _check_bind, _check_keep_alive, _check_device, _check_remotes, _check_cluster,
     )  # fmt: skip
     for check in checks:
         if (problem := check(config)) is not None:
@@ -361,6 +369,15 @@ def _check_remotes(config: Config) -> str | None:
             wrong = ["key_file"] if remote.key_file is not None else []
         if wrong:
             return f"remotes.{name}.{wrong[0]}: means nothing for url = {remote.url!r}"
+    return None
+
+
+def _check_cluster(config: Config) -> str | None:
+    listen = config.cluster.listen
+    if listen and not config.cluster.file:
+        return f"cluster.listen = {listen!r}: means nothing without cluster.file"
+    if listen and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", listen):
+        return f'cluster.listen = {listen!r}: must be host:port, as in "0.0.0.0:8100"'
     return None
 
 

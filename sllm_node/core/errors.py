@@ -699,6 +699,57 @@ class ReplayError(MessageError):
         self.counter = counter
 
 
+class HopLimitError(MessageError):
+    """A request that was passed on once too often."""
+
+    code = "hop_limit"
+
+    def __init__(self, hops: int, limit: int) -> None:
+        super().__init__(
+            f"a request that was passed on {hops} times, and the limit is {limit}; "
+            "run the same release on all nodes"
+        )
+        self.hops = hops
+        self.limit = limit
+
+
+class PeerUnreachableError(SllmError):
+    """A node that can't be asked, or whose answer ended in the middle."""
+
+    fault = Fault.BUSY
+    code = "peer_unreachable"
+
+    def __init__(self, node: str, problem: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"node {node!r} can't be reached: {problem}; see 'status --cluster'")
+        self.node = node
+        self.problem = problem
+        self.retry_after_s = retry_after_s
+
+
+class PeerDeniedError(SllmError):
+    """A node that refused a message of ours: keys, files or releases differ."""
+
+    code = "peer_denied"
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(f"node {node!r} took no message of this one: {reason}")
+        self.node = node
+        self.reason = reason
+
+
+class NoPlaceError(SllmError):
+    """No node of the cluster can take a request now."""
+
+    fault = Fault.BUSY
+    code = "no_place"
+
+    def __init__(self, model: str, reason: str, retry_after_s: float) -> None:
+        super().__init__(f"no node takes a request for model {model!r} now: {reason}")
+        self.model = model
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
 class DocumentTooLargeError(SllmError):
     """A node's state document above the limit; peers keep the one before."""
 

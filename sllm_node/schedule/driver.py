@@ -46,6 +46,7 @@ from sllm_node.schedule.actions import (
     TicketId,
 )
 from sllm_node.schedule.estimate import LoadEstimator
+from sllm_node.schedule.outlook import Outlook, Sources
 from sllm_node.schedule.ports import CodecT, Engines, WeightStore
 from sllm_node.schedule.replicas import Hosted, Replicas
 from sllm_node.schedule.scheduler import Scheduler
@@ -95,6 +96,15 @@ class Service(Generic[CodecT]):
         self._drain_end = Alarm(clock, self._on_drain_end)
         self._ended_by_drain = 0
         self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when something may have changed that other nodes place requests by."""
+        self.outlook = Outlook(
+            Sources(catalog, store, engines),
+            self._scheduler,
+            self._sessions,
+            self._estimator,
+            config,
+        )
 
     # --- sessions -----------------------------------------------------------------------------
 
@@ -337,6 +347,7 @@ class Service(Generic[CodecT]):
         finally:
             self._is_acting = False
         self._alarm.set(self._scheduler.next_timer())
+        self.on_change()
 
     def _act(self, action: Action) -> None:
         match action:
