@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import socket
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,13 +40,24 @@ def make_cluster(place: Path, names, trust="key") -> Path:
     return file
 
 
-def start(stack, place: Path, name: str, store: Path, file: Path, **settings) -> NodeProcess:
-    """Start a node that `stack` stops."""
+def made(place: Path, name: str, store: Path, file: Path, **settings) -> NodeProcess:
+    """Return a node of the cluster, not started yet."""
     own = place / name
     own.mkdir(exist_ok=True)
     extra = f'\n[cluster]\nfile = "{file}"\n'
     given = {"memory_bytes": 16 << 20, "kv_cache_bytes": KV_BYTES, **settings}
-    return stack.enter_context(NodeProcess(own, store, extra, id=name, **given))
+    return NodeProcess(own, store, extra, id=name, **given)
+
+
+@contextlib.contextmanager
+def running(*nodes: NodeProcess):
+    """Start the nodes side by side; stop them at the end."""
+    with contextlib.ExitStack() as stack, ThreadPoolExecutor(len(nodes)) as starters:
+        starts = [starters.submit(node.__enter__) for node in nodes]
+        for node, started in zip(nodes, starts, strict=True):
+            started.result()
+            stack.push(node)
+        yield list(nodes)
 
 
 async def get(url: str, path: str):
@@ -84,3 +96,41 @@ def events(node: NodeProcess, event: str) -> list[dict]:
     lines = node.log.read_text().splitlines()
     found = [json.loads(line) for line in lines if line.startswith("{")]
     return [line for line in found if line["event"] == event]
+
+
+def serving(node: NodeProcess, *others: NodeProcess) -> NodeProcess:
+    """Return which of `others` serves the session that `node` placed last."""
+    placed = events(node, "request placed")[-1]["node"]
+    return next(other for other in others if other.config.parent.name == placed)
+
+
+class Streamed:
+    """A streamed completion, read event by event."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.tokens: list[str] = []
+        self.finish = None
+        self.usage = None
+
+    async def read(self, url: str, body, on_event=lambda count: None) -> "Streamed":
+        """Read to the end; tell `on_event` how many events have come."""
+        count = 0
+        async with aiohttp.ClientSession() as http:
+            options = {"stream": True, "stream_options": {"include_usage": True}}
+            async with http.post(url + "/v1/completions", json={**body, **options}) as response:
+                assert response.status == 200, await response.text()
+                async for line in response.content:
+                    if line.startswith(b"data: {"):
+                        self._take(json.loads(line[6:]))
+                        count += 1
+                        on_event(count)
+        return self
+
+    def _take(self, event) -> None:
+        assert "error" not in event, event
+        self.usage = event.get("usage") or self.usage
+        for choice in event["choices"]:
+            self.text += choice["text"]
+            self.tokens += (choice["logprobs"] or {"tokens": []})["tokens"]
+            self.finish = choice["finish_reason"] or self.finish
