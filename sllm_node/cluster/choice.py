@@ -10,7 +10,14 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
 
-from sllm_node.cluster.placement import Candidate, Kind, PlacementRequest, decide, explain
+from sllm_node.cluster.placement import (
+    Candidate,
+    Kind,
+    PlacementRequest,
+    decide,
+    explain,
+    ways_on,
+)
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.state import DeviceShare, NodeId, NodeState
 from sllm_node.cluster.view import ClusterView
@@ -63,8 +70,9 @@ def choose(
     if not usable:
         return _queue(view, request.model, me, excluded)
     best = min(usable, key=lambda candidate: candidate.key)
-    mine = [c for c in usable if c.node == me and _is_as_good(c, best)]
-    best = min(mine, key=lambda candidate: candidate.key, default=best)
+    if best.node != me and me not in excluded:
+        mine = ways_on(view, request, me, now)
+        best = next((candidate for candidate in mine if _is_as_good(candidate, best)), best)
     return Choice(best.node, best.kind.name.lower(), best.reason, best)
 
 

@@ -175,6 +175,17 @@ def explain(view: ClusterView, request: PlacementRequest, now: float) -> list[Ca
     return sorted(found, key=attrgetter("key"))
 
 
+def ways_on(
+    view: ClusterView, request: PlacementRequest, node: NodeId, now: float
+) -> list[Candidate]:
+    """Return the ways on one node that move nothing, soonest first."""
+    found = [c for c in _resident(view, request, now) if c.node == node]
+    for load_s, name in view.paths(request.model):
+        if name == node:
+            found += _loads(view, view.nodes[name], request, load_s, now)
+    return sorted(found, key=attrgetter("key"))
+
+
 def _resident(view: ClusterView, request: PlacementRequest, now: float) -> Iterator[Candidate]:
     for node_id in view.resident(request.model):
         node = view.nodes[node_id]
