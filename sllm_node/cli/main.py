@@ -9,8 +9,10 @@ import typer
 from sllm_node import __version__
 from sllm_node.cli import bench, checkpoints, cluster, remote
 from sllm_node.cli.output import fail, print_json, say
+from sllm_node.cluster.file import load_cluster
 from sllm_node.core.config import config_schema, load_config
 from sllm_node.core.errors import SllmError
+from sllm_node.core.types import NodeId
 
 app = typer.Typer(
     name="sllm-node",
@@ -66,7 +68,9 @@ def check_config(
     if file is None:
         fail("name the file to check, or --schema")
     try:
-        load_config(file)
+        config = load_config(file)
+        if config.cluster.file:
+            load_cluster(Path(config.cluster.file), NodeId(config.node.id))
     except SllmError as error:
         if not as_json:
             raise

@@ -11,6 +11,8 @@ lost. One task drives a session; what its reader has not taken is joined.
 
 import asyncio
 import logging
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Final, Protocol, Self
 
@@ -19,7 +21,6 @@ from sllm_node.cluster.document import decode_state
 from sllm_node.cluster.reservations import Ask
 from sllm_node.cluster.serving import GENERATE
 from sllm_node.cluster.state import NodeState
-from sllm_node.cluster.transport import Client
 from sllm_node.cluster.wire import (
     HOPS_MAX,
     Failed,
@@ -102,11 +103,20 @@ class Limits:
     """How long a session waits for any node that can take it, after one was lost."""
 
 
+class Asking(Protocol):
+    """The way to peers; `transport.Client` satisfies it."""
+
+    def stream(
+        self, peer: NodeId, what: str, payload: bytes, silence_s: float
+    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
+        """Ask, and give the frames of the answer as they come; leaving early ends it there."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tools:
     """What all routed sessions of a node share."""
 
-    client: Client
+    client: Asking
     clock: Clock
     limits: Limits
 

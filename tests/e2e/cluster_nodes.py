@@ -110,8 +110,8 @@ class Streamed:
     def __init__(self) -> None:
         self.text = ""
         self.tokens: list[str] = []
-        self.finish = None
-        self.usage = None
+        self.finish: str | None = None
+        self.usage: dict[str, int] = {}
 
     async def read(self, url: str, body, on_event=lambda count: None) -> "Streamed":
         """Read to the end; tell `on_event` how many events have come."""

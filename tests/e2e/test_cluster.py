@@ -78,7 +78,7 @@ async def test_what_the_serving_node_refuses_is_told_as_it_would_be_directly(pai
 
 
 async def test_a_client_that_goes_away_ends_the_session_on_the_other_node(pair):
-    a, b = pair
+    a, _ = pair
     await nodes.sees(a, "a", "b")
     body = ask("beta", tokens=400, stream=True)
     async with (
@@ -102,7 +102,7 @@ async def test_placement_is_explained_with_all_estimates(pair):
 
 
 async def test_a_wrong_cluster_file_is_refused_and_the_old_one_stays(pair):
-    a, b = pair
+    a, _ = pair
     await nodes.sees(a, "a", "b")
     file = a.config.parent.parent / "shared" / "cluster.toml"
     good = file.read_text()

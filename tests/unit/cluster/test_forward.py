@@ -38,7 +38,7 @@ from sllm_node.core.types import (
     SessionId,
 )
 from tests.unit.cluster.test_choice import node as state_of
-from tests.unit.server.fake_service import status_of
+from tests.unit.server.fake_service import FakeStream, status_of
 
 REQUEST = GenerationRequest(SessionId("r-0"), ModelId("m"), (1, 2), SamplingParameters(), 10)
 
@@ -49,6 +49,18 @@ def tokens(*numbers, finish=None, cached=0):
 
 
 REFUSED = Refusal("no room", encode_state(state_of("a"), 1 << 16))
+
+
+class LocalStream(FakeStream):
+    """A session that this node serves itself."""
+
+    def __init__(self, chunks):
+        super().__init__(chunks)
+        self.started = asyncio.Event()
+        self.started.set()
+
+    def __aiter__(self):
+        return self
 
 
 class World:
@@ -64,6 +76,7 @@ class World:
         self.is_heard = True
         self.ended_streams = []
         self.clock = ManualClock()
+        self.here, self.local = [], []
 
     # --- the client
 
@@ -94,7 +107,7 @@ class World:
         return Choice(left[0], "load", f"{left[0]} is next") if left else None
 
     def ask(self, choice, request):
-        return Ask(ReservationId("r"), BootId("1"), 1)
+        return Ask(ReservationId("r"), BootId("" if choice.node == "here" else "1"), 1)
 
     def learn(self, state):
         self.learned.append(state.node)
@@ -116,6 +129,11 @@ class World:
             await self.news.wait()
             self.news.clear()
         return self.is_heard
+
+    def open_local(self, request, keep_alive_s):
+        stream = LocalStream(self.here)
+        self.local.append((request, stream))
+        return stream
 
     def open(self, request=REQUEST):
         first = self.choose(request, frozenset())
@@ -271,3 +289,12 @@ async def test_a_reader_that_lags_gets_joined_chunks():
     assert (chunk.tokens, chunk.text, chunk.finish) == ((1, 2), "ab", None)
     done.set()
     assert (await read(stream))[0] == (3,)
+
+
+async def test_a_session_that_lost_its_node_can_go_on_here():
+    world = World(a=[[Granted(), tokens(1)]], here=[])
+    world.here = [tokens(2).chunk, tokens(3, finish="length").chunk]
+    assert (await read(world.open()))[0] == (1, 2, 3)
+    ((request, _),) = world.local
+    assert request.resumed == (1,)
+    assert world.outcomes == [("a", "failed"), ("here", "ok")]

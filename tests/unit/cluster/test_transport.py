@@ -168,12 +168,12 @@ async def test_an_answer_with_another_secret_is_not_believed():
     async def forge(reader, writer):
         await reader.readuntil(b"\r\n\r\n")
         body = b"\x00\x00\x00\x02hi" + bytes(16)
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 22\r\n\r\n" + body)
         await writer.drain()
         writer.close()
 
     server = await asyncio.start_server(forge, "127.0.0.1", 0)
-    address = "127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     client = Client(key_trust(A), lambda _: address)
     try:
         with pytest.raises(Exception, match="not signed with this cluster's key"):
@@ -192,7 +192,7 @@ async def test_an_answer_cut_in_a_frame_is_not_whole():
         writer.close()
 
     server = await asyncio.start_server(cut, "127.0.0.1", 0)
-    address = "127.0.0.1:%d" % server.sockets[0].getsockname()[1]
+    address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
     client = Client(key_trust(A), lambda _: address)
     try:
         with pytest.raises(MessageFormatError):

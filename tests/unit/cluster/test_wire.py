@@ -76,7 +76,9 @@ def test_messages_cut_off_are_refused(data, message):
     ids=lambda error: error.code,
 )  # fmt: skip
 def test_an_error_is_told_to_the_client_as_its_own_node_would(error):
-    told = wire.error_of(wire.unpack_record(wire.pack(wire.failed(error))))
+    record = wire.unpack_record(wire.pack(wire.failed(error)))
+    assert isinstance(record, wire.Failed)
+    told = wire.error_of(record)
     assert type(told) is type(error)
     assert (status_of(told), body_of(told), headers_of(told)) == (
         status_of(error), body_of(error), headers_of(error),
