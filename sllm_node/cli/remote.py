@@ -154,7 +154,7 @@ async def _request(
 def _show_cluster(report: dict[str, Any]) -> None:
     peers = {peer["id"]: peer for peer in report["peers"]}
     nodes = {node["id"]: node for node in report["nodes"]}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in sorted({report["me"], *peers, *nodes}):
         peer, node = peers.get(name), nodes.get(name)
         state = "this node" if peer is None else peer["state"]

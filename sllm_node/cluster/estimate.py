@@ -57,9 +57,9 @@ def load_path(
     ]
     if held.bytes_stored != held.bytes_decoded:
         parts.append((held.bytes_decoded, bandwidths.decode))
-    load_s = path_s(parts)
+    load_s = path_s(parts) + bandwidths.beside_s
     if has_replica:
-        clone_s = path_s([(held.bytes_decoded, bandwidths.clone)])
+        clone_s = path_s([(held.bytes_decoded, bandwidths.clone)]) + bandwidths.beside_s
         if clone_s <= load_s:
             return LoadPath(clone_s, Source.CLONE)
     if missing:

@@ -136,13 +136,14 @@ class RoutedStream:
         self,
         request: GenerationRequest,
         keep_alive_s: float | None,
-        first: Choice,
+        first: Choice | None,
         ways: Ways,
         tools: Tools,
-    ) -> None:  # fmt: skip
+    ) -> None:
+        """`first`: None if no node that has the model can be asked now; it waits for one."""
         self.request = request
-        self.node = first.node
-        """Where it is now."""
+        self.node = NodeId("") if first is None else first.node
+        """Where it is now, or was last."""
         self._keep_alive_s = keep_alive_s
         self._ways = ways
         self._client = tools.client
@@ -206,17 +207,21 @@ class RoutedStream:
 
     # --- the session --------------------------------------------------------------------------
 
-    async def _live(self, choice: Choice) -> None:
+    async def _live(self, first: Choice | None) -> None:
         try:
-            await self._run(choice)
-            error: SllmError | None = None
+            if first is None:
+                reason = "the nodes that have it can't be reached"
+                error = NoPlaceError(self.request.model, reason, self._limits.silence_s)
+                first = await self._place_again(error)
+            await self._run(first)
+            end: SllmError | None = None
         except SllmError as found:
-            error = found
+            end = found
         except Exception:
             log.exception("routed session failed", extra={"session": self.request.session})
-            error = InternalError(self.request.session)
+            end = InternalError(self.request.session)
         if not self._is_ended:
-            self._end(error)
+            self._end(end)
 
     async def _run(self, choice: Choice) -> None:
         """Serve it somewhere, and elsewhere when that fails."""

@@ -86,7 +86,7 @@ class Peers:
         )  # fmt: skip
         self._limit = int(place.cluster.limits.document_bytes)
         self._states: dict[NodeId, tuple[NodeState, float]] = {}
-        """The last that each peer published, and when it came."""
+        """The last that each peer published, and when it came; of dead ones too: they may come back."""
         self._sending: dict[NodeId, asyncio.Task[None]] = {}
         self._failed: set[NodeId] = set()
         """Peers that took no request since they were heard last."""
@@ -116,6 +116,10 @@ class Peers:
     def has_peers(self) -> bool:
         """Tell whether anybody else can be asked now."""
         return len(self.view.nodes) > (self.me in self.view.nodes)
+
+    def absent(self) -> list[NodeState]:
+        """Return the last states of peers that can't be asked now, and have not said that they leave."""
+        return [state for peer, (state, _) in self._states.items() if peer not in self.view.nodes]
 
     def learn(self, state: NodeState) -> None:
         """Take the state that came with a refusal."""
@@ -229,7 +233,7 @@ class Peers:
         self._sending.pop(peer, None)
 
     async def _send(self, peer: NodeId, data: bytes) -> None:
-        silence_s = self.cluster.timing.suspect_s
+        silence_s, asked = self.cluster.timing.suspect_s, self._clock.now()
         try:
             await self._client.ask(peer, HEARTBEAT, data, silence_s)
         except SllmError as error:
@@ -237,6 +241,7 @@ class Peers:
             log.debug("heartbeat failed", extra={"peer": peer, "error": str(error)})
         else:
             self._metrics.heartbeats.labels("sent").inc()
+            self._metrics.peer_round_trip_seconds.labels(peer).observe(self._clock.now() - asked)
 
     # --- what was heard -----------------------------------------------------------------------
 
@@ -279,7 +284,7 @@ class Peers:
         """Put into the view what may be placed at `peer` now."""
         found = next((one for one in self._membership.peers() if one.id == peer), None)
         known = self._states.get(peer)
-        if found is None or found.state is PeerState.DEAD or found.state is PeerState.GONE:
+        if found is None or found.state is PeerState.GONE:
             self._states.pop(peer, None)
         if found is None or known is None or found.state not in _USABLE:
             self.view.remove(peer)

@@ -120,7 +120,8 @@ class Router(Generic[CodecT]):
             return self._service.open(request, keep_alive_s=keep_alive_s)  # which says so
         excluded: frozenset[NodeId] = frozenset()
         choice = self.choose(request, excluded)
-        if choice is None or choice.node == self._peers.me:
+        is_absent = choice is None and self._is_absent(request.model)
+        if not is_absent and (choice is None or choice.node == self._peers.me):
             try:
                 return self._open_here(request, keep_alive_s, choice)
             except SllmError as error:
@@ -130,7 +131,8 @@ class Router(Generic[CodecT]):
                 choice = self.choose(request, excluded)
                 if choice is None:
                     raise
-        log.info("request placed", extra=_placed_fields(request, choice))
+        if choice is not None:
+            log.info("request placed", extra=_placed_fields(request, choice))
         stream = RoutedStream(request, keep_alive_s, choice, self, self._tools)
         self._routed.add(stream)
         self._quiet.clear()
@@ -229,6 +231,7 @@ class Router(Generic[CodecT]):
         """Return the models of all nodes."""
         here = {status.model: status for status in self._service.models()}
         names = {name for node in self._peers.view.nodes.values() for name in node.held}
+        names |= {held.model for state in self._peers.absent() for held in state.models}
         for name in names - here.keys():
             held, _ = self._elsewhere(name)
             if held is not None:
@@ -250,17 +253,32 @@ class Router(Generic[CodecT]):
         return self._status_elsewhere(held)
 
     def _elsewhere(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
-        """Return the newest checkpoint of a model that peers have, and who has it."""
+        """Return the newest checkpoint of a model that peers have, and who has it.
+
+        Of a model that only peers have which can't be asked now, they are those.
+        """
         told = [
             (node.held[model], name)
             for name, node in sorted(self._peers.view.nodes.items())
             if name != self._peers.me and model in node.held
+        ] or [
+            (held, state.node)
+            for state in self._peers.absent()
+            for held in state.models
+            if held.model == model
         ]
         if not told:
             return None, []
         newest = max(held.created for held, _ in told)
         mine = [(held, name) for held, name in told if held.created == newest]
         return mine[0][0], [name for _, name in mine]
+
+    def _is_absent(self, model: ModelId) -> bool:
+        """Tell whether only peers have a model that can't be asked now: who wants it may wait for them."""
+        if self._peers.view.is_known(model):
+            return False
+        held, _ = self._elsewhere(model)
+        return held is not None
 
     def _status_elsewhere(self, held: HeldModel) -> ModelStatus:
         replicas = [

@@ -108,6 +108,7 @@ class Snapshot:
             dram=rate(Tier.DRAM),
             nvme=rate(Tier.NVME),
             remote=rate(Tier.REMOTE) if self._outlook.keeps_remotes else 0.0,
+            beside_s=round(self._outlook.beside_s, 4),
         )
 
 

@@ -48,6 +48,8 @@ class Bandwidths:
     peer: float = 0.0
     """From another node, as far as this one's link goes."""
     remote: float = 0.0
+    beside_s: float = 0.0
+    """Seconds that a load takes beside its bytes: the module, the tokenizer, KV memory."""
 
 
 @dataclass(frozen=True, slots=True)

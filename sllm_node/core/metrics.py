@@ -143,6 +143,12 @@ class Metrics:
         self.heartbeats = counter(
             "sllm_heartbeats", "Heartbeats by what became of them", ["result"]
         )
+        self.peer_round_trip_seconds = histogram(
+            "sllm_peer_round_trip_seconds",
+            "Heartbeat sent to taken: a forwarded token comes later by half of it",
+            ["peer"],
+            buckets=(0.0005, *LATENCY_BUCKETS_S),
+        )
         self.cluster_reloads = counter(
             "sllm_cluster_reloads", "Changed cluster files by result", ["result"]
         )
@@ -156,11 +162,6 @@ class Metrics:
         )
         self.forwards = counter(
             "sllm_forwards", "Sessions passed on to peers, by peer and outcome", ["peer", "outcome"]
-        )
-        self.forward_start_seconds = histogram(
-            "sllm_forward_start_seconds",
-            "Session passed on to the first sign that its node has it",
-            buckets=(0.0005, *LATENCY_BUCKETS_S),
         )
         self.resumptions = counter(
             "sllm_resumptions", "Sessions that went on elsewhere after their node failed", ["model"]

@@ -296,6 +296,7 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
             self._estimator.observe(hosted.lease.report)
+            self._estimator.observe_whole(hosted.lease.report, hosted.elapsed_s)
         with suppress(SllmError):  # removed meanwhile: those who wait are served
             if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
                 self._do(self._scheduler.on_replaced(model, self._clock.now()))

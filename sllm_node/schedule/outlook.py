@@ -110,6 +110,11 @@ class Outlook:
         return self._estimator.bandwidth(tier, is_encoded=is_encoded)
 
     @property
+    def beside_s(self) -> float:
+        """Return what a load takes beside its bytes."""
+        return self._estimator.beside_s
+
+    @property
     def is_draining(self) -> bool:
         """Whether new requests are refused."""
         return self._scheduler.is_draining

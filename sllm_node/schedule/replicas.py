@@ -38,6 +38,8 @@ class Hosted:
 
     replica: Replica
     lease: WeightLease
+    elapsed_s: float = 0.0
+    """From the start of its load until it could serve."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,7 @@ class Replicas(Generic[CodecT]):
     # --- loads --------------------------------------------------------------------------------
 
     async def _bring_up(self, model: ModelId, devices: tuple[str, ...]) -> Hosted:
+        started = self._clock.now()
         checkpoint = self._catalog.get(model)
         parts = await self._parts(checkpoint, self._placement(checkpoint, devices))
         try:
@@ -127,7 +130,7 @@ class Replicas(Generic[CodecT]):
         except BaseException:
             self._give_back(model, parts.lease, "failed")
             raise
-        return Hosted(replica, parts.lease)
+        return Hosted(replica, parts.lease, self._clock.now() - started)
 
     def _placement(self, checkpoint: Checkpoint, devices: tuple[str, ...]) -> Placement:
         shares = self._engines.shares(checkpoint)

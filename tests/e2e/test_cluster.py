@@ -120,7 +120,7 @@ async def test_a_wrong_cluster_file_is_refused_and_the_old_one_stays(pair):
 @pytest.fixture
 def trio(tmp_path):
     """Node a has no model; b and c have alpha."""
-    file = nodes.make_cluster(tmp_path / "shared", ["a", "b", "c"])
+    file = nodes.make_cluster(tmp_path / "shared", ["a", "b", "c"], trust="tls")
     stores = {name: tmp_path / f"store-{name}" for name in ("a", "b", "c")}
     for name, store in stores.items():
         store.mkdir()
@@ -150,3 +150,46 @@ async def test_a_session_whose_node_dies_goes_on_elsewhere_with_the_same_tokens(
     (survivor,) = {b, c} - set(killed)
     resumed = [line["resumed"] for line in nodes.events(survivor, "forwarded session taken")]
     assert 0 < resumed[-1] < 450
+
+
+@pytest.mark.slow
+async def test_no_stream_loses_a_token_while_nodes_are_killed_and_started_again(tmp_path):
+    models = {"alpha": "llama", "beta": "gpt2", "gamma": "qwen3"}
+    file = nodes.make_cluster(tmp_path / "shared", ["a", "b", "c", "d"])
+    store, empty = tmp_path / "store", tmp_path / "empty"
+    for folder in (store, empty):
+        folder.mkdir()
+    for seed, (model, family) in enumerate(models.items()):
+        make_checkpoint(store, model, family=family, seed=seed, chunk_bytes=65536)
+    entry = nodes.made(tmp_path, "a", empty, file)
+    others = [nodes.made(tmp_path, name, store, file) for name in "bcd"]
+    with nodes.running(entry, *others):
+        await nodes.sees(entry, "b", "c", "d")
+        bodies = [ask(list(models)[i % 3], f"Question {i % 7}", 300 + i) for i in range(12)]
+        wanted = [await nodes.Streamed().read(others[0].url, body) for body in bodies]
+        is_done = asyncio.Event()
+
+        async def trouble():
+            count = 0
+            while not is_done.is_set():
+                victim = others[count % 3]
+                victim.process.kill()
+                victim.process.wait()
+                await asyncio.to_thread(victim.__enter__)
+                await nodes.sees(entry, victim.config.parent.name)
+                count += 1
+            return count
+
+        async def stream(number):
+            for i in range(12):
+                index = (number + i) % 12
+                found = await nodes.Streamed().read(entry.url, bodies[index])
+                assert found.tokens == wanted[index].tokens
+                assert found.text == wanted[index].text
+                assert found.usage["completion_tokens"] == bodies[index]["max_tokens"]
+
+        killing = asyncio.create_task(trouble())
+        await asyncio.gather(*(stream(number) for number in range(6)))
+        is_done.set()
+        assert await killing > 0
+        assert nodes.events(entry, "session lost its node")
