@@ -299,6 +299,12 @@ class Router(Generic[CodecT]):
             pinned=any(replica.is_pinned for replica in replicas), priority=0,
             running=sum(len(replica.sessions) for replica in replicas), waiting=0,
             keep_alive_until_s=None, progress=None, created=held.created,
+            devices=tuple(
+                f"{name}/{share.device}"
+                for name, node in sorted(self._peers.view.nodes.items())
+                for replica in node.by_model.get(held.model, ())
+                for share in replica.shares
+            ),
         )  # fmt: skip
 
     # --- operators ----------------------------------------------------------------------------
