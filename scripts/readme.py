@@ -18,6 +18,7 @@ from sllm_node.core.metrics import Metrics
 ROOT = Path(__file__).parent.parent
 LAYERS = (
     "core", "codec", "checkpoint", "device", "store", "engine", "convert", "library", "schedule",
+    "cluster",
     "server", "node", "bench", "cli",
 )  # fmt: skip
 

@@ -20,6 +20,7 @@ LIGHT = [
         "checkpoint",
         "device",
         "store",
+        "cluster",
         "schedule",
         "server",
         "cli",
@@ -37,7 +38,9 @@ def run(code):
     )
 
 
-@pytest.mark.parametrize("package", ["core", "codec", "checkpoint", "device", "store", "cli"])
+@pytest.mark.parametrize(
+    "package", ["core", "codec", "checkpoint", "device", "store", "cluster", "cli"]
+)
 def test_light_packages_import_without_the_heavy_ones(package):
     modules = [name for name in LIGHT if name.split(".")[1] == package]
     code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY} if m in sys.modules])"

@@ -7,10 +7,12 @@ from typing import Annotated
 import typer
 
 from sllm_node import __version__
-from sllm_node.cli import bench, checkpoints, remote
+from sllm_node.cli import bench, checkpoints, cluster, remote
 from sllm_node.cli.output import fail, print_json, say
+from sllm_node.cluster.file import load_cluster
 from sllm_node.core.config import config_schema, load_config
 from sllm_node.core.errors import SllmError
+from sllm_node.core.types import NodeId
 
 app = typer.Typer(
     name="sllm-node",
@@ -22,6 +24,7 @@ app = typer.Typer(
 checkpoints.register(app)
 remote.register(app)
 app.add_typer(bench.app, name="bench")
+app.add_typer(cluster.app, name="cluster")
 
 
 def _version(*, wanted: bool) -> None:
@@ -65,7 +68,9 @@ def check_config(
     if file is None:
         fail("name the file to check, or --schema")
     try:
-        load_config(file)
+        config = load_config(file)
+        if config.cluster.file:
+            load_cluster(Path(config.cluster.file), NodeId(config.node.id))
     except SllmError as error:
         if not as_json:
             raise

@@ -31,12 +31,21 @@ def register(app: typer.Typer) -> None:
 
 
 def status(
-    url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None, *, as_json: AsJson = False
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    config: ConfigFile = None,
+    *,
+    cluster: Annotated[bool, typer.Option(help="show all nodes, as this one sees them")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show what is loaded where, what runs and waits, and how full the node is."""
     report = _call("GET", "/admin/status", (url, key, config))
+    if cluster:
+        report = report.get("cluster") or fail("the node is in no cluster (cluster.file)")
     if as_json:
         print_json(report)
+    elif cluster:
+        _show_cluster(report)
     else:
         _show_status(report)
 
@@ -140,6 +149,41 @@ async def _request(
         fail(f"no node answers at {url}: {error}")
     except ValueError:
         fail(f"what answers at {url} is no sllm_node")
+
+
+def _show_cluster(report: dict[str, Any]) -> None:
+    peers = {peer["id"]: peer for peer in report["peers"]}
+    nodes = {node["id"]: node for node in report["nodes"]}
+    rows: list[tuple[str, ...]] = []
+    for name in sorted({report["me"], *peers, *nodes}):
+        peer, node = peers.get(name), nodes.get(name)
+        state = "this node" if peer is None else peer["state"]
+        heard = "" if peer is None or peer["age_s"] is None else f"{peer['age_s']:.1f}"
+        free = "" if node is None else format_size(sum(d["free"] for d in node["devices"]))
+        sessions = "" if node is None else str(node["sessions"])
+        rows.append((name, "" if peer is None else peer["address"], state, heard, free, sessions))
+    print_table(("node", "address", "state", ">state's age s", ">free", ">sessions"), rows)
+    places = [
+        (model["id"], node["id"], _tier_of(model), format_size(model["bytes"]))
+        for node in report["nodes"]
+        for model in node["models"]
+    ]
+    print_table(("model", "node", "tier", ">stored"), sorted(places))
+    estimates = report["estimates"]
+    if estimates["count"]:
+        say(
+            f"startup estimates: {estimates['count']}, off by {estimates['mean_error_s']:.3f} s on "
+            f"average, {estimates['worst_s']:.3f} s at most"
+        )
+
+
+def _tier_of(model: dict[str, Any]) -> str:
+    """Return the nearest tier that holds all of a model."""
+    if model["device"]:
+        return "device"
+    if model["dram"] >= model["bytes"]:
+        return "dram"
+    return "nvme" if model["nvme"] >= model["bytes"] else "remote"
 
 
 def _show_status(report: dict[str, Any]) -> None:

@@ -117,6 +117,13 @@ class ServerConfig(Section, frozen=True):
     write_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
 
 
+class ClusterConfig(Section, frozen=True):
+    """Table [cluster]."""
+
+    file: str = ""
+    listen: str = ""
+
+
 class LogConfig(Section, frozen=True):
     """Table [log]."""
 
@@ -157,6 +164,7 @@ class Config(Section, frozen=True):
     engine: EngineConfig = msgspec.field(default_factory=EngineConfig)
     schedule: ScheduleConfig = msgspec.field(default_factory=ScheduleConfig)
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
+    cluster: ClusterConfig = msgspec.field(default_factory=ClusterConfig)
     log: LogConfig = msgspec.field(default_factory=LogConfig)
     models: dict[str, ModelConfig] = {}
     remotes: dict[str, RemoteConfig] = {}
@@ -191,9 +199,9 @@ def parse_config(text: str, origin: str = "config") -> Config:
         tree = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(origin, (f"is no TOML: {error}",)) from error
-    problems = list(_problems(Config, tree, ""))
+    problems = list(find_problems(Config, tree, ""))
     # What is right of a file with mistakes is checked as well, so that all of them are told at once.
-    config = msgspec.convert(_sound(Config, tree), Config, dec_hook=_decode)
+    config = msgspec.convert(sound_part(Config, tree), Config, dec_hook=decode_value)
     problems += _contradictions(config)
     if problems:
         raise ConfigError(origin, tuple(problems))
@@ -205,7 +213,8 @@ def config_schema() -> dict[str, Any]:
     return msgspec.json.schema(Config, schema_hook=lambda _: {"type": ["string", "integer"]})
 
 
-def _decode(kind: type, value: object) -> object:
+def decode_value(kind: type, value: object) -> object:
+    """Return the `kind` that `value` of a file means; msgspec's hook."""
     if kind is ByteSize:
         if not isinstance(value, (int, str)):
             raise ValueError(f'{value!r} is no size; write "16MiB"')
@@ -213,7 +222,7 @@ def _decode(kind: type, value: object) -> object:
     raise NotImplementedError(kind)
 
 
-def _problems(kind: type[msgspec.Struct], tree: object, at: str) -> Iterator[str]:
+def find_problems(kind: type[msgspec.Struct], tree: object, at: str) -> Iterator[str]:
     """Yield what is wrong in `tree`, which stands at key `at`, field by field."""
     if not isinstance(tree, dict):
         yield f"{at or 'the file'} must be a table"
@@ -226,12 +235,12 @@ def _problems(kind: type[msgspec.Struct], tree: object, at: str) -> Iterator[str
         elif key in _NAMED:
             yield from _named_problems(key, value)
         elif isinstance(fields[key], type) and issubclass(fields[key], Section):
-            yield from _problems(fields[key], value, where)
+            yield from find_problems(fields[key], value, where)
         else:
             yield from _value_problems(fields[key], value, where)
 
 
-def _sound(kind: type[msgspec.Struct], tree: object) -> dict[str, Any]:
+def sound_part(kind: type[msgspec.Struct], tree: object) -> dict[str, Any]:
     """Return what of `tree` has no problem by itself."""
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     kept: dict[str, Any] = {}
@@ -239,7 +248,7 @@ def _sound(kind: type[msgspec.Struct], tree: object) -> dict[str, Any]:
         if key in _NAMED and isinstance(value, dict):
             kept[key] = _sound_tables(_NAMED[key], value)
         elif isinstance(fields.get(key), type) and issubclass(fields[key], Section):
-            kept[key] = _sound(fields[key], value)
+            kept[key] = sound_part(fields[key], value)
         elif key in fields and not list(_value_problems(fields[key], value, key)):
             kept[key] = value
     return kept
@@ -247,7 +256,7 @@ def _sound(kind: type[msgspec.Struct], tree: object) -> dict[str, Any]:
 
 def _sound_tables(kind: type[msgspec.Struct], tree: dict[str, Any]) -> dict[str, Any]:
     required = {field.name for field in msgspec.structs.fields(kind) if field.required}
-    kept = {name: _sound(kind, table) for name, table in tree.items()}
+    kept = {name: sound_part(kind, table) for name, table in tree.items()}
     return {name: table for name, table in kept.items() if required <= table.keys()}
 
 
@@ -257,7 +266,7 @@ def _named_problems(key: str, tree: object) -> Iterator[str]:
         yield f"{key} must be a table of tables, as in [{key}.NAME]"
         return
     for name, value in tree.items():
-        yield from _problems(kind, value, f"{key}.{name}")
+        yield from find_problems(kind, value, f"{key}.{name}")
         for field in msgspec.structs.fields(kind):
             if field.required and isinstance(value, dict) and field.name not in value:
                 yield f"{key}.{name}.{field.name}: is missing"
@@ -265,7 +274,7 @@ def _named_problems(key: str, tree: object) -> Iterator[str]:
 
 def _value_problems(kind: Any, value: object, where: str) -> Iterator[str]:
     try:
-        msgspec.convert(value, kind, dec_hook=_decode)
+        msgspec.convert(value, kind, dec_hook=decode_value)
     except (msgspec.ValidationError, ValueError) as error:
         yield f"{where} = {value!r}: {error}"
 
@@ -279,7 +288,7 @@ def _suggest(key: str, fields: dict[str, Any]) -> str:
 
 def _contradictions(config: Config) -> Iterator[str]:
     checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_blocks, _check_pool, _check_bind, _check_keep_alive, _check_device, _check_remotes,
+        _check_chunks, _check_blocks, _check_pool, _check_bind, _check_keep_alive, _check_device, _check_remotes, _check_cluster,
     )  # fmt: skip
     for check in checks:
         if (problem := check(config)) is not None:
@@ -362,6 +371,15 @@ def _check_remotes(config: Config) -> str | None:
             wrong = ["key_file"] if remote.key_file is not None else []
         if wrong:
             return f"remotes.{name}.{wrong[0]}: means nothing for url = {remote.url!r}"
+    return None
+
+
+def _check_cluster(config: Config) -> str | None:
+    listen = config.cluster.listen
+    if listen and not config.cluster.file:
+        return f"cluster.listen = {listen!r}: means nothing without cluster.file"
+    if listen and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", listen):
+        return f'cluster.listen = {listen!r}: must be host:port, as in "0.0.0.0:8100"'
     return None
 
 

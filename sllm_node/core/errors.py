@@ -587,6 +587,197 @@ class DeviceMapError(ArgumentError):
         self.entry = entry
 
 
+# --- cluster ------------------------------------------------------------------------------------
+
+
+class MessageError(SllmError):
+    """A message between nodes that is not taken."""
+
+    code = "message_error"
+
+
+class MessageFormatError(MessageError):
+    """Bytes that are no message of ours: cut off, damaged, or somebody else's."""
+
+    code = "message_format"
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"a message that can't be read: {problem}; is the sender a sllm-node?")
+        self.problem = problem
+
+
+class MessageTooLargeError(MessageError):
+    """A message above the limit; it is neither sent nor read."""
+
+    code = "message_too_large"
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"a message of {size} bytes is above the limit of {limit}; see "
+            "limits.document_bytes in the cluster file, which must be the same on all nodes"
+        )
+        self.size = size
+        self.limit = limit
+
+
+class ClusterKeyError(SllmError):
+    """A shared key that can't be used."""
+
+    fault = Fault.CALLER
+    code = "cluster_key"
+
+    def __init__(self, origin: str, problem: str) -> None:
+        super().__init__(f"{origin}: {problem}; 'sllm-node cluster init' writes a good one")
+        self.origin = origin
+        self.problem = problem
+
+
+class ClusterFolderError(SllmError):
+    """A cluster's folder in which a command can't do what it was asked for."""
+
+    fault = Fault.CALLER
+    code = "cluster_folder"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"{path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class WrongKeyError(MessageError):
+    """A message that was not signed with this cluster's key, or was changed on its way."""
+
+    code = "wrong_key"
+
+    def __init__(self, sender: str) -> None:
+        super().__init__(
+            f"a message in the name of {sender!r} is not signed with this cluster's key; "
+            "compare trust.key_file of both nodes ('sllm-node cluster check')"
+        )
+        self.sender = sender
+
+
+class StrangerError(MessageError):
+    """A message in the name of a node that the cluster file does not have."""
+
+    code = "unknown_sender"
+
+    def __init__(self, sender: str) -> None:
+        super().__init__(
+            f"a message in the name of {sender!r}, which the cluster file here does not have; "
+            "all nodes need the same file"
+        )
+        self.sender = sender
+
+
+class MisdirectedError(MessageError):
+    """A message for another node."""
+
+    code = "misdirected"
+
+    def __init__(self, sender: str, receiver: str, me: str) -> None:
+        super().__init__(
+            f"a message from {sender!r} is for {receiver!r} and came to {me!r}; "
+            "compare the addresses in the cluster file"
+        )
+        self.sender = sender
+        self.receiver = receiver
+
+
+class ReplayError(MessageError):
+    """A message that came before, or too late to tell."""
+
+    code = "replayed"
+
+    def __init__(self, sender: str, boot: int, counter: int) -> None:
+        super().__init__(
+            f"message {counter} of boot {boot} from {sender!r} came before, or too late to tell; "
+            "limits.replay_window_messages is how late one may be"
+        )
+        self.sender = sender
+        self.boot = boot
+        self.counter = counter
+
+
+class HopLimitError(MessageError):
+    """A request that was passed on once too often."""
+
+    code = "hop_limit"
+
+    def __init__(self, hops: int, limit: int) -> None:
+        super().__init__(
+            f"a request that was passed on {hops} times, and the limit is {limit}; "
+            "run the same release on all nodes"
+        )
+        self.hops = hops
+        self.limit = limit
+
+
+class PeerUnreachableError(SllmError):
+    """A node that can't be asked, or whose answer ended in the middle."""
+
+    fault = Fault.BUSY
+    code = "peer_unreachable"
+
+    def __init__(self, node: str, problem: str, retry_after_s: float = 1.0) -> None:
+        super().__init__(f"node {node!r} can't be reached: {problem}; see 'status --cluster'")
+        self.node = node
+        self.problem = problem
+        self.retry_after_s = retry_after_s
+
+
+class PeerDeniedError(SllmError):
+    """A node that refused a message of ours: keys, files or releases differ."""
+
+    code = "peer_denied"
+
+    def __init__(self, node: str, reason: str) -> None:
+        super().__init__(f"node {node!r} took no message of this one: {reason}")
+        self.node = node
+        self.reason = reason
+
+
+class NoPlaceError(SllmError):
+    """No node of the cluster can take a request now."""
+
+    fault = Fault.BUSY
+    code = "no_place"
+
+    def __init__(self, model: str, reason: str, retry_after_s: float) -> None:
+        super().__init__(f"no node takes a request for model {model!r} now: {reason}")
+        self.model = model
+        self.reason = reason
+        self.retry_after_s = retry_after_s
+
+
+class DocumentTooLargeError(SllmError):
+    """A node's state document above the limit; peers keep the one before."""
+
+    code = "document_too_large"
+
+    def __init__(self, size: int, limit: int) -> None:
+        super().__init__(
+            f"this node's state document has {size} bytes and the limit is {limit}; raise "
+            "limits.document_bytes in the cluster file of all nodes"
+        )
+        self.size = size
+        self.limit = limit
+
+
+class ProtocolVersionError(MessageError):
+    """A message of another release's protocol."""
+
+    code = "protocol_version"
+
+    def __init__(self, found: int | None, known: int) -> None:
+        super().__init__(
+            f"a message of protocol {found}, and this node speaks {known}; "
+            "run the same release on all nodes"
+        )
+        self.found = found
+        self.known = known
+
+
 # --- operators ----------------------------------------------------------------------------------
 
 

@@ -20,6 +20,7 @@ class Metrics:
         self._loads()
         self._requests()
         self._gauges()
+        self._cluster()
 
     def _loads(self) -> None:
         counter = partial(Counter, registry=self.registry)
@@ -132,3 +133,42 @@ class Metrics:
             buckets=(0.0005, *LATENCY_BUCKETS_S),
         )
         self.ready = gauge("sllm_ready", "1 while the node takes requests")
+
+    def _cluster(self) -> None:
+        counter = partial(Counter, registry=self.registry)
+        histogram = partial(Histogram, registry=self.registry)
+        self.peers_alive = Gauge(
+            "sllm_peers_alive", "Other nodes that requests are placed at", registry=self.registry
+        )
+        self.heartbeats = counter(
+            "sllm_heartbeats", "Heartbeats by what became of them", ["result"]
+        )
+        self.peer_round_trip_seconds = histogram(
+            "sllm_peer_round_trip_seconds",
+            "Heartbeat sent to taken: a forwarded token comes later by half of it",
+            ["peer"],
+            buckets=(0.0005, *LATENCY_BUCKETS_S),
+        )
+        self.cluster_reloads = counter(
+            "sllm_cluster_reloads", "Changed cluster files by result", ["result"]
+        )
+        self.messages_refused = counter(
+            "sllm_peer_messages_refused", "Messages of peers not taken, by reason", ["reason"]
+        )
+        self.placements = counter(
+            "sllm_placements",
+            "Requests placed, by way and whether on this node",
+            ["way", "where"],
+        )
+        self.forwards = counter(
+            "sllm_forwards", "Sessions passed on to peers, by peer and outcome", ["peer", "outcome"]
+        )
+        self.resumptions = counter(
+            "sllm_resumptions", "Sessions that went on elsewhere after their node failed", ["model"]
+        )
+        self.estimate_error_seconds = histogram(
+            "sllm_startup_estimate_error_seconds",
+            "Distance of the estimated startup time and the one that came, by where",
+            ["where"],
+            buckets=(0.0005, *LATENCY_BUCKETS_S),
+        )

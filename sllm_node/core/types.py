@@ -6,6 +6,8 @@ from typing import Literal, NewType
 
 ModelId = NewType("ModelId", str)
 """What a client names."""
+NodeId = NewType("NodeId", str)
+"""What the cluster file names: this node or a peer."""
 SessionId = NewType("SessionId", str)
 """One generation, from request to last token."""
 RequestId = NewType("RequestId", str)

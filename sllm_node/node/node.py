@@ -19,6 +19,8 @@ import uvloop
 
 from sllm_node import __version__
 from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.cluster.cluster import Cluster
+from sllm_node.cluster.router import Router
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.config import Config
@@ -60,6 +62,7 @@ class Node:
         self._engines: Engines
         self._closing = AsyncExitStack()
         self._service: Service[Any]
+        self._cluster: Cluster[Any] | None = None
         self.url = ""
 
     async def start(self) -> None:
@@ -81,9 +84,10 @@ class Node:
         limit = self._config.store.relay_max_sessions
         self._store.lend_links(lambda device: self._service.running_on(device) > limit)
         await self._warm()
+        await self._join_cluster()
         server = Server(
             Edge(
-                service=self._service,
+                service=self._front,
                 config=self._config.server,
                 clock=self._clock,
                 metrics=self._metrics,
@@ -91,6 +95,7 @@ class Node:
                 overview=self._overview,
                 catalog=self._catalog,
                 pull=self._pull,
+                explain=None if self._cluster is None else self._cluster.router.explain,
             )
         )
         self.url = await server.start()
@@ -108,8 +113,10 @@ class Node:
         self._metrics.ready.set(0)
         self._notifier.stopping("draining", limit_s + STOP_SLACK_S)
         self._service.drain()
+        if self._cluster is not None:
+            self._cluster.drain()
         hurrying = asyncio.create_task(hurry.wait())
-        draining = asyncio.create_task(self._service.drained(limit_s))
+        draining = asyncio.create_task(self._front.drained(limit_s))
         hurrying.add_done_callback(lambda _: draining.cancel())
         try:
             ended = await draining
@@ -123,6 +130,11 @@ class Node:
     def is_on_device(self, model: ModelId) -> bool:
         """Tell whether `model` is on the device or coming there."""
         return self._service.status(model).state is not ModelState.IDLE
+
+    def reload(self) -> None:
+        """Read the cluster file again."""
+        if self._cluster is not None:
+            self._cluster.peers.reload()
 
     async def close(self) -> None:
         """Close what a start that failed has opened."""
@@ -154,6 +166,19 @@ class Node:
         )
         self._engines = Engines(self._devices, self._store, config.engine, clock, metrics)
         self._closing.callback(self._engines.close)
+
+    @property
+    def _front(self) -> "Service[Any] | Router[Any]":
+        """What the server talks to."""
+        return self._service if self._cluster is None else self._cluster.router
+
+    async def _join_cluster(self) -> None:
+        if self._config.cluster.file:
+            self._cluster = Cluster(
+                self._config, self._service, self._engines.load_codec, self._clock, self._metrics
+            )
+            self._closing.push_async_callback(self._cluster.close)
+            await self._cluster.start()
 
     async def _warm(self) -> None:
         """Import what the models of the store need, so that no first request pays for it."""
@@ -226,6 +251,7 @@ class Node:
             },
             "bandwidth": bandwidth,
             "remotes": [] if self._remote is None else self._remote.status(),
+            "cluster": None if self._cluster is None else self._cluster.status(),
         }
 
     def _device_overview(self, device: Device) -> dict[str, Any]:
@@ -275,6 +301,7 @@ async def _serve(config: Config) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
     node = Node(config, Notifier(), MonotonicClock())
+    loop.add_signal_handler(signal.SIGHUP, node.reload)
     try:
         await node.start()
     except BaseException:

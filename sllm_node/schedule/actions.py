@@ -100,3 +100,24 @@ class ModelView:
     """On the clock of the events' `now`."""
     devices: tuple[str, ...] = ()
     """Where it is, or is coming."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaView:
+    """A model that takes device memory, as the scheduler sees it: for placement over many nodes."""
+
+    model: ModelId
+    state: ModelState
+    devices: tuple[str, ...]
+    sizes: tuple[int, ...]
+    """What it takes of each of them."""
+    running: tuple[TicketId, ...]
+    waiting: tuple[TicketId, ...]
+    pinned: bool
+    is_leaving: bool
+    """No new session is granted here: its turn is over, or its checkpoint was replaced."""
+    ready_at: float
+    """When its load is, or was, expected to be done."""
+    last_used: float
+    service_s: float
+    """How long its sessions last."""

@@ -47,6 +47,7 @@ from sllm_node.schedule.actions import (
 )
 from sllm_node.schedule.early import EarlySessions
 from sllm_node.schedule.estimate import LoadEstimator
+from sllm_node.schedule.outlook import Outlook, Sources
 from sllm_node.schedule.ports import CodecT, Engines, Replica, WeightStore
 from sllm_node.schedule.replicas import Hosted, Replicas
 from sllm_node.schedule.scheduler import Scheduler
@@ -99,6 +100,15 @@ class Service(Generic[CodecT]):
         self._drain_end = Alarm(clock, self._on_drain_end)
         self._ended_by_drain = 0
         self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when something may have changed that other nodes place requests by."""
+        self.outlook = Outlook(
+            Sources(catalog, store, engines),
+            self._scheduler,
+            self._sessions,
+            self._estimator,
+            config,
+        )
 
     # --- sessions -----------------------------------------------------------------------------
 
@@ -302,6 +312,7 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
             self._estimator.observe(hosted.lease.report)
+            self._estimator.observe_whole(hosted.lease.report, hosted.elapsed_s)
         with suppress(SllmError):  # removed meanwhile: those who wait are served
             if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
                 self._do(self._scheduler.on_replaced(model, self._clock.now()))
@@ -355,6 +366,7 @@ class Service(Generic[CodecT]):
         finally:
             self._is_acting = False
         self._alarm.set(self._scheduler.next_timer())
+        self.on_change()
 
     def _act(self, action: Action) -> None:
         match action:

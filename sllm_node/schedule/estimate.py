@@ -4,15 +4,20 @@ All tiers of a load work at once, chunk by chunk, so a load lasts as long as its
 bytes that come from a remote or from NVMe at that tier's bandwidth, or all bytes on the way from DRAM
 to the device. Bytes are decoded ones. Raw and encoded checkpoints have bandwidths of their own: a disk
 delivers half as much again of an encoded one, a CPU that decodes much less.
+What a load takes beside its bytes (`beside_s`) is learned apart, and only placement counts it.
 The waiting time in front of a load (q in q + n / b) is the scheduler's to know.
 """
 
+import math
+from collections.abc import Iterable
 from typing import Final
 
 from sllm_node.core.types import LoadReport, Tier
 
 _FIRST_GUESS_BYTES_PER_S: Final = {Tier.NVME: 1e9, Tier.DRAM: 5e9, Tier.REMOTE: 1e8}
 """Before the first load: slow hardware, since a promise kept early does no harm."""
+_BESIDE_GUESS_S: Final = 0.1
+"""For what a load takes beside its bytes, before the first one."""
 _WEIGHT: Final = 0.3
 """Of the newest sample; about the last ten count."""
 
@@ -36,12 +41,25 @@ class MovingAverage:
 _Bandwidth = dict[Tier, MovingAverage]
 
 
+def path_s(parts: Iterable[tuple[float, float]]) -> float:
+    """Return the seconds of a path whose tiers work at once, of (bytes, bytes a second) of each.
+
+    A tier with bytes to carry and no bandwidth makes it infinite.
+    """
+    slowest = 0.0
+    for size, bandwidth in parts:
+        if size > 0:
+            slowest = max(slowest, size / bandwidth if bandwidth > 0 else math.inf)
+    return slowest
+
+
 class LoadEstimator:
     """Expected duration of loads on this node."""
 
     def __init__(self) -> None:
         self._raw = _first_guesses()
         self._encoded = _first_guesses()
+        self._beside = MovingAverage(_BESIDE_GUESS_S)
 
     def load_s(
         self,
@@ -54,6 +72,19 @@ class LoadEstimator:
         """Return the expected seconds of a load of which a part still lies on NVMe or farther."""
         bandwidth = self._encoded if is_encoded else self._raw
         return max(_parts(bandwidth, bytes_total, bytes_from_nvme, bytes_from_remote).values())
+
+    def bandwidth(self, tier: Tier, *, is_encoded: bool = False) -> float:
+        """Return the delivered bytes a second that loads from `tier` are reckoned with."""
+        return (self._encoded if is_encoded else self._raw)[tier].value
+
+    @property
+    def beside_s(self) -> float:
+        """Return what a load takes beside its bytes: the module, the tokenizer, KV memory."""
+        return self._beside.value
+
+    def observe_whole(self, report: LoadReport, elapsed_s: float) -> None:
+        """Learn from a replica that came, its bytes as `report` says, so long after it was asked for."""
+        self._beside.observe(max(0.0, elapsed_s - report.elapsed_s))
 
     def observe(self, report: LoadReport) -> None:
         """Learn from a finished load: it tells the bandwidth of the tier that held it up."""
@@ -79,8 +110,9 @@ def _parts(
     bandwidth: _Bandwidth, bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int
 ) -> dict[Tier, float]:
     """Return the seconds that each tier needs for its part of a load."""
-    return {
-        Tier.NVME: bytes_from_nvme / bandwidth[Tier.NVME].value,
-        Tier.DRAM: bytes_total / bandwidth[Tier.DRAM].value,
-        Tier.REMOTE: bytes_from_remote / bandwidth[Tier.REMOTE].value,
+    sizes = {
+        Tier.NVME: bytes_from_nvme,
+        Tier.DRAM: bytes_total,
+        Tier.REMOTE: bytes_from_remote,
     }
+    return {tier: path_s([(size, bandwidth[tier].value)]) for tier, size in sizes.items()}

@@ -16,7 +16,7 @@ from enum import Enum
 from typing import Final
 
 from sllm_node.core.types import ModelId, ModelState, Share
-from sllm_node.schedule.actions import ModelView, Ticket, TicketId
+from sllm_node.schedule.actions import ModelView, ReplicaView, Ticket, TicketId
 from sllm_node.schedule.estimate import MovingAverage
 
 SERVICE_GUESS_S: Final = 10.0
@@ -82,6 +82,8 @@ class ModelRecord:
         self.devices: tuple[str, ...] = ()
         """Where its shares are, or were when it was on devices last."""
         self.load_s = 0.0
+        self.ready_at = 0.0
+        """When the load under way, or the last one, was expected to be done."""
         self.running: dict[TicketId, Running] = {}
         self.is_closed = False
         """New sessions queue, because another model's turn has come."""
@@ -228,4 +230,13 @@ class ModelRecord:
             self.state, self.pinned, self.priority, len(self.running), self.waiting,
             self.deadline if self.is_idle and not self.pinned else None,
             self.devices if self.is_on_device else (),
+        )  # fmt: skip
+
+    def replica_view(self) -> ReplicaView:
+        """Return what other nodes may know of it while it takes device memory."""
+        return ReplicaView(
+            self.model, self.state, self.devices, tuple(share.size for share in self.shares),
+            tuple(self.running), tuple(self._arrivals), self.pinned,
+            self.is_closed or self.is_stale or self.state is ModelState.EVICTING,
+            self.ready_at, self.last_used, self.service_s.value,
         )  # fmt: skip

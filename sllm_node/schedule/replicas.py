@@ -50,6 +50,8 @@ class Hosted:
     lease: WeightLease
     opened: float
     """When sessions could begin."""
+    elapsed_s: float = 0.0
+    """From the start of its load until all of it was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +138,7 @@ class Replicas(Generic[CodecT]):
     async def _bring_up(
         self, model: ModelId, devices: tuple[str, ...], listener: Listener
     ) -> Hosted:
+        started = self._clock.now()
         checkpoint = self._catalog.get(model)
         parts = await self._parts(checkpoint, self._placement(checkpoint, devices))
         lease, replica = parts.lease, None
@@ -151,7 +154,7 @@ class Replicas(Generic[CodecT]):
             listener.on_closing(model)
             await _to_its_end(self._undo(model, lease, replica))
             raise
-        return Hosted(replica, lease, opened)
+        return Hosted(replica, lease, opened, self._clock.now() - started)
 
     async def _undo(self, model: ModelId, lease: WeightLease, replica: Replica | None) -> None:
         """Give everything back that a load has brought so far; its memory is free then."""

@@ -38,6 +38,7 @@ from sllm_node.schedule.actions import (
     Grant,
     ModelView,
     Refuse,
+    ReplicaView,
     StartLoad,
     Stop,
     Ticket,
@@ -101,6 +102,10 @@ class Scheduler:
     def models(self) -> tuple[ModelId, ...]:
         """Return the models that were asked for so far."""
         return tuple(self._records)
+
+    def replicas(self) -> tuple[ReplicaView, ...]:
+        """Return the models that take device memory now."""
+        return tuple(r.replica_view() for r in self._records.values() if r.is_on_device)
 
     def view(self, model: ModelId) -> ModelView:
         """Return how `model` stands."""
@@ -286,6 +291,7 @@ class Scheduler:
             yield self._evict(record, "room")
         for record, devices in plan.loads:
             record.devices = devices
+            record.ready_at = self._now + record.load_s
             record.happen(ModelEvent.LOAD_STARTED)
             yield StartLoad(record.model, devices)
 

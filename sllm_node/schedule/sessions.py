@@ -25,6 +25,10 @@ class Sessions:
         """Return the stream of `ticket`, which must be here."""
         return self._streams[ticket]
 
+    def find(self, ticket: TicketId) -> Stream | None:
+        """Return the stream of `ticket` if it is here; one that waits for a load only has none."""
+        return self._streams.get(ticket)
+
     def take(self, ticket: TicketId) -> Stream | None:
         """Remove a stream and return it, if it is still here."""
         stream = self._streams.pop(ticket, None)

@@ -8,7 +8,7 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from sllm_node.core.errors import SllmError
+from sllm_node.core.errors import InvalidRequestError, SllmError
 from sllm_node.core.types import Stall
 from sllm_node.server.models import described, json_response
 from sllm_node.server.openai import RequestT, convert_object, decode_object
@@ -33,8 +33,10 @@ class Admin:
         service: GenerationService,
         overview: Callable[[], dict[str, Any]],
         pull: Callable[[str], Coroutine[None, None, None]],
+        explain: Callable[[str], dict[str, Any]] | None = None,
     ) -> None:
         self._service = service
+        self._explain = explain
         self._pull = pull
         self._overview = overview
         """What the node knows and the service doesn't: node, device, pool, bandwidth."""
@@ -44,6 +46,16 @@ class Admin:
         models = [{"id": s.model, **described(s)} for s in self._service.models()]
         sessions = [asdict(session) for session in self._service.sessions()]
         return json_response({**self._overview(), "models": models, "sessions": sessions})
+
+    async def placement(self, http: web.Request) -> web.Response:
+        """Tell where a request for the model `?model=` would go now, with all estimates."""
+        model = http.query.get("model")
+        if not model:
+            raise InvalidRequestError("name a model: /admin/placement?model=NAME", param="model")
+        if self._explain is None:
+            raise InvalidRequestError("this node is in no cluster (cluster.file in its config)")
+        self._service.status(model)
+        return json_response(self._explain(model))
 
     async def load(self, http: web.Request) -> web.Response:
         """Bring a model onto the device; answers when it serves."""

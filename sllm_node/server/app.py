@@ -75,6 +75,7 @@ ROUTES: Final = (
     Route("GET", "/health", "open"),
     Route("GET", "/metrics", "open"),
     Route("GET", "/admin/status", "admin"),
+    Route("GET", "/admin/placement", "admin"),
     Route("POST", "/admin/models/{id}/load", "admin"),
     Route("POST", "/admin/models/{id}/unload", "admin"),
     Route("POST", "/admin/models/{id}/pin", "admin"),
@@ -103,6 +104,8 @@ class Edge:
     """What peers may read."""
     pull: Callable[[str], Coroutine[None, None, None]]
     """Bring a checkpoint from its remote onto NVMe."""
+    explain: Callable[[str], dict[str, Any]] | None = None
+    """Where a request for a model would go, and why; None: this node is in no cluster."""
 
 
 class Server:
@@ -178,13 +181,13 @@ async def _name(_: web.Request, response: web.StreamResponse) -> None:
 
 def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Handler]:
     models = Models(edge.service)
-    admin = Admin(edge.service, edge.overview, edge.pull)
+    admin = Admin(edge.service, edge.overview, edge.pull, edge.explain)
     peer = Peer(edge.catalog)
     probes = Probes(edge.service, edge.stalled, edge.metrics.registry)
     found: Sequence[Handler] = (
         completions.chat, completions.complete, models.list, models.retrieve,
         probes.livez, probes.readyz, probes.health, probes.metrics,
-        admin.status, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.drain,
+        admin.status, admin.placement, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.drain,
         admin.pull, peer.list, peer.file,
     )  # fmt: skip
     keys = ((route.method, route.path) for route in ROUTES)

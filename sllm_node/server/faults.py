@@ -11,6 +11,8 @@ _STATUS: Final[dict[type[SllmError], int]] = {
     errors.ForbiddenOriginError: 403,
     errors.ModelBusyError: 409,
     errors.ModelNotFoundError: 404,
+    errors.PeerDeniedError: 502,
+    errors.PeerUnreachableError: 503,
     errors.RemoteDeniedError: 502,
     errors.RemoteNotFoundError: 502,
     errors.RouteError: 404,

@@ -104,6 +104,41 @@ def test_status_as_json_is_the_report(node):
     assert json.loads(run("status", "--url", node.url, "--json").stdout) == REPORT
 
 
+CLUSTER = {
+    "me": "a", "version": 3,
+    "peers": [
+        {"id": "b", "address": "10.0.0.2:8100", "state": "alive", "age_s": 0.5, "boot": 1, "version": 2},
+        {"id": "c", "address": "10.0.0.3:8100", "state": "dead", "age_s": None, "boot": 0, "version": 0},
+    ],
+    "nodes": [
+        {
+            "id": name, "draining": False, "sessions": 4,
+            "devices": [{"name": "cpu", "free": 1 << 30, "total": 2 << 30}],
+            "models": [
+                {"id": "alpha", "bytes": 1 << 20, "dram": dram, "nvme": 1 << 20, "device": False}
+            ],
+        }
+        for name, dram in (("a", 0), ("b", 1 << 20))
+    ],
+    "estimates": {"count": 7, "mean_error_s": 0.25, "bias_s": 0.1, "worst_s": 0.5},
+}  # fmt: skip
+
+
+def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
+    node.answer = (200, {**REPORT, "cluster": CLUSTER})
+    shown = run("status", "--cluster", "--url", node.url).stdout
+    for part in ("this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s"):
+        assert part in shown
+    whole = run("status", "--cluster", "--json", "--url", node.url).stdout
+    assert json.loads(whole) == CLUSTER
+
+
+def test_status_of_the_cluster_of_a_node_that_is_alone_says_so(node):
+    node.answer = (200, REPORT)
+    done = run("status", "--cluster", "--url", node.url)
+    assert (done.exit_code, "in no cluster" in done.output) == (1, True)
+
+
 @pytest.mark.parametrize("verb", ["load", "unload", "pull", "pin", "unpin"])
 def test_acts_on_a_model_are_posted_and_its_state_told(node, verb):
     node.answer = (200, {"state": "ready"})

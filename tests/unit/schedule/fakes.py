@@ -153,7 +153,7 @@ class FakeGeneration:
     def __init__(self, replica: "FakeReplica", request: GenerationRequest):
         self.replica = replica
         self.request = request
-        self.made = 0
+        self.made = len(request.resumed)
         self.is_cancelled = asyncio.Event()
 
     async def __anext__(self):

@@ -1,0 +1,118 @@
+"""From a placement to one node: what the entry node does with what `placement` decides. Pure.
+
+Three rules on top of it. This node wins where a peer is no better: forwarding costs a little, and the
+same state must not send the requests of all nodes to the one whose name comes first. Moves are not made
+here (a running session is not disturbed for a new one), so ways that need them are passed over. And where
+no way is left a request queues, at a node that has the model: its scheduler keeps order there.
+"""
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import Final
+
+from sllm_node.cluster.placement import (
+    Candidate,
+    Kind,
+    PlacementRequest,
+    decide,
+    explain,
+    ways_on,
+)
+from sllm_node.cluster.reservations import Ask, ReservationId
+from sllm_node.cluster.state import DeviceShare, NodeId, NodeState
+from sllm_node.cluster.view import ClusterView
+from sllm_node.core.types import ModelId
+
+FORWARD_S: Final = 0.002
+"""What passing a request on may cost: a peer has to be better by that."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where a request goes, and why."""
+
+    node: NodeId
+    way: str
+    """The kind of the candidate in lower case, or `queue`."""
+    reason: str
+    candidate: Candidate | None = None
+
+    @property
+    def startup_s(self) -> float | None:
+        """Return the estimate; None: it queues."""
+        return None if self.candidate is None else self.candidate.startup_s
+
+
+def request_for(view: ClusterView, model: ModelId, priority: int = 0) -> PlacementRequest:
+    """Return what is to be placed for `model`: of what its nodes tell, the least memory."""
+    told = [node.held[model] for node in view.nodes.values() if model in node.held]
+    sizes = [(held.replica_shares, held.replica_bytes or held.bytes_decoded) for held in told] or [
+        (1, 0)
+    ]
+    shares, size = min(sizes)
+    return PlacementRequest(model, size, shares, priority)
+
+
+def choose(
+    view: ClusterView,
+    request: PlacementRequest,
+    me: NodeId,
+    now: float,
+    excluded: AbstractSet[NodeId] = frozenset(),
+) -> Choice | None:
+    """Return where a request goes; None: no node that is not excluded has the model."""
+    decision = decide(view, request, now)
+    seen = list(getattr(decision, "seen", ()))
+    usable = _usable(seen, excluded)
+    best = getattr(decision, "best", None)
+    if best is None or best not in usable:
+        usable = _usable(explain(view, request, now), excluded)
+    if not usable:
+        return _queue(view, request.model, me, excluded)
+    best = min(usable, key=lambda candidate: candidate.key)
+    if best.node != me and me not in excluded:
+        mine = ways_on(view, request, me, now)
+        best = next((candidate for candidate in mine if _is_as_good(candidate, best)), best)
+    return Choice(best.node, best.kind.name.lower(), best.reason, best)
+
+
+def ask_for(choice: Choice, request: PlacementRequest, state: NodeState, name: str) -> Ask:
+    """Return what the choice counts on at its node, whose state was `state`."""
+    ask = Ask(ReservationId(name), state.boot, state.version)
+    found = choice.candidate
+    if found is None:
+        return ask
+    if found.kind is Kind.SERVE:
+        return Ask(ask.id, ask.boot, ask.version, replica=found.replica, places=1)
+    if found.kind in (Kind.LOAD, Kind.EVICT):
+        shares = tuple(DeviceShare(device, request.share_bytes) for device in found.devices)
+        return Ask(ask.id, ask.boot, ask.version, shares=shares, evicts=found.evicts)
+    return ask
+
+
+def _usable(candidates: list[Candidate], excluded: AbstractSet[NodeId]) -> list[Candidate]:
+    return [c for c in candidates if c.node not in excluded and c.kind is not Kind.MIGRATE]
+
+
+def _is_as_good(mine: Candidate, best: Candidate) -> bool:
+    """Tell whether staying here costs nothing that counts."""
+    if mine.startup_s > best.startup_s + FORWARD_S:
+        return False
+    return mine.kind is not Kind.SERVE or mine.crowding <= best.crowding + 0.05
+
+
+def _queue(
+    view: ClusterView, model: ModelId, me: NodeId, excluded: AbstractSet[NodeId]
+) -> Choice | None:
+    holders = [
+        node for node in view.nodes.values()
+        if (model in node.held or model in node.by_model)
+        and node.node not in excluded and not node.state.is_draining
+    ]  # fmt: skip
+    if not holders:
+        return None
+    best = min(
+        holders,
+        key=lambda n: (sum(len(r.sessions) for r in n.state.replicas), n.node != me, n.node),
+    )
+    return Choice(best.node, "queue", f"{best.node}: no way is free; it waits there for its turn")

@@ -1,0 +1,119 @@
+"""This node's part in a cluster, put together: file, trust, peers, listener, router; start, drain, close."""
+
+import secrets
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any, Generic
+
+from sllm_node.cluster.file import load_cluster
+from sllm_node.cluster.messages import make_boot
+from sllm_node.cluster.peers import Peers, Place
+from sllm_node.cluster.router import Router
+from sllm_node.cluster.serving import Serving
+from sllm_node.cluster.snapshot import Snapshot
+from sllm_node.cluster.state import BootId
+from sllm_node.cluster.texts import Texts
+from sllm_node.cluster.transport import Client, Listener
+from sllm_node.cluster.trust import open_trust
+from sllm_node.core.clock import Clock
+from sllm_node.core.config import Config
+from sllm_node.core.errors import MessageError
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import NodeId
+from sllm_node.schedule.driver import Service
+from sllm_node.schedule.ports import CodecT
+
+
+class Cluster(Generic[CodecT]):
+    """Make it inside a running event loop; `start`, then `close` once."""
+
+    def __init__(
+        self,
+        config: Config,
+        service: Service[CodecT],
+        load_codec: Callable[[Path], Awaitable[CodecT]],
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        """Read the cluster file and what it names.
+
+        Raises:
+            ConfigError: it is wrong, or does not have this node.
+            ClusterKeyError: the shared key is none.
+        """
+        me, path = NodeId(config.node.id), Path(config.cluster.file)
+        file = load_cluster(path, me)
+        boot = make_boot(int(clock.wall() * 1000), secrets.randbits(20))
+        self._metrics = metrics
+        self._listen = config.cluster.listen or file.address(me)
+        trust = open_trust(file, path, me, lambda: self.peers.boot)
+        snapshot = Snapshot(me, BootId(str(boot)), service.outlook)
+        self.peers = Peers(Place(me, boot, path, file), trust, snapshot, clock, metrics)
+        self._client = Client(trust, self.peers.address)
+        silence_s = file.timing.dead_s
+        folder = Path(config.store.path) / ".cluster" / me
+        self._texts = Texts(folder, self._client, load_codec, silence_s)
+        serving = Serving(service, self.peers, clock, ping_s=file.timing.heartbeat_s)
+        self._listener = Listener(trust, serving.handlers(), silence_s, self._refused)
+        self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
+        self._closing = AsyncExitStack()
+
+    async def start(self) -> None:
+        """Listen for peers and begin to speak to them.
+
+        Raises:
+            ListenError: the address can't be had.
+        """
+        self._closing.push_async_callback(self._client.close)
+        self._closing.push_async_callback(self._texts.close)
+        await self._listener.start(self._listen)
+        self._closing.push_async_callback(self._listener.close)
+        self.peers.start(self._client)
+        self._closing.push_async_callback(self.peers.close)
+        self._closing.push_async_callback(self.router.close)
+
+    def drain(self) -> None:
+        """Tell peers to place nothing here any more."""
+        self.peers.drain()
+
+    async def close(self) -> None:
+        """Leave the cluster."""
+        await self._closing.aclose()
+
+    def status(self) -> dict[str, Any]:
+        """Return who is there, what each has, and what runs where."""
+        state = self.peers.refresh()
+        nodes = [
+            {
+                "id": view.node,
+                "draining": view.state.is_draining,
+                "devices": [
+                    {"name": d.name, "free": d.bytes_free, "total": d.bytes_total}
+                    for d in view.state.devices
+                ],
+                "models": [
+                    {
+                        "id": held.model, "bytes": held.bytes_stored, "dram": held.bytes_dram,
+                        "nvme": held.bytes_nvme, "device": held.model in view.by_model,
+                    }
+                    for held in view.state.models
+                ],
+                "sessions": sum(len(replica.sessions) for replica in view.state.replicas),
+            }
+            for _, view in sorted(self.peers.view.nodes.items())
+        ]  # fmt: skip
+        errors = self.router.errors
+        return {
+            "me": self.peers.me,
+            "version": state.version,
+            "peers": self.peers.status(),
+            "nodes": nodes,
+            "estimates": {
+                "count": errors.count, "mean_error_s": errors.mean_s, "bias_s": errors.bias_s,
+                "worst_s": errors.worst_s,
+            },
+        }  # fmt: skip
+
+    def _refused(self, error: MessageError) -> None:
+        self._metrics.messages_refused.labels(error.code).inc()

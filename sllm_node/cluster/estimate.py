@@ -1,0 +1,153 @@
+"""How long it takes until a node serves: loads over the best path, sessions resumed from tokens.
+
+After ServerlessLLM (OSDI 2024, sections 5.1 and 5.2): a load lasts q + n / b, with q the wait in the
+node's queue, n the bytes and b the bandwidth of the slowest tier of the path; a migrated session
+resumes in a * (t_in + t_out) + b seconds, a and b per model and node. All tiers of a load work at
+once (`schedule.estimate.path_s`): links carry stored bytes, the device puts out decoded ones.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Final
+
+from sllm_node.cluster.state import Bandwidths, HeldModel, ResumeFit
+from sllm_node.schedule.estimate import MovingAverage, path_s
+
+RESUME_GUESS: Final = ResumeFit(2e-4, 0.05)
+"""Before the first observation: prefill of 5,000 tokens a second, 50 ms for the rest."""
+_FORGET: Final = 0.98
+"""What an observation weighs after the next one: about the last fifty count."""
+_LEAST_SPREAD: Final = 1e-6
+"""Of token counts, relative to their mean square: below it they tell nothing of the slope."""
+
+
+class Source(Enum):
+    """Where the farthest bytes of a load come from."""
+
+    CLONE = "clone"
+    """Another device of the same node."""
+    DRAM = "dram"
+    NVME = "nvme"
+    PEER = "peer"
+    REMOTE = "remote"
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPath:
+    """The quickest path of a model onto a device of a node."""
+
+    load_s: float
+    """Without the wait in the queue; infinite: there is no path."""
+    source: Source
+
+
+def load_path(
+    held: HeldModel, bandwidths: Bandwidths, *, peer_rate: float, has_replica: bool
+) -> LoadPath:
+    """Return the quickest path; `peer_rate`: stored bytes a second that some peer can send."""
+    from_nvme = max(0, held.bytes_nvme - held.bytes_dram)
+    missing = max(0, held.bytes_stored - held.bytes_dram - from_nvme)
+    from_peer = min(bandwidths.peer, peer_rate)
+    far = max(from_peer, bandwidths.remote)
+    parts: list[tuple[float, float]] = [
+        (held.bytes_stored, bandwidths.dram),
+        (from_nvme, bandwidths.nvme),
+        (missing, far),
+    ]
+    if held.bytes_stored != held.bytes_decoded:
+        parts.append((held.bytes_decoded, bandwidths.decode))
+    load_s = path_s(parts) + bandwidths.beside_s
+    if has_replica:
+        clone_s = path_s([(held.bytes_decoded, bandwidths.clone)]) + bandwidths.beside_s
+        if clone_s <= load_s:
+            return LoadPath(clone_s, Source.CLONE)
+    if missing:
+        return LoadPath(load_s, Source.PEER if from_peer >= bandwidths.remote else Source.REMOTE)
+    return LoadPath(load_s, Source.NVME if from_nvme else Source.DRAM)
+
+
+def send_rate(held: HeldModel, bandwidths: Bandwidths) -> float:
+    """Return the stored bytes a second at which a node can send a whole model; 0: it has not all."""
+    if held.bytes_dram >= held.bytes_stored:
+        return bandwidths.dram
+    if max(held.bytes_dram, held.bytes_nvme) >= held.bytes_stored:
+        return bandwidths.nvme
+    return 0.0
+
+
+def resume_s(fit: ResumeFit | None, tokens: float, sessions: int = 1) -> float:
+    """Return the expected seconds until sessions of so many tokens together decode again, in turn."""
+    fit = fit or RESUME_GUESS
+    return fit.a_s_per_token * tokens + fit.b_s * sessions
+
+
+class ErrorTrack:
+    """How far estimates were from what came: a mean of the last ones and the worst."""
+
+    __slots__ = ("_absolute", "_signed", "count", "worst_s")
+
+    def __init__(self) -> None:
+        self._absolute = MovingAverage(0.0)
+        self._signed = MovingAverage(0.0)
+        self.count = 0
+        self.worst_s = 0.0
+
+    def observe(self, expected_s: float, actual_s: float) -> None:
+        """Take one estimate and what came of it."""
+        error = actual_s - expected_s
+        self._absolute.observe(abs(error))
+        self._signed.observe(error)
+        self.count += 1
+        self.worst_s = max(self.worst_s, abs(error))
+
+    @property
+    def mean_s(self) -> float:
+        """Return the mean distance of estimate and fact, in seconds."""
+        return self._absolute.value
+
+    @property
+    def bias_s(self) -> float:
+        """Return the mean of fact less estimate: above 0, estimates are too short."""
+        return self._signed.value
+
+
+class ResumeEstimator:
+    """One model's resume time on this node: a line through (tokens, seconds), fitted as they come.
+
+    Weighted least squares with forgetting, by sums alone. Neither a nor b falls below 0: a negative
+    slope is the mean instead, a negative intercept the line through the origin.
+    """
+
+    __slots__ = ("_s", "_st", "_t", "_tt", "_weight", "errors")
+
+    def __init__(self) -> None:
+        self._weight = self._t = self._s = self._tt = self._st = 0.0
+        self.errors = ErrorTrack()
+
+    @property
+    def fit(self) -> ResumeFit:
+        """Return the line as it is now; with one observation: the guess, scaled to pass through it."""
+        if not self._weight:
+            return RESUME_GUESS
+        mean_t, mean_s = self._t / self._weight, self._s / self._weight
+        spread = self._tt / self._weight - mean_t * mean_t
+        if spread <= _LEAST_SPREAD * max(1.0, mean_t * mean_t):
+            scale = mean_s / resume_s(RESUME_GUESS, mean_t)
+            return ResumeFit(RESUME_GUESS.a_s_per_token * scale, RESUME_GUESS.b_s * scale)
+        a = (self._st / self._weight - mean_t * mean_s) / spread
+        if a < 0:
+            return ResumeFit(0.0, mean_s)
+        b = mean_s - a * mean_t
+        return ResumeFit(a, b) if b >= 0 else ResumeFit(self._st / self._tt, 0.0)
+
+    def observe(self, tokens: int, elapsed_s: float) -> None:
+        """Learn from a session that resumed with so many tokens in all; nonsense is passed over."""
+        if tokens <= 0 or elapsed_s <= 0 or not math.isfinite(elapsed_s):
+            return
+        self.errors.observe(resume_s(self.fit, tokens), elapsed_s)
+        for name, value in (
+            ("_weight", 1.0), ("_t", tokens), ("_s", elapsed_s),
+            ("_tt", tokens * tokens), ("_st", tokens * elapsed_s),
+        ):  # fmt: skip
+            setattr(self, name, getattr(self, name) * _FORGET + value)

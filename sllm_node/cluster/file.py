@@ -1,0 +1,284 @@
+"""The cluster file: which nodes there are, how they trust each other, and how long silence may last.
+
+All nodes have the same file. TOML comes in as the node's config does (`core/config.py`): unknown keys
+are refused with their place, and every problem is told at once. Paths in it are relative to its
+folder, and `{id}` in them stands for the id of the node that reads it. `reload` is a pure function:
+a wrong file raises, so the caller's old one stays.
+"""
+
+import re
+import stat
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import msgspec
+from msgspec import Meta
+
+from sllm_node.core.config import (
+    ByteSize,
+    Count,
+    Name,
+    Section,
+    decode_value,
+    find_problems,
+    sound_part,
+)
+from sllm_node.core.errors import ConfigError
+from sllm_node.core.types import NodeId
+from sllm_node.core.units import MIB, parse_size
+
+_ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
+_ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+LARGEST_DOCUMENT: Final = 4 * MIB
+Positive = Annotated[float, Meta(gt=0, le=86400)]
+
+
+class NodeEntry(Section, frozen=True):
+    """One [[nodes]]."""
+
+    id: Annotated[str, Meta(pattern=_ID)]
+    address: Name
+    """host:port that peers reach it under."""
+
+
+class TrustConfig(Section, frozen=True):
+    """Table [trust]: a key that all share, or certificates of a CA (mutual TLS)."""
+
+    mode: Literal["key", "tls"] = "key"
+    key_file: Name | None = None
+    ca_file: Name | None = None
+    certificate_file: Name | None = None
+    private_key_file: Name | None = None
+
+
+class TimingConfig(Section, frozen=True):
+    """Table [timing]."""
+
+    heartbeat_s: Positive = 1.0
+    suspect_s: Positive = 3.0
+    dead_s: Positive = 10.0
+    publish_gap_s: Positive = 0.1
+
+
+class LimitsConfig(Section, frozen=True):
+    """Table [limits]."""
+
+    max_nodes: Count = 64
+    document_bytes: ByteSize = msgspec.field(default_factory=lambda: ByteSize(parse_size("64KiB")))
+    replay_window_messages: Annotated[int, Meta(ge=1, le=65536)] = 1024
+
+
+class ClusterFile(Section, frozen=True):
+    """The whole file."""
+
+    nodes: tuple[NodeEntry, ...] = ()
+    trust: TrustConfig = msgspec.field(default_factory=TrustConfig)
+    timing: TimingConfig = msgspec.field(default_factory=TimingConfig)
+    limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+
+    def peers(self, me: NodeId) -> dict[NodeId, str]:
+        """Return the addresses of all nodes but `me`."""
+        return {NodeId(node.id): node.address for node in self.nodes if node.id != me}
+
+    def address(self, me: NodeId) -> str:
+        return next(node.address for node in self.nodes if node.id == me)
+
+
+@dataclass(frozen=True, slots=True)
+class Reload:
+    """A changed cluster file that is in order, and what it changes."""
+
+    cluster: ClusterFile
+    added: tuple[NodeId, ...]
+    removed: tuple[NodeId, ...]
+    moved: tuple[NodeId, ...]
+    """Their address is another."""
+    needs_restart: tuple[str, ...]
+    """Keys that changed and are only read at start."""
+
+
+_SECRETS: Final = {"key": ("key_file",), "tls": ("private_key_file",)}
+_NEEDED: Final = {
+    "key": ("key_file",),
+    "tls": ("ca_file", "certificate_file", "private_key_file"),
+}
+
+
+def load_cluster(path: Path, me: NodeId | None = None) -> ClusterFile:
+    """Read and check the cluster file and, for the node `me`, the files of its trust.
+
+    Raises:
+        ConfigError: with every problem found, each naming its key.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), (f"can't be read: {error.strerror}",)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), (f"is not UTF-8: {error}",)) from error
+    cluster = parse_cluster(text, str(path), me)
+    if me is not None and (problems := tuple(secret_problems(cluster, path, me))):
+        raise ConfigError(str(path), problems)
+    return cluster
+
+
+def parse_cluster(text: str, origin: str = "cluster file", me: NodeId | None = None) -> ClusterFile:
+    """Parse and check TOML `text`; `origin` names it in errors. Pure: no file is looked at.
+
+    Raises:
+        ConfigError: with every problem found, each naming its key.
+    """
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(origin, (f"is no TOML: {error}",)) from error
+    nodes = tree.pop("nodes", [])
+    problems = [*find_problems(ClusterFile, tree, ""), *_node_problems(nodes)]
+    sound = {**sound_part(ClusterFile, tree), "nodes": _sound_nodes(nodes)}
+    cluster = msgspec.convert(sound, ClusterFile, dec_hook=decode_value)
+    problems += _contradictions(cluster)
+    if not problems and me is not None and me not in {node.id for node in cluster.nodes}:
+        known = ", ".join(node.id for node in cluster.nodes)
+        problems.append(f"nodes: {me!r} (node.id of this node's config) is missing; known: {known}")
+    if problems:
+        raise ConfigError(origin, tuple(problems))
+    return cluster
+
+
+def reload(old: ClusterFile, text: str, origin: str, me: NodeId) -> Reload:
+    """Return what the new `text` of the file changes for the node `me`.
+
+    Raises:
+        ConfigError: the text is wrong; keep the old file.
+    """
+    new = parse_cluster(text, origin, me)
+    before, after = old.peers(me), new.peers(me)
+    return Reload(
+        cluster=new,
+        added=tuple(sorted(after.keys() - before.keys())),
+        removed=tuple(sorted(before.keys() - after.keys())),
+        moved=tuple(sorted(name for name in after if before.get(name, after[name]) != after[name])),
+        needs_restart=_needs_restart(old, new, me),
+    )
+
+
+def trust_path(cluster: ClusterFile, file: Path, me: NodeId, key: str) -> Path:
+    """Return the path that `trust.<key>` names for the node `me`."""
+    named: str | None = getattr(cluster.trust, key)
+    assert named is not None, "checked by parse_cluster"
+    return file.parent / named.replace("{id}", me)
+
+
+def secret_problems(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[str]:
+    """Yield which files of [trust] are missing, or readable by others than their owner."""
+    for key in _NEEDED[cluster.trust.mode]:
+        path = trust_path(cluster, file, me, key)
+        try:
+            mode = path.stat().st_mode
+        except OSError as error:
+            yield f"trust.{key} = {str(path)!r}: can't be read: {error.strerror}"
+            continue
+        if not stat.S_ISREG(mode):
+            yield f"trust.{key} = {str(path)!r}: is no file"
+        elif key in _SECRETS[cluster.trust.mode] and mode & 0o077:
+            yield (
+                f"trust.{key} = {str(path)!r}: others can read or write it "
+                f"(mode {stat.S_IMODE(mode):04o}); run 'chmod 600 {path}', and make a new one if "
+                "somebody may have read it"
+            )
+
+
+def _needs_restart(old: ClusterFile, new: ClusterFile, me: NodeId) -> tuple[str, ...]:
+    changed = [] if old.address(me) == new.address(me) else ["nodes.address of this node"]
+    for table in ("trust", "timing", "limits"):
+        before, after = getattr(old, table), getattr(new, table)
+        changed += [
+            f"{table}.{field}"
+            for field in before.__struct_fields__
+            if getattr(before, field) != getattr(after, field)
+        ]
+    return tuple(changed)
+
+
+def _node_problems(nodes: object) -> Iterator[str]:
+    if not isinstance(nodes, list):
+        yield "nodes must be a list of tables, as in [[nodes]]"
+        return
+    for i, entry in enumerate(nodes):
+        yield from find_problems(NodeEntry, entry, f"nodes[{i}]")
+        for key in ("id", "address"):
+            if isinstance(entry, dict) and key not in entry:
+                yield f"nodes[{i}].{key}: is missing"
+
+
+def _sound_nodes(nodes: object) -> list[dict[str, Any]]:
+    entries = [sound_part(NodeEntry, entry) for entry in nodes] if isinstance(nodes, list) else []
+    return [entry for entry in entries if {"id", "address"} <= entry.keys()]
+
+
+def _contradictions(cluster: ClusterFile) -> Iterator[str]:
+    for i, node in enumerate(cluster.nodes):
+        if (problem := _address_problem(node.address)) is not None:
+            yield f"nodes[{i}].address = {node.address!r}: {problem}"
+    yield from _duplicates("id", [node.id for node in cluster.nodes])
+    yield from _duplicates("address", [node.address.lower() for node in cluster.nodes])
+    if not cluster.nodes:
+        yield "nodes: none is named in order; a node is a table [[nodes]] with id and address"
+    if len(cluster.nodes) > cluster.limits.max_nodes:
+        yield f"nodes: {len(cluster.nodes)} are above limits.max_nodes = {cluster.limits.max_nodes}"
+    if not 1024 <= cluster.limits.document_bytes <= LARGEST_DOCUMENT:
+        size = int(cluster.limits.document_bytes)
+        yield f"limits.document_bytes = {size}: must be from 1024 to {LARGEST_DOCUMENT}"
+    yield from _timing_problems(cluster.timing)
+    yield from _trust_problems(cluster.trust)
+
+
+def _address_problem(address: str) -> str | None:
+    match = _ADDRESS.fullmatch(address)
+    if match is None:
+        return 'must be host:port, as in "10.0.0.1:8100" or "[fd00::1]:8100"'
+    if not 1 <= int(match[2]) <= 65535:
+        return "the port must be from 1 to 65535"
+    try:
+        host = ip_address(match[1].strip("[]"))
+    except ValueError:
+        return "is no IPv6 address" if match[1].startswith("[") else None
+    return "peers can't call that; name the node's own address" if host.is_unspecified else None
+
+
+def _duplicates(key: str, values: list[str]) -> Iterator[str]:
+    for i, value in enumerate(values):
+        if (first := values.index(value)) < i:
+            yield f"nodes[{i}].{key} = {value!r}: nodes[{first}] has it already"
+
+
+def _timing_problems(timing: TimingConfig) -> Iterator[str]:
+    if timing.suspect_s < 2 * timing.heartbeat_s:
+        yield (
+            f"timing.suspect_s = {timing.suspect_s}: must be twice timing.heartbeat_s "
+            f"({timing.heartbeat_s}) at least, so that one lost message makes nobody suspect"
+        )
+    if timing.dead_s < timing.suspect_s + timing.heartbeat_s:
+        yield (
+            f"timing.dead_s = {timing.dead_s}: must be timing.suspect_s + timing.heartbeat_s "
+            f"({timing.suspect_s + timing.heartbeat_s}) at least"
+        )
+    if timing.publish_gap_s > timing.heartbeat_s:
+        yield (
+            f"timing.publish_gap_s = {timing.publish_gap_s}: must not be above "
+            f"timing.heartbeat_s ({timing.heartbeat_s})"
+        )
+
+
+def _trust_problems(trust: TrustConfig) -> Iterator[str]:
+    needed = _NEEDED[trust.mode]
+    for key in ("key_file", "ca_file", "certificate_file", "private_key_file"):
+        is_set = getattr(trust, key) is not None
+        if key in needed and not is_set:
+            yield f"trust.{key}: is missing, and trust.mode = {trust.mode!r} needs it"
+        if is_set and key not in needed:
+            yield f"trust.{key}: has no use with trust.mode = {trust.mode!r}; remove it"

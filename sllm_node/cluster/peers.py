@@ -1,0 +1,334 @@
+"""The tasks that keep this node among its peers: heartbeats, the view of the cluster, its file.
+
+`Membership` decides and this carries out: one alarm for its timer, one task for each message on its way
+(the next round passes over a peer that has not answered yet). What is heard feeds the `ClusterView`: a
+peer is in it while it is alive, with the state that it published last. A changed file is looked for at
+each round, and read on SIGHUP; a wrong one is refused with a log line, and the old one stays.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from sllm_node.cluster.document import decode_state, encode_state
+from sllm_node.cluster.file import ClusterFile, reload
+from sllm_node.cluster.membership import (
+    BootRaised,
+    Event,
+    Membership,
+    Paused,
+    PeerAlive,
+    PeerDead,
+    PeerDraining,
+    PeerGone,
+    PeerSuspect,
+    StateChanged,
+    Timing,
+)
+from sllm_node.cluster.messages import decode, encode
+from sllm_node.cluster.peer import PeerState
+from sllm_node.cluster.snapshot import Snapshot
+from sllm_node.cluster.state import NodeState
+from sllm_node.cluster.transport import Client
+from sllm_node.cluster.trust import Trust
+from sllm_node.cluster.view import ClusterView
+from sllm_node.core.alarm import Alarm
+from sllm_node.core.clock import Clock
+from sllm_node.core.errors import ConfigError, MessageError, MisdirectedError, SllmError
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import NodeId
+
+log = logging.getLogger(__name__)
+
+HEARTBEAT: Final = "heartbeat"
+_USABLE: Final = (PeerState.ALIVE, PeerState.DRAINING)
+_WORDS: Final[dict[type[Event], str]] = {
+    PeerAlive: "peer alive", PeerDraining: "peer draining", PeerSuspect: "peer silent",
+    PeerDead: "peer dead", PeerGone: "peer gone",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Who this node is, and the file that says who else there is."""
+
+    me: NodeId
+    boot: int
+    path: Path
+    cluster: ClusterFile
+
+
+class Peers:
+    """This node among the others, from `start` to `close`."""
+
+    def __init__(
+        self, place: Place, trust: Trust, snapshot: Snapshot, clock: Clock, metrics: Metrics
+    ) -> None:
+        self.me = place.me
+        self.cluster = place.cluster
+        self.view = ClusterView()
+        self.on_change: Callable[[], None] = lambda: None
+        """Called when the view has changed."""
+        self._path = place.path
+        self._trust = trust
+        self._snapshot = snapshot
+        self._clock = clock
+        self._metrics = metrics
+        timing = place.cluster.timing
+        self._membership = Membership(
+            place.me, place.boot, place.cluster.peers(place.me),
+            Timing(timing.heartbeat_s, timing.suspect_s, timing.dead_s, timing.publish_gap_s),
+            place.cluster.limits.document_bytes, clock.now(),
+        )  # fmt: skip
+        self._limit = int(place.cluster.limits.document_bytes)
+        self._states: dict[NodeId, tuple[NodeState, float]] = {}
+        """The last that each peer published, and when it came; of dead ones too: they may come back."""
+        self._sending: dict[NodeId, asyncio.Task[None]] = {}
+        self._failed: set[NodeId] = set()
+        """Peers that took no request since they were heard last."""
+        self._alarm = Alarm(clock, self._on_timer)
+        self._news = Alarm(clock, self._tell_news)
+        self._client: Client
+        self._stamp = _stamp(place.path)
+
+    # --- what others of this node ask ---------------------------------------------------------
+
+    @property
+    def boot(self) -> int:
+        """This node's boot as its peers are to know it: it may be raised."""
+        return self._membership.edition.boot
+
+    def address(self, peer: NodeId) -> str | None:
+        """Return host:port of a peer; None: the cluster file does not have it."""
+        return self.cluster.peers(self.me).get(peer)
+
+    def refresh(self) -> NodeState:
+        """Bring this node's own state in the view up to date and return it."""
+        now = self._clock.now()
+        state = self._snapshot.state(now)
+        self.view.update(state, now)
+        return state
+
+    def has_peers(self) -> bool:
+        """Tell whether anybody else can be asked now."""
+        return len(self.view.nodes) > (self.me in self.view.nodes)
+
+    def absent(self) -> list[NodeState]:
+        """Return the last states of peers that can't be asked now, and have not said that they leave."""
+        return [state for peer, (state, _) in self._states.items() if peer not in self.view.nodes]
+
+    def learn(self, state: NodeState) -> None:
+        """Take the state that came with a refusal."""
+        if state.node in self.view.nodes and state.node != self.me:
+            self.view.refresh(state, self._clock.now())
+
+    def lost(self, peer: NodeId) -> None:
+        """Give `peer` nothing new until it is heard again: a request to it just failed."""
+        if peer != self.me and peer in self.view.nodes:
+            self._failed.add(peer)
+            self.view.remove(peer)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Return how each peer stands, for `status --cluster`."""
+        now = self._clock.now()
+        found = []
+        for peer in self._membership.peers():
+            seen = self._states.get(peer.id)
+            found.append({
+                "id": peer.id, "address": self.address(peer.id), "state": peer.state.value,
+                "boot": peer.edition.boot, "version": peer.edition.version,
+                "age_s": None if seen is None else round(now - seen[1], 3),
+            })  # fmt: skip
+        return found
+
+    # --- life ---------------------------------------------------------------------------------
+
+    def start(self, client: Client) -> None:
+        """Begin to speak."""
+        self._client = client
+        self._snapshot.look()
+        self.refresh()
+        self._on_timer()
+
+    def drain(self) -> None:
+        """Tell that this node takes nothing new."""
+        self._membership.drain()
+        self._arm()
+
+    async def close(self) -> None:
+        """Tell everybody who listens that this node leaves, once; then say nothing more."""
+        self._membership.leave()
+        self._membership.on_timer(max(self._clock.now(), self._membership.next_timer()))
+        self._alarm.set(None)
+        self._news.set(None)
+        for task in list(self._sending.values()):
+            task.cancel()
+        await asyncio.gather(*self._sending.values(), return_exceptions=True)
+        self._sending.clear()
+        self._send_due()
+        await asyncio.gather(*self._sending.values(), return_exceptions=True)
+
+    def changed(self) -> None:
+        """Take note that something has changed here, which peers are told soon."""
+        if not self._news.is_set:
+            self._news.set(self._clock.now() + self.cluster.timing.publish_gap_s)
+
+    def _tell_news(self) -> None:
+        self._publish()
+        self._arm()
+
+    async def receive(self, sender: NodeId, payload: bytes) -> None:
+        """Take a heartbeat.
+
+        Raises:
+            MessageError: it is none, or in another's name.
+        """
+        message = decode(payload, self._membership.message_limit)
+        if message.sender != sender:
+            raise MisdirectedError(sender, message.receiver, self.me)
+        self._metrics.heartbeats.labels("received").inc()
+        self._membership.receive(message, self._clock.now())
+        self._handle_events()
+        if sender in self._failed:
+            self._failed.discard(sender)
+            self._show(sender)
+            self.on_change()
+        self._arm()
+
+    # --- rounds -------------------------------------------------------------------------------
+
+    def _on_timer(self) -> None:
+        self._watch_file()
+        self._snapshot.look()
+        self._publish()
+        self._membership.on_timer(self._clock.now())
+        self._send_due()
+        self._handle_events()
+        self._arm()
+
+    def _arm(self) -> None:
+        self._alarm.set(self._membership.next_timer())
+
+    def _publish(self) -> None:
+        try:
+            self._membership.publish(encode_state(self.refresh(), self._limit))
+        except SllmError as error:
+            log.error("state not published", extra={"error": str(error)})  # noqa: TRY400 - the sentence says it
+
+    def _send_due(self) -> None:
+        for message in self._membership.to_send():
+            peer = NodeId(message.receiver)
+            if peer in self._sending:
+                continue
+            data = encode(message, self._membership.message_limit)
+            task = asyncio.create_task(self._send(peer, data), name=f"heartbeat {peer}")
+            self._sending[peer] = task
+            task.add_done_callback(partial(self._sent, peer))
+
+    def _sent(self, peer: NodeId, _: asyncio.Task[None]) -> None:
+        self._sending.pop(peer, None)
+
+    async def _send(self, peer: NodeId, data: bytes) -> None:
+        silence_s, asked = self.cluster.timing.suspect_s, self._clock.now()
+        try:
+            await self._client.ask(peer, HEARTBEAT, data, silence_s)
+        except SllmError as error:
+            self._metrics.heartbeats.labels("failed").inc()
+            log.debug("heartbeat failed", extra={"peer": peer, "error": str(error)})
+        else:
+            self._metrics.heartbeats.labels("sent").inc()
+            self._metrics.peer_round_trip_seconds.labels(peer).observe(self._clock.now() - asked)
+
+    # --- what was heard -----------------------------------------------------------------------
+
+    def _handle_events(self) -> None:
+        events = self._membership.events()
+        for event in events:
+            self._handle(event)
+        if events:
+            self._metrics.peers_alive.set(len(self.view.nodes) - (self.me in self.view.nodes))
+            self.on_change()
+
+    def _handle(self, event: Event) -> None:
+        match event:
+            case Paused(late_s):
+                log.warning("this node did not run", extra={"late_s": round(late_s, 3)})
+                return
+            case BootRaised(peer, boot):
+                log.warning(
+                    "a peer knew a later life of this node", extra={"peer": peer, "boot": boot}
+                )
+                return
+            case StateChanged(peer, _, document):
+                self._take(peer, document)
+            case _:
+                peer = event.peer
+                fields = {"peer": peer, "boot": event.boot}
+                log.info(_WORDS[type(event)], extra=fields)
+        self._show(peer)
+
+    def _take(self, peer: NodeId, document: bytes) -> None:
+        try:
+            state = decode_state(document)
+        except MessageError as error:
+            log.warning("state of a peer not taken", extra={"peer": peer, "error": str(error)})
+            return
+        if state.node == peer:
+            self._states[peer] = (state, self._clock.now())
+
+    def _show(self, peer: NodeId) -> None:
+        """Put into the view what may be placed at `peer` now."""
+        found = next((one for one in self._membership.peers() if one.id == peer), None)
+        known = self._states.get(peer)
+        if found is None or found.state is PeerState.GONE:
+            self._states.pop(peer, None)
+        if found is None or known is None or found.state not in _USABLE:
+            self.view.remove(peer)
+            return
+        state, seen_at = known
+        if found.state is PeerState.DRAINING:
+            state = replace(state, is_draining=True)
+        self.view.refresh(state, seen_at)
+
+    # --- the file -----------------------------------------------------------------------------
+
+    def _watch_file(self) -> None:
+        if (stamp := _stamp(self._path)) != self._stamp:
+            self._stamp = stamp
+            self.reload()
+
+    def reload(self) -> bool:
+        """Read the cluster file again; a wrong one changes nothing. Return whether it was taken."""
+        self._stamp = _stamp(self._path)
+        try:
+            text = self._path.read_text(encoding="utf-8")
+            found = reload(self.cluster, text, str(self._path), self.me)
+        except (OSError, UnicodeDecodeError, ConfigError) as error:
+            self._metrics.cluster_reloads.labels("refused").inc()
+            log.error(  # noqa: TRY400 - the sentence says it
+                "cluster file refused, the old one stays", extra={"error": str(error)}
+            )
+            return False
+        self.cluster = found.cluster
+        peers = found.cluster.peers(self.me)
+        self._trust.set_peers(peers)
+        self._membership.set_peers(peers, self._clock.now())
+        self._metrics.cluster_reloads.labels("ok").inc()
+        log.info("cluster file read", extra={
+            "added": list(found.added), "removed": list(found.removed),
+            "moved": list(found.moved), "needs_restart": list(found.needs_restart),
+        })  # fmt: skip
+        self._handle_events()
+        return True
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

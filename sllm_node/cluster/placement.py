@@ -1,0 +1,303 @@
+"""Where in the cluster a request starts soonest: one pure decision, with its reasons.
+
+Ways are looked at by kind: a replica with a place; waiting for one that is full or still loading; a load
+where memory is free, or free once idle replicas are evicted, over the quickest path (clone, DRAM, NVMe,
+peer, remote); a load after running sessions have moved away (`cluster.moves`). Startup time is the wait
+in the queue of the devices (the moves meanwhile) plus the load. The least wins; of equal ones the
+kind that disturbs least, the emptier replica, then names, so all nodes decide alike on one state.
+
+`decide` looks only at nodes that can still win, since a node's load time bounds it from below;
+`explain` looks at all of them, and its first is what `decide` takes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import combinations
+from operator import attrgetter
+
+from sllm_node.cluster.estimate import Source
+from sllm_node.cluster.moves import Move, Streams, cheapest_moves, evictions
+from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
+from sllm_node.cluster.view import ClusterView, DeviceView, NodeView
+from sllm_node.core.types import ModelId
+
+
+@dataclass(frozen=True, slots=True)
+class PlacementRequest:
+    """What is to be placed."""
+
+    model: ModelId
+    share_bytes: int
+    """Memory that a replica takes of each of its devices: weights and KV."""
+    shares: int = 1
+    """Devices of one node that a replica is split over."""
+    priority: int = 0
+    """Sessions of higher priority are not moved for it."""
+
+
+class Kind(IntEnum):
+    """Ways to start, the one that disturbs least first."""
+
+    SERVE = 0
+    WAIT = 1
+    LOAD = 2
+    EVICT = 3
+    """Load after idle replicas have left."""
+    MIGRATE = 4
+
+
+_REASONS = {
+    Kind.SERVE: "a replica has a place",
+    Kind.WAIT: "a replica will have a place",
+    Kind.LOAD: "there is room to load it",
+    Kind.EVICT: "there is room to load it once idle replicas are evicted",
+    Kind.MIGRATE: "there is room to load it once sessions have moved",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One way to start, with its estimates in seconds."""
+
+    kind: Kind
+    startup_s: float
+    """Until the request can be decoded."""
+    node: NodeId
+    devices: tuple[str, ...]
+    crowding: float = 0.0
+    """Share of a replica's places that are taken."""
+    replica: ReplicaId = NO_REPLICA
+    wait_s: float = 0.0
+    """Before the load: the queue of the devices, or the moves if they last longer."""
+    load_s: float = 0.0
+    source: Source | None = None
+    evicts: tuple[ReplicaId, ...] = ()
+    moves: tuple[Move, ...] = ()
+
+    @property
+    def key(self) -> tuple[float, int, float, NodeId, tuple[str, ...], ReplicaId]:
+        """Return what candidates are compared by; no two have the same."""
+        return (
+            self.startup_s, self.kind, self.crowding, self.node, self.devices, self.replica,
+        )  # fmt: skip
+
+    @property
+    def reason(self) -> str:
+        """Return a sentence for logs and `status`."""
+        what = f"{self.node} {','.join(self.devices)}: {_REASONS[self.kind]}"
+        parts = f"wait {self.wait_s:.3f} s, load {self.load_s:.3f} s"
+        source = f" from {self.source.value}" if self.source else ""
+        return f"{what}; starts in {self.startup_s:.3f} s ({parts}{source})"
+
+
+@dataclass(frozen=True, slots=True)
+class ServeHere:
+    """A replica with a place: send the request there."""
+
+    best: Candidate
+    seen: tuple[Candidate, ...]
+    """All that were looked at, `best` among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Send the request there: its place comes before any other could be made."""
+
+    best: Candidate
+    seen: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadThere:
+    """Evict what `best` says, load, serve."""
+
+    best: Candidate
+    seen: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MigrateThenLoad:
+    """Move what `best` says, one after another, then evict, load, serve."""
+
+    best: Candidate
+    seen: tuple[Candidate, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reject:
+    """There is no way now."""
+
+    reason: str
+
+
+Decision = ServeHere | Wait | LoadThere | MigrateThenLoad | Reject
+_KINDS: dict[Kind, type[ServeHere] | type[Wait] | type[LoadThere] | type[MigrateThenLoad]] = {
+    Kind.SERVE: ServeHere, Kind.WAIT: Wait, Kind.LOAD: LoadThere, Kind.EVICT: LoadThere,
+    Kind.MIGRATE: MigrateThenLoad,
+}  # fmt: skip
+
+
+def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision:
+    """Return where the request starts soonest."""
+    seen = list(_resident(view, request, now))
+    best = min(seen, key=attrgetter("key"), default=None)
+    for load_s, node in view.paths_with_room(request.model, request.share_bytes):
+        if best and (load_s, Kind.LOAD, 0.0, node) > best.key:
+            break
+        for candidate in _loads(view, view.nodes[node], request, load_s, now):
+            seen.append(candidate)
+            if best is None or candidate.key < best.key:
+                best = candidate
+    streams = Streams(view, now)
+    for load_s, node in view.paths_within_reach(request.model, request.share_bytes):
+        if best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
+            break
+        found = _migration(streams, view, view.nodes[node], request, best, now)
+        if found:
+            seen.append(found)
+            if best is None or found.key < best.key:
+                best = found
+    if best is None:
+        return Reject(_why_not(view, request))
+    return _KINDS[best.kind](best, tuple(seen))
+
+
+def explain(view: ClusterView, request: PlacementRequest, now: float) -> list[Candidate]:
+    """Return the best way of each kind on every node, soonest first."""
+    found = list(_resident(view, request, now))
+    streams = Streams(view, now)
+    for load_s, node_id in view.paths(request.model):
+        node = view.nodes[node_id]
+        found += _loads(view, node, request, load_s, now)
+        migration = _migration(streams, view, node, request, None, now)
+        found += [migration] if migration else []
+    return sorted(found, key=attrgetter("key"))
+
+
+def ways_on(
+    view: ClusterView, request: PlacementRequest, node: NodeId, now: float
+) -> list[Candidate]:
+    """Return the ways on one node that move nothing, soonest first."""
+    found = [c for c in _resident(view, request, now) if c.node == node]
+    for load_s, name in view.paths(request.model):
+        if name == node:
+            found += _loads(view, view.nodes[name], request, load_s, now)
+    return sorted(found, key=attrgetter("key"))
+
+
+def _resident(view: ClusterView, request: PlacementRequest, now: float) -> Iterator[Candidate]:
+    for node_id in view.resident(request.model):
+        node = view.nodes[node_id]
+        if node.state.is_draining:
+            continue
+        for replica in node.by_model[request.model]:
+            startup_s = _startup_s(replica, max(0.0, now - node.seen_at))
+            if startup_s is None:
+                continue
+            is_open = replica.free_slots > 0 and startup_s <= 0
+            yield Candidate(
+                Kind.SERVE if is_open else Kind.WAIT,
+                startup_s,
+                node_id,
+                tuple(share.device for share in replica.shares),
+                crowding=len(replica.sessions) / max(1, replica.slots),
+                replica=replica.replica,
+                wait_s=startup_s,
+            )
+
+
+def _startup_s(replica: ReplicaState, age_s: float) -> float | None:
+    ready_s = replica.ready_s
+    if replica.free_slots <= 0:
+        if replica.next_free_s is None:
+            return None
+        ready_s = max(ready_s, replica.next_free_s)
+    return max(0.0, ready_s - age_s)
+
+
+def _loads(
+    view: ClusterView, node: NodeView, request: PlacementRequest, load_s: float, now: float
+) -> Iterator[Candidate]:
+    """Yield the best load without evictions, and the best one if that evicts."""
+    size, model = request.share_bytes, request.model
+    if node.room < size:
+        return
+    fitting = [d for d in node.devices if d.room >= size and model not in d.models]
+    free = [d for d in fitting if d.free >= size]
+    for devices in (free, fitting):
+        chosen = _soonest(devices, request.shares, now)
+        if not chosen:
+            continue
+        is_free = all(d.free >= size for d in chosen)
+        if is_free and devices is not free:
+            continue
+        names = tuple(d.name for d in chosen)
+        wait_s = max(0.0, max(d.ready_at for d in chosen) - now)
+        evicts = () if is_free else evictions(node, dict.fromkeys(names, size))
+        yield Candidate(
+            Kind.LOAD if is_free else Kind.EVICT, wait_s + load_s, node.node, names,
+            wait_s=wait_s, load_s=load_s, source=view.path(model, node.node).source, evicts=evicts,
+        )  # fmt: skip
+
+
+def _soonest(devices: list[DeviceView], count: int, now: float) -> list[DeviceView]:
+    """Return the devices whose queues end soonest, first by name among equals; empty: too few."""
+    if len(devices) < count:
+        return []
+    if count == 1:
+        return [min(devices, key=lambda d: (max(d.ready_at, now), d.name))]
+    last = sorted(max(d.ready_at, now) for d in devices)[count - 1]
+    in_time = [d for d in devices if d.ready_at <= last]
+    return sorted(in_time, key=lambda d: d.name)[:count]
+
+
+def _migration(
+    streams: Streams, view: ClusterView, node: NodeView, request: PlacementRequest,
+    best: Candidate | None, now: float,
+) -> Candidate | None:  # fmt: skip
+    """Return the best load after moves on this node; None: there is none that could beat `best`."""
+    model, size = request.model, request.share_bytes
+    reachable = view.reachable(node.node)
+    usable = [d for d in node.devices if reachable[d.name] >= size and model not in d.models]
+    if len(usable) < request.shares:
+        return None
+    path = view.path(model, node.node)
+    for chosen in combinations(sorted(usable, key=lambda d: d.name), request.shares):
+        if all(d.room >= size for d in chosen):
+            continue
+        queue_s = max(0.0, max(d.ready_at for d in chosen) - now)
+        limit_s = best.startup_s - path.load_s if best else float("inf")
+        if queue_s > limit_s:
+            continue
+        names = tuple(d.name for d in chosen)
+        needs = dict.fromkeys(names, size)
+        found = cheapest_moves(streams, node, needs, request.priority, limit_s)
+        if found is None:
+            continue
+        cost_s, moves = found
+        wait_s = max(queue_s, cost_s)
+        evicts = evictions(node, needs, leaving=[move.replica for move in moves])
+        candidate = Candidate(
+            Kind.MIGRATE, wait_s + path.load_s, node.node, names,
+            wait_s=wait_s, load_s=path.load_s, source=path.source, evicts=evicts, moves=moves,
+        )  # fmt: skip
+        if best is None or candidate.key < best.key:
+            best = candidate
+    return best if best and best.kind is Kind.MIGRATE and best.node == node.node else None
+
+
+def _why_not(view: ClusterView, request: PlacementRequest) -> str:
+    model = request.model
+    if not view.is_known(model):
+        return f"no node has or can fetch model {model!r}"
+    if not view.paths(model):
+        return f"no node that takes requests can load model {model!r}"
+    nodes = (view.nodes[node] for _, node in view.paths(model))
+    if not any(
+        sum(d.bytes_total >= request.share_bytes for d in node.devices) >= request.shares
+        for node in nodes
+    ):
+        what = f"{request.shares} devices with {request.share_bytes} bytes each"
+        return f"no node has {what} for model {model!r}"
+    return f"all devices that model {model!r} fits on are taken by sessions that can't move now"

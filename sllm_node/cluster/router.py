@@ -1,0 +1,382 @@
+"""The node as its server sees it when there are others: each request goes where it starts soonest.
+
+It has the shape of `schedule.driver.Service` and stands before it. A request is placed once it is tokens:
+here, and it is the service's; or at a peer, and a `RoutedStream` carries it. Models are those of all
+nodes. What an operator does to models (load, pin, unload) is this node's alone.
+"""
+
+import asyncio
+import logging
+from typing import Any, Generic
+
+from sllm_node.cluster.choice import Choice, ask_for, choose, request_for
+from sllm_node.cluster.estimate import ErrorTrack
+from sllm_node.cluster.forward import Limits, RoutedStream, Tools
+from sllm_node.cluster.peers import Peers
+from sllm_node.cluster.placement import explain
+from sllm_node.cluster.reservations import Ask, ReservationId
+from sllm_node.cluster.state import BootId, HeldModel, NodeState
+from sllm_node.cluster.texts import Texts
+from sllm_node.cluster.transport import Client
+from sllm_node.core.clock import Clock
+from sllm_node.core.errors import (
+    CancelledByOperatorError,
+    DrainingError,
+    Fault,
+    ModelNotFoundError,
+    SllmError,
+)
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import (
+    GenerationRequest,
+    ModelId,
+    ModelState,
+    ModelStatus,
+    NodeId,
+    SessionStatus,
+    Tier,
+)
+from sllm_node.schedule.driver import Service
+from sllm_node.schedule.ports import CodecT
+from sllm_node.schedule.stream import Stream, client_id_of, request_of
+
+log = logging.getLogger(__name__)
+
+_HERE = Ask(ReservationId(""), BootId(""), 0)
+
+
+class Router(Generic[CodecT]):
+    """Places the requests of this node's clients."""
+
+    def __init__(
+        self,
+        service: Service[CodecT],
+        peers: Peers,
+        client: Client,
+        texts: Texts[CodecT],
+        clock: Clock,
+        metrics: Metrics,
+    ) -> None:
+        self._service = service
+        self._peers = peers
+        self._texts = texts
+        self._clock = clock
+        self._metrics = metrics
+        timing = peers.cluster.timing
+        self._tools = Tools(client, clock, Limits(timing.dead_s, 6 * timing.dead_s))
+        self._routed: set[RoutedStream] = set()
+        self._quiet = asyncio.Event()
+        self._quiet.set()
+        self._news = asyncio.Event()
+        self._watching: set[asyncio.Task[None]] = set()
+        self.errors = ErrorTrack()
+        """Of estimated startup times."""
+        peers.on_change = self._on_change
+        service.on_change = peers.changed
+        self.drain = service.drain
+        self.load, self.unload = service.load, service.unload
+        self.pin, self.unpin = service.pin, service.unpin
+
+    # --- sessions -----------------------------------------------------------------------------
+
+    async def prepare(self, model: str) -> CodecT:
+        """Return the codec of `model`, fetched from a peer if only peers have it.
+
+        Raises:
+            ModelNotFoundError: no node has such a checkpoint.
+        """
+        try:
+            return await self._service.prepare(model)
+        except ModelNotFoundError:
+            held, holders = self._elsewhere(ModelId(model))
+            if held is None:
+                raise
+        return (await self._texts.get(held, holders)).codec
+
+    def context_limit(self, model: str) -> int:
+        """Return how many tokens, prompt and output, one session can have."""
+        try:
+            return self._service.context_limit(model)
+        except ModelNotFoundError:
+            held, _ = self._elsewhere(ModelId(model))
+            if held is None:
+                raise
+        known = self._texts.get_now(held)
+        return held.context_tokens if known is None else known.context_tokens
+
+    def session_limit(self, model: str) -> int:
+        """Return how many sessions of `model` one request may ask for."""
+        return self._service.session_limit(model)
+
+    def open(
+        self, request: GenerationRequest, *, keep_alive_s: float | None = None
+    ) -> Stream | RoutedStream:
+        """Take a request: it runs where it starts soonest.
+
+        Raises:
+            SllmError: it is refused at once, with the reason.
+        """
+        if self._service.is_draining:
+            return self._service.open(request, keep_alive_s=keep_alive_s)  # which says so
+        excluded: frozenset[NodeId] = frozenset()
+        choice = self.choose(request, excluded)
+        is_absent = choice is None and self._is_absent(request.model)
+        if not is_absent and (choice is None or choice.node == self._peers.me):
+            try:
+                return self._open_here(request, keep_alive_s, choice)
+            except SllmError as error:
+                if error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError):
+                    raise
+                excluded = frozenset({self._peers.me})
+                choice = self.choose(request, excluded)
+                if choice is None:
+                    raise
+        if choice is not None:
+            log.info("request placed", extra=_placed_fields(request, choice))
+        stream = RoutedStream(request, keep_alive_s, choice, self, self._tools)
+        self._routed.add(stream)
+        self._quiet.clear()
+        return stream
+
+    def _open_here(
+        self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
+    ) -> Stream:
+        stream = self._service.open(request, keep_alive_s=keep_alive_s)
+        if choice is not None and choice.startup_s is not None:
+            log.info("request placed", extra=_placed_fields(request, choice))
+            task = asyncio.create_task(self._watch(stream, choice), name="startup")
+            self._watching.add(task)
+            task.add_done_callback(self._watching.discard)
+        return stream
+
+    async def _watch(self, stream: Stream, choice: Choice) -> None:
+        await stream.started.wait()
+        if stream.granted is not None:
+            self.started(choice, stream.request.model, stream.granted - stream.opened)
+
+    def ended(self, stream: RoutedStream) -> None:
+        """Forget a session that has ended."""
+        self._routed.discard(stream)
+        if not self._routed:
+            self._quiet.set()
+
+    # --- what sessions ask (forward.Ways) -----------------------------------------------------
+
+    def choose(self, request: GenerationRequest, excluded: frozenset[NodeId]) -> Choice | None:
+        """Place a request by what is known now."""
+        self._peers.refresh()
+        view = self._peers.view
+        asked = request_for(view, request.model, request.priority)
+        found = choose(view, asked, self._peers.me, self._clock.now(), excluded)
+        where = "here" if found and found.node == self._peers.me else "peer"
+        self._metrics.placements.labels(found.way if found else "none", where).inc()
+        return found
+
+    def ask(self, choice: Choice, request: GenerationRequest) -> Ask:
+        """Return what the choice counts on; with no boot: it is this node."""
+        node = self._peers.view.nodes.get(choice.node)
+        if choice.node == self._peers.me or node is None:
+            return _HERE
+        asked = request_for(self._peers.view, request.model, request.priority)
+        return ask_for(choice, asked, node.state, request.session)
+
+    def open_local(self, request: GenerationRequest, keep_alive_s: float | None) -> Stream:
+        """Begin a session here that was elsewhere before."""
+        return self._service.open(request, keep_alive_s=keep_alive_s)
+
+    def learn(self, state: NodeState) -> None:
+        """Take the state that came with a refusal."""
+        self._peers.learn(state)
+
+    def lost(self, node: NodeId, error: SllmError) -> None:
+        """Take note that a node can't be reached."""
+        log.warning("peer lost", extra={"peer": node, "error": str(error)})
+        self._peers.lost(node)
+
+    def started(self, choice: Choice, model: str, seconds: float) -> None:
+        """Compare the estimate with what came."""
+        if choice.startup_s is None:
+            return
+        self.errors.observe(choice.startup_s, seconds)
+        where = "here" if choice.node == self._peers.me else "peer"
+        error_s = abs(seconds - choice.startup_s)
+        self._metrics.estimate_error_seconds.labels(where).observe(error_s)
+        log.debug("session started", extra={
+            "model": model, "node": choice.node, "expected_s": round(choice.startup_s, 4),
+            "startup_s": round(seconds, 4),
+        })  # fmt: skip
+
+    def left(self, choice: Choice, model: str, outcome: str) -> None:
+        """Count how a node's part in a session ended."""
+        self._metrics.forwards.labels(choice.node, outcome).inc()
+        if outcome == "failed":
+            self._metrics.resumptions.labels(model).inc()
+
+    async def changed(self, timeout_s: float) -> bool:
+        """Wait until something is heard of the cluster."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._news.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _on_change(self) -> None:
+        self._news.set()
+        self._news = asyncio.Event()
+
+    # --- models -------------------------------------------------------------------------------
+
+    def models(self) -> list[ModelStatus]:
+        """Return the models of all nodes."""
+        here = {status.model: status for status in self._service.models()}
+        names = {name for node in self._peers.view.nodes.values() for name in node.held}
+        names |= {held.model for state in self._peers.absent() for held in state.models}
+        for name in names - here.keys():
+            held, _ = self._elsewhere(name)
+            if held is not None:
+                here[name] = self._status_elsewhere(held)
+        return [here[name] for name in sorted(here)]
+
+    def status(self, model: str) -> ModelStatus:
+        """Return how `model` stands, here or elsewhere.
+
+        Raises:
+            ModelNotFoundError: no node has such a checkpoint.
+        """
+        try:
+            return self._service.status(model)
+        except ModelNotFoundError:
+            held, _ = self._elsewhere(ModelId(model))
+            if held is None:
+                raise
+        return self._status_elsewhere(held)
+
+    def _elsewhere(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
+        """Return the newest checkpoint of a model that peers have, and who has it.
+
+        Of a model that only peers have which can't be asked now, they are those.
+        """
+        told = [
+            (node.held[model], name)
+            for name, node in sorted(self._peers.view.nodes.items())
+            if name != self._peers.me and model in node.held
+        ] or [
+            (held, state.node)
+            for state in self._peers.absent()
+            for held in state.models
+            if held.model == model
+        ]
+        if not told:
+            return None, []
+        newest = max(held.created for held, _ in told)
+        mine = [(held, name) for held, name in told if held.created == newest]
+        return mine[0][0], [name for _, name in mine]
+
+    def _is_absent(self, model: ModelId) -> bool:
+        """Tell whether only peers have a model that can't be asked now: who wants it may wait for them."""
+        if self._peers.view.is_known(model):
+            return False
+        held, _ = self._elsewhere(model)
+        return held is not None
+
+    def _status_elsewhere(self, held: HeldModel) -> ModelStatus:
+        replicas = [
+            replica
+            for node in self._peers.view.nodes.values()
+            for replica in node.by_model.get(held.model, ())
+        ]
+        is_ready = any(replica.ready_s <= 0 for replica in replicas)
+        coming = ModelState.LOADING if replicas else ModelState.IDLE
+        return ModelStatus(
+            model=held.model,
+            state=ModelState.READY if is_ready else coming,
+            tier=Tier.REMOTE,
+            bytes_total=held.bytes_decoded,
+            bytes_by_tier={},
+            dtype="", architecture="",
+            context_tokens=held.context_tokens,
+            pinned=any(replica.is_pinned for replica in replicas), priority=0,
+            running=sum(len(replica.sessions) for replica in replicas), waiting=0,
+            keep_alive_until_s=None, progress=None, created=held.created,
+            devices=tuple(
+                f"{name}/{share.device}"
+                for name, node in sorted(self._peers.view.nodes.items())
+                for replica in node.by_model.get(held.model, ())
+                for share in replica.shares
+            ),
+        )  # fmt: skip
+
+    # --- operators ----------------------------------------------------------------------------
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused because the node stops."""
+        return self._service.is_draining
+
+    def sessions(self) -> list[SessionStatus]:
+        """Return who waits and who runs, here or for clients of this node elsewhere."""
+        mine = self._service.sessions()
+        known = {session.session for session in mine}
+        routed = [stream.session_status() for stream in self._routed]
+        return mine + [session for session in routed if session.session not in known]
+
+    def cancel_request(self, request_id: str) -> int:
+        """End the sessions of a request, wherever they run; return how many there were."""
+        mine = [s for s in self._routed if request_of(s.request.session) == request_id] or [
+            s for s in self._routed if client_id_of(request_of(s.request.session)) == request_id
+        ]
+        for stream in mine:
+            stream.stop(CancelledByOperatorError("an operator ended it"))
+        return len(mine) + self._service.cancel_request(request_id)
+
+    def explain(self, model: str) -> dict[str, Any]:
+        """Return where a request for `model` would go now, and what all ways were estimated at."""
+        self._peers.refresh()
+        view, now = self._peers.view, self._clock.now()
+        asked = request_for(view, ModelId(model))
+        choice = choose(view, asked, self._peers.me, now)
+        return {
+            "model": model,
+            "node": None if choice is None else choice.node,
+            "reason": "no node has this model" if choice is None else choice.reason,
+            "candidates": [
+                {
+                    "node": c.node, "devices": list(c.devices), "way": c.kind.name.lower(),
+                    "startup_s": c.startup_s, "wait_s": c.wait_s, "load_s": c.load_s,
+                    "source": None if c.source is None else c.source.value,
+                    "crowding": c.crowding, "evicts": list(c.evicts), "moves": len(c.moves),
+                    "reason": c.reason,
+                }
+                for c in explain(view, asked, now)
+            ],
+        }  # fmt: skip
+
+    async def drained(self, limit_s: float) -> int:
+        """Wait until no session of this node's clients is left anywhere; return how many were ended."""
+        deadline = self._clock.now() + limit_s
+        ended = await self._service.drained(limit_s)
+        try:
+            async with asyncio.timeout(max(0.0, deadline - self._clock.now())):
+                await self._quiet.wait()
+        except TimeoutError:
+            error = DrainingError(limit_s, was_running=True)
+            for stream in list(self._routed):
+                stream.stop(error)
+                ended += 1
+        return ended
+
+    async def close(self) -> None:
+        """End what is routed."""
+        for stream in list(self._routed):
+            stream.cancel()
+        for task in list(self._watching):
+            task.cancel()
+        await asyncio.gather(*self._watching, return_exceptions=True)
+
+
+def _placed_fields(request: GenerationRequest, choice: Choice) -> dict[str, object]:
+    return {
+        "session": request.session, "model": request.model, "node": choice.node,
+        "way": choice.way, "why": choice.reason,
+    }  # fmt: skip

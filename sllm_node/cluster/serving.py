@@ -1,0 +1,151 @@
+"""What this node does for its peers: takes heartbeats, serves sessions, describes models.
+
+A forwarded session is checked against this node's own state, as it is now, and begun in the same turn of
+the event loop; so what the asker counted on is either still true, or it gets a refusal with the newer
+state, and no promise has to be kept in between. It is served here or not at all: nothing is passed on twice.
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+from sllm_node.checkpoint.cards import TEXT_FILES
+from sllm_node.cluster.document import encode_state
+from sllm_node.cluster.peers import HEARTBEAT, Peers
+from sllm_node.cluster.reservations import Refused, Reservations
+from sllm_node.cluster.transport import Handler, Reply
+from sllm_node.cluster.wire import (
+    HOPS_MAX,
+    Described,
+    Forward,
+    Granted,
+    Tokens,
+    Waiting,
+    failed,
+    pack,
+    unpack_describe,
+    unpack_forward,
+)
+from sllm_node.cluster.wire import Refusal as RefusalRecord
+from sllm_node.core import log as logs
+from sllm_node.core.clock import Clock
+from sllm_node.core.errors import EngineError, HopLimitError, SllmError
+from sllm_node.core.types import ModelId, NodeId
+from sllm_node.schedule.driver import Service
+from sllm_node.schedule.stream import Stream, request_of
+
+log = logging.getLogger(__name__)
+
+GENERATE: Final = "generate"
+DESCRIBE: Final = "describe"
+_PIECE_BYTES: Final = 1 << 20
+
+
+class Serving:
+    """The handlers of the listener."""
+
+    def __init__(self, service: Service[Any], peers: Peers, clock: Clock, ping_s: float) -> None:
+        self._service = service
+        self._peers = peers
+        self._clock = clock
+        self._ping_s = ping_s
+        """A peer that waits hears something this often."""
+        self._reservations = Reservations(ttl_s=ping_s)
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """Return what answers which request."""
+        return {HEARTBEAT: self.heartbeat, GENERATE: self.generate, DESCRIBE: self.describe}
+
+    async def heartbeat(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
+        """Take a heartbeat."""
+        await self._peers.receive(sender, payload)
+        await reply.send(b"")
+
+    async def generate(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
+        """Serve a session for a peer that has its client."""
+        forward = unpack_forward(payload)
+        if forward.hops > HOPS_MAX:
+            raise HopLimitError(forward.hops, HOPS_MAX)
+        request = forward.request
+        logs.request_id.set(request_of(request.session))
+        logs.model_id.set(request.model)
+        fields = {"session": request.session, "entry": sender, "why": forward.why}
+        if (refused := self._refusal(forward)) is not None:
+            log.info("forwarded session refused", extra={**fields, "reason": refused.reason})
+            await reply.send(pack(refused))
+            return
+        try:
+            stream = self._service.open(request, keep_alive_s=forward.keep_alive_s)
+        except SllmError as error:
+            log.info("forwarded session refused", extra={**fields, "reason": str(error)})
+            await reply.send(pack(failed(error)))
+            return
+        log.info("forwarded session taken", extra={**fields, "resumed": len(request.resumed)})
+        try:
+            await self._pass_on(stream, reply)
+        finally:
+            stream.cancel()  # the peer went away, or it has ended
+
+    def _refusal(self, forward: Forward) -> RefusalRecord | None:
+        state = self._peers.refresh()
+        answer = self._reservations.ask(forward.ask, state, self._clock.now())
+        self._reservations.release(
+            forward.ask.id
+        )  # used at once: the state tells of it from now on
+        if not isinstance(answer, Refused):
+            return None
+        limit = int(self._peers.cluster.limits.document_bytes)
+        return RefusalRecord(answer.reason, encode_state(answer.state, limit))
+
+    async def _pass_on(self, stream: Stream, reply: Reply) -> None:
+        while not stream.started.is_set():
+            await reply.send(pack(Waiting(stream.status())))
+            try:
+                async with asyncio.timeout(self._ping_s):
+                    await stream.started.wait()
+            except TimeoutError:
+                continue
+        if stream.is_granted:
+            await reply.send(pack(Granted()))
+        try:
+            while not await self._pass_chunk(stream, reply):
+                pass
+        except StopAsyncIteration:
+            error: SllmError = EngineError(stream.request.model, "the session ended without an end")
+        except SllmError as found:
+            error = found
+        else:
+            return
+        await reply.send(pack(failed(error)))
+
+    async def _pass_chunk(self, stream: Stream, reply: Reply) -> bool:
+        """Send what comes next, or a sign of life; return whether it was the last."""
+        try:
+            async with asyncio.timeout(self._ping_s):
+                chunk = await stream.__anext__()
+        except TimeoutError:
+            await reply.send(pack(Waiting()))
+            return False
+        await reply.send(pack(Tokens(chunk)))
+        return chunk.finish is not None
+
+    async def describe(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
+        """Send what a peer must know of a model to take requests for it."""
+        model = unpack_describe(payload).model
+        log.info("model described", extra={"model": model, "peer": sender})
+        try:
+            await self._service.prepare(model)
+            tokens = self._service.context_limit(model)
+            folder = self._service.outlook.folder(ModelId(model))
+            found = await asyncio.to_thread(
+                lambda: [(p.name, p.read_bytes()) for p in map(folder.joinpath, TEXT_FILES) if p.is_file()]
+            )  # fmt: skip
+        except (SllmError, OSError) as error:
+            told = error if isinstance(error, SllmError) else EngineError(model, str(error))
+            await reply.send(pack(failed(told)))
+            return
+        await reply.send(pack(Described(tokens, tuple((name, len(data)) for name, data in found))))
+        for _, data in found:
+            for at in range(0, len(data), _PIECE_BYTES):
+                await reply.send(data[at : at + _PIECE_BYTES])

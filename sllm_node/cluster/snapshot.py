@@ -1,0 +1,131 @@
+"""This node's own state, made of what its scheduler, store and engines know (`schedule.outlook`).
+
+Models and tiers are looked up at each heartbeat, since that looks at files; replicas, sessions and
+memory are read anew for each decision. A node has one replica of a model at most, so a replica is named
+after its model.
+"""
+
+from dataclasses import replace
+from typing import Final
+
+from sllm_node.cluster.state import (
+    Bandwidths,
+    BootId,
+    DeviceShare,
+    DeviceState,
+    HeldModel,
+    NodeState,
+    ReplicaId,
+    ReplicaState,
+    SessionState,
+)
+from sllm_node.core.types import ModelState, NodeId, Tier
+from sllm_node.schedule.actions import ReplicaView
+from sllm_node.schedule.outlook import ModelFacts, Outlook
+
+_IDLE_GRAIN_S: Final = 10.0
+"""Idle times are told in steps of it, so that a node where nothing happens tells nothing new."""
+
+
+class Snapshot:
+    """Makes the states of one boot of this node, each with the next version."""
+
+    def __init__(self, me: NodeId, boot: BootId, outlook: Outlook) -> None:
+        self._me = me
+        self._boot = boot
+        self._outlook = outlook
+        self._models: tuple[HeldModel, ...] = ()
+        self._last: NodeState | None = None
+        self._version = 0
+
+    def look(self) -> None:
+        """Look up models and tiers anew."""
+        self._models = tuple(_held(facts) for facts in self._outlook.models())
+
+    def state(self, now: float) -> NodeState:
+        """Return the state as it is now; the same object if nothing has changed."""
+        replicas = self._outlook.replicas()
+        made = NodeState(
+            node=self._me,
+            boot=self._boot,
+            version=self._version,
+            devices=self._devices(replicas, now),
+            bandwidths=self._bandwidths(),
+            models=self._models,
+            replicas=tuple(
+                self._replica(view, now)
+                for view in replicas
+                if view.state is not ModelState.EVICTING
+            ),
+            is_draining=self._outlook.is_draining,
+        )
+        if self._last is None or self._last != made:
+            self._version += 1
+            self._last = replace(made, version=self._version)
+        return self._last
+
+    def _devices(self, replicas: tuple[ReplicaView, ...], now: float) -> tuple[DeviceState, ...]:
+        found = []
+        for name, total in self._outlook.capacities().items():
+            taken, loads = 0, []
+            for view in replicas:
+                here = sum(
+                    size for d, size in zip(view.devices, view.sizes, strict=True) if d == name
+                )
+                taken += here
+                if here and view.state is ModelState.LOADING:
+                    loads.append(max(0.0, view.ready_at - now))
+            found.append(DeviceState(name, total, max(0, total - taken), tuple(sorted(loads))))
+        return tuple(found)
+
+    def _replica(self, view: ReplicaView, now: float) -> ReplicaState:
+        tickets = (*view.running, *view.waiting)
+        facts = [one for ticket in tickets if (one := self._outlook.session(ticket)) is not None]
+        sessions = tuple(
+            SessionState(one.session, one.prompt_tokens, one.output_tokens, priority=one.priority)
+            for one in facts
+        )
+        slots = self._outlook.slots
+        is_full = len(sessions) >= slots or view.is_leaving
+        idle_s = 0.0 if sessions else max(0.0, now - view.last_used)
+        return ReplicaState(
+            replica=ReplicaId(view.model),
+            model=view.model,
+            shares=tuple(map(DeviceShare, view.devices, view.sizes)),
+            slots=len(sessions) if view.is_leaving else slots,
+            sessions=sessions,
+            ready_s=max(0.001, view.ready_at - now) if view.state is ModelState.LOADING else 0.0,
+            next_free_s=_turn_s(view, slots) if is_full else None,
+            idle_s=idle_s // _IDLE_GRAIN_S * _IDLE_GRAIN_S,
+            is_pinned=view.pinned,
+        )
+
+    def _bandwidths(self) -> Bandwidths:
+        rate = self._outlook.bandwidth
+        return Bandwidths(
+            clone=0.0,
+            decode=rate(Tier.DRAM, is_encoded=True),
+            dram=rate(Tier.DRAM),
+            nvme=rate(Tier.NVME),
+            remote=rate(Tier.REMOTE) if self._outlook.keeps_remotes else 0.0,
+            beside_s=round(self._outlook.beside_s, 4),
+        )
+
+
+def _turn_s(view: ReplicaView, slots: int) -> float:
+    """Return about how long until somebody leaves and all who wait already have gone first."""
+    return view.service_s * (1 + len(view.waiting)) / max(1, slots)
+
+
+def _held(facts: ModelFacts) -> HeldModel:
+    return HeldModel(
+        model=facts.model,
+        bytes_decoded=facts.size,
+        bytes_stored=facts.stored,
+        bytes_dram=facts.by_tier.get(Tier.DRAM, 0),
+        bytes_nvme=facts.by_tier.get(Tier.NVME, 0),
+        replica_bytes=max(facts.shares),
+        replica_shares=len(facts.shares),
+        context_tokens=facts.context_tokens,
+        created=facts.created,
+    )

@@ -1,0 +1,141 @@
+"""What a node asks of a peer beside heartbeats, and the records of the answers, as bytes.
+
+`Forward` asks for a session: the request in tokens, what its placement counts on (`Ask`), and how often
+it was passed on. It is answered by records: `Waiting` as often as a sign of life is due, `Granted` once,
+`Tokens` as they come; the last is `Tokens` with a finish, `Failed`, or `Refusal`, before anything began.
+"""
+
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from sllm_node.cluster.reservations import Ask
+from sllm_node.core import errors
+from sllm_node.core.errors import MessageFormatError, SllmError
+from sllm_node.core.types import GenerationChunk, GenerationRequest, ModelStatus
+
+VERSION: Final = "v1"
+HOPS_MAX: Final = 1
+"""Times that a request is passed on: who gets it serves it, or refuses."""
+
+
+class Forward(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Serve this session."""
+
+    request: GenerationRequest
+    ask: Ask
+    hops: int
+    why: str
+    """The placement's reason, for the log of who serves."""
+    keep_alive_s: float | None = None
+
+
+class Describe(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What must be known of a model to take requests for it: limits, tokenizer, chat template."""
+
+    model: str
+
+
+class Described(msgspec.Struct, frozen=True, array_like=True):
+    """The first frame of the answer; each file follows in pieces."""
+
+    context_tokens: int
+    files: tuple[tuple[str, int], ...]
+    """Names, and their bytes."""
+
+
+class Waiting(msgspec.Struct, frozen=True, array_like=True, tag="waiting"):
+    """The session has no place yet, or no token came: the node lives."""
+
+    status: ModelStatus | None = None
+
+
+class Granted(msgspec.Struct, frozen=True, array_like=True, tag="granted"):
+    """The session runs."""
+
+
+class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
+    """What the session has new."""
+
+    chunk: GenerationChunk
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
+    """Nothing was begun: decide again with this state document."""
+
+    reason: str
+    document: bytes
+
+
+class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
+    """The session ended, or was not taken, with this error."""
+
+    code: str
+    message: str
+    retry_after_s: float | None = None
+    param: str | None = None
+
+
+MessageT = TypeVar("MessageT")
+Record = Waiting | Granted | Tokens | Refusal | Failed
+_record_decoder: Final[msgspec.msgpack.Decoder[Record]] = msgspec.msgpack.Decoder(Record)
+_PLAIN: Final = {
+    kind.code: kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type) and issubclass(kind, SllmError)
+    and kind not in (errors.RouteError, errors.UnsupportedEncodingError)
+}  # fmt: skip
+
+
+def pack(message: Any) -> bytes:
+    """Return a message of this module as bytes."""
+    return msgspec.msgpack.encode(message)
+
+
+def unpack_forward(data: bytes) -> Forward:
+    """Return a request for a session, or raise MessageFormatError."""
+    return _decode(msgspec.msgpack.Decoder(Forward), data)
+
+
+def unpack_describe(data: bytes) -> Describe:
+    """Return a request for what is known of a model, or raise MessageFormatError."""
+    return _decode(msgspec.msgpack.Decoder(Describe), data)
+
+
+def unpack_described(data: bytes) -> Described:
+    """Return the head of its answer, or raise MessageFormatError."""
+    return _decode(msgspec.msgpack.Decoder(Described), data)
+
+
+def unpack_record(data: bytes) -> Record:
+    """Return a record, or raise MessageFormatError."""
+    return _decode(_record_decoder, data)
+
+
+def failed(error: SllmError) -> Failed:
+    """Return the record of an error."""
+    return Failed(
+        error.code, str(error), getattr(error, "retry_after_s", None), getattr(error, "param", None)
+    )
+
+
+def error_of(record: Failed) -> SllmError:
+    """Return the error that a record tells of, of the class that it had where it was raised.
+
+    Its fields beside those of the record are not there: it is to be told, not to be looked into.
+    """
+    kind = _PLAIN.get(record.code, errors.InternalError)
+    error = kind.__new__(kind, record.message)
+    Exception.__init__(error, record.message)
+    if record.retry_after_s is not None:
+        vars(error)["retry_after_s"] = record.retry_after_s
+    if record.param is not None:
+        vars(error)["param"] = record.param
+    return error
+
+
+def _decode(decoder: msgspec.msgpack.Decoder[MessageT], data: bytes) -> MessageT:
+    try:
+        return decoder.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise MessageFormatError(str(error)) from error

@@ -1,0 +1,131 @@
+"""What of this node matters to whoever places requests over many: replicas, models, memory, rates.
+
+Plain facts as the scheduler, the store and the engines know them now; `cluster` makes of them what it
+tells other nodes.
+"""
+
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.core.config import Config
+from sllm_node.core.errors import SllmError
+from sllm_node.core.types import ModelId, SessionId, Tier
+from sllm_node.schedule.actions import ReplicaView, TicketId
+from sllm_node.schedule.estimate import LoadEstimator
+from sllm_node.schedule.ports import Engines, WeightStore
+from sllm_node.schedule.scheduler import Scheduler
+from sllm_node.schedule.sessions import Sessions
+
+
+@dataclass(frozen=True, slots=True)
+class SessionFacts:
+    """A session that runs or waits here."""
+
+    session: SessionId
+    prompt_tokens: int
+    output_tokens: int
+    priority: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """A checkpoint that this node can serve."""
+
+    model: ModelId
+    size: int
+    """Decoded bytes."""
+    stored: int
+    by_tier: dict[Tier, int]
+    shares: tuple[int, ...]
+    """Memory that a replica takes of each of its devices."""
+    context_tokens: int
+    created: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where checkpoints are known, lie, and are served."""
+
+    catalog: Catalog
+    store: WeightStore
+    engines: Engines[Any]
+
+
+class Outlook:
+    """Facts of one node."""
+
+    def __init__(
+        self,
+        sources: "Sources",
+        scheduler: Scheduler,
+        sessions: Sessions,
+        estimator: LoadEstimator,
+        config: Config,
+    ) -> None:
+        self._catalog = sources.catalog
+        self._store = sources.store
+        self._engines = sources.engines
+        self._scheduler = scheduler
+        self._sessions = sessions
+        self._estimator = estimator
+        self.slots = config.engine.max_sessions
+        """Sessions that one replica takes at once."""
+        self.keeps_remotes = bool(config.remotes)
+
+    def capacities(self) -> dict[str, int]:
+        """Return the bytes of each device that replicas may take."""
+        return self._store.capacities()
+
+    def replicas(self) -> tuple[ReplicaView, ...]:
+        """Return the models that take device memory now."""
+        return self._scheduler.replicas()
+
+    def session(self, ticket: TicketId) -> SessionFacts | None:
+        """Return a session; None: the ticket is a wish for the model only."""
+        stream = self._sessions.find(ticket)
+        if stream is None:
+            return None
+        asked = stream.request
+        output = len(asked.resumed) + stream.tokens
+        return SessionFacts(asked.session, len(asked.prompt), output, asked.priority)
+
+    def models(self) -> list[ModelFacts]:
+        """Return the models that lie here or at a remote of this node; looks at files."""
+        found = []
+        for model in self._catalog.models():
+            with suppress(SllmError):  # damaged, or gone since the scan
+                facts = self._facts(model)
+                found += [] if facts is None else [facts]
+        return found
+
+    def folder(self, model: ModelId) -> Path:
+        """Return where its texts lie, or raise ModelNotFoundError."""
+        return self._catalog.get(model).path
+
+    def bandwidth(self, tier: Tier, *, is_encoded: bool = False) -> float:
+        """Return the bytes a second that loads from `tier` are reckoned with."""
+        return self._estimator.bandwidth(tier, is_encoded=is_encoded)
+
+    @property
+    def beside_s(self) -> float:
+        """Return what a load takes beside its bytes."""
+        return self._estimator.beside_s
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether new requests are refused."""
+        return self._scheduler.is_draining
+
+    def _facts(self, model: ModelId) -> ModelFacts | None:
+        checkpoint = self._catalog.get(model)
+        index = checkpoint.index
+        if not index.is_model:
+            return None
+        return ModelFacts(
+            model, index.size, index.file_size, self._store.residency(model),
+            tuple(share.size for share in self._engines.shares(checkpoint)),
+            self._engines.context_limit(checkpoint), index.created,
+        )  # fmt: skip

@@ -1,0 +1,225 @@
+"""Nodes with their real peers, routers and services, over a network in memory on virtual time.
+
+Only store, engines and sockets are replaced: a load takes seconds of virtual time, a token a tenth. A
+crash cuts the connections of a node at once; a cut link says nothing at all.
+"""
+
+import asyncio
+import contextlib
+from pathlib import Path
+
+from sllm_node.cluster.file import parse_cluster
+from sllm_node.cluster.peers import Peers, Place
+from sllm_node.cluster.router import Router
+from sllm_node.cluster.serving import Serving
+from sllm_node.cluster.snapshot import Snapshot
+from sllm_node.cluster.state import BootId
+from sllm_node.core.errors import PeerUnreachableError
+from sllm_node.core.types import (
+    GenerationRequest,
+    ModelId,
+    NodeId,
+    SamplingParameters,
+    SessionId,
+    Tier,
+)
+from tests.sim.loop import LoopClock
+from tests.unit.schedule.fakes import make_node
+
+DELAY_S = 0.001
+TIMING = "[timing]\nheartbeat_s = 1.0\nsuspect_s = 3.0\ndead_s = 6.0\npublish_gap_s = 0.05\n"
+
+
+class Connection:
+    """One request on its way between two nodes."""
+
+    def __init__(self, world, source, target):
+        self.world, self.source, self.target = world, source, target
+        self.frames: asyncio.Queue = asyncio.Queue()
+        self.task = None
+
+    async def send(self, payload):
+        await asyncio.sleep(DELAY_S)
+        while not self.world.is_open(self.target, self.source):
+            await asyncio.sleep(DELAY_S * 100)
+        self.frames.put_nowait(payload)
+
+    async def serve(self, handler, payload):
+        try:
+            await handler(self.source, payload, self)
+            self.frames.put_nowait(None)
+        except Exception as error:
+            self.frames.put_nowait(error)
+
+    def reset(self, node):
+        if self.task is not None:
+            self.task.cancel()
+        self.frames.put_nowait(PeerUnreachableError(node, "reset"))
+
+
+class MemoryClient:
+    """What `transport.Client` is to a node."""
+
+    def __init__(self, world, me):
+        self.world, self.me = world, me
+
+    async def ask(self, peer, what, payload, silence_s):
+        async with self.stream(peer, what, payload, silence_s) as frames:
+            (frame,) = [frame async for frame in frames]
+            return frame
+
+    @contextlib.asynccontextmanager
+    async def stream(self, peer, what, payload, silence_s):
+        world = self.world
+        if not world.is_open(self.me, peer):
+            await asyncio.sleep(silence_s)
+            raise PeerUnreachableError(peer, "nothing comes")
+        await asyncio.sleep(DELAY_S)
+        node = world.nodes.get(peer)
+        if node is None or not node.is_up:
+            raise PeerUnreachableError(peer, "refused")
+        connection = Connection(world, self.me, peer)
+        handler = node.serving.handlers()[what]
+        connection.task = asyncio.create_task(connection.serve(handler, payload))
+        world.connections[connection] = None
+        try:
+            yield self._frames(connection, silence_s)
+        finally:
+            world.connections.pop(connection, None)
+            connection.task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await connection.task
+
+    async def _frames(self, connection, silence_s):
+        while True:
+            try:
+                async with asyncio.timeout(silence_s):
+                    item = await connection.frames.get()
+            except TimeoutError:
+                raise PeerUnreachableError(connection.target, "silent") from None
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                return
+            yield item
+
+
+class NoTrust:
+    def set_peers(self, peers):
+        pass
+
+
+class WorldNode:
+    """One machine: what is on its disk stays, everything else goes with a crash."""
+
+    def __init__(self, world, name, root, models, pages):
+        self.world, self.name, self.root = world, NodeId(name), root
+        self.models, self.pages = models, pages
+        self.is_up = False
+        self.lives = 0
+
+    def start(self):
+        self.lives += 1
+        self.rig = made = make_node(self.root, self.models, self.pages)
+        store = made.store
+        store.residency = lambda model: {
+            Tier.NVME: store.catalog.get(model).index.file_size,
+            **({Tier.DEVICE: 4096} if model in store.on_device else {}),
+        }
+        self.service = made.service
+        clock = LoopClock()
+        made.service.outlook._catalog.scan()
+        snapshot = Snapshot(self.name, BootId(str(self.lives)), made.service.outlook)
+        place = Place(self.name, self.lives, self.world.path, self.world.file)
+        self.peers = Peers(place, NoTrust(), snapshot, clock, made.metrics)  # type: ignore[arg-type]
+        client = MemoryClient(self.world, self.name)
+        self.serving = Serving(made.service, self.peers, clock, 1.0)
+        self.router = Router(made.service, self.peers, client, None, clock, made.metrics)  # type: ignore[arg-type]
+        self.is_up = True
+        self.peers.start(client)  # type: ignore[arg-type]
+
+    async def crash(self):
+        """End at once: whoever is connected hears it, nobody is told anything."""
+        self.is_up = False
+        for connection in list(self.world.connections):
+            if self.name in (connection.source, connection.target):
+                connection.reset(self.name)
+        await self.stop(is_told=False)
+
+    async def stop(self, *, is_told=True):
+        if is_told:
+            await self.router.close()
+            await self.peers.close()
+        else:
+            self.service.on_change = lambda: None
+            self.peers._alarm.set(None)
+            self.peers._news.set(None)
+            for task in list(self.peers._sending.values()):
+                task.cancel()
+            await asyncio.gather(*self.peers._sending.values(), return_exceptions=True)
+            await self.router.close()
+        await self.service.close()
+        self.is_up = False
+
+
+class World:
+    """All nodes and the network between them."""
+
+    def __init__(self, root: Path, nodes, pages=2):
+        """`nodes`: the models of each, by its name."""
+        entries = "".join(
+            f'[[nodes]]\nid = "{name}"\naddress = "10.0.0.{i + 1}:8100"\n'
+            for i, name in enumerate(nodes)
+        )
+        text = f'{entries}[trust]\nkey_file = "k"\n{TIMING}'
+        self.path = root / "cluster.toml"
+        self.path.write_text(text)
+        self.file = parse_cluster(text)
+        self.cut: set[tuple[str, str]] = set()
+        self.connections: dict[Connection, None] = {}
+        self.nodes = {
+            NodeId(name): WorldNode(self, name, root / name, models, pages)
+            for name, models in nodes.items()
+        }
+        self.sessions = 0
+        for name in nodes:
+            (root / name).mkdir()
+            self[name].start()
+
+    def __getitem__(self, name) -> WorldNode:
+        return self.nodes[NodeId(name)]
+
+    def is_open(self, source, target):
+        return (source, target) not in self.cut
+
+    def part(self, *names):
+        """Cut these nodes off from all others, both ways."""
+        for a in names:
+            for b in self.nodes:
+                if b not in names:
+                    self.cut |= {(a, b), (b, a)}
+
+    def heal(self):
+        self.cut.clear()
+
+    def open(self, entry, model, tokens=20, **options):
+        self.sessions += 1
+        request = GenerationRequest(
+            SessionId(f"{entry}-{self.sessions}-0"), ModelId(model), (1, 2), SamplingParameters(),
+            tokens,
+        )  # fmt: skip
+        return self[entry].router.open(request, **options)
+
+    async def close(self):
+        for node in self.nodes.values():
+            if node.is_up:
+                await node.stop()
+
+
+async def read(stream):
+    """Return the tokens of a session; the text must be as long."""
+    chunks = [chunk async for chunk in stream]
+    tokens = [token for chunk in chunks for token in chunk.tokens]
+    assert len("".join(chunk.text for chunk in chunks)) == len(tokens)
+    assert chunks[-1].finish == "length"
+    return tokens

@@ -1,0 +1,275 @@
+"""Real peers, routers and services on virtual time, while nodes die and links are cut."""
+
+import asyncio
+import functools
+import random
+from typing import Any
+
+import pytest
+
+from sllm_node.cluster.wire import Forward, pack, unpack_record
+from sllm_node.core.errors import HopLimitError, MisdirectedError, ModelNotFoundError, SllmError
+from sllm_node.core.types import ModelState
+from tests.sim.cluster_world import World, read
+from tests.sim.loop import run
+
+
+def in_world(**nodes):
+    """Run an async test in a world; at its end no session, load or lease is left."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def wrapper(tmp_path):
+            async def play():
+                world = World(tmp_path, nodes)
+                await asyncio.sleep(3.0)
+                await test(world)
+                await asyncio.sleep(5.0)
+                for node in world.nodes.values():
+                    if node.is_up:
+                        assert node.router.sessions() == []
+                await world.close()
+                for node in world.nodes.values():
+                    assert node.rig.store.leased == set()
+                assert len(asyncio.all_tasks()) == 1
+
+            run(play())
+
+        del wrapper.__wrapped__  # pytest would ask for its parameters
+        return wrapper
+
+    return decorate
+
+
+@in_world(a=(), b=("m",))
+async def test_a_model_of_another_node_is_served_from_there(world):
+    assert await read(world.open("a", "m")) == list(range(1, 21))
+    assert world["a"].rig.store.loads == []
+    assert world["b"].rig.store.loads == ["m"]
+
+
+@in_world(a=("m",), b=("m",))
+async def test_what_is_loaded_elsewhere_is_used_instead_of_loading_it_again(world):
+    await read(world.open("a", "m"))
+    await asyncio.sleep(0.2)
+    assert await read(world.open("b", "m")) == list(range(1, 21))
+    assert (world["a"].rig.store.loads, world["b"].rig.store.loads) == (["m"], [])
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_session_goes_on_when_its_node_crashes(world):
+    stream = world.open("a", "m", tokens=60)
+    await anext(stream)
+    await asyncio.sleep(2.0)
+    await world[stream.node].crash()
+    assert await read(stream) == list(range(len(stream._tokens) - 60 + 2, 61))
+
+
+@in_world(a=(), b=("m",))
+async def test_a_session_waits_for_its_only_node_to_come_back(world):
+    stream = world.open("a", "m", tokens=60)
+    await anext(stream)
+    await world["b"].crash()
+    await asyncio.sleep(20.0)
+    world["b"].start()
+    assert await read(stream) == list(range(2, 61))
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_session_goes_on_when_its_node_is_cut_off(world):
+    stream = world.open("a", "m", tokens=100)
+    await anext(stream)
+    world.part(stream.node)
+    tokens = await read(stream)
+    assert tokens[-1] == 100
+    assert tokens == list(range(tokens[0], 101))
+    world.heal()
+    await asyncio.sleep(10.0)
+    assert world["a"].peers.has_peers()
+    assert len(world["a"].peers.view.nodes) == 3
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_node_that_drains_hands_its_sessions_over(world):
+    stream = world.open("a", "m", tokens=100)
+    await anext(stream)
+    node = world[stream.node]
+    node.service.drain()
+    node.peers.drain()
+    await node.service.drained(1.0)
+    tokens = await read(stream)
+    assert tokens == list(range(tokens[0], 101))
+    assert stream.node != node.name
+
+
+@in_world(a=(), b=("m",))
+async def test_a_request_waits_for_a_model_whose_node_is_away(world):
+    await world["b"].crash()
+    await asyncio.sleep(20.0)
+    assert [status.model for status in world["a"].router.models()] == ["m"]
+    stream = world.open("a", "m")
+    await asyncio.sleep(10.0)
+    world["b"].start()
+    assert await read(stream) == list(range(1, 21))
+
+
+@in_world(a=(), b=("m",))
+async def test_a_request_for_a_model_whose_node_stays_away_is_refused_in_the_end(world):
+    await world["b"].crash()
+    await asyncio.sleep(20.0)
+    with pytest.raises(SllmError, match="no node takes"):
+        await read(world.open("a", "m"))
+
+
+@in_world(a=(), b=("m",))
+async def test_what_a_node_had_that_left_is_forgotten(world):
+    await world["b"].stop()
+    await asyncio.sleep(1.0)
+    assert world["a"].router.models() == []
+    with pytest.raises(ModelNotFoundError):
+        world.open("a", "m")
+
+
+@in_world(a=(), b=("m",))
+async def test_a_cancel_leaves_nothing_behind(world):
+    stream = world.open("a", "m", tokens=1000)
+    await anext(stream)
+    assert [s.session for s in world["b"].service.sessions()] == [stream.request.session]
+    stream.cancel()
+    await asyncio.sleep(0.1)
+    assert world["b"].service.sessions() == []
+
+
+@in_world(a=(), b=("m",))
+async def test_an_operator_of_the_serving_node_ends_a_session_for_good(world):
+    stream = world.open("a", "m", tokens=1000)
+    await anext(stream)
+    request_id = stream.request.session.rpartition("-")[0]
+    assert world["b"].router.cancel_request(request_id) == 1
+    with pytest.raises(SllmError, match="operator"):
+        await read(stream)
+
+
+@in_world(a=(), b=("m",))
+async def test_an_operator_of_the_entry_node_ends_a_session_on_both(world):
+    stream = world.open("a", "m", tokens=1000)
+    await anext(stream)
+    assert world["a"].router.cancel_request("a-1") == 1
+    with pytest.raises(SllmError, match="operator"):
+        await read(stream)
+    await asyncio.sleep(0.1)
+    assert world["b"].service.sessions() == []
+
+
+@in_world(a=("m",), b=())
+async def test_a_forward_is_served_by_who_gets_it_or_by_nobody(world):
+    asked = world.open("a", "m")
+    request, ask = asked.request, world["b"].router.ask
+    await read(asked)
+    state = world["b"].peers.refresh()
+    answers: list[Any] = []
+
+    class Reply:
+        async def send(self, payload):
+            answers.append(unpack_record(payload))
+
+    ask = world["a"].router.ask(world["a"].router.choose(request, frozenset()), request)
+    ask = type(ask)(ask.id, state.boot, state.version)
+    forward = pack(Forward(request, ask, 1, "test"))
+    await world["b"].serving.generate("a", forward, Reply())
+    assert [answer.code for answer in answers] == [ModelNotFoundError.code]
+    with pytest.raises(HopLimitError):
+        await world["b"].serving.generate("a", pack(Forward(request, ask, 2, "test")), Reply())
+
+
+@in_world(a=(), b=("m",))
+async def test_a_heartbeat_in_anothers_name_is_refused(world):
+    from sllm_node.cluster.messages import encode
+
+    membership = world["b"].peers._membership
+    membership.on_timer(membership.next_timer())
+    (message,) = membership.to_send()
+    with pytest.raises(MisdirectedError):
+        await world["a"].peers.receive("c", encode(message, 1 << 20))
+
+
+@in_world(a=(), b=("m",))
+async def test_a_changed_file_is_followed_and_a_wrong_one_is_not(world):
+    good = world.path.read_text()
+    peers = world["a"].peers
+    world.path.write_text(good + "[[nodes]]\nid = 3\n")
+    await asyncio.sleep(2.0)
+    assert world["a"].rig.count("sllm_cluster_reloads_total", result="refused") == 1
+    assert len(peers.view.nodes) == 2
+    world.path.write_text(good.replace('id = "b"', 'id = "c"'))
+    await asyncio.sleep(2.0)
+    assert world["a"].rig.count("sllm_cluster_reloads_total", result="ok") == 1
+    assert list(peers.view.nodes) == ["a"]
+    with pytest.raises(ModelNotFoundError):
+        world.open("a", "m")
+
+
+@in_world(a=(), b=("x", "y"), c=("x", "y"))
+async def test_two_models_asked_for_at_once_are_loaded_side_by_side(world):
+    streams = [world.open("a", model) for model in ("x", "y", "x", "y")]
+    assert await asyncio.gather(*map(read, streams)) == [list(range(1, 21))] * 4
+    loads = world["b"].rig.store.loads + world["c"].rig.store.loads
+    assert sorted(loads) == ["x", "y"]
+
+
+MODELS = tuple(f"m{i}" for i in range(8))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_no_token_is_lost_or_doubled_while_nodes_crash_and_links_are_cut(tmp_path, seed):
+    async def play():
+        rng = random.Random(seed)
+        world = World(
+            tmp_path, {"a": (), "b": MODELS, "c": MODELS[::2], "d": MODELS[1::2]}, pages=3
+        )
+        await asyncio.sleep(3.0)
+        faults = asyncio.create_task(trouble(world, rng))
+        sessions = []
+        for _ in range(60):
+            await asyncio.sleep(rng.expovariate(1.0))
+            sessions.append(asyncio.create_task(one(world, rng.choice(MODELS), rng.randint(1, 80))))
+        faults.cancel()
+        await asyncio.gather(faults, return_exceptions=True)
+        world.heal()
+        for node in world.nodes.values():
+            if not node.is_up:
+                node.start()
+        await asyncio.gather(*sessions)
+        assert all(node.router.sessions() == [] for node in world.nodes.values())
+        await world.close()
+
+    async def one(world, model, count):
+        assert await read(world.open("a", model, tokens=count)) == list(range(1, count + 1))
+
+    async def trouble(world, rng):
+        while True:
+            await asyncio.sleep(rng.uniform(2, 8))
+            node = world[rng.choice("bcd")]
+            if rng.random() < 0.3:
+                world.part(node.name)
+                await asyncio.sleep(rng.uniform(1, 12))
+                world.heal()
+                continue
+            await node.crash()
+            await asyncio.sleep(rng.uniform(0.5, 10))
+            node.start()
+
+    run(play())
+
+
+@in_world(a=(), b=("m",))
+async def test_models_of_all_nodes_are_listed_with_their_state(world):
+    (status,) = world["a"].router.models()
+    assert (status.model, status.state, status.context_tokens) == ("m", ModelState.IDLE, 512)
+    await read(world.open("a", "m"))
+    await asyncio.sleep(0.2)
+    assert world["a"].router.status("m").state is ModelState.READY
+    with pytest.raises(ModelNotFoundError):
+        world["a"].router.status("none")
+    told = world["a"].router.explain("m")
+    assert (told["node"], told["candidates"][0]["way"]) == ("b", "serve")

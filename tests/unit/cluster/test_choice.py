@@ -1,0 +1,155 @@
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sllm_node.cluster.choice import ask_for, choose, request_for
+from sllm_node.cluster.placement import Kind, explain
+from sllm_node.cluster.reservations import Granted, Reservations
+from sllm_node.cluster.state import (
+    Bandwidths,
+    BootId,
+    DeviceShare,
+    DeviceState,
+    HeldModel,
+    NodeId,
+    NodeState,
+    ReplicaId,
+    ReplicaState,
+    SessionState,
+)
+from sllm_node.cluster.view import ClusterView
+from sllm_node.core.types import ModelId, SessionId
+from tests.unit.cluster.clusters import random_model_sizes, random_node
+
+M = ModelId("m")
+A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
+
+
+def held(**changes):
+    return HeldModel(M, 100, 100, bytes_nvme=100, replica_bytes=120, **changes)
+
+
+def replica(sessions=0, slots=4, model=M, **changes):
+    running = tuple(SessionState(SessionId(f"s{i}"), 1, 1) for i in range(sessions))
+    return ReplicaState(
+        ReplicaId(model), model, (DeviceShare("cpu", 120),), slots, running, **changes
+    )
+
+
+def node(name, *, free=200, replicas=(), models=None, **changes):
+    return NodeState(
+        NodeId(name), BootId("1"), 1, (DeviceState("cpu", 200, free),),
+        Bandwidths(0.0, 0.0, 100.0, 10.0), (held(),) if models is None else models, replicas, **changes,
+    )  # fmt: skip
+
+
+def view_of(*states):
+    view = ClusterView()
+    for state in states:
+        view.update(state, 0.0)
+    return view
+
+
+def chosen(view, me=A, excluded=()):
+    return choose(view, request_for(view, M), me, 0.0, frozenset(excluded))
+
+
+def test_a_replica_with_a_place_elsewhere_beats_a_load_here():
+    found = chosen(view_of(node("a"), node("b", free=80, replicas=(replica(),))))
+    assert (found.node, found.way) == (B, "serve")
+
+
+def test_of_equal_ways_this_node_takes_its_own():
+    states = [node(name, free=80, replicas=(replica(),)) for name in "abc"]
+    assert [chosen(view_of(*states), me=me).node for me in (A, B, C)] == [A, B, C]
+    assert [chosen(view_of(*map(node, "abc")), me=me).node for me in (A, B, C)] == [A, B, C]
+
+
+def test_an_emptier_replica_elsewhere_is_taken_when_the_own_one_is_crowded():
+    view = view_of(
+        node("a", free=80, replicas=(replica(3),)), node("b", free=80, replicas=(replica(),))
+    )
+    assert chosen(view).node == B
+
+
+def test_who_is_excluded_gets_nothing():
+    view = view_of(node("b", free=80, replicas=(replica(),)), node("c"))
+    assert chosen(view, excluded=[B]).node == C
+    assert chosen(view, excluded=[B, C]) is None
+
+
+def test_without_a_free_way_a_request_queues_where_the_model_is_and_least_runs():
+    other = ModelId("x")
+    busy = replica(2, model=other)
+    view = view_of(
+        node("a", models=()), node("b", free=80, replicas=(busy,)),
+        node("c", free=80, replicas=(replica(1, model=other),)),
+    )  # fmt: skip
+    found = chosen(view)
+    assert (found.node, found.way, found.startup_s) == (C, "queue", None)
+
+
+def test_a_draining_node_is_no_place_to_queue():
+    full = (replica(2, model=ModelId("x")),)
+    assert chosen(view_of(node("b", free=80, replicas=full, is_draining=True))) is None
+
+
+def test_the_size_of_a_replica_is_the_least_that_a_node_tells():
+    told = view_of(
+        node("a", models=(replace(held(), replica_bytes=150),)),
+        node("b", models=(held(),)),
+    )
+    assert request_for(told, M).share_bytes == 120
+    assert request_for(view_of(), M).share_bytes == 0
+
+
+@given(st.integers(0, 100_000))
+def test_nothing_is_chosen_that_needs_moves_and_the_best_of_the_rest_wins(seed):
+    rng = Random(seed)
+    sizes = random_model_sizes(rng)
+    states = [random_node(rng, f"n{i}", sizes) for i in range(4)]
+    view = view_of(*states)
+    model = rng.choice(list(sizes))
+    asked = request_for(view, model)
+    found = choose(view, asked, NodeId("elsewhere"), 0.0)
+    ways = [c for c in explain(view, asked, 0.0) if c.kind is not Kind.MIGRATE]
+    if not ways:
+        assert found is None or found.way == "queue"
+        return
+    assert found is not None
+    assert found.candidate == ways[0]
+
+
+@given(st.integers(0, 100_000))
+def test_what_is_asked_for_is_promised_on_the_state_decided_on(seed):
+    rng = Random(seed)
+    sizes = random_model_sizes(rng)
+    states = {f"n{i}": random_node(rng, f"n{i}", sizes) for i in range(3)}
+    view = view_of(*states.values())
+    asked = request_for(view, rng.choice(list(sizes)))
+    found = choose(view, asked, NodeId("elsewhere"), 0.0)
+    if found is not None:
+        state = states[found.node]
+        answer = Reservations(1.0).ask(ask_for(found, asked, state, "r"), state, 0.0)
+        assert isinstance(answer, Granted)
+
+
+@pytest.mark.parametrize(
+    "now",
+    [
+        node("b", free=0, replicas=(replica(model=ModelId("x"), is_pinned=True),)),
+        node("b", is_draining=True),
+        replace(node("b"), boot=BootId("2")),
+    ],
+)
+def test_what_is_not_true_any_more_is_refused_with_the_newer_state(now):
+    view = view_of(node("a", models=()), node("b"))
+    asked = request_for(view, M)
+    found = chosen(view)
+    assert found.way == "load"
+    answer = Reservations(1.0).ask(ask_for(found, asked, node("b"), "r"), now, 0.0)
+    assert not isinstance(answer, Granted)
+    assert answer.state == now

@@ -1,0 +1,300 @@
+"""A routed session against nodes that are scripts: lists of records, errors, and gates."""
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+import pytest
+
+from sllm_node.cluster.choice import Choice
+from sllm_node.cluster.document import encode_state
+from sllm_node.cluster.forward import REFUSALS_MAX, Limits, RoutedStream, Tools
+from sllm_node.cluster.reservations import Ask, ReservationId
+from sllm_node.cluster.state import BootId
+from sllm_node.cluster.wire import (
+    Granted,
+    Refusal,
+    Tokens,
+    Waiting,
+    failed,
+    pack,
+    unpack_forward,
+)
+from sllm_node.core.clock import ManualClock
+from sllm_node.core.errors import (
+    CancelledByOperatorError,
+    DrainingError,
+    EngineError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PeerUnreachableError,
+)
+from sllm_node.core.types import (
+    GenerationChunk,
+    GenerationRequest,
+    ModelId,
+    NodeId,
+    SamplingParameters,
+    SessionId,
+)
+from tests.unit.cluster.test_choice import node as state_of
+from tests.unit.server.fake_service import FakeStream, status_of
+
+REQUEST = GenerationRequest(SessionId("r-0"), ModelId("m"), (1, 2), SamplingParameters(), 10)
+
+
+def tokens(*numbers, finish=None, cached=0):
+    text = "".join(chr(96 + number) for number in numbers)
+    return Tokens(GenerationChunk(text, numbers, (), finish, cached_tokens=cached))
+
+
+REFUSED = Refusal("no room", encode_state(state_of("a"), 1 << 16))
+
+
+class LocalStream(FakeStream):
+    """A session that this node serves itself."""
+
+    def __init__(self, chunks):
+        super().__init__(chunks)
+        self.started = asyncio.Event()
+        self.started.set()
+
+    def __aiter__(self):
+        return self
+
+
+class World:
+    """Nodes by name, each with what it answers to one session after another."""
+
+    def __init__(self, **scripts):
+        self.scripts = {NodeId(name): list(script) for name, script in scripts.items()}
+        self.asked = []
+        """Node and forward of each session asked for."""
+        self.closed = []
+        self.learned, self.lost_nodes, self.outcomes, self.starts = [], [], [], []
+        self.news = asyncio.Event()
+        self.is_heard = True
+        self.ended_streams = []
+        self.clock = ManualClock()
+        self.here, self.local = [], []
+
+    # --- the client
+
+    @contextlib.asynccontextmanager
+    async def stream(self, peer, what, payload, silence_s):
+        self.asked.append((peer, unpack_forward(payload)))
+        script = (
+            self.scripts[peer].pop(0) if self.scripts[peer] else [PeerUnreachableError(peer, "-")]
+        )
+        try:
+            yield self._play(script)
+        finally:
+            self.closed.append(peer)
+
+    async def _play(self, script):
+        for item in script:
+            if isinstance(item, Exception):
+                raise item
+            if isinstance(item, asyncio.Event):
+                await item.wait()
+            else:
+                yield pack(item)
+
+    # --- the ways
+
+    def choose(self, request, excluded):
+        left = [name for name in self.scripts if name not in excluded]
+        return Choice(left[0], "load", f"{left[0]} is next") if left else None
+
+    def ask(self, choice, request):
+        return Ask(ReservationId("r"), BootId("" if choice.node == "here" else "1"), 1)
+
+    def learn(self, state):
+        self.learned.append(state.node)
+
+    def lost(self, node, error):
+        self.lost_nodes.append(node)
+
+    def started(self, choice, model, seconds):
+        self.starts.append(choice.node)
+
+    def left(self, choice, model, outcome):
+        self.outcomes.append((choice.node, outcome))
+
+    def ended(self, stream):
+        self.ended_streams.append(stream)
+
+    async def changed(self, timeout_s):
+        if self.is_heard:
+            await self.news.wait()
+            self.news.clear()
+        return self.is_heard
+
+    def open_local(self, request, keep_alive_s):
+        stream = LocalStream(self.here)
+        self.local.append((request, stream))
+        return stream
+
+    def open(self, request=REQUEST):
+        first = self.choose(request, frozenset())
+        limits = Limits(1.0, 10.0)
+        return RoutedStream(request, 5.0, first, self, Tools(self, self.clock, limits))
+
+
+async def read(stream):
+    chunks = [chunk async for chunk in stream]
+    numbers = tuple(token for chunk in chunks for token in chunk.tokens)
+    return numbers, "".join(chunk.text for chunk in chunks), chunks
+
+
+async def test_tokens_come_through_with_their_end():
+    world = World(a=[[Waiting(), Granted(), tokens(1), tokens(2, 3, finish="length")]])
+    stream = world.open()
+    numbers, text, chunks = await read(stream)
+    assert (numbers, text, chunks[-1].finish) == ((1, 2, 3), "abc", "length")
+    assert (world.outcomes, world.starts, world.closed) == ([("a", "ok")], ["a"], ["a"])
+    assert world.ended_streams == [stream]
+    ((_, forward),) = world.asked
+    assert (forward.request, forward.keep_alive_s, forward.hops) == (REQUEST, 5.0, 1)
+
+
+@pytest.mark.parametrize(
+    "end",
+    [PeerUnreachableError("a", "gone"), None, DrainingError(1.0, was_running=True), EngineError("m", "x")],
+    ids=["lost", "cut", "draining", "failed"],
+)  # fmt: skip
+async def test_a_session_goes_on_behind_its_tokens_when_its_node_fails(end):
+    ends = [] if end is None else [end if isinstance(end, PeerUnreachableError) else failed(end)]
+    world = World(
+        a=[[Granted(), tokens(1, 2, cached=5), *ends]],
+        b=[[Granted(), tokens(3, cached=7), tokens(4, finish="stop", cached=7)]],
+    )
+    numbers, text, chunks = await read(world.open(replace(REQUEST, resumed=(9,))))
+    assert (numbers, text) == ((1, 2, 3, 4), "abcd")
+    assert {chunk.cached_tokens for chunk in chunks} == {5}
+    assert [(peer, forward.request.resumed) for peer, forward in world.asked] == [
+        ("a", (9,)), ("b", (9, 1, 2)),
+    ]  # fmt: skip
+    assert world.lost_nodes == (
+        ["a"] if end is None or isinstance(end, PeerUnreachableError) else []
+    )
+
+
+async def test_a_refusal_is_learned_from_and_the_next_placement_follows():
+    world = World(a=[[REFUSED], [Granted(), tokens(1, finish="stop")]])
+    assert (await read(world.open()))[0] == (1,)
+    assert (world.learned, world.lost_nodes) == (["a"], [])
+    assert world.outcomes == [("a", "refused"), ("a", "ok")]
+
+
+async def test_a_node_that_refuses_again_and_again_is_left_alone():
+    world = World(a=[[REFUSED]] * 10, b=[[tokens(1, finish="stop")]])
+    assert (await read(world.open()))[0] == (1,)
+    assert [peer for peer, _ in world.asked] == ["a"] * REFUSALS_MAX + ["b"]
+
+
+@pytest.mark.parametrize(
+    "error", [InvalidRequestError("wrong"), CancelledByOperatorError("an operator")]
+)
+async def test_what_no_node_can_better_is_told_at_once(error):
+    world = World(a=[[failed(error)]], b=[[tokens(1, finish="stop")]])
+    with pytest.raises(type(error)):
+        await read(world.open())
+    assert len(world.asked) == 1
+
+
+async def test_a_model_that_left_its_node_is_looked_for_elsewhere():
+    world = World(a=[[failed(ModelNotFoundError("m"))]], b=[[tokens(1, finish="stop")]])
+    assert (await read(world.open()))[0] == (1,)
+
+
+async def test_a_session_waits_for_a_node_that_comes_back():
+    world = World(a=[[tokens(1), PeerUnreachableError("a", "killed")], [tokens(2, finish="stop")]])
+    stream = world.open()
+    assert (await anext(stream)).tokens == (1,)
+    world.news.set()
+    assert (await read(stream))[0] == (2,)
+    assert world.asked[1][1].request.resumed == (1,)
+
+
+async def test_a_session_that_nobody_takes_any_more_ends_with_the_last_error():
+    world = World(a=[[tokens(1), failed(EngineError("m", "broke"))]])
+    world.is_heard = False
+    stream = world.open()
+    with pytest.raises(EngineError):
+        await read(stream)
+    assert world.ended_streams == [stream]
+
+
+async def test_patience_ends_although_nodes_come_and_go():
+    world = World(a=[])
+    world.clock.advance(1.0)
+    stream = world.open()
+    for _ in range(5):
+        world.clock.advance(3.0)
+        world.news.set()
+        for _ in range(10):
+            await asyncio.sleep(0)
+    with pytest.raises(PeerUnreachableError):
+        await read(stream)
+
+
+async def test_before_the_first_token_a_busy_node_is_told_if_there_is_no_other():
+    world = World(a=[[failed(DrainingError(1.0))]])
+    with pytest.raises(DrainingError):
+        await read(world.open())
+
+
+async def test_cancel_closes_the_connection_and_ends_the_stream():
+    world = World(a=[[tokens(1), asyncio.Event()]])
+    stream = world.open()
+    await anext(stream)
+    stream.cancel()
+    stream.cancel()
+    with pytest.raises(StopAsyncIteration):
+        await anext(stream)
+    while not world.closed:
+        await asyncio.sleep(0)
+    assert (world.outcomes, world.ended_streams) == ([("a", "cancelled")], [stream])
+
+
+async def test_an_operator_ends_a_session_with_an_error_for_its_reader():
+    world = World(a=[[asyncio.Event()]])
+    stream = world.open()
+    stream.stop(CancelledByOperatorError("an operator ended it"))
+    with pytest.raises(CancelledByOperatorError):
+        await anext(stream)
+
+
+async def test_the_status_of_the_load_is_passed_on_until_the_session_runs():
+    granted = asyncio.Event()
+    world = World(a=[[Waiting(status_of()), granted, Granted(), tokens(1, finish="stop")]])
+    stream = world.open()
+    while stream.status() is None:
+        await asyncio.sleep(0)
+    assert stream.status() == status_of()
+    assert stream.session_status().state == "waiting"
+    granted.set()
+    assert (await anext(stream)).tokens == (1,)
+    assert stream.status() is None
+
+
+async def test_a_reader_that_lags_gets_joined_chunks():
+    done = asyncio.Event()
+    world = World(a=[[tokens(1), tokens(2), done, tokens(3, finish="stop")]])
+    stream = world.open()
+    while len(stream._tokens) < 2:
+        await asyncio.sleep(0)
+    chunk = await anext(stream)
+    assert (chunk.tokens, chunk.text, chunk.finish) == ((1, 2), "ab", None)
+    done.set()
+    assert (await read(stream))[0] == (3,)
+
+
+async def test_a_session_that_lost_its_node_can_go_on_here():
+    world = World(a=[[Granted(), tokens(1)]], here=[])
+    world.here = [tokens(2).chunk, tokens(3, finish="length").chunk]
+    assert (await read(world.open()))[0] == (1, 2, 3)
+    ((request, _),) = world.local
+    assert request.resumed == (1,)
+    assert world.outcomes == [("a", "failed"), ("here", "ok")]

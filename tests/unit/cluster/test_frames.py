@@ -1,0 +1,69 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sllm_node.cluster.frames import FRAME_LIMIT, FrameReader, FrameWriter, only
+from sllm_node.core.errors import (
+    MessageError,
+    MessageFormatError,
+    MessageTooLargeError,
+    WrongKeyError,
+)
+
+SECRET = bytes(32)
+
+
+def framed(payloads, secret=SECRET):
+    writer = FrameWriter(secret)
+    return [writer.frame(payload) for payload in payloads]
+
+
+@given(
+    st.lists(st.binary(max_size=40), max_size=6),
+    st.integers(1, 30),
+    st.sampled_from([None, SECRET]),
+)
+def test_frames_come_back_however_they_are_cut(payloads, step, secret):
+    data, reader = b"".join(framed(payloads, secret)), FrameReader(secret, "b")
+    found = [one for at in range(0, len(data), step) for one in reader.feed(data[at : at + step])]
+    assert found == payloads
+    assert reader.is_between
+
+
+@given(st.integers(min_value=0), st.integers(1, 255))
+def test_a_changed_bit_never_comes_through(place, change):
+    data = bytearray(b"".join(framed([b"one", b"two"])))
+    data[place % len(data)] ^= change
+    reader = FrameReader(SECRET, "b")
+    try:
+        found = reader.feed(bytes(data))
+    except MessageError:
+        return
+    assert found != [b"one", b"two"]
+    assert found in ([], [b"one"])
+    assert not reader.is_between
+
+
+@pytest.mark.parametrize("order", [(1, 0), (1,), (0, 0)])
+def test_frames_in_another_order_left_out_or_repeated_are_refused(order):
+    frames = framed([b"one", b"two"])
+    with pytest.raises(WrongKeyError):
+        FrameReader(SECRET, "b").feed(b"".join(frames[i] for i in order))
+
+
+def test_frames_of_another_answer_are_refused():
+    with pytest.raises(WrongKeyError):
+        FrameReader(SECRET, "b").feed(framed([b"one"], bytes([1]) * 32)[0])
+
+
+def test_a_frame_above_the_limit_is_neither_made_nor_awaited():
+    with pytest.raises(MessageTooLargeError):
+        FrameWriter(None).frame(bytes(FRAME_LIMIT + 1))
+    with pytest.raises(MessageTooLargeError):
+        FrameReader(None, "b").feed((FRAME_LIMIT + 1).to_bytes(4, "big"))
+
+
+def test_an_answer_of_one_frame_has_one():
+    assert only([b"x"]) == b"x"
+    with pytest.raises(MessageFormatError):
+        only([])

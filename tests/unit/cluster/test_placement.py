@@ -1,0 +1,162 @@
+from random import Random
+
+import pytest
+
+from sllm_node.cluster.placement import (
+    Kind,
+    LoadThere,
+    MigrateThenLoad,
+    PlacementRequest,
+    Reject,
+    ServeHere,
+    Wait,
+    decide,
+    explain,
+)  # fmt: skip
+from sllm_node.cluster.state import DeviceShare, ReplicaId, ReplicaState
+from sllm_node.core.types import ModelId
+from tests.unit.cluster.clusters import (
+    Brute,
+    busy,
+    crowded_cluster,
+    one_node,
+    random_cluster,
+    random_model_sizes,
+    random_node,
+    viewed,
+)  # fmt: skip
+
+ROUNDS, BATCHES = 1250, 8
+
+
+def check_is_sound(view, request, best):
+    """Check that what a decision wants can be done: enough is freed, no device is promised twice."""
+    node = view.nodes[best.node]
+    gone = {*best.evicts, *(move.replica for move in best.moves)}
+    replicas = {r.replica: r for r in node.state.replicas}
+    for name in best.devices if best.kind >= Kind.LOAD else ():
+        room = node.by_name[name].free + sum(replicas[r].size_on(name) for r in gone)
+        assert room >= request.share_bytes
+    assert all(replicas[name].is_evictable for name in best.evicts)
+    promised = [(best.node, device) for device in best.devices]
+    for move in best.moves:
+        victim, to = replicas[move.replica], move.to
+        assert victim.is_movable
+        assert all(s.priority <= request.priority for s in victim.sessions)
+        there = view.nodes[to.node]
+        others = {r.replica: r for r in there.state.replicas}
+        promised += [(to.node, device) for device in to.devices]
+        if to.joins:
+            assert others[to.joins].model == victim.model
+            assert others[to.joins].free_slots >= len(victim.sessions)
+            continue
+        for name in to.devices:
+            room = there.by_name[name].free + sum(others[r].size_on(name) for r in to.evicts)
+            assert room >= max(share.size for share in victim.shares)
+    assert len(set(promised)) == len(promised)
+
+
+def check_one(seed):
+    rng = Random(seed)
+    nodes, request = (crowded_cluster if seed % 4 == 0 else random_cluster)(rng)
+    age = rng.choice([0.0, 0.5, 4.0])
+    view = viewed(nodes, 100.0)
+    decision = decide(view, request, 100.0 + age)
+    brute = Brute(nodes, age)
+    expected = brute.best(request)
+    if expected is None:
+        assert isinstance(decision, Reject), seed
+        return "REJECT"
+    assert not isinstance(decision, Reject), seed
+    assert decision.best.key == expected, seed
+    every = explain(view, request, 100.0 + age)
+    assert every[0].key == decision.best.key, seed
+    found = {(c.node, int(c.kind)): c.key for c in every if c.kind >= Kind.LOAD}
+    expected_each = brute.best_of_each(request)
+    # Beside a load without evictions, one with them is told only where its devices are free sooner.
+    assert {k: v for k, v in expected_each.items() if k in found or k[1] != Kind.EVICT} == found, (
+        seed
+    )
+    for candidate in every:
+        check_is_sound(view, request, candidate)
+    return decision.best.kind.name
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_a_decision_is_what_trying_everything_finds(batch):
+    seen = {check_one(seed) for seed in range(batch * ROUNDS, (batch + 1) * ROUNDS)}
+    assert seen == {"REJECT", *(kind.name for kind in Kind)}
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_in_a_larger_cluster_looking_at_few_nodes_finds_the_same_as_looking_at_all(seed):
+    rng = Random(seed)
+    sizes = random_model_sizes(rng)
+    nodes = [random_node(rng, f"n{i:02}", sizes) for i in range(24)]
+    view = viewed(nodes)
+    for model, (size, shares, _) in sizes.items():
+        decision = decide(view, PlacementRequest(model, size, shares), 1.0)
+        every = explain(view, PlacementRequest(model, size, shares), 1.0)
+        if isinstance(decision, Reject):
+            assert every == []
+        else:
+            assert decision.best.key == every[0].key
+            assert decision.best in decision.seen
+
+
+A = PlacementRequest(ModelId("a"), 16)
+
+
+def reason(*nodes, request=A):
+    decision = decide(viewed(nodes), request, 0.0)
+    assert isinstance(decision, Reject)
+    return decision.reason
+
+
+def test_a_rejection_says_what_lacks():
+    assert reason() == "no node has or can fetch model 'a'"
+    assert "takes requests" in reason(one_node(free=32, is_draining=True))
+    assert "1 devices with 16 bytes" in reason(one_node(total=8, free=8))
+    assert "can't move" in reason(one_node(replicas=[busy("b", 32)]))
+
+
+def test_sessions_move_away_where_the_model_lies_in_dram_and_the_victim_may_be_larger_than_the_shortage():
+    nodes = one_node(replicas=[busy("b", 32)]), one_node(free=32, name="n1", dram=0)
+    decision = decide(viewed(nodes), A, 0.0)
+    assert isinstance(decision, MigrateThenLoad)
+    (move,) = decision.best.moves
+    assert (decision.best.node, move.replica, move.sessions) == ("n0", "r0", ("s",))
+    assert (move.to.node, move.to.devices) == ("n1", ("d0",))
+    assert decision.best.startup_s == pytest.approx(1 + 0.05 + 20 * 2e-4 + 1)
+    assert "sessions have moved; starts in 2.054 s" in decision.best.reason
+    loads = [c for c in decision.seen if c.kind is Kind.LOAD]
+    assert [(c.node, c.startup_s) for c in loads] == [("n1", 8.0)]
+
+
+def test_sessions_of_a_higher_priority_stay():
+    nodes = one_node(replicas=[busy("b", 32, priority=1)]), one_node(free=32, name="n1", dram=0)
+    assert isinstance(decide(viewed(nodes), A, 0.0), LoadThere)
+    urgent = PlacementRequest(ModelId("a"), 16, priority=1)
+    assert isinstance(decide(viewed(nodes), urgent, 0.0), MigrateThenLoad)
+
+
+def test_a_pinned_replica_stays():
+    nodes = one_node(replicas=[busy("b", 32, is_pinned=True)]), one_node(free=32, name="n1", dram=0)
+    assert isinstance(decide(viewed(nodes), A, 0.0), LoadThere)
+
+
+def test_of_replicas_with_a_place_the_emptiest_serves():
+    full = ReplicaState(ReplicaId("x"), A.model, (DeviceShare("d0", 16),), 4, busy("a", 1).sessions)
+    idle = ReplicaState(ReplicaId("y"), A.model, (DeviceShare("d0", 16),), 4)
+    decision = decide(
+        viewed([one_node(replicas=[full]), one_node(name="n1", replicas=[idle])]), A, 0.0
+    )
+    assert isinstance(decision, ServeHere)
+    assert decision.best.node == "n1"
+
+
+def test_time_that_passes_shortens_a_wait():
+    view = viewed([one_node(replicas=[busy("a", 32, next_free_s=5.0)])])
+    decision = decide(view, A, 2.0)
+    assert isinstance(decision, Wait)
+    assert decision.best.startup_s == 3.0
