@@ -7,7 +7,8 @@ in the queue of the devices (the moves meanwhile) plus the load. The least wins;
 kind that disturbs least, the emptier replica, then names, so all nodes decide alike on one state.
 
 `decide` looks only at nodes that can still win, since a node's load time bounds it from below;
-`explain` looks at all of them, and its first is what `decide` takes.
+`explain` looks at all of them, and its first is what `decide` takes. The search for moves has limits,
+and a decision that met one says so (`is_exact`).
 """
 
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import combinations
 from operator import attrgetter
+from typing import Final
 
 from sllm_node.cluster.estimate import Source
 from sllm_node.cluster.moves import Move, Streams, cheapest_moves, evictions
@@ -34,6 +36,10 @@ class PlacementRequest:
     """Devices of one node that a replica is split over."""
     priority: int = 0
     """Sessions of higher priority are not moved for it."""
+
+
+NODES_MAX: Final = 64
+"""Nodes on which one decision looks for moves, those that load quickest first."""
 
 
 class Kind(IntEnum):
@@ -98,6 +104,8 @@ class ServeHere:
     best: Candidate
     seen: tuple[Candidate, ...]
     """All that were looked at, `best` among them."""
+    is_exact: bool = True
+    """False: the search for moves was cut short (`NODES_MAX`, `moves.STEPS_MAX`); there may be a better way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +114,7 @@ class Wait:
 
     best: Candidate
     seen: tuple[Candidate, ...]
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +123,7 @@ class LoadThere:
 
     best: Candidate
     seen: tuple[Candidate, ...]
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +132,7 @@ class MigrateThenLoad:
 
     best: Candidate
     seen: tuple[Candidate, ...]
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +140,7 @@ class Reject:
     """There is no way now."""
 
     reason: str
+    is_exact: bool = True
 
 
 Decision = ServeHere | Wait | LoadThere | MigrateThenLoad | Reject
@@ -149,18 +161,32 @@ def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision
             seen.append(candidate)
             if best is None or candidate.key < best.key:
                 best = candidate
-    streams = Streams(view, now)
+    if best and best.startup_s < view.least_load_s(request.model):
+        return _KINDS[best.kind](best, tuple(seen))
+    best, is_exact = _with_moves(view, request, best, seen, now)
+    if best is None:
+        return Reject(_why_not(view, request), is_exact)
+    return _KINDS[best.kind](best, tuple(seen), is_exact)
+
+
+def _with_moves(
+    view: ClusterView, request: PlacementRequest, best: Candidate | None, seen: list[Candidate],
+    now: float,
+) -> tuple[Candidate | None, bool]:  # fmt: skip
+    """Return the best way if sessions may move too, and whether no better one can have been missed."""
+    streams, searched = Streams(view, now), 0
     for load_s, node in view.paths_within_reach(request.model, request.share_bytes):
         if best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
             break
+        if searched == NODES_MAX:
+            return best, False
+        searched += 1
         found = _migration(streams, view, view.nodes[node], request, best, now)
         if found:
             seen.append(found)
             if best is None or found.key < best.key:
                 best = found
-    if best is None:
-        return Reject(_why_not(view, request))
-    return _KINDS[best.kind](best, tuple(seen))
+    return best, streams.steps_left >= 0
 
 
 def explain(view: ClusterView, request: PlacementRequest, now: float) -> list[Candidate]:
@@ -280,7 +306,7 @@ def _why_not(view: ClusterView, request: PlacementRequest) -> str:
     model = request.model
     if not view.is_known(model):
         return f"no node has or can fetch model {model!r}"
-    if not view.paths(model):
+    if not any(True for _ in view.paths(model)):
         return f"no node that takes requests can load model {model!r}"
     nodes = (view.nodes[node] for _, node in view.paths(model))
     if not any(

@@ -48,27 +48,31 @@ class Loading:
         """Take notice of a session that has ended."""
         self._tokens_out.observe(session.tokens_out)
 
-    def start(self, model: Model, choice: Load) -> Replica:
-        """Make room and start a load; return the replica on its way."""
+    def start(self, session: Session, choice: Load) -> None:
+        """Make room, give the session a place in a replica on its way, and start the load."""
         for replica in choice.evicts:
             self.drop(replica)
         victims = choice.preempts or tuple(go.victim for go in choice.moves)
-        replica = self._make(model, choice.node, choice.devices, victims)
+        replica = self._make(session.model, choice.node, choice.devices, victims)
+        self._simulation.join(session, replica)
         if choice.moves:
             self._simulation.mover.prepare(replica, choice.moves)
-            return replica
+            return
+        self._stop(victims)
+        self.begin(replica)
+
+    def _stop(self, victims: tuple[Replica, ...]) -> None:
+        """Stop sessions; they are placed again at once."""
         stopped = [session for victim in victims for session in victim.sessions.values()]
         stopped += [session for victim in victims for session in victim.waiting]
         for victim in victims:
             victim.waiting.clear()
             self._simulation.journal.counts["preemption"] += len(victim.sessions)
             self.leave(victim)
-        self.begin(replica)
         for session in stopped:
             self._simulation.interrupt(session)
         for session in stopped:
             self._simulation.place(session)
-        return replica
 
     def destination(self, go: Go) -> Replica:
         """Return the replica that a victim's sessions go to, with places promised to them."""

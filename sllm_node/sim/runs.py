@@ -8,6 +8,7 @@ from sllm_node.sim.clustering import contexts, make_models, make_nodes
 from sllm_node.sim.description import Description
 from sllm_node.sim.journal import Journal
 from sllm_node.sim.ours import Ours
+from sllm_node.sim.paper import ServerlessLLM, Shepherd
 from sllm_node.sim.plain import LeastLoaded, Serverless
 from sllm_node.sim.policy import Mechanisms, Policy
 from sllm_node.sim.report import Report, make_report
@@ -29,6 +30,8 @@ class Contestant:
 
 CONTESTANTS: Final = {
     "ours": Contestant(lambda s, _: Ours(s), _ALL, "this project"),
+    "serverlessllm": Contestant(lambda s, _: ServerlessLLM(s), _PAPER, "the paper's"),
+    "shepherd": Contestant(lambda s, _: Shepherd(s), _PAPER, "locality and preemption"),
     "serverless": Contestant(Serverless, _PAPER, "a random free device"),
     "least-loaded": Contestant(lambda s, _: LeastLoaded(s), _PAPER, "the least loaded node"),
 }

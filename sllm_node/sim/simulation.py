@@ -113,7 +113,7 @@ class Simulation:
                 at = self.now + times * expected_s + more_s
                 self.push(at, self._decide_again, session, replica)
             case Load():
-                self.join(session, self.loading.start(session.model, choice))
+                self.loading.start(session, choice)
             case None:
                 raise AssertionError("handled by place()")
 
@@ -180,7 +180,7 @@ class Simulation:
             self.pending.pop(replica.model.number, None)
         if replica.is_idle:
             self.loading.rest(replica)
-        self.retry()
+            self.retry()
 
     def retry(self) -> None:
         """Place again what could not be placed: the first of each model that waits longest."""
