@@ -105,7 +105,7 @@ class ServeHere:
     seen: tuple[Candidate, ...]
     """All that were looked at, `best` among them."""
     is_exact: bool = True
-    """False: the search for moves was cut short (`NODES_MAX`, `moves.STEPS_MAX`); there may be a better way."""
+    """False: the search for moves met a limit (`NODES_MAX`, those in `moves`); there may be a better way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision
     for load_s, node in view.paths_with_room(request.model, request.share_bytes):
         if best and (load_s, Kind.LOAD, 0.0, node) > best.key:
             break
-        for candidate in _loads(view, view.nodes[node], request, load_s, now):
+        for candidate in _loads(view, view.nodes[node], request, load_s, now, best):
             seen.append(candidate)
             if best is None or candidate.key < best.key:
                 best = candidate
@@ -174,19 +174,19 @@ def _with_moves(
     now: float,
 ) -> tuple[Candidate | None, bool]:  # fmt: skip
     """Return the best way if sessions may move too, and whether no better one can have been missed."""
-    streams, searched = Streams(view, now), 0
-    for load_s, node in view.paths_within_reach(request.model, request.share_bytes):
+    streams = Streams(view, now)
+    paths = view.paths_within_reach(request.model, request.share_bytes)
+    for searched, (load_s, node) in enumerate(paths):
         if best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
             break
         if searched == NODES_MAX:
             return best, False
-        searched += 1
         found = _migration(streams, view, view.nodes[node], request, best, now)
         if found:
             seen.append(found)
             if best is None or found.key < best.key:
                 best = found
-    return best, streams.steps_left >= 0
+    return best, streams.steps_left >= 0 and not streams.is_cut
 
 
 def explain(view: ClusterView, request: PlacementRequest, now: float) -> list[Candidate]:
@@ -232,9 +232,10 @@ def _startup_s(replica: ReplicaState, age_s: float) -> float | None:
 
 
 def _loads(
-    view: ClusterView, node: NodeView, request: PlacementRequest, load_s: float, now: float
-) -> Iterator[Candidate]:
-    """Yield the best load without evictions, and the best one if that evicts."""
+    view: ClusterView, node: NodeView, request: PlacementRequest, load_s: float, now: float,
+    best: Candidate | None = None,
+) -> Iterator[Candidate]:  # fmt: skip
+    """Yield the best load without evictions, and the best one if that evicts; only what beats `best`."""
     size, model = request.share_bytes, request.model
     if node.room < size:
         return
@@ -249,9 +250,12 @@ def _loads(
             continue
         names = tuple(d.name for d in chosen)
         wait_s = max(0.0, max(d.ready_at for d in chosen) - now)
+        kind = Kind.LOAD if is_free else Kind.EVICT
+        if best and (wait_s + load_s, kind, 0.0, node.node, names) >= best.key:
+            continue
         evicts = () if is_free else evictions(node, dict.fromkeys(names, size))
         yield Candidate(
-            Kind.LOAD if is_free else Kind.EVICT, wait_s + load_s, node.node, names,
+            kind, wait_s + load_s, node.node, names,
             wait_s=wait_s, load_s=load_s, source=view.path(model, node.node).source, evicts=evicts,
         )  # fmt: skip
 

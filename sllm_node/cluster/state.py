@@ -133,7 +133,11 @@ class ReplicaState:
 
     def size_on(self, device: str) -> int:
         """Return the bytes that leave `device` with it."""
-        return sum(share.size for share in self.shares if share.device == device)
+        size = 0
+        for share in self.shares:
+            if share.device == device:
+                size += share.size
+        return size
 
 
 @dataclass(frozen=True, slots=True)

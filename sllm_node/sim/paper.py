@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from sllm_node.core.units import MIB
 from sllm_node.sim.hardware import Device, Model, Node, Replica, Session
-from sllm_node.sim.plain import open_replica, room_for
+from sllm_node.sim.plain import Rooms, open_replica
 from sllm_node.sim.policy import Choice, Go, Join, Load
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class LoadTimes:
     def __init__(self, simulation: "Simulation") -> None:
         self._simulation = simulation
         self._names = list(simulation.nodes)
+        self._rooms = Rooms()
         self._cursor = 0
 
     def soonest(self, model: Model, without: frozenset[int] = frozenset()) -> Estimate | None:
@@ -83,7 +84,7 @@ class LoadTimes:
     def _better(
         self, best: Estimate | None, node: Node, model: Model, without: frozenset[int]
     ) -> Estimate | None:
-        room = room_for(node, model)
+        room = self._rooms.room_for(node, model)
         if room is None or any(id(device) in without for device in room[0]):
             return best
         end_s = self.end_s(node, model, room[0])

@@ -33,41 +33,65 @@ def open_replica(simulation: "Simulation", model: Model) -> Replica | None:
     return best
 
 
-def idle_replicas(node: Node, device: Device) -> list[Replica]:
-    """Return the idle replicas on a device, the longest idle first."""
-    idle = [r for r in node.replicas.values() if r.is_idle and device in r.devices]
-    return sorted(idle, key=lambda replica: (replica.idle_since, replica.name))
+class _Space:
+    """What a device has free, and what it would have if idle replicas left."""
+
+    __slots__ = ("device", "idle", "models", "room")
+
+    def __init__(self, node: Node, device: Device) -> None:
+        here = [replica for replica in node.replicas.values() if device in replica.devices]
+        idle = [replica for replica in here if replica.is_idle]
+        self.device = device
+        self.idle = sorted(idle, key=lambda replica: (replica.idle_since, replica.name))
+        """The longest idle first."""
+        self.models = {replica.model.number for replica in here}
+        self.room = device.free + sum(replica.model.share for replica in idle)
+
+    def evicts(self, size: int) -> list[Replica]:
+        """Return the idle replicas that have to leave for so many bytes; there must be room."""
+        short = size - self.device.free
+        chosen: list[Replica] = []
+        for replica in self.idle:
+            if short <= 0:
+                break
+            chosen.append(replica)
+            short -= replica.model.share
+        return chosen
 
 
-def room_for(node: Node, model: Model) -> tuple[tuple[Device, ...], tuple[Replica, ...]] | None:
-    """Return devices for a model on a node and the idle replicas to evict, free devices first; None: no room."""
-    if not node.is_up:
-        return None
+class Rooms:
+    """What is free on each node, looked up again when the node has changed."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, tuple[int, int, list[_Space]]] = {}
+
+    def room_for(
+        self, node: Node, model: Model
+    ) -> tuple[tuple[Device, ...], tuple[Replica, ...]] | None:
+        """Return devices and the idle replicas to evict, the fewest; None: there is no room."""
+        known = self._known.get(node.id)
+        if known is None or known[0] != node.version:
+            spaces = [_Space(node, device) for device in node.devices] if node.is_up else []
+            most = max((space.room for space in spaces), default=0)
+            known = self._known[node.id] = (node.version, most, spaces)
+        if known[1] < model.share:
+            return None
+        return _choose(known[2], model)
+
+
+def _choose(
+    spaces: list[_Space], model: Model
+) -> tuple[tuple[Device, ...], tuple[Replica, ...]] | None:
     found: list[tuple[int, float, str, Device, list[Replica]]] = []
-    for device in node.devices:
-        evicts = _evicts(node, device, model.share - device.free)
-        if evicts is not None and all(
-            device not in r.devices for r in node.replicas.values() if r.model is model
-        ):
+    for space in spaces:
+        if space.room >= model.share and model.number not in space.models:
+            evicts, device = space.evicts(model.share), space.device
             found.append((len(evicts), device.link_until, device.name, device, evicts))
     if len(found) < model.shares:
         return None
     chosen = sorted(found, key=lambda entry: entry[:3])[: model.shares]
     leaving: dict[str, Replica] = {r.name: r for entry in chosen for r in entry[4]}
     return tuple(entry[3] for entry in chosen), tuple(leaving.values())
-
-
-def _evicts(node: Node, device: Device, short: int) -> list[Replica] | None:
-    """Return idle replicas that free so many bytes of a device; None: they don't."""
-    chosen: list[Replica] = []
-    if short <= 0:
-        return chosen
-    for replica in idle_replicas(node, device):
-        chosen.append(replica)
-        short -= replica.model.share
-        if short <= 0:
-            return chosen
-    return None
 
 
 class Serverless:
@@ -77,6 +101,7 @@ class Serverless:
         self._simulation = simulation
         self._rng = np.random.default_rng([seed, 6])
         self._names = list(simulation.nodes)
+        self._rooms = Rooms()
 
     def on_tick(self) -> None:
         """Decides on what is so now."""
@@ -99,7 +124,7 @@ class Serverless:
 
     def _load(self, place: int, model: Model) -> Load | None:
         node = self._simulation.nodes[self._names[place]]
-        room = room_for(node, model)
+        room = self._rooms.room_for(node, model)
         return Load(node, *room) if room else None
 
 
@@ -108,6 +133,7 @@ class LeastLoaded:
 
     def __init__(self, simulation: "Simulation") -> None:
         self._simulation = simulation
+        self._rooms = Rooms()
 
     def on_tick(self) -> None:
         """Decides on what is so now."""
@@ -121,7 +147,7 @@ class LeastLoaded:
             return Join(replica)
         nodes = sorted(self._simulation.nodes.values(), key=_load_of)
         for node in nodes:
-            room = room_for(node, session.model)
+            room = self._rooms.room_for(node, session.model)
             if room:
                 return Load(node, *room)
         return None

@@ -17,6 +17,13 @@ from sllm_node.sim.trace import Row, arrivals
 
 _ALL: Final = Mechanisms(codec=True, peers=True, clone=True, keep_alive=True, resume=True)
 _PAPER: Final = Mechanisms()
+MECHANISMS: Final = {
+    "own": None,
+    "paper": _PAPER,
+    "keep": Mechanisms(keep_alive=True),
+    "ours": _ALL,
+}
+"""What nodes can do: each policy's own; or the same for all: the paper's, with keep-alive, ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,14 +45,16 @@ CONTESTANTS: Final = {
 
 
 def run(
-    described: Description, rows: Sequence[Row], name: str, seed: int, events: TextIO | None = None
-) -> Report:
-    """Simulate one policy and return what came of it."""
+    described: Description, rows: Sequence[Row], name: str, seed: int, events: TextIO | None = None,
+    mechanisms: Mechanisms | None = None,
+) -> Report:  # fmt: skip
+    """Simulate one policy, with its own mechanisms or the given ones, and return what came of it."""
     contestant = CONTESTANTS[name]
-    models, weights = make_models(described, is_encoded=contestant.mechanisms.codec)
+    mechanisms = mechanisms or contestant.mechanisms
+    models, weights = make_models(described, is_encoded=mechanisms.codec)
     nodes = make_nodes(described, models, weights)
     journal = Journal(events)
-    simulation = Simulation(described, models, nodes, contestant.mechanisms, seed, journal)
+    simulation = Simulation(described, models, nodes, mechanisms, seed, journal)
     requests = arrivals(rows, weights, contexts(described, models), seed)
     simulation.run(contestant.make(simulation, seed), requests)
     return make_report(name, seed, journal, described.limits.startup_s)
