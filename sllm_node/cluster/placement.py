@@ -154,8 +154,9 @@ def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision
     """Return where the request starts soonest."""
     seen = list(_resident(view, request, now))
     best = min(seen, key=attrgetter("key"), default=None)
+    least = Kind.LOAD if view.most_free >= request.share_bytes else Kind.EVICT
     for load_s, node in view.paths_with_room(request.model, request.share_bytes):
-        if best and (load_s, Kind.LOAD, 0.0, node) > best.key:
+        if best and (load_s, least, 0.0, node) > best.key:
             break
         for candidate in _loads(view, view.nodes[node], request, load_s, now, best):
             seen.append(candidate)

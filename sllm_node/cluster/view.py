@@ -63,7 +63,7 @@ class NodeView:
     """One node's newest state and when it came."""
 
     __slots__ = (
-        "by_model", "by_name", "devices", "held", "node", "room", "seen_at", "state", "within_reach",
+        "by_model", "by_name", "devices", "free", "held", "node", "room", "seen_at", "state", "within_reach",
     )  # fmt: skip
 
     def __init__(self, state: NodeState, seen_at: float, old: "NodeView | None" = None) -> None:
@@ -76,6 +76,7 @@ class NodeView:
         self.held = old.held if is_same and old else {held.model: held for held in state.models}
         self.room = max((device.room for device in self.devices), default=0)
         """Of the roomiest device."""
+        self.free = max((device.free for device in self.devices), default=0)
         self.within_reach = max((device.within_reach for device in self.devices), default=0)
         self.by_model: dict[ModelId, list[ReplicaState]] = {}
         for replica in state.replicas:
@@ -145,6 +146,8 @@ class ClusterView:
     def __init__(self) -> None:
         self.nodes: dict[NodeId, NodeView] = {}
         self._models: dict[ModelId, _ModelIndex] = {}
+        self._frees: list[tuple[int, NodeId]] = []
+        """Nodes by what is free on their device that has most."""
         self._rooms: list[tuple[int, NodeId]] = []
         """Nodes by the room of their roomiest device."""
         self._reaches: list[tuple[int, NodeId]] = []
@@ -191,6 +194,11 @@ class ClusterView:
         """Return how `node` would load it; it must be one of `paths`."""
         index = self._models[model]
         return index.by_node.get(node) or self._far_path(index, self.nodes[node])
+
+    @property
+    def most_free(self) -> int:
+        """Return the bytes that are free on the device that has most."""
+        return self._frees[-1][0] if self._frees else 0
 
     def paths_with_room(self, model: ModelId, size: int) -> Iterable[tuple[float, NodeId]]:
         """Return those of `paths` that matter to who needs so many bytes of a device; perhaps more."""
@@ -343,7 +351,9 @@ class ClusterView:
         """Keep the nodes in order of what is free on them or could be."""
         self._reachable.clear()
         self._most_reachable.clear()
-        for order, name in ((self._rooms, "room"), (self._reaches, "within_reach")):
+        for order, name in (
+            (self._frees, "free"), (self._rooms, "room"), (self._reaches, "within_reach"),
+        ):  # fmt: skip
             before = getattr(old, name) if old else None
             after = getattr(new, name) if new else None
             if before == after:

@@ -97,11 +97,12 @@ class Ours:
         if not node.is_up:
             self._view.remove(node.id)
             return False
-        state = self._publishing.state(node)
+        named = (*ask.evicts, *ask.frees, *((ask.replica,) if ask.replica else ()))
+        state = self._publishing.state(node, named)
         answer = self._reservations[node.id].ask(ask, state, self._simulation.now)
         if isinstance(answer, Refused):
             self._simulation.journal.counts["refusal"] += 1
-            self._view.refresh(answer.state, self._simulation.now)
+            self._publish(node)
             return False
         return True
 

@@ -15,6 +15,7 @@ from sllm_node.cluster.state import (
     HeldModel,
     NodeId,
     NodeState,
+    ReplicaId,
     ReplicaState,
     ResumeFit,
     SessionState,
@@ -35,19 +36,19 @@ class Publishing:
         self._fits = [ResumeFit(m.prefill_s_per_token, m.prefill_s) for m in simulation.models]
         self._told: dict[Bandwidths, Bandwidths] = {}
 
-    def state(self, node: Node) -> NodeState:
-        """Return the node's state as it is now."""
-        now = self._simulation.now
+    def state(self, node: Node, only: tuple[ReplicaId, ...] | None = None) -> NodeState:
+        """Return the node's state as it is now; of its replicas, all or `only` these."""
+        now, replicas = self._simulation.now, list(node.replicas.values())
+        if only is not None:
+            replicas = [node.replicas[name] for name in only if name in node.replicas]
         return NodeState(
             node=node.id,
             boot=BootId(str(node.boot)),
             version=node.version,
-            devices=tuple(self._device(device, now) for device in node.devices),
+            devices=tuple([self._device(device, now) for device in node.devices]),
             bandwidths=self._bandwidths(node.told),
             models=self._models(node),
-            replicas=tuple(
-                self._replica(r, now) for r in node.replicas.values() if not r.is_leaving
-            ),
+            replicas=tuple([self._replica(r, now) for r in replicas if not r.is_leaving]),
             is_draining=not node.is_up,
         )
 
@@ -91,19 +92,19 @@ class Publishing:
 
     def _replica(self, replica: Replica, now: float) -> ReplicaState:
         model = replica.model
-        taken = model.slots - max(0, replica.free_slots)
-        sessions = tuple(self._session(session, now) for session in replica.sessions.values())
-        ready_s = 0.0 if replica.is_ready else max(1e-6, replica.expected_at - now)
+        shares = tuple([DeviceShare(device.name, model.share) for device in replica.devices])
+        if replica.is_idle:
+            idle_s = now - replica.idle_since
+            return ReplicaState(replica.name, model.id, shares, model.slots, idle_s=idle_s)
         is_full = replica.free_slots <= 0
         return ReplicaState(
-            replica=replica.name,
-            model=model.id,
-            shares=tuple(DeviceShare(device.name, model.share) for device in replica.devices),
-            slots=model.slots - (taken - len(sessions)),
-            sessions=sessions,
-            ready_s=ready_s,
+            replica.name,
+            model.id,
+            shares,
+            model.slots - replica.incoming,
+            tuple([self._session(session, now) for session in replica.sessions.values()]),
+            ready_s=0.0 if replica.is_ready else max(1e-6, replica.expected_at - now),
             next_free_s=self._next_free_s(replica, now) if is_full else None,
-            idle_s=now - replica.idle_since if replica.is_idle else 0.0,
             is_pinned=bool(replica.incoming or replica.waiting),
         )
 
