@@ -158,7 +158,10 @@ def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision
     for load_s, node in view.paths_with_room(request.model, request.share_bytes):
         if best and (load_s, least, 0.0, node) > best.key:
             break
-        for candidate in _loads(view, view.nodes[node], request, load_s, now, best):
+        there = view.nodes[node]
+        if best and load_s + there.ready_at - now > best.startup_s:
+            continue
+        for candidate in _loads(view, there, request, load_s, now, best):
             seen.append(candidate)
             if best is None or candidate.key < best.key:
                 best = candidate

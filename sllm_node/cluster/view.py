@@ -63,7 +63,7 @@ class NodeView:
     """One node's newest state and when it came."""
 
     __slots__ = (
-        "by_model", "by_name", "devices", "free", "held", "node", "room", "seen_at", "state", "within_reach",
+        "by_model", "by_name", "devices", "free", "held", "node", "ready_at", "room", "seen_at", "state", "within_reach",
     )  # fmt: skip
 
     def __init__(self, state: NodeState, seen_at: float, old: "NodeView | None" = None) -> None:
@@ -76,6 +76,8 @@ class NodeView:
         self.held = old.held if is_same and old else {held.model: held for held in state.models}
         self.room = max((device.room for device in self.devices), default=0)
         """Of the roomiest device."""
+        self.ready_at = min((device.ready_at for device in self.devices), default=math.inf)
+        """When the first of the devices has no load queued."""
         self.free = max((device.free for device in self.devices), default=0)
         self.within_reach = max((device.within_reach for device in self.devices), default=0)
         self.by_model: dict[ModelId, list[ReplicaState]] = {}
