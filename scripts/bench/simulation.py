@@ -75,7 +75,7 @@ def ratio(options: argparse.Namespace, described: Description) -> dict[str, Any]
         save("ratio", found, options)
     for rate in map(float, options.rates.split(",")):
         load = Load(described, rate, options.duration_s)
-        for mechanisms in APART:
+        for mechanisms in APART if options.apart else ():
             apart = load.pairs(range(options.apart), mechanisms)
             found[f"{rate:g}"][f"all_with_{mechanisms}"] = apart
             print(f"{rate:g} requests/s, all with {mechanisms}: {apart['median']:.3f}", flush=True)

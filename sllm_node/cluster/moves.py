@@ -214,9 +214,10 @@ def _loads(view: ClusterView, model: ModelId, size: int, count: int, now: float)
         node = view.nodes[node_id]
         if node.room < size:
             continue
+        path_at = node.path_ready_at(view.path(model, node_id).source)
         fitting = [d for d in node.devices if d.room >= size and model not in d.models]
         for chosen in combinations(sorted(fitting, key=lambda d: d.name), count):
-            wait_s = max(0.0, max(d.ready_at for d in chosen) - now)
+            wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
             names = tuple(d.name for d in chosen)
             heapq.heappush(heap, (wait_s + load_s, node_id, names))
     while heap:

@@ -243,6 +243,8 @@ def _loads(
     size, model = request.share_bytes, request.model
     if node.room < size:
         return
+    source = view.path(model, node.node).source
+    path_at = node.path_ready_at(source)
     fitting = [d for d in node.devices if d.room >= size and model not in d.models]
     free = [d for d in fitting if d.free >= size]
     for devices in (free, fitting):
@@ -253,14 +255,14 @@ def _loads(
         if is_free and devices is not free:
             continue
         names = tuple(d.name for d in chosen)
-        wait_s = max(0.0, max(d.ready_at for d in chosen) - now)
+        wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
         kind = Kind.LOAD if is_free else Kind.EVICT
         if best and (wait_s + load_s, kind, 0.0, node.node, names) >= best.key:
             continue
         evicts = () if is_free else evictions(node, dict.fromkeys(names, size))
         yield Candidate(
             kind, wait_s + load_s, node.node, names,
-            wait_s=wait_s, load_s=load_s, source=view.path(model, node.node).source, evicts=evicts,
+            wait_s=wait_s, load_s=load_s, source=source, evicts=evicts,
         )  # fmt: skip
 
 
@@ -289,7 +291,8 @@ def _migration(
     for chosen in combinations(sorted(usable, key=lambda d: d.name), request.shares):
         if all(d.room >= size for d in chosen):
             continue
-        queue_s = max(0.0, max(d.ready_at for d in chosen) - now)
+        path_at = node.path_ready_at(path.source)
+        queue_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
         limit_s = best.startup_s - path.load_s if best else float("inf")
         if queue_s > limit_s:
             continue

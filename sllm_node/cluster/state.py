@@ -153,4 +153,8 @@ class NodeState:
     models: tuple[HeldModel, ...] = ()
     replicas: tuple[ReplicaState, ...] = ()
     is_draining: bool = False
+    nvme_done_s: float = 0.0
+    """When the loads that read its NVMe are expected to be done; all its devices share it."""
+    link_done_s: float = 0.0
+    """The same of its network link: loads from peers and remotes."""
     format: int = FORMAT

@@ -30,6 +30,7 @@ from sllm_node.core.types import ModelId
 Slot = tuple[NodeId, str]
 """A device of the cluster: what a decision promises at most once."""
 
+_BY_LINK: Final = (Source.PEER, Source.REMOTE)
 _FEW: Final = 8
 """Nodes: that many are looked up one by one, of more the list is walked."""
 
@@ -63,13 +64,15 @@ class NodeView:
     """One node's newest state and when it came."""
 
     __slots__ = (
-        "by_model", "by_name", "devices", "free", "held", "node", "ready_at", "room", "seen_at", "state", "within_reach",
+        "by_model", "by_name", "devices", "free", "held", "link_ready_at", "node", "nvme_ready_at", "ready_at", "room", "seen_at", "state", "within_reach",
     )  # fmt: skip
 
     def __init__(self, state: NodeState, seen_at: float, old: "NodeView | None" = None) -> None:
         self.state = state
         self.node = state.node
         self.seen_at = seen_at
+        self.nvme_ready_at = seen_at + state.nvme_done_s
+        self.link_ready_at = seen_at + state.link_done_s
         self.devices = tuple(DeviceView(d, state.replicas, seen_at) for d in state.devices)
         self.by_name = {device.name: device for device in self.devices}
         is_same = old is not None and old.state.models is state.models
@@ -83,6 +86,12 @@ class NodeView:
         self.by_model: dict[ModelId, list[ReplicaState]] = {}
         for replica in state.replicas:
             self.by_model.setdefault(replica.model, []).append(replica)
+
+    def path_ready_at(self, source: Source) -> float:
+        """Return when what all devices share of a path has no load queued."""
+        if source is Source.NVME:
+            return self.nvme_ready_at
+        return self.link_ready_at if source in _BY_LINK else 0.0
 
     def has_ready(self, model: ModelId) -> bool:
         """Tell whether a replica is there to clone from."""

@@ -1,8 +1,9 @@
 """Our placement: the objects that nodes decide with, fed as nodes feed them.
 
-One view stands for those of all entry nodes. A node's state comes into it `publish_s` after a change at most,
-or with the answer to a reservation; in between decisions are made on old news, and the target's
-`Reservations` refuse what is not so any more. A refused request decides again on the fresh state.
+One view stands for those of all entry nodes, so what one has placed all know. A node's state comes into it
+`publish_s` after a change at most, or with its answer to a reservation of memory or to one that it
+refused; in between decisions are made on old news, and the target's `Reservations` refuse what is not
+so any more. A refused request decides again on the fresh state.
 """
 
 from typing import TYPE_CHECKING, Final
@@ -66,10 +67,17 @@ class Ours:
             if isinstance(decision, Reject):
                 break
             choice = self._ask(decision.best, model)
+            if isinstance(choice, Load):
+                self._simulation.push(self._simulation.now, self._learn, choice)
             if choice is not None:
                 return choice
         self._rejected.add(model.number)
         return None
+
+    def _learn(self, choice: Load) -> None:
+        """Take the states that come with the answers of all who were asked for memory."""
+        for node in (choice.node, *(go.node for go in choice.moves if go.node is not None)):
+            self._publish(node)
 
     def _count(self, decision: Decision) -> None:
         kind = "reject" if isinstance(decision, Reject) else decision.best.kind.name.lower()
@@ -80,6 +88,10 @@ class Ours:
         full = self._simulation.nodes[best.node].replicas.get(best.replica)
         if best.kind is Kind.WAIT and full and not full.is_leaving and full.free_slots <= 0:
             return Queue(full, best.startup_s)
+        home = self._simulation.nodes[best.node]
+        if any(move.replica not in home.replicas for move in best.moves):
+            self._publish(home)
+            return None
         asks = [(best.node, self._ask_for(best, model))]
         asks += [(move.to.node, self._ask_for_move(move, best.node)) for move in best.moves]
         granted: list[tuple[NodeId, Ask]] = []

@@ -50,6 +50,8 @@ class Publishing:
             models=self._models(node),
             replicas=tuple([self._replica(r, now) for r in replicas if not r.is_leaving]),
             is_draining=not node.is_up,
+            nvme_done_s=max(0.0, node.nvme_until - now),
+            link_done_s=max(0.0, node.link_until - now),
         )
 
     def _bandwidths(self, told: Bandwidths) -> Bandwidths:
