@@ -32,19 +32,24 @@ def simulate(  # noqa: PLR0913 - a command has as many options as it has
     scale: Annotated[float, typer.Option(min=0.001, help="requests for each of the trace")] = 1.0,
     start_s: Annotated[float, typer.Option(min=0.0, help="where in the trace to begin")] = 0.0,
     duration_s: Annotated[float, typer.Option(min=0.001, help="how much of the trace")] = 600.0,
+    mechanisms: Annotated[
+        str, typer.Option(help="own: each policy its own; paper, keep, ours: all the same ones")
+    ] = "own",
     out: Annotated[Path | None, typer.Option(help="folder for report, events and plots")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Simulate a cluster: startup latencies, loads, migrations, under each policy."""
     from sllm_node.sim.description import load_description
-    from sllm_node.sim.runs import CONTESTANTS
+    from sllm_node.sim.runs import CONTESTANTS, MECHANISMS
 
     described = load_description(cluster)
     names = policy.split(",")
     if unknown := [name for name in names if name not in CONTESTANTS]:
         fail(f"--policy: {', '.join(unknown)} is unknown; there are {', '.join(CONTESTANTS)}")
+    if mechanisms not in MECHANISMS:
+        fail(f"--mechanisms: {mechanisms} is unknown; there are {', '.join(MECHANISMS)}")
     rows = _rows(trace, seed, scale, (start_s, duration_s))
-    reports = [_run(described, rows, name, seed, out) for name in names]
+    reports = [_run(described, rows, (name, mechanisms), seed, out) for name in names]
     if out is not None:
         _write(reports, out)
     if as_json:
@@ -71,15 +76,16 @@ def _rows(trace: str, seed: int, scale: float, stretch: tuple[float, float]) -> 
 
 
 def _run(
-    described: "Description", rows: "list[Row]", name: str, seed: int, out: Path | None
+    described: "Description", rows: "list[Row]", who: tuple[str, str], seed: int, out: Path | None
 ) -> "Report":
-    from sllm_node.sim.runs import run
+    from sllm_node.sim.runs import MECHANISMS, run
 
+    name, equal = who[0], MECHANISMS[who[1]]
     if out is None:
-        return run(described, rows, name, seed)
+        return run(described, rows, name, seed, mechanisms=equal)
     out.mkdir(parents=True, exist_ok=True)
     with (out / f"events-{name}.log").open("w", encoding="utf-8") as events:
-        return run(described, rows, name, seed, events)
+        return run(described, rows, name, seed, events, equal)
 
 
 def _write(reports: "list[Report]", out: Path) -> None:

@@ -75,8 +75,11 @@ class NodeView:
         self.link_ready_at = seen_at + state.link_done_s
         self.devices = tuple(DeviceView(d, state.replicas, seen_at) for d in state.devices)
         self.by_name = {device.name: device for device in self.devices}
-        is_same = old is not None and old.state.models is state.models
-        self.held = old.held if is_same and old else {held.model: held for held in state.models}
+        self.held: dict[ModelId, HeldModel] = (
+            old.held
+            if old is not None and old.state.models is state.models
+            else {held.model: held for held in state.models}
+        )
         self.room = max((device.room for device in self.devices), default=0)
         """Of the roomiest device."""
         self.ready_at = min((device.ready_at for device in self.devices), default=math.inf)

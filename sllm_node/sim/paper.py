@@ -135,8 +135,7 @@ class ServerlessLLM:
             return None
         end_s = sum(cost_s for cost_s, _ in chosen) + load_s
         goes = tuple(go for _, go in chosen)
-        gone = {replica.name for go in goes for replica in go.evicts}
-        if end_s >= limit_s or any(replica.name in gone for replica in idle):
+        if end_s >= limit_s or _is_conflicting(goes, idle):
             return None
         evicts = tuple(idle)
         return Estimate(end_s, Load(node, (device,), evicts, goes))
@@ -216,6 +215,14 @@ def _victims(node: Node, device: Device) -> tuple[list[Replica], list[Replica]]:
     here = [r for r in node.replicas.values() if device in r.devices and not r.is_leaving]
     ready = [r for r in here if r.is_ready and not r.incoming]
     return [r for r in ready if r.sessions], [r for r in ready if r.is_idle]
+
+
+def _is_conflicting(goes: tuple[Go, ...], idle: list[Replica]) -> bool:
+    """Tell whether a replica would be evicted twice, or evicted and joined."""
+    gone = [replica.name for go in goes for replica in go.evicts]
+    gone += [replica.name for replica in idle]
+    joined = {go.joins.name for go in goes if go.joins is not None}
+    return len(set(gone)) < len(gone) or not joined.isdisjoint(gone)
 
 
 def _target(go: Go) -> str:

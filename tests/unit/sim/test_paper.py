@@ -3,6 +3,7 @@
 from itertools import chain, combinations
 from random import Random
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -13,11 +14,15 @@ from sllm_node.sim.policy import Go
 UNIT = 256 * MIB
 
 
+def victim(size) -> Any:
+    return SimpleNamespace(model=SimpleNamespace(share=size))
+
+
 @pytest.mark.parametrize("seed", range(200))
 def test_the_knapsack_costs_what_the_cheapest_set_costs(seed):
     rng = Random(seed)
     moves = [
-        (float(rng.randint(1, 9)), Go(SimpleNamespace(model=SimpleNamespace(share=rng.randint(1, 9) * UNIT))))
+        (float(rng.randint(1, 9)), Go(victim(rng.randint(1, 9) * UNIT)))
         for _ in range(rng.randint(0, 6))
     ]  # fmt: skip
     short = rng.randint(1, 20) * UNIT
