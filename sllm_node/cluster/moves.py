@@ -19,8 +19,9 @@ from itertools import combinations
 from typing import Final, Generic, TypeVar
 
 from sllm_node.cluster.estimate import resume_s
+from sllm_node.cluster.node_view import NodeView
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
-from sllm_node.cluster.view import ClusterView, NodeView, Slot
+from sllm_node.cluster.view import ClusterView, Slot
 from sllm_node.core.types import ModelId, SessionId
 
 _ROUNDING: Final = 1 - 1e-12

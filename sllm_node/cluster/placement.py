@@ -20,8 +20,9 @@ from typing import Final
 
 from sllm_node.cluster.estimate import Source
 from sllm_node.cluster.moves import Move, Streams, cheapest_moves, evictions
+from sllm_node.cluster.node_view import DeviceView, NodeView
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
-from sllm_node.cluster.view import ClusterView, DeviceView, NodeView
+from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId
 
 

@@ -165,10 +165,11 @@ def test_time_that_passes_shortens_a_wait():
 
 def test_a_load_waits_for_the_disk_that_all_devices_of_a_node_share():
     disk_is_busy = replace(one_node(free=32, dram=0), nvme_done_s=100.0)
-    best = decide(viewed([disk_is_busy]), PlacementRequest(ModelId("a"), 16), 0.0).best
+    best = explain(viewed([disk_is_busy]), PlacementRequest(ModelId("a"), 16), 0.0)[0]
     assert (best.wait_s, best.load_s) == (100.0, 8.0)
 
 
 def test_a_load_from_dram_does_not_wait_for_the_disk():
     disk_is_busy = replace(one_node(free=32), nvme_done_s=100.0)
-    assert decide(viewed([disk_is_busy]), PlacementRequest(ModelId("a"), 16), 0.0).best.wait_s == 0
+    best = explain(viewed([disk_is_busy]), PlacementRequest(ModelId("a"), 16), 0.0)[0]
+    assert best.wait_s == 0
