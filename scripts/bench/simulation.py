@@ -26,6 +26,7 @@ from sllm_node.sim.runs import MECHANISMS, run
 from sllm_node.sim.trace import Gamma, cut, gamma_rows, read_rows, scaled
 
 RESULTS = figures.HERE / "results" / "simulation.json"
+COMMAND = "python -m scripts.bench.simulation"
 APART = ("paper", "keep", "ours")
 
 
@@ -82,7 +83,12 @@ def ratio(options: argparse.Namespace, described: Description) -> dict[str, Any]
         save("ratio", found, options)
     worst = max(found.values(), key=lambda entry: float(entry["median"]))
     if options.seeds >= 20 and len(found) >= 3:
-        figures.record("startup_p99_over_serverlessllm", worst["median"], worst["ratios"])
+        figures.record(
+            "startup_p99_over_serverlessllm",
+            worst["median"],
+            worst["ratios"],
+            command=f"{COMMAND} ratio",
+        )
     return found
 
 
@@ -112,6 +118,7 @@ def thousand(options: argparse.Namespace, described: Description) -> dict[str, A
     figures.record(
         "simulate_1000_nodes_s", max(taken), taken,
         note=f"{len(rows):,} requests, each of the trace {options.scale:g} times; processor time {max(cpu):.0f} s",
+        command=f"{COMMAND} thousand --trace {options.trace.name} --scale {options.scale:g}",
     )  # fmt: skip
     found = {"requests": len(rows), "wall_s": taken, "processor_s": cpu, "digest": digests[0],
              "report": reports[0]}  # fmt: skip
@@ -123,7 +130,10 @@ def save(key: str, found: dict[str, Any], options: argparse.Namespace) -> None:
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     known[key] = {
         "found": found, "machine": figures.describe_machine(), "commit": figures.commit(),
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {
+            name: value.name if isinstance(value, Path) else value
+            for name, value in vars(options).items()
+        },
     }  # fmt: skip
     RESULTS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
@@ -135,7 +145,7 @@ def main() -> None:
         "--cluster", type=Path, default=figures.ROOT / "configs" / "simulation.toml"
     )
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--apart", type=int, default=5)
+    parser.add_argument("--apart", type=int, default=3)
     parser.add_argument("--rates", default="6,12,18")
     parser.add_argument("--duration-s", type=float, default=90.0)
     parser.add_argument("--trace", type=Path)
