@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = (
     "core", "codec", "checkpoint", "device", "store", "engine", "convert", "library", "schedule",
     "cluster",
-    "server", "node", "bench", "cli",
+    "server", "sim", "node", "bench", "cli",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from sllm_node import __version__
-from sllm_node.cli import bench, checkpoints, cluster, remote
+from sllm_node.cli import bench, checkpoints, cluster, remote, simulate
 from sllm_node.cli.output import fail, print_json, say
 from sllm_node.cluster.file import load_cluster
 from sllm_node.core.config import config_schema, load_config
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 checkpoints.register(app)
 remote.register(app)
+simulate.register(app)
 app.add_typer(bench.app, name="bench")
 app.add_typer(cluster.app, name="cluster")
 

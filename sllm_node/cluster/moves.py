@@ -19,14 +19,17 @@ from itertools import combinations
 from typing import Final, Generic, TypeVar
 
 from sllm_node.cluster.estimate import resume_s
+from sllm_node.cluster.node_view import NodeView
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
-from sllm_node.cluster.view import ClusterView, NodeView, Slot
+from sllm_node.cluster.view import ClusterView, Slot
 from sllm_node.core.types import ModelId, SessionId
 
 _ROUNDING: Final = 1 - 1e-12
 """Takes from a bound what rounding may have added."""
 STEPS_MAX: Final = 20_000
 """Of all searches of one decision; then the best found so far counts. The hardest measured need 2,000."""
+LOADS_MAX: Final = 512
+"""Of one model that are looked at as destinations, on the nodes that load it quickest."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -106,8 +109,10 @@ class _Lazy(Generic[_T]):
             position += 1
 
 
-_Load = tuple[float, NodeId, tuple[str, ...], tuple[ReplicaId, ...]]
-"""A load somewhere: seconds with the wait, node, devices, evictions."""
+_Load = tuple[float, NodeId, tuple[str, ...]]
+"""A load somewhere: seconds with the wait, node, devices."""
+_Way = tuple[float, NodeId, tuple[str, ...], ReplicaId]
+"""A destination without its evictions, which are looked up when it is the cheapest left."""
 
 
 class Streams:
@@ -117,6 +122,8 @@ class Streams:
         self.view = view
         self.steps_left = steps_max
         """Of branch and bound."""
+        self.is_cut = False
+        """Whether destinations were left out (`LOADS_MAX`)."""
         self._now = now
         self._rough: dict[tuple[NodeId, ReplicaId], float] = {}
         self._of: dict[tuple[NodeId, ReplicaId], _Lazy[Destination]] = {}
@@ -150,20 +157,28 @@ class Streams:
         tokens = self._tokens(home, victim)
         heap = list(self._joins(home, victim, tokens))
         heapq.heapify(heap)
-        for load_s, node, devices, evicts in self._loads_of(victim):
-            while heap and heap[0].cost_s < load_s:
-                yield heapq.heappop(heap)
+        for load_s, node, devices in self._loads_of(victim):
+            while heap and heap[0][0] < load_s:
+                yield self._destination(victim, heapq.heappop(heap))
             cost_s = load_s + self._resume_s(victim, tokens, node)
-            heapq.heappush(heap, Destination(cost_s, node, devices, evicts=evicts))
+            heapq.heappush(heap, (cost_s, node, devices, NO_REPLICA))
         while heap:
-            yield heapq.heappop(heap)
+            yield self._destination(victim, heapq.heappop(heap))
+
+    def _destination(self, victim: ReplicaState, way: _Way) -> Destination:
+        cost_s, node, devices, joins = way
+        if joins != NO_REPLICA:
+            return Destination(cost_s, node, devices, joins)
+        needs = dict.fromkeys(devices, max(share.size for share in victim.shares))
+        evicts = evictions(self.view.nodes[node], needs)
+        return Destination(cost_s, node, devices, evicts=evicts)
 
     def _resume_s(self, victim: ReplicaState, tokens: float, node: NodeId) -> float:
         """Return the seconds to resume all sessions of a replica, one after another."""
         held = self.view.nodes[node].held.get(victim.model)
         return resume_s(held.resume if held else None, tokens, len(victim.sessions))
 
-    def _joins(self, home: NodeView, victim: ReplicaState, tokens: float) -> Iterator[Destination]:
+    def _joins(self, home: NodeView, victim: ReplicaState, tokens: float) -> Iterator[_Way]:
         for node_id in self.view.resident(victim.model):
             node = self.view.nodes[node_id]
             if node.state.is_draining:
@@ -174,14 +189,21 @@ class Streams:
                     continue
                 cost_s = self._resume_s(victim, tokens, node_id)
                 devices = tuple(sorted({share.device for share in other.shares}))
-                yield Destination(cost_s, node_id, devices, other.replica)
+                yield cost_s, node_id, devices, other.replica
 
     def _loads_of(self, victim: ReplicaState) -> _Lazy[_Load]:
         size, count = max(share.size for share in victim.shares), len(victim.shares)
         key = (victim.model, size, count)
         if key not in self._loads:
-            self._loads[key] = _Lazy(_loads(self.view, *key, self._now))
+            self._loads[key] = _Lazy(self._some_loads(*key))
         return self._loads[key]
+
+    def _some_loads(self, model: ModelId, size: int, count: int) -> Iterator[_Load]:
+        for number, load in enumerate(_loads(self.view, model, size, count, self._now)):
+            if number == LOADS_MAX:
+                self.is_cut = True
+                return
+            yield load
 
 
 def _loads(view: ClusterView, model: ModelId, size: int, count: int, now: float) -> Iterator[_Load]:
@@ -193,12 +215,12 @@ def _loads(view: ClusterView, model: ModelId, size: int, count: int, now: float)
         node = view.nodes[node_id]
         if node.room < size:
             continue
+        path_at = node.path_ready_at(view.path(model, node_id).source)
         fitting = [d for d in node.devices if d.room >= size and model not in d.models]
         for chosen in combinations(sorted(fitting, key=lambda d: d.name), count):
-            wait_s = max(0.0, max(d.ready_at for d in chosen) - now)
+            wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
             names = tuple(d.name for d in chosen)
-            evicts = evictions(node, dict.fromkeys(names, size))
-            heapq.heappush(heap, (wait_s + load_s, node_id, names, evicts))
+            heapq.heappush(heap, (wait_s + load_s, node_id, names))
     while heap:
         yield heapq.heappop(heap)
 

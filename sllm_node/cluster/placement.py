@@ -7,7 +7,8 @@ in the queue of the devices (the moves meanwhile) plus the load. The least wins;
 kind that disturbs least, the emptier replica, then names, so all nodes decide alike on one state.
 
 `decide` looks only at nodes that can still win, since a node's load time bounds it from below;
-`explain` looks at all of them, and its first is what `decide` takes.
+`explain` looks at all of them, and its first is what `decide` takes. The search for moves has limits,
+and a decision that met one says so (`is_exact`).
 """
 
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ from dataclasses import dataclass
 from enum import IntEnum
 from itertools import combinations
 from operator import attrgetter
+from typing import Final
 
 from sllm_node.cluster.estimate import Source
 from sllm_node.cluster.moves import Move, Streams, cheapest_moves, evictions
+from sllm_node.cluster.node_view import DeviceView, NodeView
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
-from sllm_node.cluster.view import ClusterView, DeviceView, NodeView
+from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId
 
 
@@ -34,6 +37,10 @@ class PlacementRequest:
     """Devices of one node that a replica is split over."""
     priority: int = 0
     """Sessions of higher priority are not moved for it."""
+
+
+NODES_MAX: Final = 64
+"""Nodes on which one decision looks for moves, those that load quickest first."""
 
 
 class Kind(IntEnum):
@@ -98,6 +105,8 @@ class ServeHere:
     best: Candidate
     seen: tuple[Candidate, ...]
     """All that were looked at, `best` among them."""
+    is_exact: bool = True
+    """False: the search for moves met a limit (`NODES_MAX`, those in `moves`); there may be a better way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,7 @@ class Wait:
 
     best: Candidate
     seen: tuple[Candidate, ...]
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +124,7 @@ class LoadThere:
 
     best: Candidate
     seen: tuple[Candidate, ...]
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +133,7 @@ class MigrateThenLoad:
 
     best: Candidate
     seen: tuple[Candidate, ...]
+    is_exact: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +141,7 @@ class Reject:
     """There is no way now."""
 
     reason: str
+    is_exact: bool = True
 
 
 Decision = ServeHere | Wait | LoadThere | MigrateThenLoad | Reject
@@ -142,25 +155,43 @@ def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision
     """Return where the request starts soonest."""
     seen = list(_resident(view, request, now))
     best = min(seen, key=attrgetter("key"), default=None)
+    least = Kind.LOAD if view.most_free >= request.share_bytes else Kind.EVICT
     for load_s, node in view.paths_with_room(request.model, request.share_bytes):
-        if best and (load_s, Kind.LOAD, 0.0, node) > best.key:
+        if best and (load_s, least, 0.0, node) > best.key:
             break
-        for candidate in _loads(view, view.nodes[node], request, load_s, now):
+        there = view.nodes[node]
+        if best and load_s + there.ready_at - now > best.startup_s:
+            continue
+        for candidate in _loads(view, there, request, load_s, now, best):
             seen.append(candidate)
             if best is None or candidate.key < best.key:
                 best = candidate
+    if best and best.startup_s < view.least_load_s(request.model):
+        return _KINDS[best.kind](best, tuple(seen))
+    best, is_exact = _with_moves(view, request, best, seen, now)
+    if best is None:
+        return Reject(_why_not(view, request), is_exact)
+    return _KINDS[best.kind](best, tuple(seen), is_exact)
+
+
+def _with_moves(
+    view: ClusterView, request: PlacementRequest, best: Candidate | None, seen: list[Candidate],
+    now: float,
+) -> tuple[Candidate | None, bool]:  # fmt: skip
+    """Return the best way if sessions may move too, and whether no better one can have been missed."""
     streams = Streams(view, now)
-    for load_s, node in view.paths_within_reach(request.model, request.share_bytes):
+    paths = view.paths_within_reach(request.model, request.share_bytes)
+    for searched, (load_s, node) in enumerate(paths):
         if best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
             break
+        if searched == NODES_MAX:
+            return best, False
         found = _migration(streams, view, view.nodes[node], request, best, now)
         if found:
             seen.append(found)
             if best is None or found.key < best.key:
                 best = found
-    if best is None:
-        return Reject(_why_not(view, request))
-    return _KINDS[best.kind](best, tuple(seen))
+    return best, streams.steps_left >= 0 and not streams.is_cut
 
 
 def explain(view: ClusterView, request: PlacementRequest, now: float) -> list[Candidate]:
@@ -217,12 +248,15 @@ def _startup_s(replica: ReplicaState, age_s: float) -> float | None:
 
 
 def _loads(
-    view: ClusterView, node: NodeView, request: PlacementRequest, load_s: float, now: float
-) -> Iterator[Candidate]:
-    """Yield the best load without evictions, and the best one if that evicts."""
+    view: ClusterView, node: NodeView, request: PlacementRequest, load_s: float, now: float,
+    best: Candidate | None = None,
+) -> Iterator[Candidate]:  # fmt: skip
+    """Yield the best load without evictions, and the best one if that evicts; only what beats `best`."""
     size, model = request.share_bytes, request.model
     if node.room < size:
         return
+    source = view.path(model, node.node).source
+    path_at = node.path_ready_at(source)
     fitting = [d for d in node.devices if d.room >= size and model not in d.models]
     free = [d for d in fitting if d.free >= size]
     for devices in (free, fitting):
@@ -233,11 +267,14 @@ def _loads(
         if is_free and devices is not free:
             continue
         names = tuple(d.name for d in chosen)
-        wait_s = max(0.0, max(d.ready_at for d in chosen) - now)
+        wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
+        kind = Kind.LOAD if is_free else Kind.EVICT
+        if best and (wait_s + load_s, kind, 0.0, node.node, names) >= best.key:
+            continue
         evicts = () if is_free else evictions(node, dict.fromkeys(names, size))
         yield Candidate(
-            Kind.LOAD if is_free else Kind.EVICT, wait_s + load_s, node.node, names,
-            wait_s=wait_s, load_s=load_s, source=view.path(model, node.node).source, evicts=evicts,
+            kind, wait_s + load_s, node.node, names,
+            wait_s=wait_s, load_s=load_s, source=source, evicts=evicts,
         )  # fmt: skip
 
 
@@ -266,7 +303,8 @@ def _migration(
     for chosen in combinations(sorted(usable, key=lambda d: d.name), request.shares):
         if all(d.room >= size for d in chosen):
             continue
-        queue_s = max(0.0, max(d.ready_at for d in chosen) - now)
+        path_at = node.path_ready_at(path.source)
+        queue_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
         limit_s = best.startup_s - path.load_s if best else float("inf")
         if queue_s > limit_s:
             continue
@@ -291,7 +329,7 @@ def _why_not(view: ClusterView, request: PlacementRequest) -> str:
     model = request.model
     if not view.is_known(model):
         return f"no node has or can fetch model {model!r}"
-    if not view.paths(model):
+    if not any(True for _ in view.paths(model)):
         return f"no node that takes requests can load model {model!r}"
     nodes = (view.nodes[node] for _, node in view.paths(model))
     if not any(

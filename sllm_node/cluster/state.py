@@ -142,7 +142,11 @@ class ReplicaState:
 
     def size_on(self, device: str) -> int:
         """Return the bytes that leave `device` with it."""
-        return sum(share.size for share in self.shares if share.device == device)
+        size = 0
+        for share in self.shares:
+            if share.device == device:
+                size += share.size
+        return size
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,4 +162,8 @@ class NodeState:
     models: tuple[HeldModel, ...] = ()
     replicas: tuple[ReplicaState, ...] = ()
     is_draining: bool = False
+    nvme_done_s: float = 0.0
+    """When the loads that read its NVMe are expected to be done; all its devices share it."""
+    link_done_s: float = 0.0
+    """The same of its network link: loads from peers and remotes."""
     format: int = FORMAT

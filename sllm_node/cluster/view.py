@@ -1,21 +1,24 @@
 """The cluster as one node sees it: the newest state of every node, indexed for placement.
 
-`update` takes a state and marks what depends on it; a model's list of load paths, quickest first, is
-brought up to date when it is next asked for. So a decision looks at the few nodes that can win, not
-at all of them (`scripts/bench/placement.py` measures it). Absolute times are in the viewer's clock.
+`update` takes a state and marks what depends on it; a model's load paths, quickest first, are brought
+up to date when they are next asked for: one entry for each node that has something of the model, and for all
+others one for each rate that they can fetch it at. So a decision looks at the few nodes that can win,
+and news of a node costs what has changed in it, however many nodes there are
+(`scripts/bench/placement.py` measures it). Absolute times are in the viewer's clock.
 """
 
+import heapq
 import math
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from operator import itemgetter
 from typing import Final
 
-from sllm_node.cluster.estimate import RESUME_GUESS, LoadPath, load_path, send_rate
+from sllm_node.cluster.estimate import RESUME_GUESS, LoadPath, Source, load_path, send_rate
+from sllm_node.cluster.node_view import NodeView
 from sllm_node.cluster.state import (
     Bandwidths,
-    DeviceState,
     HeldModel,
     NodeId,
     NodeState,
@@ -31,56 +34,15 @@ _FEW: Final = 8
 """Nodes: that many are looked up one by one, of more the list is walked."""
 
 
-class DeviceView:
-    """One device, with what stands on it added up."""
-
-    __slots__ = ("busy", "bytes_total", "free", "idle", "models", "name", "ready_at", "room")
-
-    def __init__(
-        self, state: DeviceState, replicas: Sequence[ReplicaState], seen_at: float
-    ) -> None:
-        here = [replica for replica in replicas if replica.size_on(state.name)]
-        self.name = state.name
-        self.bytes_total = state.bytes_total
-        self.free = state.bytes_free
-        self.ready_at = seen_at + max(state.loads_done_s, default=0.0)
-        """When all queued loads are done."""
-        self.idle = [replica for replica in here if replica.is_evictable]
-        self.busy = [replica for replica in here if replica.is_movable]
-        self.models = frozenset(replica.model for replica in here)
-        self.room = self.free + sum(replica.size_on(self.name) for replica in self.idle)
-        """Free now or by evicting idle replicas."""
-
-
-class NodeView:
-    """One node's newest state and when it came."""
-
-    __slots__ = ("by_model", "by_name", "devices", "held", "node", "room", "seen_at", "state")
-
-    def __init__(self, state: NodeState, seen_at: float) -> None:
-        self.state = state
-        self.node = state.node
-        self.seen_at = seen_at
-        self.devices = tuple(DeviceView(d, state.replicas, seen_at) for d in state.devices)
-        self.by_name = {device.name: device for device in self.devices}
-        self.held = {held.model: held for held in state.models}
-        self.room = max((device.room for device in self.devices), default=0)
-        """Of the roomiest device."""
-        self.by_model: dict[ModelId, list[ReplicaState]] = {}
-        for replica in state.replicas:
-            self.by_model.setdefault(replica.model, []).append(replica)
-
-    def has_ready(self, model: ModelId) -> bool:
-        """Tell whether a replica is there to clone from."""
-        return any(replica.ready_s <= 0 for replica in self.by_model.get(model, ()))
-
-
 class _ModelIndex:
     """What is known of one model over all nodes."""
 
     __slots__ = (
         "by_node",
         "entries",
+        "far",
+        "far_of",
+        "far_version",
         "free_slots",
         "holders",
         "least_fit",
@@ -91,6 +53,13 @@ class _ModelIndex:
 
     def __init__(self) -> None:
         self.entries: list[tuple[float, NodeId]] = []
+        """Of nodes that have something of it, quickest first."""
+        self.far: list[tuple[float, list[NodeId]]] = []
+        """Of all nodes as if they had nothing of it: those of one load time together."""
+        self.far_of: dict[NodeId, LoadPath] = {}
+        """The paths behind `far`, of nodes for which they were asked."""
+        self.far_version = -1
+        """Of the nodes' rates when `far` was made; -1: it is to be made anew."""
         self.by_node: dict[NodeId, LoadPath] = {}
         self.stale: set[NodeId] = set()
         """Nodes whose entry is to be made anew."""
@@ -124,11 +93,19 @@ class ClusterView:
     def __init__(self) -> None:
         self.nodes: dict[NodeId, NodeView] = {}
         self._models: dict[ModelId, _ModelIndex] = {}
-        self._rooms: list[tuple[int, NodeId]] | None = None
-        """Nodes by the room of their roomiest device; None: to be made anew, as are the next two."""
+        self._frees: list[tuple[int, NodeId]] = []
+        """Nodes by what is free on their device that has most."""
+        self._rooms: list[tuple[int, NodeId]] = []
+        """Nodes by the room of their roomiest device."""
+        self._reaches: list[tuple[int, NodeId]] = []
+        """Nodes by the most that moves could free on a device, if all found a place."""
         self._reachable: dict[NodeId, dict[str, int]] = {}
-        self._reaches: list[tuple[int, NodeId]] | None = None
-        """Nodes by the most that moves could free on a device."""
+        """What can really be freed, as far as it was asked for since the last news."""
+        self._most_reachable: dict[NodeId, int] = {}
+        """The most of that on one device of each node."""
+        self._rates: dict[Bandwidths, list[NodeId]] = {}
+        """Nodes that take requests by their bandwidths, without remotes."""
+        self._rates_version = 0
 
     def update(self, state: NodeState, now: float) -> bool:
         """Take a state that came at `now`; tell whether it was newer than the one known."""
@@ -141,7 +118,7 @@ class ClusterView:
     def refresh(self, state: NodeState, now: float) -> None:
         """Take a state as it is: one that came with a refusal, less what its node has promised."""
         old = self.nodes.get(state.node)
-        view = NodeView(state, now)
+        view = NodeView(state, now, old)
         self.nodes[state.node] = view
         self._index(state.node, old, view)
 
@@ -151,40 +128,63 @@ class ClusterView:
         if old:
             self._index(node, old, None)
 
-    def paths(self, model: ModelId) -> list[tuple[float, NodeId]]:
-        """Return (load_s, node) of all nodes that can load it and take requests, quickest first."""
-        index = self._models.get(model)
+    def paths(self, model: ModelId) -> Iterator[tuple[float, NodeId]]:
+        """Yield (load_s, node) of all nodes that can load it and take requests, quickest first."""
+        index = self._fresh(model)
         if index is None:
-            return []
-        if index.stale:
-            self._refresh(model, index)
-        return index.entries
+            return iter(())
+        here = index.resident.union(index.holders)
+        far = ((load_s, n) for load_s, names in index.far for n in names if n not in here)
+        return heapq.merge(index.entries, far)
 
     def path(self, model: ModelId, node: NodeId) -> LoadPath:
         """Return how `node` would load it; it must be one of `paths`."""
-        return self._models[model].by_node[node]
+        index = self._models[model]
+        return index.by_node.get(node) or self._far_path(index, self.nodes[node])
 
-    def paths_with_room(self, model: ModelId, size: int) -> list[tuple[float, NodeId]]:
+    @property
+    def most_free(self) -> int:
+        """Return the bytes that are free on the device that has most."""
+        return self._frees[-1][0] if self._frees else 0
+
+    def paths_with_room(self, model: ModelId, size: int) -> Iterable[tuple[float, NodeId]]:
         """Return those of `paths` that matter to who needs so many bytes of a device; perhaps more."""
-        if self._rooms is None:
-            self._rooms = sorted((node.room, name) for name, node in self.nodes.items())
         return self._paths_among(self._rooms, model, size)
 
-    def paths_within_reach(self, model: ModelId, size: int) -> list[tuple[float, NodeId]]:
-        """Return those where moves and evictions might free so many bytes of a device; perhaps more."""
-        return self._paths_among(self._reach_order(), model, size)
+    def paths_within_reach(self, model: ModelId, size: int) -> Iterator[tuple[float, NodeId]]:
+        """Yield those where moves and evictions might free so many bytes of a device."""
+        most = self._most_reachable
+        for path in self._paths_among(self._reaches, model, size):
+            node = path[1]
+            found = most.get(node)
+            if found is None:
+                found = most[node] = max(self.reachable(node).values(), default=0)
+            if found >= size:
+                yield path
 
     def reachable(self, node: NodeId) -> dict[str, int]:
         """Return for each device the bytes that are free once all has left that might find a place."""
-        self._reach_order()
-        return self._reachable[node]
+        found = self._reachable.get(node)
+        if found is None:
+            found = self._reachable[node] = self._reach(self.nodes[node])
+        return found
+
+    def least_load_s(self, model: ModelId) -> float:
+        """Return the load time of the quickest path; infinite: there is none."""
+        index = self._fresh(model)
+        if index is None:
+            return math.inf
+        near_s = index.entries[0][0] if index.entries else math.inf
+        return min(near_s, index.far[0][0] if index.far else math.inf)
 
     def least_move_s(self, replica: ReplicaState) -> float:
         """Return a time that moving it takes at least, without its resume times; infinite: no place."""
         if self._most_free_slots(replica.model) >= len(replica.sessions):
             return 0.0
+        if not self._rooms or self._rooms[-1][0] < replica.shares[0].size:
+            return math.inf
         paths = self.paths_with_room(replica.model, replica.shares[0].size)
-        return paths[0][0] if paths else math.inf
+        return next((load_s for load_s, _ in paths), math.inf)
 
     def least_resume(self, model: ModelId) -> ResumeFit:
         """Return what no node resumes sessions of the model quicker than."""
@@ -198,24 +198,27 @@ class ClusterView:
 
     def _paths_among(
         self, order: list[tuple[int, NodeId]], model: ModelId, size: int
-    ) -> list[tuple[float, NodeId]]:
+    ) -> Iterable[tuple[float, NodeId]]:
         first = bisect_left(order, size, key=itemgetter(0))
         if first == len(order):
-            return []
-        paths = self.paths(model)
-        if len(order) - first > _FEW or not paths:
-            return paths
-        by_node = self._models[model].by_node
-        return sorted((by_node[name].load_s, name) for _, name in order[first:] if name in by_node)
+            return ()
+        if len(order) - first > _FEW:
+            return self.paths(model)
+        index = self._fresh(model)
+        if index is None:
+            return ()
+        found = ((self._load_s(index, model, name), name) for _, name in order[first:])
+        return sorted(path for path in found if path[0] < math.inf)
 
-    def _reach_order(self) -> list[tuple[int, NodeId]]:
-        if self._reaches is None:
-            self._reachable = {name: self._reach(view) for name, view in self.nodes.items()}
-            most = (
-                (max(sizes.values(), default=0), name) for name, sizes in self._reachable.items()
-            )
-            self._reaches = sorted(most)
-        return self._reaches
+    def _load_s(self, index: _ModelIndex, model: ModelId, name: NodeId) -> float:
+        """Return the load time on a node; infinite: it can't, or takes no requests."""
+        view = self.nodes[name]
+        if view.state.is_draining:
+            return math.inf
+        if model in view.held or model in view.by_model:
+            path = index.by_node.get(name)
+            return path.load_s if path else math.inf
+        return self._far_path(index, view).load_s
 
     def _reach(self, node: NodeView) -> dict[str, int]:
         return {
@@ -245,19 +248,14 @@ class ClusterView:
         return bool(index and (index.holders or index.resident))
 
     def _index(self, node: NodeId, old: NodeView | None, new: NodeView | None) -> None:
-        self._rooms = self._reaches = None
-        models: set[ModelId] = set()
-        for view in (old, new):
-            if view:
-                models.update(view.held)
-                models.update(view.by_model)
+        self._index_room(node, old, new)
         is_same = bool(
             old and new and old.state.bandwidths == new.state.bandwidths
             and old.state.is_draining == new.state.is_draining
         )  # fmt: skip
-        if old is None or new is None or not is_same:
-            models.update(self._models)
-        for model in models:
+        if not is_same:
+            self._index_rates(node, old, new)
+        for model in _touched(old, new, is_same=is_same):
             index = self._models.setdefault(model, _ModelIndex())
             self._index_model(model, index, old if is_same else None, new, node)
             if not (index.holders or index.resident):
@@ -276,6 +274,7 @@ class ClusterView:
         if (
             same and new and same.held.get(model) == held
             and same.has_ready(model) == new.has_ready(model)
+            and (model in same.by_model) == (model in new.by_model)
         ):  # fmt: skip
             return
         index.stale.add(node)
@@ -291,7 +290,48 @@ class ClusterView:
         else:
             index.rates.pop(node, None)
         if before != (index.peer_rate, index.sizes):
-            index.stale.update(self.nodes)
+            index.far_version = -1
+            index.stale.update(index.holders)
+            index.stale.update(index.resident)
+
+    def _index_room(self, node: NodeId, old: NodeView | None, new: NodeView | None) -> None:
+        """Keep the nodes in order of what is free on them or could be."""
+        self._reachable.clear()
+        self._most_reachable.clear()
+        for order, name in (
+            (self._frees, "free"), (self._rooms, "room"), (self._reaches, "within_reach"),
+        ):  # fmt: skip
+            before = getattr(old, name) if old else None
+            after = getattr(new, name) if new else None
+            if before == after:
+                continue
+            if before is not None:
+                del order[bisect_left(order, (before, node))]
+            if after is not None:
+                insort(order, (after, node))
+
+    def _index_rates(self, node: NodeId, old: NodeView | None, new: NodeView | None) -> None:
+        """Keep the nodes by the rates at which they fetch what they don't have."""
+        self._rates_version += 1
+        if old and not old.state.is_draining:
+            rates = replace(old.state.bandwidths, remote=0.0)
+            self._rates[rates].remove(node)
+            if not self._rates[rates]:
+                del self._rates[rates]
+        if new and not new.state.is_draining:
+            insort(self._rates.setdefault(replace(new.state.bandwidths, remote=0.0), []), node)
+
+    def _fresh(self, model: ModelId) -> _ModelIndex | None:
+        """Return what is known of a model, its paths brought up to date."""
+        index = self._models.get(model)
+        if index is None:
+            return None
+        if index.stale:
+            self._refresh(model, index)
+        if index.far_version != self._rates_version:
+            index.far_version = self._rates_version
+            self._refresh_far(index)
+        return index
 
     def _refresh(self, model: ModelId, index: _ModelIndex) -> None:
         peer_rate = index.peer_rate
@@ -303,6 +343,8 @@ class ClusterView:
             view = self.nodes.get(node)
             if view is None or view.state.is_draining or sizes is None:
                 continue
+            if model not in view.held and model not in view.by_model:
+                continue
             held = view.held.get(model) or HeldModel(model, *sizes)
             path = load_path(
                 held, _bandwidths(view, model), peer_rate=peer_rate,
@@ -312,6 +354,42 @@ class ClusterView:
                 index.by_node[node] = path
                 insort(index.entries, (path.load_s, node))
         index.stale.clear()
+
+    def _refresh_far(self, index: _ModelIndex) -> None:
+        """Group the nodes by how long they take to load a model of which they have nothing."""
+        index.far_of.clear()
+        by_time: dict[float, list[NodeId]] = {}
+        for names in self._rates.values():
+            load_s = self._far_path(index, self.nodes[names[0]]).load_s
+            if load_s < math.inf:
+                by_time[load_s] = sorted([*by_time.get(load_s, ()), *names])
+        index.far = sorted(by_time.items())
+
+    def _far_path(self, index: _ModelIndex, view: NodeView) -> LoadPath:
+        """Return how a node would load what it has nothing of."""
+        found = index.far_of.get(view.node)
+        if found is None:
+            sizes = index.sizes
+            if sizes is None:
+                return LoadPath(math.inf, Source.PEER)
+            held, rates = HeldModel(ModelId(""), *sizes), replace(view.state.bandwidths, remote=0.0)
+            found = load_path(held, rates, peer_rate=index.peer_rate, has_replica=False)
+            index.far_of[view.node] = found
+        return found
+
+
+def _touched(old: NodeView | None, new: NodeView | None, *, is_same: bool) -> list[ModelId]:
+    """Return the models that news of a node may matter to."""
+    before, after = (old.held if old else {}), (new.held if new else {})
+    touched: dict[ModelId, None] = {}
+    if before is not after or not is_same:
+        for model in {**before, **after}:
+            if not is_same or before.get(model) is not after.get(model):
+                touched[model] = None
+    for view in (old, new):
+        if view:
+            touched.update(dict.fromkeys(view.by_model))
+    return list(touched)
 
 
 def _bandwidths(view: NodeView, model: ModelId) -> Bandwidths:

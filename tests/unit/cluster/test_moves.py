@@ -3,8 +3,8 @@ from random import Random
 import pytest
 
 from sllm_node.cluster.moves import Streams, cheapest_moves, evictions
+from sllm_node.cluster.node_view import NodeView
 from sllm_node.cluster.state import DeviceShare, ReplicaId, ReplicaState
-from sllm_node.cluster.view import NodeView
 from sllm_node.core.types import ModelId
 from tests.unit.cluster.clusters import crowded_cluster, one_node, viewed
 

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -160,3 +161,15 @@ def test_time_that_passes_shortens_a_wait():
     decision = decide(view, A, 2.0)
     assert isinstance(decision, Wait)
     assert decision.best.startup_s == 3.0
+
+
+def test_a_load_waits_for_the_disk_that_all_devices_of_a_node_share():
+    disk_is_busy = replace(one_node(free=32, dram=0), nvme_done_s=100.0)
+    best = explain(viewed([disk_is_busy]), PlacementRequest(ModelId("a"), 16), 0.0)[0]
+    assert (best.wait_s, best.load_s) == (100.0, 8.0)
+
+
+def test_a_load_from_dram_does_not_wait_for_the_disk():
+    disk_is_busy = replace(one_node(free=32), nvme_done_s=100.0)
+    best = explain(viewed([disk_is_busy]), PlacementRequest(ModelId("a"), 16), 0.0)[0]
+    assert best.wait_s == 0
