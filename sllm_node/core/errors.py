@@ -727,6 +727,58 @@ class ProtocolVersionError(MessageError):
         self.known = known
 
 
+class JournalError(SllmError):
+    """The journal of what survives a restart can't be opened or written."""
+
+    code = "journal"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"the journal {path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class JournalDamagedError(JournalError):
+    """A journal that can't be read was set aside, and an empty one begun; told, never raised."""
+
+    code = "journal_damaged"
+
+    def __init__(self, path: str, problem: str, aside: str) -> None:
+        super().__init__(
+            path,
+            f"{problem}; it was set aside as {aside} and an empty one begun: pins, aliases, "
+            "registered models and desired replicas of this node are to be set again",
+        )
+        self.aside = aside
+
+
+class JournalVersionError(JournalError):
+    """A journal that a newer release wrote."""
+
+    code = "journal_version"
+
+    def __init__(self, path: str, found: int, known: int) -> None:
+        super().__init__(
+            path,
+            f"has version {found} and this release knows {known}; run the release that wrote it, "
+            "or move it away to begin an empty one",
+        )
+        self.found = found
+        self.known = known
+
+
+class JournalFullError(JournalError):
+    """Too many records of one kind."""
+
+    fault = Fault.CALLER
+    code = "journal_full"
+
+    def __init__(self, path: str, kind: str, limit: int) -> None:
+        super().__init__(path, f"has {limit} {kind} already, which is the limit; drop some")
+        self.kind = kind
+        self.limit = limit
+
+
 # --- operators ----------------------------------------------------------------------------------
 
 
