@@ -727,6 +727,50 @@ class ProtocolVersionError(MessageError):
         self.known = known
 
 
+class EtcdError(SllmError):
+    """The directory in etcd does not do what it was asked for; the node goes on without it."""
+
+    code = "etcd"
+
+    def __init__(self, endpoint: str, problem: str) -> None:
+        super().__init__(f"etcd at {endpoint}: {problem}")
+        self.endpoint = endpoint
+        self.problem = problem
+
+
+class EtcdUnreachableError(EtcdError):
+    """No endpoint of etcd answers in time."""
+
+    code = "etcd_unreachable"
+
+
+class EtcdDeniedError(EtcdError):
+    """Etcd does not let this node do that."""
+
+    code = "etcd_denied"
+
+    def __init__(self, endpoint: str, problem: str) -> None:
+        super().__init__(
+            endpoint, f"{problem}; the user needs to read and write all keys below the prefix"
+        )
+
+
+class EtcdLeaseError(EtcdError):
+    """The lease is no more."""
+
+    code = "etcd_lease"
+
+
+class EtcdCompactedError(EtcdError):
+    """The changes asked for are compacted away: read everything again."""
+
+    code = "etcd_compacted"
+
+    def __init__(self, endpoint: str, revision: int) -> None:
+        super().__init__(endpoint, f"changes up to revision {revision} can't be had any more")
+        self.revision = revision
+
+
 class JournalError(SllmError):
     """The journal of what survives a restart can't be opened or written."""
 
