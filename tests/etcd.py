@@ -6,6 +6,7 @@ import socket
 import subprocess
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ class Etcd:
         self.peer_url = f"http://127.0.0.1:{free_port()}"
         self.members = f"{name}={self.peer_url}"
         self.arguments = arguments
-        self.process = None
+        self.process: Any = None
 
     def begin(self):
         """Start the process without waiting for it: a member waits for the others."""
