@@ -28,7 +28,6 @@ from sllm_node.core.errors import (
     EtcdCompactedError,
     EtcdError,
     EtcdLeaseError,
-    EtcdUnreachableError,
 )
 
 log = logging.getLogger(__name__)
@@ -91,6 +90,7 @@ class DirectoryLink:
         self._follow_backoff = Backoff(options.first_wait_s, options.most_wait_s, draw)
         self._lease_backoff = Backoff(options.first_wait_s, options.most_wait_s, draw)
         self._lease: int | None = None
+        self._has_problem = False
         self._alarm = Alarm(clock, self._on_alarm)
         self._registration_lost = asyncio.Event()
 
@@ -188,17 +188,25 @@ class DirectoryLink:
             try:
                 wait_s = await self._renew()
                 self._lease_backoff.reset()
+                self._note(None)
             except EtcdLeaseError:
                 self._lease = None
                 self._directory.on_lease_lost()
                 wait_s = self._lease_backoff.next()
             except EtcdError as error:
-                if isinstance(error, EtcdUnreachableError):
-                    log.debug("lease not renewed", extra={"problem": str(error)})
+                self._note(error)
                 wait_s = self._lease_backoff.next()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._registration_lost.wait()
+
+    def _note(self, problem: EtcdError | None) -> None:
+        """Log when this node can't stay registered any more, and when it can again."""
+        if problem is not None and not self._has_problem:
+            log.warning("directory lease not renewed", extra={"problem": str(problem)})
+        elif problem is None and self._has_problem:
+            log.info("directory lease renewed")
+        self._has_problem = problem is not None
 
     async def _renew(self) -> float:
         """Keep the lease alive and the key under it; return when to do so again."""

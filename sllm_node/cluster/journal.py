@@ -125,12 +125,11 @@ class _File:
     """The database, used by one thread; what it holds is in `records`, too."""
 
     def __init__(
-        self, path: Path, connection: sqlite3.Connection, damage: JournalDamagedError | None
+        self, path: Path, migrations: Sequence[Sequence[str]], damage: JournalDamagedError | None
     ) -> None:
         self._path = path
-        self._connection = connection
+        self._connection, self.records = _connect(path, migrations)
         self.damage = damage
-        self.records = _read(connection)
 
     def write(self, changes: Sequence[Change]) -> Records:
         records = self.records
@@ -175,25 +174,25 @@ def _open(path: Path, migrations: Sequence[Sequence[str]]) -> _File:
     except OSError as error:
         raise JournalError(str(path), f"its folder can't be made: {error.strerror}") from error
     try:
-        return _File(path, _connect(path, migrations), None)
+        return _File(path, migrations, None)
     except sqlite3.Error as error:
         if not _is_damage(error):
             raise _named(path, error) from error
         damage = JournalDamagedError(str(path), str(error), str(_set_aside(path)))
     try:
-        return _File(path, _connect(path, migrations), damage)
+        return _File(path, migrations, damage)
     except sqlite3.Error as error:
         raise _named(path, error) from error
 
 
-def _connect(path: Path, migrations: Sequence[Sequence[str]]) -> sqlite3.Connection:
+def _connect(path: Path, migrations: Sequence[Sequence[str]]) -> tuple[sqlite3.Connection, Records]:
     connection = sqlite3.connect(path, timeout=0.0, isolation_level=None, check_same_thread=False)
     try:
         _prepare(connection, path, migrations)
+        return connection, _read(connection)
     except BaseException:
         connection.close()
         raise
-    return connection
 
 
 def _prepare(
@@ -237,7 +236,12 @@ def _read(connection: sqlite3.Connection) -> Records:
     records: dict[str, dict[str, Record]] = {}
     for kind, table in FIELDS.items():
         columns = ", ".join(field.name for field in fields(kind))
-        rows = connection.execute(f"SELECT {columns} FROM {table}")  # noqa: S608 - names of ours
+        try:
+            rows = connection.execute(f"SELECT {columns} FROM {table}")  # noqa: S608 - names of ours
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode == sqlite3.SQLITE_ERROR:
+                raise _damaged(str(error)) from error  # its version says that the table is there
+            raise
         made = [kind(*row) for row in rows]
         records[table] = {record.key: record for record in made}
     return Records(**records)  # type: ignore[arg-type]  # by kind, as FIELDS says

@@ -155,6 +155,13 @@ def test_above_the_maximum_they_leave_at_once_the_least_missed_first():
     assert retired == ["loading", "idle", "busy"]
 
 
+def test_a_start_that_may_fail_lets_none_leave_below_the_minimum():
+    a = scaler(minimum=1, maximum=2)
+    a.on_demand(demand(waiting=4, replicas=[replica("r")]), 0.0)
+    a.on_desired([Desired(M, 1, 1, 30.0)], 1.0)
+    assert a.on_demand(demand(replicas=[replica("r")]), 1.0) == ()
+
+
 def test_a_replica_that_does_not_leave_is_told_again():
     a = scaler(maximum=0)
     assert len(a.on_demand(demand(replicas=[replica("r")]), 0.0)) == 1
@@ -183,7 +190,9 @@ def test_only_the_home_acts():
 def test_when_the_home_dies_the_next_one_settles_and_acts():
     home = home_of(M, [ME, X, Y, Z])
     left = [node for node in (ME, X, Y, Z) if node != home]
-    a = Autoscaler(home_of(M, left), OPTIONS)
+    following = home_of(M, left)
+    assert following is not None
+    a = Autoscaler(following, OPTIONS)
     a.on_alive([ME, X, Y, Z], 0.0)
     a.on_desired([Desired(M, 1, 3)], 0.0)
     assert a.on_demand(demand(), 9.0) == ()

@@ -155,7 +155,13 @@ def foreign(path):
     connection.close()
 
 
-@pytest.mark.parametrize("spoil", [spoil_header, spoil_pages, foreign])
+def lost_table(path):
+    connection = sqlite3.connect(path)
+    connection.execute("DROP TABLE aliases")
+    connection.close()
+
+
+@pytest.mark.parametrize("spoil", [spoil_header, spoil_pages, foreign, lost_table])
 async def test_a_damaged_file_is_set_aside_and_the_node_starts(path, spoil):
     journal = await Journal.open(path)
     await journal.write(*(Put(record) for record in ALL))
