@@ -778,6 +778,102 @@ class ProtocolVersionError(MessageError):
         self.known = known
 
 
+class EtcdError(SllmError):
+    """The directory in etcd does not do what it was asked for; the node goes on without it."""
+
+    code = "etcd"
+
+    def __init__(self, endpoint: str, problem: str) -> None:
+        super().__init__(f"etcd at {endpoint}: {problem}")
+        self.endpoint = endpoint
+        self.problem = problem
+
+
+class EtcdUnreachableError(EtcdError):
+    """No endpoint of etcd answers in time."""
+
+    code = "etcd_unreachable"
+
+
+class EtcdDeniedError(EtcdError):
+    """Etcd does not let this node do that."""
+
+    code = "etcd_denied"
+
+    def __init__(self, endpoint: str, problem: str) -> None:
+        super().__init__(
+            endpoint, f"{problem}; the user needs to read and write all keys below the prefix"
+        )
+
+
+class EtcdLeaseError(EtcdError):
+    """The lease is no more."""
+
+    code = "etcd_lease"
+
+
+class EtcdCompactedError(EtcdError):
+    """The changes asked for are compacted away: read everything again."""
+
+    code = "etcd_compacted"
+
+    def __init__(self, endpoint: str, revision: int) -> None:
+        super().__init__(endpoint, f"changes up to revision {revision} can't be had any more")
+        self.revision = revision
+
+
+class JournalError(SllmError):
+    """The journal of what survives a restart can't be opened or written."""
+
+    code = "journal"
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(f"the journal {path}: {problem}")
+        self.path = path
+        self.problem = problem
+
+
+class JournalDamagedError(JournalError):
+    """A journal that can't be read was set aside, and an empty one begun; told, never raised."""
+
+    code = "journal_damaged"
+
+    def __init__(self, path: str, problem: str, aside: str) -> None:
+        super().__init__(
+            path,
+            f"{problem}; it was set aside as {aside} and an empty one begun: pins, aliases, "
+            "registered models and desired replicas of this node are to be set again",
+        )
+        self.aside = aside
+
+
+class JournalVersionError(JournalError):
+    """A journal that a newer release wrote."""
+
+    code = "journal_version"
+
+    def __init__(self, path: str, found: int, known: int) -> None:
+        super().__init__(
+            path,
+            f"has version {found} and this release knows {known}; run the release that wrote it, "
+            "or move it away to begin an empty one",
+        )
+        self.found = found
+        self.known = known
+
+
+class JournalFullError(JournalError):
+    """Too many records of one kind."""
+
+    fault = Fault.CALLER
+    code = "journal_full"
+
+    def __init__(self, path: str, kind: str, limit: int) -> None:
+        super().__init__(path, f"has {limit} {kind} already, which is the limit; drop some")
+        self.kind = kind
+        self.limit = limit
+
+
 # --- operators ----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,58 @@
+"""What the autoscaler is told of a model, taken from the cluster's view and the placement's estimates."""
+
+from dataclasses import dataclass
+
+from sllm_node.cluster.autoscale import Demand, ReplicaSeen, Start
+from sllm_node.cluster.placement import Kind, PlacementRequest, explain
+from sllm_node.cluster.state import ReplicaState
+from sllm_node.cluster.view import ClusterView
+from sllm_node.core.types import NodeId
+
+_STARTS = (Kind.LOAD, Kind.EVICT)
+"""Ways to another replica that take nothing from sessions that run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the states of nodes do not tell: summed over the nodes where requests come in."""
+
+    waiting: int = 0
+    arrivals_per_s: float = 0.0
+    service_s: float = 0.0
+
+
+def demand_of(
+    view: ClusterView, request: PlacementRequest, load: Load, slots: int, now: float
+) -> Demand:
+    """Return the demand for a model; `slots`: of a replica, where there is none to be asked."""
+    model = request.model
+    replicas = [
+        (node, replica)
+        for node in view.resident(model)
+        for replica in view.nodes[node].by_model[model]
+    ]
+    starts = {
+        candidate.node: candidate.startup_s
+        for candidate in reversed(explain(view, request, now))
+        if candidate.kind in _STARTS
+    }
+    return Demand(
+        model=model,
+        slots=max((replica.slots for _, replica in replicas), default=slots),
+        waiting=load.waiting,
+        replicas=tuple(_seen(NodeId(node), replica) for node, replica in replicas),
+        starts=tuple(Start(NodeId(node), startup_s) for node, startup_s in sorted(starts.items())),
+        arrivals_per_s=load.arrivals_per_s,
+        service_s=load.service_s,
+    )
+
+
+def _seen(node: NodeId, replica: ReplicaState) -> ReplicaSeen:
+    return ReplicaSeen(
+        replica=replica.replica,
+        node=node,
+        sessions=len(replica.sessions),
+        is_ready=replica.ready_s <= 0,
+        is_pinned=replica.is_pinned,
+        idle_s=replica.idle_s,
+    )
