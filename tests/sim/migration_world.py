@@ -144,7 +144,15 @@ def key_of_entry(e):
     proposal = p and (
         p.target.node, p.epoch, p.source, p.attempt, p.is_ready, p.held, p.computed, p.round_end, len(p.rounds),
     )  # fmt: skip
-    return (e.state, tuple(e.session.output), owner, proposal, e.last_epoch, e.recoveries, e.is_seeking)
+    return (
+        e.state,
+        tuple(e.session.output),
+        owner,
+        proposal,
+        e.last_epoch,
+        e.recoveries,
+        e.is_seeking,
+    )
 
 
 def key_of_holder(h):
@@ -249,10 +257,20 @@ class World:
         name = self.setting.nodes[place]
         kind, *details = event
         if kind == "crash":
-            return self.number(Local(None, local.boot, made=local.made, shown=local.shown, end=local.end)), 0
+            return self.number(
+                Local(None, local.boot, made=local.made, shown=local.shown, end=local.end)
+            ), 0
         if kind == "restart":
             node = Migrations(NodeId(name), local.boot + 1, self.setting.limits)
-            return self.number(Local(node, local.boot + 1, made=local.made, end=local.end or "entry died")), 0
+            return self.number(
+                Local(
+                    node,
+                    local.boot + 1,
+                    made=local.made,
+                    shown=local.shown,
+                    end=local.end or "entry died",
+                )
+            ), 0
         if local.node is None:
             return None
         node = clone(local.node)
@@ -373,7 +391,9 @@ class World:
         sends = 0
         for send in node.to_send():
             sends |= 1 << self._bit(name, send)
-        return replace(local, jobs=frozenset(jobs), places=frozenset(places), shown=shown, end=end), sends
+        return replace(
+            local, jobs=frozenset(jobs), places=frozenset(places), shown=shown, end=end
+        ), sends
 
     def _bit(self, sender, send) -> int:
         place = self.setting.nodes.index(send.to)
@@ -479,6 +499,9 @@ class World:
                 yield from self._step(state, place, ("late", math.inf, which), less, is_fair=False)
             for peer in self.setting.nodes:
                 yield from self._step(state, place, ("peer_lost", peer), less, is_fair=False)
+        if not budget.down and budget.suspicions < self.setting.suspicions:
+            # Whoever gave up is silent in earnest now, so the entry's limits run out.
+            yield from self._step(state, place, ("late", math.inf, "entry"), budget)
 
     def _mishaps(self, state, place):
         budget, name = state[2], self.setting.nodes[place]
@@ -535,10 +558,10 @@ class World:
         return "finished" if is_whole and entry.end == "ended" else entry.end
 
 
-def explore(setting: Setting, states_max: int = 2_000_000) -> Found:
+def explore(setting: Setting, states_max: int = 2_000_000, world: type[World] = World) -> Found:
     """Visit every state; an AssertionError tells what went wrong."""
-    world = World(setting)
-    start = world.start()
+    made = world(setting)
+    start = made.start()
     numbers = {start: 0}
     states = [start]
     backwards: list[list[int]] = [[]]
@@ -549,8 +572,8 @@ def explore(setting: Setting, states_max: int = 2_000_000) -> Found:
         state = states[at]
         if state[0] not in checked:
             checked.add(state[0])
-            world.check(state[0])
-        for is_fair, after in world.steps(state):
+            made.check(state[0])
+        for is_fair, after in made.steps(state):
             found.transitions += 1
             number = numbers.get(after)
             if number is None:
@@ -562,7 +585,7 @@ def explore(setting: Setting, states_max: int = 2_000_000) -> Found:
                 backwards[number].append(at)
         at += 1
     found.states = len(states)
-    _judge_ends(world, states, backwards, found)
+    _judge_ends(made, states, backwards, found)
     return found
 
 
