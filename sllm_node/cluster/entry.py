@@ -15,7 +15,6 @@ from sllm_node.cluster.migration import (
     EntryState,
     MigrationLimits,
     MigrationOutcome,
-    Report,
     Seek,
     Send,
     Show,
@@ -66,6 +65,10 @@ class Entry:
         self.last_token_at: float | None = None
         self.outbox: list[Action | Send] = []
 
+    def begin(self) -> None:
+        """Ask placement for its first owner."""
+        self._seek(frozenset())
+
     # --- from this node -------------------------------------------------------------------------
 
     def move(self, target: Target, reason: str, now: float) -> MoveOutcome:
@@ -91,13 +94,11 @@ class Entry:
 
     def placed(self, target: Target, now: float) -> None:
         """Take placement's answer to `Seek`."""
-        if not self.is_seeking:
-            return
-        if self.state is EntryState.ORPHANED:
+        if self.is_seeking and self.state is EntryState.ORPHANED:
             self.is_seeking = False
             self._happen(EntryEvent.PLACED)
             self._propose(target, "recovery" if self.last_epoch else "begin", now)
-        else:
+        elif self.is_seeking:
             self.move(target, "drain", now)
 
     def no_place(self) -> None:
@@ -335,11 +336,6 @@ class Entry:
         else:
             self._seek(frozenset({lost}))
 
-    def begin(self) -> None:
-        """Ask placement for its first owner."""
-        assert self.last_epoch == 0
-        self._seek(frozenset())
-
     def _seek(self, excluded: frozenset[NodeId]) -> None:
         self.is_seeking = True
         is_orphan = self.state is EntryState.ORPHANED
@@ -389,15 +385,9 @@ class Entry:
             self.pace.came(tokens, elapsed_s)
 
     def _report(self, outcome: MigrationOutcome, reason: str, gap_s: float | None = None) -> None:
-        proposal = self.proposal
-        self.proposal = None
+        proposal, self.proposal = self.proposal, None
         if proposal is not None:
-            rounds = tuple(proposal.rounds)
-            to = proposal.target.node
-            report = Report(
-                self.id, proposal.epoch, proposal.source, to, outcome, reason, rounds, gap_s
-            )
-            self.outbox.append(report)
+            self.outbox.append(proposal.report(self.id, outcome, reason, gap_s))
 
     def _accept(self, now: float, *, asks: bool = False) -> None:
         owner = self.owner

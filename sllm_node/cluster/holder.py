@@ -81,6 +81,9 @@ class Holder:
         """The node drains: the entry is asked to move it."""
         self.heard_at = now
         self.said_at = now
+        """When the entry was last told how far the destination is, or asked to move the session."""
+        self.waits_since = now
+        """When the oldest unsent piece was sent last, or became the oldest."""
         self.outbox: list[Action | Send] = [
             Acquire(task.session, task.epoch, task.request, task.prompt_tokens, task.reservation)
         ]
@@ -116,12 +119,15 @@ class Holder:
     def on_accepted(self, message: Accepted, now: float) -> None:
         """Forget what the entry has taken."""
         self.heard_at = now
+        before = self.sent_from
         while self.unsent and self.unsent[0].finish is None:
             end = self.sent_from + len(self.unsent[0].tokens)
             if end > message.position:
                 break
             self.sent_from = end
             self.unsent.popleft()
+        if self.sent_from > before:
+            self.waits_since = now
         if message.asks and self.state in (HolderState.DECODING, HolderState.FINISHED):
             self._send_tokens(now)
 
@@ -153,19 +159,21 @@ class Holder:
         """Pass on what the engine made; the last piece has `finish`."""
         if self.state is not HolderState.DECODING:
             return
+        if not self.unsent:
+            self.waits_since = now
         self.unsent.append(piece)
         if piece.finish is not None:
             self._happen(HolderEvent.FINISHED)
             self._free()
         position = self.sent_from + sum(len(p.tokens) for p in self.unsent) - len(piece.tokens)
-        self._say(Tokens(self.task.session, self.task.epoch, position, (piece,)), now)
+        self._tell(Tokens(self.task.session, self.task.epoch, position, (piece,)))
 
     def failed(self, reason: Reason) -> None:
         """End it and tell the entry why; what is finished stays until the entry has it."""
         if HolderEvent.FAILED in HOLDER[self.state]:
             task = self.task
             dropped = Dropped(task.session, task.epoch, task.attempt, reason)
-            self.outbox.append(Send(task.entry, dropped))
+            self._tell(dropped)
             self._end(HolderEvent.FAILED)
 
     def leave(self, now: float) -> None:
@@ -181,14 +189,13 @@ class Holder:
         if now - self.heard_at >= self.limits.lost_s:
             self.entry_lost()
             return
-        if now - self.said_at < self.limits.resend_s:
-            return
-        if self.state in DESTINATION:
+        is_due = now - self.said_at >= self.limits.resend_s
+        if is_due and self.state in DESTINATION:
             self._stand(now)
-        elif self.unsent:
-            self._send_tokens(now)
-        elif self.is_leaving:
+        if is_due and self.is_leaving and self.state is HolderState.DECODING:
             self._ask_to_leave(now)
+        if self.unsent and now - self.waits_since >= self.limits.resend_s:
+            self._send_tokens(now)
 
     def forgive(self, late_s: float) -> None:
         """Don't count time in which this node did not run as the entry's silence."""
@@ -214,10 +221,8 @@ class Holder:
             self.outbox.append(Compute(self.task.request.model, (part,)))
 
     def _request(self) -> GenerationRequest:
-        prompt, resumed = (
-            self.tokens[: self.task.prompt_tokens],
-            self.tokens[self.task.prompt_tokens :],
-        )
+        count = self.task.prompt_tokens
+        prompt, resumed = self.tokens[:count], self.tokens[count:]
         return replace(self.task.request, prompt=tuple(prompt), resumed=tuple(resumed))
 
     def _stand(self, now: float) -> None:
@@ -225,17 +230,19 @@ class Holder:
         is_ready = self.state is not HolderState.PREPARING
         held = len(self.tokens)
         standing = Standing(task.session, task.epoch, task.attempt, is_ready, held, self.computed)
-        self._say(standing, now)
+        self.said_at = now
+        self._tell(standing)
 
     def _send_tokens(self, now: float) -> None:
+        self.waits_since = now
         pieces = tuple(islice(self.unsent, PIECES_MAX))
-        self._say(Tokens(self.task.session, self.task.epoch, self.sent_from, pieces), now)
+        self._tell(Tokens(self.task.session, self.task.epoch, self.sent_from, pieces))
 
     def _ask_to_leave(self, now: float) -> None:
-        self._say(Move(self.task.session, self.task.epoch, reason="drain"), now)
-
-    def _say(self, message: Message, now: float) -> None:
         self.said_at = now
+        self._tell(Move(self.task.session, self.task.epoch, reason="drain"))
+
+    def _tell(self, message: Message) -> None:
         self.outbox.append(Send(self.task.entry, message))
 
     def _end(self, event: HolderEvent) -> None:

@@ -15,6 +15,7 @@ from msgspec import Meta
 from sllm_node.cluster.messages import LARGEST_BOOT, PROTOCOL, check_protocol
 from sllm_node.core.errors import MessageFormatError, MessageTooLargeError
 from sllm_node.core.types import FinishReason, GenerationRequest, TokenLogprob
+from sllm_node.core.units import MIB
 
 TOKENS_MAX: Final = 16_384
 """Of one message: at most 5 bytes each. What is more goes in several."""
@@ -22,6 +23,8 @@ PIECES_MAX: Final = 256
 """Of one `Tokens`."""
 MESSAGES_MAX: Final = 1024
 """Of one frame."""
+FRAME_LIMIT: Final = MIB
+"""Bytes of a frame that any message fits into: of tokens, 5 bytes each, or of pieces with log probabilities."""
 FRAME_BYTES: Final = 64
 """What a frame needs beside its messages at most."""
 

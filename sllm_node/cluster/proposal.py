@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from sllm_node.cluster.migration import MigrationOutcome, Report
 from sllm_node.cluster.migration_messages import Attempt, Standing
 from sllm_node.cluster.state import ResumeFit
-from sllm_node.core.types import NodeId
+from sllm_node.core.types import NodeId, SessionId
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,3 +76,12 @@ class Proposal:
         if is_done:
             self.round_end = 0
         return is_done
+
+    def report(
+        self, session: SessionId, outcome: MigrationOutcome, reason: str, gap_s: float | None
+    ) -> Report:
+        """Return what became of it."""
+        return Report(
+            session, self.epoch, self.source, self.target.node, outcome, reason,
+            tuple(self.rounds), gap_s,
+        )  # fmt: skip

@@ -36,6 +36,7 @@ from sllm_node.cluster.migrations import Migrations
 from sllm_node.cluster.proposal import Target
 from sllm_node.core.errors import MoveRefusedError
 from sllm_node.core.types import (
+    FinishReason,
     GenerationRequest,
     ModelId,
     NodeId,
@@ -196,7 +197,7 @@ def forget_time(node: Migrations) -> None:
         if e.proposal is not None:
             e.proposal.since = 0.0
     for h in node.holders.values():
-        h.heard_at = h.said_at = 0.0
+        h.heard_at = h.said_at = h.waits_since = 0.0
 
 
 def check_tokens(output) -> None:
@@ -306,7 +307,7 @@ class World:
             is_last = count + 1 == self.setting.tokens
             if not is_last:
                 jobs.add(("decode", epoch, (token, count + 1)))
-            finish = "length" if is_last else None
+            finish: FinishReason | None = "length" if is_last else None
             node.generated(SESSION, epoch, Piece((token,), finish=finish), 0.0)
 
     def _do_fail(self, node, jobs, job):
@@ -386,8 +387,8 @@ class World:
                 case End(error=error):
                     end = "lost" if error else "ended"
                     jobs = {job for job in jobs if job[0] != "seek"}
-                case Report() | Told():
-                    pass
+                case _:
+                    assert isinstance(action, Report | Told)
         sends = 0
         for send in node.to_send():
             sends |= 1 << self._bit(name, send)
@@ -435,7 +436,7 @@ class World:
 
     def steps(self, state):
         """Yield (is it bound to happen in the end, next state)."""
-        numbers, network, budget = state
+        numbers, _, budget = state
         for place, number in enumerate(numbers):
             local = self.locals[number]
             yield from self._deliveries(state, place, number)
@@ -453,7 +454,7 @@ class World:
         if effect is None:
             return
         number, sends = effect
-        after = (numbers[:place] + (number,) + numbers[place + 1 :], network | sends, budget)
+        after = ((*numbers[:place], number, *numbers[place + 1 :]), network | sends, budget)
         if after != state:
             yield is_fair, after
 
@@ -469,14 +470,14 @@ class World:
                 continue
             after, sends = effect
             if after != number or sends & ~network:
-                moved = numbers[:place] + (after,) + numbers[place + 1 :]
+                moved = (*numbers[:place], after, *numbers[place + 1 :])
                 yield True, (moved, network | sends, budget)
 
     def _jobs(self, state, place, local):
         budget = state[2]
         for job in local.jobs:
             if job[0] == "seek":
-                excluded, is_orphan = job[2]
+                excluded, _ = job[2]
                 for to in self.setting.nodes:
                     if to not in excluded and to != budget.down:
                         yield from self._step(state, place, ("placed", job, to), budget)

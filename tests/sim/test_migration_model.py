@@ -58,7 +58,7 @@ LARGE = {
 
 def check(setting):
     found = explore(setting, states_max=4_000_000)
-    print(f"{found.states} states, {found.transitions} transitions, ends: {found.ends}")
+    print(f"{found.states} states, {found.transitions} transitions, ends: {found.ends}")  # noqa: T201 - with -s
     assert found.stuck == []
     assert found.ends["finished"] > 0
     return found
