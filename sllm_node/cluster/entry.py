@@ -24,6 +24,7 @@ from sllm_node.cluster.migration_messages import (
     Accepted,
     Dropped,
     Grant,
+    Message,
     Move,
     MoveOutcome,
     Prepare,
@@ -74,7 +75,7 @@ class Entry:
     def move(self, target: Target, reason: str, now: float) -> MoveOutcome:
         """Begin to move it to `target`, if it may move now."""
         if self.state is not EntryState.SERVING:
-            return _outcome(self.state)
+            return MoveOutcome.ALREADY_MOVING
         assert self.owner is not None
         self.is_seeking = False
         if target.node == self.owner.node:
@@ -86,7 +87,7 @@ class Entry:
     def seek(self) -> MoveOutcome:
         """Ask placement where it could go, if it may move now."""
         if self.state is not EntryState.SERVING:
-            return _outcome(self.state)
+            return MoveOutcome.ALREADY_MOVING
         assert self.owner is not None
         if not self.is_seeking:
             self._seek(frozenset({self.owner.node}))
@@ -244,11 +245,8 @@ class Entry:
 
     def _prepare(self, proposal: Proposal, now: float) -> None:
         proposal.said_at = now
-        request = self.session.request
-        message = Prepare(
-            self.id, proposal.epoch, self.session.without_tokens(), len(request.prompt),
-            proposal.target.reservation,
-        )  # fmt: skip
+        bare, tokens = self.session.without_tokens(), len(self.session.request.prompt)
+        message = Prepare(self.id, proposal.epoch, bare, tokens, proposal.target.reservation)
         self._send(proposal.target.node, message)
 
     def _advance(self, proposal: Proposal, now: float) -> None:
@@ -272,9 +270,10 @@ class Entry:
             return False
         if self.state is EntryState.REVIVING:
             return True
+        if proposal.round_end:
+            return False
         is_spent = len(proposal.rounds) >= self.limits.rounds_max
-        is_between = not proposal.round_end
-        return is_between and (is_spent or self.pace.is_last(length - proposal.computed))
+        return is_spent or self.pace.is_last(length - proposal.computed)
 
     def _ship(self, proposal: Proposal, now: float) -> None:
         """Send the next tokens of the round; none, if it has them: that asks how far it is."""
@@ -317,10 +316,9 @@ class Entry:
             self._orphan(proposal.target.node, reason, now)
 
     def _lose_owner(self, reason: Reason, now: float) -> None:
-        owner = self.owner
+        owner, self.owner = self.owner, None
         assert owner is not None
         self._happen(EntryEvent.OWNER_LOST)
-        self.owner = None
         self._release(owner.node, owner.epoch)
         if self.state is EntryState.ORPHANED:
             self._report(MigrationOutcome.FAILED, reason)
@@ -342,8 +340,8 @@ class Entry:
         self.outbox.append(Seek(self.id, self.session.continuation(), excluded, is_orphan))
 
     def _give_up(self, problem: str) -> None:
-        error = SessionLostError(self.id, self.recoveries, problem)
-        self._end(EntryEvent.GIVEN_UP, MigrationOutcome.FAILED, error)
+        lost = SessionLostError(self.id, self.recoveries, problem)
+        self._end(EntryEvent.GIVEN_UP, MigrationOutcome.FAILED, lost)
 
     def _end(self, event: EntryEvent, outcome: MigrationOutcome, error: SllmError | None) -> None:
         is_moving = self.state in _SHIPPED
@@ -354,8 +352,6 @@ class Entry:
             self._release(self.proposal.target.node, self.proposal.epoch)
         self._report(outcome, event.value)
         self.outbox.append(End(self.id, error))
-
-    # --- inside ---------------------------------------------------------------------------------
 
     def _happen(self, event: EntryEvent) -> None:
         following = ENTRY[self.state].get(event)
@@ -399,9 +395,5 @@ class Entry:
     def _release(self, node: NodeId, epoch: int) -> None:
         self._send(node, Release(self.id, epoch))
 
-    def _send(self, to: NodeId, message: Prepare | Round | Grant | Accepted | Release) -> None:
+    def _send(self, to: NodeId, message: Message) -> None:
         self.outbox.append(Send(to, message))
-
-
-def _outcome(state: EntryState) -> MoveOutcome:
-    return MoveOutcome.UNKNOWN if state is EntryState.ENDED else MoveOutcome.ALREADY_MOVING
