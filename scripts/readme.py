@@ -82,7 +82,7 @@ def _machine(table: Mapping[Any, Mapping[Any, Any]], first: Enum) -> tuple[str, 
             ends.setdefault(following, []).append(event.value)
         lines += [f"    {state.name} --> {to.name}: {', '.join(by)}" for to, by in ends.items()]
     lines += [f"    {state.name} --> [*]" for state, row in table.items() if not row]
-    events: list[Enum] = list(type(next(iter(table[states[0]]))))
+    events: type[Enum] = type(next(iter(table[first])))
     rows = ["| event | " + " | ".join(state.name for state in states) + " |"]
     rows.append("| --- " * (len(states) + 1) + "|")
     for event in events:

@@ -1,6 +1,7 @@
 """Nodes with their part in migrations, a network without delay, and an engine that counts."""
 
 from collections import Counter
+from typing import Any
 
 from sllm_node.cluster.migration import (
     Acquire,
@@ -17,7 +18,14 @@ from sllm_node.cluster.migration import (
 from sllm_node.cluster.migration_messages import Piece
 from sllm_node.cluster.migrations import Migrations
 from sllm_node.cluster.proposal import Target
-from sllm_node.core.types import GenerationRequest, ModelId, NodeId, SamplingParameters, SessionId
+from sllm_node.core.types import (
+    FinishReason,
+    GenerationRequest,
+    ModelId,
+    NodeId,
+    SamplingParameters,
+    SessionId,
+)
 
 LIMITS = MigrationLimits()
 
@@ -37,7 +45,9 @@ class Rig:
 
     def __init__(self, *nodes, limits=LIMITS):
         self.now = 0.0
-        self.nodes = {NodeId(n): Migrations(NodeId(n), 1, limits, 0.0) for n in nodes}
+        self.nodes: dict[Any, Any] = {
+            NodeId(n): Migrations(NodeId(n), 1, limits, 0.0) for n in nodes
+        }
         self.cut: set = set()
         """Pairs (sender, receiver) whose messages are lost."""
         self.refusing: dict = {}
@@ -98,7 +108,8 @@ class Rig:
                 self.seeks.append((name, action))
             case Report():
                 self.reports.append(action)
-            case Told():
+            case _:
+                assert isinstance(action, Told)
                 self.told.append(action)
 
     def step(self, count=1):
@@ -107,7 +118,7 @@ class Rig:
             self.now += 0.02
             for (name, session, epoch), (output, most) in tuple(self.decoding.items()):
                 output.append(100 + len(output))
-                finish = "length" if len(output) == most else None
+                finish: FinishReason | None = "length" if len(output) == most else None
                 piece = Piece((output[-1],), "x", finish=finish)
                 self.nodes[name].generated(session, epoch, piece, self.now)
             self.settle()
