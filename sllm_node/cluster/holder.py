@@ -107,7 +107,8 @@ class Holder:
     def on_grant(self, message: Grant, now: float) -> None:
         """Own the session, and go on with it; a copy is answered by what came since."""
         self.heard_at = now
-        if self.state in (HolderState.HOLDING, HolderState.RESUMING):
+        is_ready = self.state in (HolderState.HOLDING, HolderState.RESUMING)
+        if is_ready and message.position <= len(self.tokens):
             self._hold(message)
             self._happen(HolderEvent.GRANTED)
             self.sent_from = len(self.tokens)

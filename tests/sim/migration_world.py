@@ -8,7 +8,7 @@ numbers: one for each node, the messages as bits, what may still go wrong.
 
 Clocks are left out: any limit may run out at any time (a machine's timer is called with a time far
 ahead, and afterwards it knows of no time). A token says how it came to be: the one before it, and the
-epoch that generated it; so whatever mixes the work of two owners shows.
+epoch and attempt that generated it; so whatever mixes the work of two owners shows.
 """
 
 import copy
@@ -46,7 +46,8 @@ from sllm_node.core.types import (
 
 SESSION = SessionId("session")
 FIRST_TOKEN = 1
-_EPOCH_BITS = 4
+_MAKER_BITS = 6
+_ATTEMPT_BITS = 2
 
 
 class EagerPace:
@@ -204,8 +205,8 @@ def check_tokens(output) -> None:
     """Every token follows from the one before it; epochs never go back."""
     before, epochs = FIRST_TOKEN, []
     for token in output:
-        assert token >> _EPOCH_BITS == before, f"the output {output} mixes owners"
-        epochs.append(token & ((1 << _EPOCH_BITS) - 1))
+        assert token >> _MAKER_BITS == before, f"the output {output} mixes owners"
+        epochs.append((token & ((1 << _MAKER_BITS) - 1)) >> _ATTEMPT_BITS)
         before = token
     assert epochs == sorted(epochs)
 
@@ -303,7 +304,8 @@ class World:
             node.computed(SESSION, epoch, detail, 0.0)
         elif kind == "decode":
             last, count = detail
-            token = last << _EPOCH_BITS | epoch
+            attempt = node.holders[SESSION, epoch].task.attempt.number % (1 << _ATTEMPT_BITS)
+            token = last << _MAKER_BITS | epoch << _ATTEMPT_BITS | attempt
             is_last = count + 1 == self.setting.tokens
             if not is_last:
                 jobs.add(("decode", epoch, (token, count + 1)))

@@ -30,6 +30,7 @@ SETTINGS = {
         "a", "b", PAIR, moves=("a",), crashes=PAIR, restarts=True, tokens=1
     ),
     "messages come again as new ones": Setting("a", "b", PAIR, moves=("a",), resends=True),
+    "old copies after a failure": Setting("a", "b", PAIR, attempts=2, refusals=1, pace=LatePace),
     "old copies make new holders": Setting("a", "b", moves=("c",), attempts=2),
     "somebody is wrongly taken for dead": Setting(
         "a", "b", moves=("c",), suspicions=1, tokens=1
