@@ -7,8 +7,10 @@ import argparse
 import ast
 import sys
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 from prometheus_client.metrics import MetricWrapperBase
 
@@ -62,6 +64,34 @@ def modules() -> str:
     return "\n".join(rows)
 
 
+def migration() -> str:
+    """Return the state tables of migration: a diagram and a table of each machine."""
+    from sllm_node.cluster.migration import ENTRY, HOLDER, EntryState, HolderState
+
+    entry, holder = _machine(ENTRY, EntryState.ORPHANED), _machine(HOLDER, HolderState.PREPARING)
+    return "\n\n".join(["**The entry of a session**", *entry, "**A holder**", *holder])
+
+
+def _machine(table: Mapping[Any, Mapping[Any, Any]], first: Enum) -> tuple[str, str]:
+    """Return a machine's diagram, and its table."""
+    states = list(table)
+    lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {first.name}"]
+    for state, row in table.items():
+        ends: dict[Any, list[str]] = {}
+        for event, following in row.items():
+            ends.setdefault(following, []).append(event.value)
+        lines += [f"    {state.name} --> {to.name}: {', '.join(by)}" for to, by in ends.items()]
+    lines += [f"    {state.name} --> [*]" for state, row in table.items() if not row]
+    events: type[Enum] = type(next(iter(table[first])))
+    rows = ["| event | " + " | ".join(state.name for state in states) + " |"]
+    rows.append("| --- " * (len(states) + 1) + "|")
+    for event in events:
+        cells = (table[state].get(event) for state in states)
+        names = (cell.name if cell else "" for cell in cells)
+        rows.append(f"| {event.value} | " + " | ".join(names) + " |")
+    return "\n".join([*lines, "```"]), "\n".join(rows)
+
+
 def _sentence(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
     return docstring.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
@@ -69,7 +99,7 @@ def _sentence(path: Path) -> str:
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "README.md": {"figures": figures.table, "metrics": metrics, "architectures": architectures},
-    "ARCHITECTURE.md": {"modules": modules},
+    "ARCHITECTURE.md": {"modules": modules, "migration": migration},
 }
 
 

@@ -100,15 +100,20 @@ def decode(data: bytes, limit: int) -> Heartbeat:
     """
     if len(data) > limit:
         raise MessageTooLargeError(len(data), limit)
-    _check_protocol(data)
+    check_protocol(data)
     try:
         return msgspec.msgpack.decode(data, type=Heartbeat)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise MessageFormatError(str(error)) from error
 
 
-def _check_protocol(data: bytes) -> None:
-    """Look at the first item alone: what follows it may differ in other releases."""
+def check_protocol(data: bytes) -> None:
+    """Look at the first item alone: what follows it may differ in other releases.
+
+    Raises:
+        ProtocolVersionError: a node of another release sent it.
+        MessageFormatError: it is no array that begins with a number.
+    """
     try:
         items = msgspec.msgpack.decode(data, type=list[msgspec.Raw])
         protocol = msgspec.msgpack.decode(items[0], type=int) if items else None

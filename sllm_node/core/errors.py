@@ -874,6 +874,35 @@ class JournalFullError(JournalError):
         self.limit = limit
 
 
+class SessionLostError(SllmError):
+    """A session whose owner was lost, and no other node goes on with it."""
+
+    fault = Fault.BUSY
+    code = "session_lost"
+    retry_after_s = 5.0
+
+    def __init__(self, session: str, recoveries: int, problem: str) -> None:
+        super().__init__(
+            f"session {session!r} lost its node and can't go on elsewhere "
+            f"(nodes tried: {recoveries}): {problem}; send the request again"
+        )
+        self.session = session
+        self.recoveries = recoveries
+        self.problem = problem
+
+
+class MoveRefusedError(SllmError):
+    """A session that can't be moved as it was asked for."""
+
+    fault = Fault.CALLER
+    code = "move_refused"
+
+    def __init__(self, session: str, reason: str) -> None:
+        super().__init__(f"session {session!r} is not moved: {reason.replace('_', ' ')}")
+        self.session = session
+        self.reason = reason
+
+
 # --- operators ----------------------------------------------------------------------------------
 
 

@@ -1,0 +1,46 @@
+import pytest
+
+from sllm_node.cluster.pace import Pace
+from sllm_node.cluster.state import ResumeFit
+
+
+def pace(step_s, fit, *, is_replayed=False):
+    made = Pace()
+    made.came(10, 10 * step_s)
+    made.aim(fit, is_replayed=is_replayed)
+    return made
+
+
+def rounds(made, gap):
+    """Return the gaps of all rounds and the last one."""
+    gaps = [gap]
+    while not made.is_last(gaps[-1]) and len(gaps) < 20:
+        gaps.append(round(made.wait_s(gaps[-1]) / made.step_s))
+    return gaps
+
+
+def test_with_a_fast_prefill_gaps_shrink_until_nobody_notices():
+    gaps = rounds(pace(0.01, ResumeFit(1e-3, 0.005)), 8000)
+    assert gaps == sorted(gaps, reverse=True)
+    assert pace(0.01, ResumeFit(1e-3, 0.005)).wait_s(gaps[-1]) <= 0.015
+    assert len(gaps) <= 5
+
+
+def test_with_a_high_fixed_cost_rounds_stop_when_they_bring_nothing():
+    assert len(rounds(pace(0.01, ResumeFit(1e-4, 0.2)), 8000)) <= 3
+
+
+def test_where_resuming_is_no_faster_than_decoding_no_round_is_worth_while():
+    assert pace(0.02, ResumeFit(1e-4, 0.01), is_replayed=True).is_last(1000)
+
+
+def test_no_gap_is_the_end():
+    assert pace(0.001, ResumeFit(1.0, 9.0)).is_last(0)
+
+
+def test_a_destination_slower_than_it_said_is_believed_by_what_it_does():
+    made = pace(0.02, ResumeFit(1e-4, 0.001))
+    assert made.is_last(100)
+    made.resumed(1000, 1.0)
+    assert not made.is_last(100)
+    assert made.wait_s(1000) == pytest.approx(1.0)
