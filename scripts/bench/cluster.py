@@ -1,0 +1,287 @@
+"""Real nodes on one machine: does every request come through, right to the token, whatever dies?
+
+    python -m scripts.bench.cluster [--requests 500] [--minutes 8] [--speed 2] [--kill-every 20]
+        [--seed 0] [--phases reference,calm,killed,latency] [--json FILE]
+
+Starts four nodes on loopback that share a cluster file with a key, with twelve tiny fp32 models: each
+lies in the stores of one to three nodes, and a node's device holds about four of them. Requests with
+arrivals and lengths of the Azure code trace (an excerpt, scaled down to what tiny models take,
+`--speed` times as fast) go to a random node each. What comes must equal, token by token, what a single
+node answers that has all models. Phases, none longer than `--minutes` (requests that would arrive
+later are left out):
+
+- reference: the single node answers all requests.
+- calm: the cluster does. From its logs: arrival to load begun, startup time by way, estimates' errors.
+- killed: again, while a node is killed with -9 every `--kill-every` seconds and started again. A client
+  whose own entry node dies loses its connection, which nobody can help; it asks another node, and what
+  it had must be the beginning of the right answer. These are counted apart.
+- latency: one stream at a time on the quiet cluster, at the node that serves it and through another.
+
+Exit status 1 if a request failed or an answer was wrong. Timings are those of as many processes as nodes
+on the cores there are, so the result has the machine, its load before the run, and the cores.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import orjson
+
+from scripts.bench.cluster_load import Answer, Request, ask, compared, requests_of_trace, run_trace
+from scripts.bench.cluster_logs import Logs
+from scripts.bench.figures import commit, describe_machine
+from tests.e2e import cluster_nodes
+from tests.e2e.process import NodeProcess
+from tests.models import make_checkpoint
+
+NAMES: Final = ("a", "b", "c", "d")
+FAMILIES: Final = ("llama", "qwen3", "mistral", "gpt2", "phi", "olmo2")
+MODELS: Final = 12
+PHASES: Final = ("reference", "calm", "killed", "latency")
+RESULT: Final = Path(__file__).parent / "results" / "cluster.json"
+LATENCY_ROUNDS: Final = 20
+RESTART_GRACE_S: Final = 1.0
+
+
+class Rig:
+    """The models, the stores, and the nodes on them."""
+
+    def __init__(self, place: Path, seed: int) -> None:
+        self.place = place
+        self.models = [f"model-{number:02}" for number in range(MODELS)]
+        self.all = place / "all"
+        self.all.mkdir()
+        sizes = [
+            make_checkpoint(
+                self.all, model, family=FAMILIES[i % len(FAMILIES)], seed=i, chunk_bytes=65536
+            ).index.size
+            for i, model in enumerate(self.models)
+        ]
+        self.replica_bytes = cluster_nodes.KV_BYTES + statistics.mean(sizes)
+        draw = random.Random(seed)
+        self.holders = {model: draw.sample(NAMES, draw.randint(1, 3)) for model in self.models}
+        file = cluster_nodes.make_cluster(place / "shared", NAMES)
+        memory = int((MODELS / 3 + 0.5) * self.replica_bytes)
+        self.nodes = {name: self._node(name, file, memory) for name in NAMES}
+        self.alive: dict[str, str] = {}
+        """Node -> its URL, while it runs."""
+        self.logs = Logs()
+
+    def _node(self, name: str, file: Path, memory_bytes: int) -> NodeProcess:
+        store = self.place / f"store-{name}"
+        store.mkdir()
+        for model, holders in self.holders.items():
+            if name in holders:
+                (store / model).symlink_to(self.all / model)
+        return cluster_nodes.made(self.place, name, store, file, memory_bytes=memory_bytes)
+
+    def single(self) -> NodeProcess:
+        """Return a node of its own that has all models, and room for them."""
+        place = self.place / "single"
+        place.mkdir(exist_ok=True)
+        return NodeProcess(
+            place, self.all, id="single", memory_bytes=int(2 * MODELS * self.replica_bytes),
+            kv_cache_bytes=cluster_nodes.KV_BYTES, pool_bytes=16 << 20,
+        )  # fmt: skip
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Start all nodes, wait until they see each other, stop them at the end."""
+        try:
+            with ThreadPoolExecutor(len(NAMES)) as starters:
+                list(starters.map(self.start, NAMES))
+            for node in self.nodes.values():
+                await cluster_nodes.sees(node, *NAMES)
+            yield
+        finally:
+            for name in list(self.alive):
+                self.stop(name)
+
+    def start(self, name: str) -> None:
+        """Start a node."""
+        self.alive[name] = self.nodes[name].__enter__().url
+
+    def stop(self, name: str, *, kill: bool = False) -> None:
+        """Stop a node and keep its log, which its next life begins anew."""
+        node = self.nodes[name]
+        del self.alive[name]
+        if kill:
+            node.process.kill()
+        node.__exit__(None, None, None)
+        self.logs.read(name, node.log)
+
+    async def trouble(self, every_s: float, is_done: asyncio.Event) -> int:
+        """Kill one node after another, and start it again; return how often."""
+        kills = 0
+        while not is_done.is_set():
+            begun = time.perf_counter()
+            name = NAMES[kills % len(NAMES)]
+            await asyncio.to_thread(self.stop, name, kill=True)
+            kills += 1
+            await asyncio.sleep(RESTART_GRACE_S)
+            await asyncio.to_thread(self.start, name)
+            with contextlib.suppress(TimeoutError):
+                left_s = max(0.0, begun + every_s - time.perf_counter())
+                await asyncio.wait_for(is_done.wait(), left_s)
+        return kills
+
+
+async def reference(rig: Rig, requests: list[Request]) -> dict[str, Answer]:
+    """Return what a single node answers, eight requests at a time."""
+    wanted = {request.name: Answer() for request in requests}
+    turns = asyncio.Semaphore(8)
+
+    async def one(http: aiohttp.ClientSession, request: Request) -> None:
+        async with turns:
+            await ask(http, node.url, request, request.name, wanted[request.name])
+
+    with rig.single() as node:
+        async with aiohttp.ClientSession() as http:
+            await asyncio.gather(*(one(http, request) for request in requests))
+    broken = [f"{name}: {answer.error}" for name, answer in wanted.items() if answer.error]
+    assert not broken, broken[:3]
+    return wanted
+
+
+async def trace_phase(
+    rig: Rig, requests: list[Request], wanted: dict[str, Answer], tag: str, arguments: Any
+) -> dict[str, Any]:
+    """Run the trace against the cluster; `killed`: while nodes die."""
+    draw = random.Random(arguments.seed + 1)
+
+    def entry() -> str | None:
+        return draw.choice(sorted(rig.alive.values())) if rig.alive else None
+
+    rig.logs = Logs()
+    begun = time.perf_counter()
+    is_done = asyncio.Event()
+    async with rig.running():
+        killing = (
+            asyncio.create_task(rig.trouble(arguments.kill_every, is_done))
+            if tag == "killed" else None
+        )  # fmt: skip
+        answers = await run_trace(requests, entry, tag, 60 * arguments.minutes)
+        is_done.set()
+        kills = 0 if killing is None else await killing
+    wall_s = time.perf_counter() - begun
+    firsts = sorted(a.first_s for a in answers.values() if a.first_s is not None)
+    return {
+        **compared(requests, answers, wanted), "kills": kills, "wall_s": round(wall_s, 1),
+        "first_token_median_s": round(statistics.median(firsts), 4),
+        "first_token_p99_s": round(firsts[int(0.99 * (len(firsts) - 1))], 4),
+        "worst_gap_s": round(max(a.worst_gap_s for a in answers.values()), 3),
+        **rig.logs.report({f"{tag}-{name}-0": a.sent_at for name, a in answers.items()}),
+    }  # fmt: skip
+
+
+async def latency_phase(rig: Rig) -> dict[str, Any]:
+    """Compare streams at the node that serves with streams through a node that forwards them."""
+    model = next(m for m, holders in rig.holders.items() if len(holders) == 1)
+    (server,) = rig.holders[model]
+    other = next(name for name in NAMES if name != server)
+    request = Request("latency", 0.0, model, "How long does it take?", 200)
+    found: dict[str, list[Answer]] = {server: [], other: []}
+    async with rig.running(), aiohttp.ClientSession() as http:
+        for number in range(LATENCY_ROUNDS + 2):
+            for name, answers in found.items():
+                answer = Answer()
+                await ask(http, rig.alive[name], request, f"l-{name}-{number}", answer)
+                assert answer.error is None and len(answer.tokens) == 200, answer.error
+                answers += [answer] if number >= 2 else []
+    direct, through = (
+        {
+            "first_token_ms": 1e3 * statistics.median(a.first_s or 0.0 for a in answers),
+            "per_token_ms": 1e3 * statistics.median(
+                (a.last_s - (a.first_s or 0.0)) / (len(a.tokens) - 1) for a in answers
+            ),
+        }
+        for answers in (found[server], found[other])
+    )  # fmt: skip
+    return {
+        "rounds": LATENCY_ROUNDS, "direct": direct, "through_a_peer": through,
+        "added": {key: through[key] - direct[key] for key in direct},
+    }  # fmt: skip
+
+
+async def measure(rig: Rig, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the phases that were asked for."""
+    requests = requests_of_trace(
+        arguments.requests, rig.models, arguments.seed, arguments.speed
+    )
+    found: dict[str, Any] = {}
+    wanted: dict[str, Answer] = {}
+    if {"calm", "killed", "reference"} & set(arguments.phases):
+        wanted = await reference(rig, requests)
+    for phase in ("calm", "killed"):
+        if phase in arguments.phases:
+            found[phase] = await trace_phase(rig, requests, wanted, phase, arguments)
+            print(phase, orjson.dumps(found[phase], option=orjson.OPT_INDENT_2).decode())
+    if "latency" in arguments.phases:
+        found["latency"] = await latency_phase(rig)
+        print("latency", orjson.dumps(found["latency"], option=orjson.OPT_INDENT_2).decode())
+    return found
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--speed", type=float, default=2.0)
+    parser.add_argument("--kill-every", type=float, default=20.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated")
+    parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument("--keep", type=Path, help="work here and keep the logs")
+    arguments = parser.parse_args()
+    arguments.phases = arguments.phases.split(",")
+    if unknown := set(arguments.phases) - set(PHASES):
+        parser.error(f"no such phases: {', '.join(sorted(unknown))}")
+    return arguments
+
+
+def main() -> int:
+    """Run, print and write what was seen."""
+    arguments = parsed()
+    load_before = os.getloadavg()
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name) if arguments.keep is None else arguments.keep
+        place.mkdir(parents=True, exist_ok=True)
+        found = asyncio.run(measure(Rig(place, arguments.seed), arguments))
+    known = orjson.loads(arguments.json.read_bytes()) if arguments.json.exists() else {}
+    result = {
+        **known, **found,
+        "about": {
+            "machine": describe_machine(), "load_average_before": load_before,
+            "note": "the machine is shared with other programs, and nodes share its cores",
+            "nodes": len(NAMES), "models": MODELS, "speed": arguments.speed,
+            "kill_every_s": arguments.kill_every, "seed": arguments.seed,
+            "command": f"python -m scripts.bench.cluster --requests {arguments.requests} "
+            f"--speed {arguments.speed:g} --phases {','.join(arguments.phases)}",
+            "commit": commit(), "date": datetime.now(UTC).date().isoformat(),
+        },
+    }  # fmt: skip
+    arguments.json.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
+    bad = sum(
+        phase.get(key, 0)
+        for phase in found.values()
+        for key in ("failed", "wrong_tokens", "of_them_wrong_up_to_there")
+    )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
