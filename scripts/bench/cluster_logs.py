@@ -36,13 +36,15 @@ class Logs:
                 self.errors.append(f"{node}: {text[:600]}")
             if line["event"] in _LINES:
                 line["at"] = datetime.fromisoformat(line["time"]).timestamp()
+                # A node puts a tag of its own behind the id that the client sent.
+                line["asked"] = line.get("request", "").rpartition("-")[0]
                 self.lines.append({**line, "on": node})
 
     def report(self, sent_at: Mapping[str, float]) -> dict[str, Any]:
         """Return the figures; `sent_at`: the wall clock when a request was sent, by its id."""
         self.lines.sort(key=lambda line: line["at"])
         counts = Counter(line["event"] for line in self.lines)
-        placed = {line["request"]: line for line in self.lines if line["event"] == "request placed"}
+        placed = {line["asked"]: line for line in self.lines if line["event"] == "request placed"}
         return {
             "events": dict(sorted(counts.items())),
             "log_errors": self.errors[:5],
@@ -57,13 +59,11 @@ class Logs:
     ) -> dict[str, Any]:
         by_way: dict[str, list[float]] = defaultdict(list)
         for line in self.lines:
-            name = line.get("request")
-            if line["event"] == "load started" and name in sent_at:
-                way = placed.get(name, {"way": "queue"})["way"]
-                where = "here" if placed.get(name, {}).get("node") == line["on"] else "peer"
-                entry = placed.get(name, {}).get("on")
-                where = "here" if entry == line["on"] else "peer"
-                by_way[f"{way} {where}"].append(1e3 * (line["at"] - sent_at[name]))
+            name = line["asked"]
+            if line["event"] == "load started" and name in sent_at and name in placed:
+                where = "here" if placed[name]["on"] == line["on"] else "peer"
+                taken_ms = 1e3 * (line["at"] - sent_at[name])
+                by_way[f"{placed[name]['way']} {where}"].append(taken_ms)
         return {way: summary(found) for way, found in sorted(by_way.items())}
 
     def _started(self) -> list[dict[str, Any]]:
@@ -90,7 +90,7 @@ class Logs:
 
 def _way(line: Mapping[str, Any], placed: Mapping[str, Mapping[str, Any]]) -> str:
     """Return by which way a session started: kind, where its bytes came from, here or at a peer."""
-    told = placed.get(line.get("request", ""))
+    told = placed.get(line["asked"])
     if told is None:
         return "unknown"
     source = told["why"].rpartition(" from ")[2].rstrip(")") if " from " in told["why"] else ""

@@ -184,14 +184,14 @@ class Listener:
                 )
                 reply = Reply(http, found.secret, self._silence_s)
                 await handler(found.sender, found.payload, reply)
-            except TimeoutError:
+                await reply.end()
+            except (TimeoutError, ConnectionResetError):  # it is slow, or has gone away
                 return _abort(http)
             except MessageError as error:
                 self._on_refused(error)
                 return web.Response(status=403, text=f"{error.code}: {error}")
             except SllmError as error:
                 return web.Response(status=500, text=f"{error.code}: {error}")
-            await reply.end()
             return reply.response
 
         return answer
