@@ -217,9 +217,7 @@ async def latency_phase(rig: Rig) -> dict[str, Any]:
 
 async def measure(rig: Rig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the phases that were asked for."""
-    requests = requests_of_trace(
-        arguments.requests, rig.models, arguments.seed, arguments.speed
-    )
+    requests = requests_of_trace(arguments.requests, rig.models, arguments.seed, arguments.speed)
     found: dict[str, Any] = {}
     wanted: dict[str, Answer] = {}
     if {"calm", "killed", "reference"} & set(arguments.phases):

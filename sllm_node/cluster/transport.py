@@ -25,6 +25,7 @@ from sllm_node.core.errors import (
     ListenError,
     MessageError,
     MessageFormatError,
+    MessageTooLargeError,
     PeerDeniedError,
     PeerUnreachableError,
     SllmError,
@@ -178,7 +179,7 @@ class Listener:
         async def answer(http: web.Request) -> web.StreamResponse:
             try:
                 async with asyncio.timeout(_READ_S):
-                    body = await http.read()
+                    body = await _body(http)
                 found = self._trust.receive(
                     body, http.headers.get(RECEIVER, ""), _certificate(http)
                 )
@@ -195,6 +196,14 @@ class Listener:
             return reply.response
 
         return answer
+
+
+async def _body(http: web.Request) -> bytes:
+    try:
+        return await http.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        limit = REQUEST_LIMIT + ENVELOPE_BYTES
+        raise MessageTooLargeError(http.content_length or limit + 1, limit) from error
 
 
 def _certificate(http: web.Request) -> Any:
