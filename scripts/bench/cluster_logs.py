@@ -101,7 +101,10 @@ def _way(line: Mapping[str, Any], placed: Mapping[str, Mapping[str, Any]]) -> st
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Return count, median, 90th and 99th percentile and the greatest."""
     ordered = sorted(values)
-    at = lambda share: round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)  # noqa: E731
+
+    def at(share: float) -> float:
+        return round(ordered[min(len(ordered) - 1, int(share * len(ordered)))], 2)
+
     return {
         "count": len(ordered), "median": round(statistics.median(ordered), 2),
         "p90": at(0.9), "p99": at(0.99), "max": round(ordered[-1], 2),
