@@ -7,10 +7,11 @@ nodes. What an operator does to models (load, pin, unload) is this node's alone.
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any, Generic
 
-from sllm_node.cluster.choice import Choice, ask_for, choose, request_for
-from sllm_node.cluster.estimate import ErrorTrack
+from sllm_node.cluster.choice import FORWARD_S, Choice, ask_for, choose, request_for
+from sllm_node.cluster.estimate import ErrorTrack, ForwardEstimator
 from sllm_node.cluster.forward import Limits, RoutedStream, Tools
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.placement import explain
@@ -71,6 +72,7 @@ class Router(Generic[CodecT]):
         self._watching: set[asyncio.Task[None]] = set()
         self.errors = ErrorTrack()
         """Of estimated startup times."""
+        self._forwarding = ForwardEstimator(FORWARD_S)
         peers.on_change = self._on_change
         service.on_change = peers.changed
         self.drain = service.drain
@@ -168,6 +170,8 @@ class Router(Generic[CodecT]):
         view = self._peers.view
         asked = request_for(view, request.model, request.priority)
         found = choose(view, asked, self._peers.me, self._clock.now(), excluded)
+        if found is not None and found.node != self._peers.me:
+            found = replace(found, forward_s=self._forwarding.seconds(found.node))
         where = "here" if found and found.node == self._peers.me else "peer"
         self._metrics.placements.labels(found.way if found else "none", where).inc()
         return found
@@ -199,6 +203,8 @@ class Router(Generic[CodecT]):
             return
         self.errors.observe(choice.startup_s, seconds)
         where = "here" if choice.node == self._peers.me else "peer"
+        if where == "peer" and choice.way == "serve":
+            self._forwarding.observe(choice.node, seconds)
         error_s = abs(seconds - choice.startup_s)
         self._metrics.estimate_error_seconds.labels(where).observe(error_s)
         log.debug("session started", extra={
