@@ -1,7 +1,7 @@
 """Real nodes on one machine: does every request come through, right to the token, whatever dies?
 
     python -m scripts.bench.cluster [--requests 500] [--minutes 8] [--speed 2] [--kill-every 20]
-        [--seed 0] [--phases reference,calm,killed,latency] [--json FILE]
+        [--seed 0] [--phases calm,tight,killed,latency] [--json FILE]
 
 Starts four nodes on loopback that share a cluster file with a key, with twelve tiny fp32 models: each
 lies in the stores of one to three nodes, and a node's device holds about four of them. Requests with
@@ -10,8 +10,9 @@ arrivals and lengths of the Azure code trace (an excerpt, scaled down to what ti
 node answers that has all models. Phases, none longer than `--minutes` (requests that would arrive
 later are left out):
 
-- reference: the single node answers all requests.
+- (always first) the single node answers all requests.
 - calm: the cluster does. From its logs: arrival to load begun, startup time by way, estimates' errors.
+- tight: the same with room for two models on a device, so models come and go.
 - killed: again, while a node is killed with -9 every `--kill-every` seconds and started again. A client
   whose own entry node dies loses its connection, which nobody can help; it asks another node, and what
   it had must be the beginning of the right answer. These are counted apart.
@@ -49,7 +50,8 @@ from tests.models import make_checkpoint
 NAMES: Final = ("a", "b", "c", "d")
 FAMILIES: Final = ("llama", "qwen3", "mistral", "gpt2", "phi", "olmo2")
 MODELS: Final = 12
-PHASES: Final = ("reference", "calm", "killed", "latency")
+ROOM: Final = {"calm": MODELS / 3, "tight": 2, "killed": MODELS / 3, "latency": MODELS / 3}
+"""Models that a node's device holds, by phase."""
 RESULT: Final = Path(__file__).parent / "results" / "cluster.json"
 LATENCY_ROUNDS: Final = 20
 RESTART_GRACE_S: Final = 1.0
@@ -72,20 +74,29 @@ class Rig:
         self.replica_bytes = cluster_nodes.KV_BYTES + statistics.mean(sizes)
         draw = random.Random(seed)
         self.holders = {model: draw.sample(NAMES, draw.randint(1, 3)) for model in self.models}
-        file = cluster_nodes.make_cluster(place / "shared", NAMES)
-        memory = int((MODELS / 3 + 0.5) * self.replica_bytes)
-        self.nodes = {name: self._node(name, file, memory) for name in NAMES}
+        for name in NAMES:
+            self._store(name)
+        self.file = cluster_nodes.make_cluster(place / "shared", NAMES)
+        self.nodes: dict[str, NodeProcess] = {}
         self.alive: dict[str, str] = {}
         """Node -> its URL, while it runs."""
         self.logs = Logs()
 
-    def _node(self, name: str, file: Path, memory_bytes: int) -> NodeProcess:
-        store = self.place / f"store-{name}"
-        store.mkdir()
+    def _store(self, name: str) -> None:
+        (self.place / f"store-{name}").mkdir()
         for model, holders in self.holders.items():
             if name in holders:
-                (store / model).symlink_to(self.all / model)
-        return cluster_nodes.made(self.place, name, store, file, memory_bytes=memory_bytes)
+                (self.place / f"store-{name}" / model).symlink_to(self.all / model)
+
+    def set_room(self, models: float) -> None:
+        """Let the nodes that start from now on hold so many models on their device."""
+        memory_bytes = int((models + 0.5) * self.replica_bytes)
+        self.nodes = {
+            name: cluster_nodes.made(
+                self.place, name, self.place / f"store-{name}", self.file, memory_bytes=memory_bytes
+            )
+            for name in NAMES
+        }
 
     def single(self) -> NodeProcess:
         """Return a node of its own that has all models, and room for them."""
@@ -219,17 +230,30 @@ async def measure(rig: Rig, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the phases that were asked for."""
     requests = requests_of_trace(arguments.requests, rig.models, arguments.seed, arguments.speed)
     found: dict[str, Any] = {}
-    wanted: dict[str, Answer] = {}
-    if {"calm", "killed", "reference"} & set(arguments.phases):
-        wanted = await reference(rig, requests)
-    for phase in ("calm", "killed"):
-        if phase in arguments.phases:
-            found[phase] = await trace_phase(rig, requests, wanted, phase, arguments)
-            print(phase, orjson.dumps(found[phase], option=orjson.OPT_INDENT_2).decode())
-    if "latency" in arguments.phases:
-        found["latency"] = await latency_phase(rig)
-        print("latency", orjson.dumps(found["latency"], option=orjson.OPT_INDENT_2).decode())
+    wanted = {} if arguments.phases == ["latency"] else await reference(rig, requests)
+    for phase in arguments.phases:
+        about = described(arguments, phase)
+        rig.set_room(ROOM[phase])
+        if phase == "latency":
+            came = await latency_phase(rig)
+        else:
+            came = await trace_phase(rig, requests, wanted, phase, arguments)
+        found[phase] = {**came, "about": about}
+        print(phase, orjson.dumps(came, option=orjson.OPT_INDENT_2).decode(), flush=True)
     return found
+
+
+def described(arguments: argparse.Namespace, phase: str) -> dict[str, Any]:
+    """Return under what a phase was run."""
+    return {
+        "machine": describe_machine(), "load_average_before": os.getloadavg(),
+        "note": "the machine is shared with other programs, and nodes and clients share its cores",
+        "nodes": len(NAMES), "models": MODELS, "models_a_device_holds": ROOM[phase],
+        "speed": arguments.speed, "kill_every_s": arguments.kill_every, "seed": arguments.seed,
+        "command": f"python -m scripts.bench.cluster --requests {arguments.requests} "
+        f"--speed {arguments.speed:g} --phases {phase}",
+        "commit": commit(), "date": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
 
 
 def parsed() -> argparse.Namespace:
@@ -241,12 +265,12 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--speed", type=float, default=2.0)
     parser.add_argument("--kill-every", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--phases", default=",".join(PHASES), help="comma-separated")
+    parser.add_argument("--phases", default=",".join(ROOM), help="comma-separated")
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument("--keep", type=Path, help="work here and keep the logs")
     arguments = parser.parse_args()
     arguments.phases = arguments.phases.split(",")
-    if unknown := set(arguments.phases) - set(PHASES):
+    if unknown := set(arguments.phases) - set(ROOM):
         parser.error(f"no such phases: {', '.join(sorted(unknown))}")
     return arguments
 
@@ -254,24 +278,12 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """Run, print and write what was seen."""
     arguments = parsed()
-    load_before = os.getloadavg()
     with tempfile.TemporaryDirectory() as name:
         place = Path(name) if arguments.keep is None else arguments.keep
         place.mkdir(parents=True, exist_ok=True)
         found = asyncio.run(measure(Rig(place, arguments.seed), arguments))
     known = orjson.loads(arguments.json.read_bytes()) if arguments.json.exists() else {}
-    result = {
-        **known, **found,
-        "about": {
-            "machine": describe_machine(), "load_average_before": load_before,
-            "note": "the machine is shared with other programs, and nodes share its cores",
-            "nodes": len(NAMES), "models": MODELS, "speed": arguments.speed,
-            "kill_every_s": arguments.kill_every, "seed": arguments.seed,
-            "command": f"python -m scripts.bench.cluster --requests {arguments.requests} "
-            f"--speed {arguments.speed:g} --phases {','.join(arguments.phases)}",
-            "commit": commit(), "date": datetime.now(UTC).date().isoformat(),
-        },
-    }  # fmt: skip
+    result = {**known, **found}
     arguments.json.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
     bad = sum(
         phase.get(key, 0)

@@ -23,10 +23,12 @@ class Logs:
 
     def __init__(self) -> None:
         self.lines: list[dict[str, Any]] = []
+        self._lives = 0
         self.errors: list[str] = []
 
     def read(self, node: str, path: Path) -> None:
         """Take in what a node wrote in one life."""
+        self._lives += 1
         for text in path.read_text(errors="replace").splitlines():
             try:
                 line = json.loads(text)
@@ -38,7 +40,7 @@ class Logs:
                 line["at"] = datetime.fromisoformat(line["time"]).timestamp()
                 # A node puts a tag of its own behind the id that the client sent.
                 line["asked"] = line.get("request", "").rpartition("-")[0]
-                self.lines.append({**line, "on": node})
+                self.lines.append({**line, "on": node, "life": self._lives})
 
     def report(self, sent_at: Mapping[str, float]) -> dict[str, Any]:
         """Return the figures; `sent_at`: the wall clock when a request was sent, by its id."""
@@ -57,13 +59,21 @@ class Logs:
     def _begun(
         self, sent_at: Mapping[str, float], placed: Mapping[str, Mapping[str, Any]]
     ) -> dict[str, Any]:
+        """Return how long after it was sent a request's load began, by way.
+
+        A node that has not had a request for a model reads its tokenizer first.
+        """
         by_way: dict[str, list[float]] = defaultdict(list)
+        known: set[tuple[int, str]] = set()
         for line in self.lines:
-            name = line["asked"]
-            if line["event"] == "load started" and name in sent_at and name in placed:
-                where = "here" if placed[name]["on"] == line["on"] else "peer"
-                taken_ms = 1e3 * (line["at"] - sent_at[name])
-                by_way[f"{placed[name]['way']} {where}"].append(taken_ms)
+            told = placed.get(line["asked"])
+            if line["event"] == "load started" and told and line["asked"] in sent_at:
+                where = "here" if told["on"] == line["on"] else "peer"
+                before = "known" if (told["life"], told["model"]) in known else "new"
+                taken_ms = 1e3 * (line["at"] - sent_at[line["asked"]])
+                by_way[f"{told['way']} {where}, tokenizer {before}"].append(taken_ms)
+            if line["event"] == "session started":
+                known.add((line["life"], line["model"]))
         return {way: summary(found) for way, found in sorted(by_way.items())}
 
     def _started(self) -> list[dict[str, Any]]:
