@@ -67,7 +67,8 @@ class Logs:
         known: set[tuple[int, str]] = set()
         for line in self.lines:
             told = placed.get(line["asked"])
-            if line["event"] == "load started" and told and line["asked"] in sent_at:
+            is_begin = line["event"] == "load started" and line["asked"] in sent_at
+            if is_begin and told is not None and told["node"] == line["on"]:
                 where = "here" if told["on"] == line["on"] else "peer"
                 before = "known" if (told["life"], told["model"]) in known else "new"
                 taken_ms = 1e3 * (line["at"] - sent_at[line["asked"]])

@@ -90,7 +90,7 @@ class Router(Generic[CodecT]):
         try:
             return await self._service.prepare(model)
         except ModelNotFoundError:
-            held, holders = self._elsewhere(ModelId(model))
+            held, holders = await self._heard(ModelId(model))
             if held is None:
                 raise
         return (await self._texts.get(held, holders)).codec
@@ -278,6 +278,15 @@ class Router(Generic[CodecT]):
         newest = max(held.created for held, _ in told)
         mine = [(held, name) for held, name in told if held.created == newest]
         return mine[0][0], [name for _, name in mine]
+
+    async def _heard(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
+        """Return the same, once peers had time to say what they have: a node that starts knows nobody."""
+        until = self._clock.now() + self._peers.cluster.timing.dead_s
+        while (found := self._elsewhere(model))[0] is None and self._peers.is_listening():
+            left_s = until - self._clock.now()
+            if left_s <= 0 or not await self.changed(left_s):
+                break
+        return found
 
     def _is_absent(self, model: ModelId) -> bool:
         """Tell whether only peers have a model that can't be asked now: who wants it may wait for them."""
