@@ -1,11 +1,11 @@
 """Real nodes on one machine: does every request come through, right to the token, whatever dies?
 
-    python -m scripts.bench.cluster [--requests 500] [--minutes 8] [--speed 2] [--kill-every 20]
-        [--seed 0] [--phases calm,tight,killed,latency] [--json FILE]
+    python -m scripts.bench.cluster [--requests 500] [--minutes 8] [--speed 0.6] [--kill-every 20]
+        [--seed 0] [--phases calm,tight,killed,cut,latency] [--json FILE]
 
 Starts four nodes on loopback that share a cluster file with a key, with twelve tiny fp32 models: each
 lies in the stores of one to three nodes, and a node's device holds about four of them. Requests with
-arrivals and lengths of the Azure code trace (an excerpt, scaled down to what tiny models take,
+arrivals and lengths of the Azure code trace (an excerpt, scaled down to what tiny models take, long pauses cut,
 `--speed` times as fast) go to a random node each. What comes must equal, token by token, what a single
 node answers that has all models. Phases, none longer than `--minutes` (requests that would arrive
 later are left out):
@@ -16,6 +16,9 @@ later are left out):
 - killed: again, while a node is killed with -9 every `--kill-every` seconds and started again. A client
   whose own entry node dies loses its connection, which nobody can help; it asks another node, and what
   it had must be the beginning of the right answer. These are counted apart.
+- cut: again, with relays between the nodes (`cluster_net`) that delay, stall as loss does, and cut one node
+  off from the others for 8 s of every `--kill-every`, while clients reach all of them. Network namespaces
+  with netem would do the same with privileges and a kernel that has it; where this was made it does not.
 - latency: one stream at a time on the quiet cluster, at the node that serves it and through another.
 
 Exit status 1 if a request failed or an answer was wrong. Timings are those of as many processes as nodes
@@ -25,8 +28,10 @@ on the cores there are, so the result has the machine, its load before the run, 
 import argparse
 import asyncio
 import contextlib
+import itertools
 import os
 import random
+import re
 import statistics
 import sys
 import tempfile
@@ -42,6 +47,7 @@ import orjson
 
 from scripts.bench.cluster_load import Answer, Request, ask, compared, requests_of_trace, run_trace
 from scripts.bench.cluster_logs import Logs
+from scripts.bench.cluster_net import Network
 from scripts.bench.figures import commit, describe_machine
 from tests.e2e import cluster_nodes
 from tests.e2e.process import NodeProcess
@@ -50,11 +56,19 @@ from tests.models import make_checkpoint
 NAMES: Final = ("a", "b", "c", "d")
 FAMILIES: Final = ("llama", "qwen3", "mistral", "gpt2", "phi", "olmo2")
 MODELS: Final = 12
-ROOM: Final = {"calm": MODELS / 3, "tight": 2, "killed": MODELS / 3, "latency": MODELS / 3}
+ROOM: Final = {
+    "calm": MODELS / 3,
+    "tight": 2,
+    "killed": MODELS / 3,
+    "cut": MODELS / 3,
+    "latency": MODELS / 3,
+}
 """Models that a node's device holds, by phase."""
 RESULT: Final = Path(__file__).parent / "results" / "cluster.json"
 LATENCY_ROUNDS: Final = 20
 RESTART_GRACE_S: Final = 1.0
+CUT_S: Final = 8.0
+"""More than the cluster file's `dead_s`."""
 
 
 class Rig:
@@ -77,6 +91,8 @@ class Rig:
         for name in NAMES:
             self._store(name)
         self.file = cluster_nodes.make_cluster(place / "shared", NAMES)
+        self.relayed: dict[str, Path] = {}
+        self.network = self._relay()
         self.nodes: dict[str, NodeProcess] = {}
         self.alive: dict[str, str] = {}
         """Node -> its URL, while it runs."""
@@ -88,15 +104,31 @@ class Rig:
             if name in holders:
                 (self.place / f"store-{name}" / model).symlink_to(self.all / model)
 
-    def set_room(self, models: float) -> None:
-        """Let the nodes that start from now on hold so many models on their device."""
+    def set_up(self, models: float, *, network: bool) -> None:
+        """Let the nodes that start from now on hold so many models, and speak over relays or not."""
         memory_bytes = int((models + 0.5) * self.replica_bytes)
         self.nodes = {
             name: cluster_nodes.made(
-                self.place, name, self.place / f"store-{name}", self.file, memory_bytes=memory_bytes
+                self.place, name, self.place / f"store-{name}",
+                self.relayed[name] if network else self.file, memory_bytes=memory_bytes,
             )
             for name in NAMES
-        }
+        }  # fmt: skip
+
+    def _relay(self) -> Network:
+        """Write a cluster file for each node, in which the others are where relays listen."""
+        text = self.file.read_text()
+        addresses = dict(re.findall(r'id = "(.)"\naddress = "([^"]+)"', text))
+        assert len(addresses) == len(NAMES), text
+        pairs = itertools.permutations(NAMES, 2)
+        ports = {pair: cluster_nodes.free_port() for pair in pairs}
+        for me in NAMES:
+            own = text
+            for name in set(NAMES) - {me}:
+                own = own.replace(addresses[name], f"127.0.0.1:{ports[me, name]}")
+            self.relayed[me] = self.file.with_name(f"cluster-{me}.toml")
+            self.relayed[me].write_text(own)
+        return Network(addresses, ports)
 
     def single(self) -> NodeProcess:
         """Return a node of its own that has all models, and room for them."""
@@ -179,22 +211,28 @@ async def trace_phase(
     begun = time.perf_counter()
     is_done = asyncio.Event()
     async with rig.running():
-        killing = (
-            asyncio.create_task(rig.trouble(arguments.kill_every, is_done))
-            if tag == "killed" else None
-        )  # fmt: skip
+        trouble = asyncio.create_task(troubled(rig, tag, arguments.kill_every, is_done))
         answers = await run_trace(requests, entry, tag, 60 * arguments.minutes)
         is_done.set()
-        kills = 0 if killing is None else await killing
+        troubles = await trouble
     wall_s = time.perf_counter() - begun
     firsts = sorted(a.first_s for a in answers.values() if a.first_s is not None)
     return {
-        **compared(requests, answers, wanted), "kills": kills, "wall_s": round(wall_s, 1),
+        **compared(requests, answers, wanted), "nodes_killed_or_cut_off": troubles, "wall_s": round(wall_s, 1),
         "first_token_median_s": round(statistics.median(firsts), 4),
         "first_token_p99_s": round(firsts[int(0.99 * (len(firsts) - 1))], 4),
         "worst_gap_s": round(max(a.worst_gap_s for a in answers.values()), 3),
         **rig.logs.report({f"{tag}-{name}-0": a.sent_at for name, a in answers.items()}),
     }  # fmt: skip
+
+
+async def troubled(rig: Rig, tag: str, every_s: float, is_done: asyncio.Event) -> int:
+    """Do to the cluster what the phase is about; return how often."""
+    if tag == "killed":
+        return await rig.trouble(every_s, is_done)
+    if tag == "cut":
+        return await rig.network.trouble(NAMES, every_s, CUT_S, is_done)
+    return 0
 
 
 async def latency_phase(rig: Rig) -> dict[str, Any]:
@@ -233,12 +271,19 @@ async def measure(rig: Rig, arguments: argparse.Namespace) -> dict[str, Any]:
     wanted = {} if arguments.phases == ["latency"] else await reference(rig, requests)
     for phase in arguments.phases:
         about = described(arguments, phase)
-        rig.set_room(ROOM[phase])
+        rig.set_up(ROOM[phase], network=phase == "cut")
+        if phase == "cut":
+            await rig.network.start()
         if phase == "latency":
             came = await latency_phase(rig)
         else:
             came = await trace_phase(rig, requests, wanted, phase, arguments)
+        if phase == "cut":
+            await rig.network.close()
         found[phase] = {**came, "about": about}
+        known = orjson.loads(arguments.json.read_bytes()) if arguments.json.exists() else {}
+        known[phase] = found[phase]
+        arguments.json.write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2) + b"\n")
         print(phase, orjson.dumps(came, option=orjson.OPT_INDENT_2).decode(), flush=True)
     return found
 
@@ -262,7 +307,7 @@ def parsed() -> argparse.Namespace:
     )
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--minutes", type=float, default=8.0)
-    parser.add_argument("--speed", type=float, default=2.0)
+    parser.add_argument("--speed", type=float, default=0.6)
     parser.add_argument("--kill-every", type=float, default=20.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--phases", default=",".join(ROOM), help="comma-separated")
@@ -282,9 +327,6 @@ def main() -> int:
         place = Path(name) if arguments.keep is None else arguments.keep
         place.mkdir(parents=True, exist_ok=True)
         found = asyncio.run(measure(Rig(place, arguments.seed), arguments))
-    known = orjson.loads(arguments.json.read_bytes()) if arguments.json.exists() else {}
-    result = {**known, **found}
-    arguments.json.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2) + b"\n")
     bad = sum(
         phase.get(key, 0)
         for phase in found.values()

@@ -20,6 +20,8 @@ import orjson
 TRACE: Final = Path(__file__).parents[2] / "tests" / "data" / "azure_code_excerpt.csv"
 PROMPT_MAX, OUTPUT_MAX = 200, 240
 """Tiny models take 512 tokens."""
+GAP_MAX_S: Final = 2.0
+"""Pauses of the trace are cut to it: it has one of two minutes."""
 ASK_AGAIN_S: Final = 0.1
 GIVE_UP_S: Final = 120.0
 
@@ -82,12 +84,14 @@ class Answer:
 def requests_of_trace(count: int, models: list[str], seed: int, speed: float) -> list[Request]:
     """Return `count` requests: arrivals and lengths of the excerpt, repeated as often as needed.
 
-    Lengths are scaled down to what tiny models take; models are drawn by Zipf's law.
+    Long pauses are cut. Lengths are scaled down to what tiny models take; models are drawn by Zipf's law.
     """
     with TRACE.open() as file:
         rows = list(csv.DictReader(file))
-    at = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
-    span_s = at[-1] - at[0] + 1.0
+    clock = [datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp() for row in rows]
+    gaps = (min(GAP_MAX_S, after - before) for before, after in itertools.pairwise(clock))
+    at = list(itertools.accumulate(gaps, initial=0.0))
+    span_s = at[-1] + 1.0
     draw = random.Random(seed)
     weights = [1 / (rank + 1) for rank in range(len(models))]
     found = []
@@ -97,7 +101,7 @@ def requests_of_trace(count: int, models: list[str], seed: int, speed: float) ->
         words = max(1, min(PROMPT_MAX, int(row["ContextTokens"]) // 32))
         prompt = "".join(draw.choice("abcdefghijklmnop ") for _ in range(words))
         tokens = max(4, min(OUTPUT_MAX, 2 * int(row["GeneratedTokens"])))
-        arrival_s = (again * span_s + at[index] - at[0]) / speed
+        arrival_s = (again * span_s + at[index]) / speed
         (model,) = draw.choices(models, weights)
         found.append(Request(f"r{number}", arrival_s, model, prompt, tokens))
     return found
