@@ -117,6 +117,14 @@ class Peers:
         """Tell whether anybody else can be asked now."""
         return len(self.view.nodes) > (self.me in self.view.nodes)
 
+    def is_listening(self) -> bool:
+        """Tell whether a peer may still be heard for the first time: this node started not long ago."""
+        return any(
+            peer.state is PeerState.UNKNOWN
+            or (peer.state in _USABLE and peer.id not in self._states)
+            for peer in self._membership.peers()
+        )
+
     def absent(self) -> list[NodeState]:
         """Return the last states of peers that can't be asked now, and have not said that they leave."""
         return [state for peer, (state, _) in self._states.items() if peer not in self.view.nodes]

@@ -7,10 +7,11 @@ nodes. What an operator does to models (load, pin, unload) is this node's alone.
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any, Generic
 
-from sllm_node.cluster.choice import Choice, ask_for, choose, request_for
-from sllm_node.cluster.estimate import ErrorTrack
+from sllm_node.cluster.choice import FORWARD_S, Choice, ask_for, choose, request_for
+from sllm_node.cluster.estimate import ErrorTrack, ForwardEstimator
 from sllm_node.cluster.forward import Limits, RoutedStream, Tools
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.placement import explain
@@ -71,6 +72,7 @@ class Router(Generic[CodecT]):
         self._watching: set[asyncio.Task[None]] = set()
         self.errors = ErrorTrack()
         """Of estimated startup times."""
+        self._forwarding = ForwardEstimator(FORWARD_S)
         peers.on_change = self._on_change
         service.on_change = peers.changed
         self.drain = service.drain
@@ -88,7 +90,7 @@ class Router(Generic[CodecT]):
         try:
             return await self._service.prepare(model)
         except ModelNotFoundError:
-            held, holders = self._elsewhere(ModelId(model))
+            held, holders = await self._heard(ModelId(model))
             if held is None:
                 raise
         return (await self._texts.get(held, holders)).codec
@@ -168,6 +170,8 @@ class Router(Generic[CodecT]):
         view = self._peers.view
         asked = request_for(view, request.model, request.priority)
         found = choose(view, asked, self._peers.me, self._clock.now(), excluded)
+        if found is not None and found.node != self._peers.me:
+            found = replace(found, forward_s=self._forwarding.seconds(found.node))
         where = "here" if found and found.node == self._peers.me else "peer"
         self._metrics.placements.labels(found.way if found else "none", where).inc()
         return found
@@ -199,6 +203,8 @@ class Router(Generic[CodecT]):
             return
         self.errors.observe(choice.startup_s, seconds)
         where = "here" if choice.node == self._peers.me else "peer"
+        if where == "peer" and choice.way == "serve":
+            self._forwarding.observe(choice.node, seconds)
         error_s = abs(seconds - choice.startup_s)
         self._metrics.estimate_error_seconds.labels(where).observe(error_s)
         log.debug("session started", extra={
@@ -272,6 +278,15 @@ class Router(Generic[CodecT]):
         newest = max(held.created for held, _ in told)
         mine = [(held, name) for held, name in told if held.created == newest]
         return mine[0][0], [name for _, name in mine]
+
+    async def _heard(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
+        """Return the same, once peers had time to say what they have: a node that starts knows nobody."""
+        until = self._clock.now() + self._peers.cluster.timing.dead_s
+        while (found := self._elsewhere(model))[0] is None and self._peers.is_listening():
+            left_s = until - self._clock.now()
+            if left_s <= 0 or not await self.changed(left_s):
+                break
+        return found
 
     def _is_absent(self, model: ModelId) -> bool:
         """Tell whether only peers have a model that can't be asked now: who wants it may wait for them."""

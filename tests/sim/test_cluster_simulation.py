@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -111,6 +112,37 @@ async def test_a_request_waits_for_a_model_whose_node_is_away(world):
     await asyncio.sleep(10.0)
     world["b"].start()
     assert await read(stream) == list(range(1, 21))
+
+
+class HoldersAsTexts:
+    """Stands for tokenizers that are fetched: who would be asked."""
+
+    async def get(self, held, holders):
+        return SimpleNamespace(codec=(held.model, holders))
+
+
+@in_world(a=(), b=("m",))
+async def test_a_node_that_has_just_started_listens_before_it_says_that_there_is_no_model(world):
+    await world["a"].crash()
+    await asyncio.sleep(1.0)
+    world["a"].start()
+    router = world["a"].router
+    router._texts = HoldersAsTexts()
+    assert not world["a"].peers.has_peers()
+    assert await router.prepare("m") == ("m", ["b"])
+    now = asyncio.get_running_loop().time()
+    with pytest.raises(ModelNotFoundError):
+        await router.prepare("none")
+    assert asyncio.get_running_loop().time() == now
+
+
+@in_world(a=(), b=("m",))
+async def test_a_node_that_starts_beside_dead_ones_says_in_the_end_that_there_is_no_model(world):
+    await world["a"].crash()
+    await world["b"].crash()
+    world["a"].start()
+    with pytest.raises(ModelNotFoundError):
+        await world["a"].router.prepare("m")
 
 
 @in_world(a=(), b=("m",))
