@@ -73,7 +73,7 @@ def pull(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFi
 
 
 def pin(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
-    """Load a model and never evict it until it is unpinned or the node restarts."""
+    """Load a model and never evict it until it is unpinned; a restart keeps the pin."""
     _act("pin", model, (url, key, config))
 
 

@@ -48,6 +48,7 @@ class NodeConfig(Section, frozen=True):
 
     id: Name = "node-0"
     drain_s: Seconds = 30.0
+    journal: str = ""
 
 
 class StoreConfig(Section, frozen=True):

@@ -132,6 +132,11 @@ class Metrics:
             "How late the event loop runs a timer",
             buckets=(0.0005, *LATENCY_BUCKETS_S),
         )
+        self.journals_set_aside = Counter(
+            "sllm_journals_set_aside",
+            "Journals found damaged at start: pins and the like are to be set again",
+            registry=self.registry,
+        )
         self.ready = gauge("sllm_ready", "1 while the node takes requests")
 
     def _cluster(self) -> None:
