@@ -169,12 +169,26 @@ def _show_cluster(report: dict[str, Any]) -> None:
         for model in node["models"]
     ]
     print_table(("model", "node", "tier", ">stored"), sorted(places))
+    _show_scaling(report["scaling"])
     estimates = report["estimates"]
     if estimates["count"]:
         say(
             f"startup estimates: {estimates['count']}, off by {estimates['mean_error_s']:.3f} s on "
             f"average, {estimates['worst_s']:.3f} s at most"
         )
+
+
+def _show_scaling(scaled: list[dict[str, Any]]) -> None:
+    rows = [
+        (
+            one["model"], one["home"] or "", f"{one['minimum']} to {one['maximum']}",
+            *(str(one[state]) for state in ("wanted", "ready", "starting", "leaving")), one["reason"],
+        )
+        for one in scaled
+    ]  # fmt: skip
+    if rows:
+        columns = (">wanted", ">ready", ">starting", ">leaving", "why")
+        print_table(("scaled model", "home", "replicas", *columns), rows)
 
 
 def _tier_of(model: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from sllm_node.cluster.file import load_cluster
 from sllm_node.cluster.messages import make_boot
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.router import Router
+from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import BootId
@@ -55,7 +56,9 @@ class Cluster(Generic[CodecT]):
         folder = Path(config.store.path) / ".cluster" / me
         self._texts = Texts(folder, self._client, load_codec, silence_s)
         serving = Serving(service, self.peers, clock, ping_s=file.timing.heartbeat_s)
-        self._listener = Listener(trust, serving.handlers(), silence_s, self._refused)
+        self.scaling = Scaling(service, self.peers, self.peers.desired, clock, metrics)
+        handlers = {**serving.handlers(), **self.scaling.handlers()}
+        self._listener = Listener(trust, handlers, silence_s, self._refused)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
         self._closing = AsyncExitStack()
 
@@ -72,6 +75,8 @@ class Cluster(Generic[CodecT]):
         self.peers.start(self._client)
         self._closing.push_async_callback(self.peers.close)
         self._closing.push_async_callback(self.router.close)
+        self.scaling.start(self._client)
+        self._closing.push_async_callback(self.scaling.close)
 
     def drain(self) -> None:
         """Tell peers to place nothing here any more."""
@@ -109,6 +114,7 @@ class Cluster(Generic[CodecT]):
             "version": state.version,
             "peers": self.peers.status(),
             "nodes": nodes,
+            "scaling": self.scaling.status(),
             "estimates": {
                 "count": errors.count, "mean_error_s": errors.mean_s, "bias_s": errors.bias_s,
                 "worst_s": errors.worst_s,

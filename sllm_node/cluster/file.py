@@ -18,17 +18,20 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from sllm_node.cluster.records import Desired, check
 from sllm_node.core.config import (
     ByteSize,
     Count,
     Name,
+    NotNegative,
+    Seconds,
     Section,
     decode_value,
     find_problems,
     sound_part,
 )
-from sllm_node.core.errors import ConfigError
-from sllm_node.core.types import NodeId
+from sllm_node.core.errors import ConfigError, InvalidRequestError
+from sllm_node.core.types import ModelId, NodeId
 from sllm_node.core.units import MIB, parse_size
 
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
@@ -72,6 +75,14 @@ class LimitsConfig(Section, frozen=True):
     replay_window_messages: Annotated[int, Meta(ge=1, le=65536)] = 1024
 
 
+class ScaledModel(Section, frozen=True):
+    """Table [models.NAME]: between how many replicas the model has, by demand."""
+
+    min_replicas: NotNegative = 0
+    max_replicas: NotNegative = 1
+    keep_alive_s: Seconds = 300.0
+
+
 class ClusterFile(Section, frozen=True):
     """The whole file."""
 
@@ -79,10 +90,18 @@ class ClusterFile(Section, frozen=True):
     trust: TrustConfig = msgspec.field(default_factory=TrustConfig)
     timing: TimingConfig = msgspec.field(default_factory=TimingConfig)
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+    models: dict[str, ScaledModel] = msgspec.field(default_factory=dict)
 
     def peers(self, me: NodeId) -> dict[NodeId, str]:
         """Return the addresses of all nodes but `me`."""
         return {NodeId(node.id): node.address for node in self.nodes if node.id != me}
+
+    def desired(self) -> tuple[Desired, ...]:
+        """Return the replicas that [models.NAME] wish for."""
+        return tuple(
+            Desired(ModelId(name), model.min_replicas, model.max_replicas, model.keep_alive_s)
+            for name, model in self.models.items()
+        )
 
     def address(self, me: NodeId) -> str:
         return next(node.address for node in self.nodes if node.id == me)
@@ -234,6 +253,11 @@ def _contradictions(cluster: ClusterFile) -> Iterator[str]:
         size = int(cluster.limits.document_bytes)
         yield f"limits.document_bytes = {size}: must be from 1024 to {LARGEST_DOCUMENT}"
     yield from _timing_problems(cluster.timing)
+    for wish in cluster.desired():
+        try:
+            check(wish)
+        except InvalidRequestError as error:
+            yield f"models.{wish.model}: {error}"
     yield from _trust_problems(cluster.trust)
 
 

@@ -31,6 +31,7 @@ from sllm_node.cluster.membership import (
 )
 from sllm_node.cluster.messages import decode, encode
 from sllm_node.cluster.peer import PeerState
+from sllm_node.cluster.records import Desired
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.transport import Client
@@ -105,6 +106,10 @@ class Peers:
     def address(self, peer: NodeId) -> str | None:
         """Return host:port of a peer; None: the cluster file does not have it."""
         return self.cluster.peers(self.me).get(peer)
+
+    def desired(self) -> tuple[Desired, ...]:
+        """Return the replicas that the cluster file wishes for."""
+        return self.cluster.desired()
 
     def refresh(self) -> NodeState:
         """Bring this node's own state in the view up to date and return it."""

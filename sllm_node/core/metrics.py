@@ -171,6 +171,17 @@ class Metrics:
         self.resumptions = counter(
             "sllm_resumptions", "Sessions that went on elsewhere after their node failed", ["model"]
         )
+        self.replicas = Gauge(
+            "sllm_replicas",
+            "Replicas of a scaled model by state (wanted, ready, starting, leaving), as this node sees them",
+            ["model", "state"],
+            registry=self.registry,
+        )
+        self.scalings = counter(
+            "sllm_scalings",
+            "Replicas that this node, as their model's home, started and retired, by result",
+            ["action", "result"],
+        )
         self.estimate_error_seconds = histogram(
             "sllm_startup_estimate_error_seconds",
             "Distance of the estimated startup time and the one that came, by where",

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from functools import partial
 from typing import Generic
@@ -251,6 +252,20 @@ class Service(Generic[CodecT]):
         if self.pins is not None:
             await self.pins.drop(name)
         self._do(self._scheduler.on_unpin(name, self._clock.now()))
+
+    # --- the cluster --------------------------------------------------------------------------
+
+    def scaled(self, models: AbstractSet[ModelId]) -> None:
+        """Take which models leave when the cluster says so, and not when they have been idle."""
+        self._do(self._scheduler.on_scaled(models, self._clock.now()))
+
+    def retire(self, model: ModelId) -> None:
+        """Take no new sessions of `model`; it leaves the device when those that run have ended.
+
+        Raises:
+            ModelBusyError: it is pinned.
+        """
+        self._do(self._scheduler.on_retire(model, self._clock.now()))
 
     # --- the node -----------------------------------------------------------------------------
 
