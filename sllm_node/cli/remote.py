@@ -170,6 +170,15 @@ def _show_cluster(report: dict[str, Any]) -> None:
     ]
     print_table(("model", "node", "tier", ">stored"), sorted(places))
     _show_scaling(report["scaling"])
+    if (directory := report["directory"]) is not None:
+        problem = f": {directory['problem']}" if directory["problem"] else ""
+        is_listed = (
+            "this node is registered" if directory["registered"] else "this node is not registered"
+        )
+        say(
+            f"directory {directory['endpoint']}: {directory['state']}, {is_listed}, "
+            f"{len(directory['nodes'])} other nodes{problem}"
+        )
     estimates = report["estimates"]
     if estimates["count"]:
         say(

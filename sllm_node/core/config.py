@@ -123,6 +123,7 @@ class ClusterConfig(Section, frozen=True):
 
     file: str = ""
     listen: str = ""
+    address: str = ""
 
 
 class LogConfig(Section, frozen=True):
@@ -377,11 +378,12 @@ def _check_remotes(config: Config) -> str | None:
 
 
 def _check_cluster(config: Config) -> str | None:
-    listen = config.cluster.listen
-    if listen and not config.cluster.file:
-        return f"cluster.listen = {listen!r}: means nothing without cluster.file"
-    if listen and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", listen):
-        return f'cluster.listen = {listen!r}: must be host:port, as in "0.0.0.0:8100"'
+    for key in ("listen", "address"):
+        value = getattr(config.cluster, key)
+        if value and not config.cluster.file:
+            return f"cluster.{key} = {value!r}: means nothing without cluster.file"
+        if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", value):
+            return f'cluster.{key} = {value!r}: must be host:port, as in "0.0.0.0:8100"'
     return None
 
 

@@ -177,6 +177,14 @@ class Metrics:
             ["model", "state"],
             registry=self.registry,
         )
+        self.directory_followed = Gauge(
+            "sllm_directory_followed",
+            "1 while the directory answers; 0: what is known of it last counts",
+            registry=self.registry,
+        )
+        self.directory_nodes = Gauge(
+            "sllm_directory_nodes", "Other nodes that the directory lists", registry=self.registry
+        )
         self.scalings = counter(
             "sllm_scalings",
             "Replicas that this node, as their model's home, started and retired, by result",

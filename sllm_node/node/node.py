@@ -189,7 +189,12 @@ class Node:
     async def _join_cluster(self) -> None:
         if self._config.cluster.file:
             self._cluster = Cluster(
-                self._config, self._service, self._engines.load_codec, self._clock, self._metrics
+                self._config,
+                self._service,
+                self._engines.load_codec,
+                self._journal,
+                self._clock,
+                self._metrics,
             )
             self._closing.push_async_callback(self._cluster.close)
             await self._cluster.start()
