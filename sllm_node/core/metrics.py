@@ -179,7 +179,7 @@ class Metrics:
         )
         self.directory_followed = Gauge(
             "sllm_directory_followed",
-            "1 while the directory answers; 0: what is known of it last counts",
+            "1 while the directory answers; 0: what is known of it last counts, or there is none",
             registry=self.registry,
         )
         self.directory_nodes = Gauge(
