@@ -73,7 +73,7 @@ def pull(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFi
 
 
 def pin(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
-    """Load a model and never evict it until it is unpinned or the node restarts."""
+    """Load a model and never evict it until it is unpinned; a restart keeps the pin."""
     _act("pin", model, (url, key, config))
 
 
@@ -169,12 +169,35 @@ def _show_cluster(report: dict[str, Any]) -> None:
         for model in node["models"]
     ]
     print_table(("model", "node", "tier", ">stored"), sorted(places))
+    _show_scaling(report["scaling"])
+    if (directory := report["directory"]) is not None:
+        problem = f": {directory['problem']}" if directory["problem"] else ""
+        is_listed = (
+            "this node is registered" if directory["registered"] else "this node is not registered"
+        )
+        say(
+            f"directory {directory['endpoint']}: {directory['state']}, {is_listed}, "
+            f"{len(directory['nodes'])} other nodes{problem}"
+        )
     estimates = report["estimates"]
     if estimates["count"]:
         say(
             f"startup estimates: {estimates['count']}, off by {estimates['mean_error_s']:.3f} s on "
             f"average, {estimates['worst_s']:.3f} s at most"
         )
+
+
+def _show_scaling(scaled: list[dict[str, Any]]) -> None:
+    rows = [
+        (
+            one["model"], one["home"] or "", f"{one['minimum']} to {one['maximum']}",
+            *(str(one[state]) for state in ("wanted", "ready", "starting", "leaving")), one["reason"],
+        )
+        for one in scaled
+    ]  # fmt: skip
+    if rows:
+        columns = (">wanted", ">ready", ">starting", ">leaving", "why")
+        print_table(("scaled model", "home", "replicas", *columns), rows)
 
 
 def _tier_of(model: dict[str, Any]) -> str:

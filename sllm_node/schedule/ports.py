@@ -78,6 +78,14 @@ class Generation(Protocol):
         """End it at once; a second call does nothing."""
 
 
+class Pins(Protocol):
+    """Where an operator's pins outlive this process; what can't be written is not done."""
+
+    async def keep(self, model: ModelId) -> None: ...
+
+    async def drop(self, model: ModelId) -> None: ...
+
+
 class Replica(Protocol):
     """A model that can decode."""
 
