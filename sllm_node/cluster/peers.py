@@ -92,6 +92,7 @@ class Peers:
         """Peers that took no request since they were heard last."""
         self._alarm = Alarm(clock, self._on_timer)
         self._news = Alarm(clock, self._tell_news)
+        self._is_closed = False
         self._client: Client
         self._stamp = _stamp(place.path)
 
@@ -169,6 +170,7 @@ class Peers:
 
     async def close(self) -> None:
         """Tell everybody who listens that this node leaves, once; then say nothing more."""
+        self._is_closed = True
         self._membership.leave()
         self._membership.on_timer(max(self._clock.now(), self._membership.next_timer()))
         self._alarm.set(None)
@@ -182,7 +184,7 @@ class Peers:
 
     def changed(self) -> None:
         """Take note that something has changed here, which peers are told soon."""
-        if not self._news.is_set:
+        if not self._news.is_set and not self._is_closed:
             self._news.set(self._clock.now() + self.cluster.timing.publish_gap_s)
 
     def _tell_news(self) -> None:
@@ -219,7 +221,8 @@ class Peers:
         self._arm()
 
     def _arm(self) -> None:
-        self._alarm.set(self._membership.next_timer())
+        if not self._is_closed:
+            self._alarm.set(self._membership.next_timer())
 
     def _publish(self) -> None:
         try:
