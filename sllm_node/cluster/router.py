@@ -278,11 +278,8 @@ class Router(Generic[CodecT]):
 
     async def _heard(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
         """Return the same, once peers had time to say what they have: a node that starts knows nobody."""
-        until = self._clock.now() + self._peers.cluster.timing.dead_s
         while (found := self._elsewhere(model))[0] is None and self._peers.is_listening():
-            left_s = until - self._clock.now()
-            if left_s <= 0 or not await self.changed(left_s):
-                break
+            await self.changed(self._peers.listens_until - self._clock.now())
         return found
 
     async def _codec_elsewhere(self, model: ModelId, missing: ModelNotFoundError) -> CodecT:

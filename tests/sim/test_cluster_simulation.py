@@ -186,7 +186,17 @@ async def test_a_node_that_has_left_says_nothing_more(world):
 
 
 @in_world(a=(), b=("m",))
-async def test_a_node_that_starts_beside_dead_ones_says_in_the_end_that_there_is_no_model(world):
+async def test_a_node_that_starts_beside_dead_ones_waits_for_them_but_not_for_ever(world):
+    await world["a"].crash()
+    await world["b"].crash()
+    world["a"].start()
+    await asyncio.sleep(10.0)
+    router = world["a"].router
+    router._texts = HoldersAsTexts()
+    asked = asyncio.create_task(router.prepare("m"))
+    await asyncio.sleep(5.0)
+    world["b"].start()
+    assert await asked == ("m", ["b"])
     await world["a"].crash()
     await world["b"].crash()
     world["a"].start()
