@@ -59,7 +59,8 @@ log = logging.getLogger(__name__)
 
 REFUSALS_MAX: Final = 3
 """By one node in a row: then it is not asked again for this session."""
-_UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
+UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
+"""Whoever fails like this may be there again later."""
 
 
 class Ways(Protocol):
@@ -340,7 +341,7 @@ class RoutedStream:
         })  # fmt: skip
         self._is_running = False
         self._excluded.add(choice.node)
-        if isinstance(error, _UNREACHABLE):
+        if isinstance(error, UNREACHABLE):
             self._ways.lost(choice.node, error)
 
     async def _place_again(self, error: SllmError) -> Choice:
@@ -350,7 +351,7 @@ class RoutedStream:
             SllmError: `error`, as no node can take it.
         """
         while (choice := self._ways.choose(self.request, frozenset(self._excluded))) is None:
-            if not (self._tokens or isinstance(error, (*_UNREACHABLE, NoPlaceError))):
+            if not (self._tokens or isinstance(error, (*UNREACHABLE, NoPlaceError))):
                 raise error
             now = self._clock.now()
             if self._waits_until is None:

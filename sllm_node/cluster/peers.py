@@ -46,6 +46,8 @@ from sllm_node.core.types import NodeId
 log = logging.getLogger(__name__)
 
 HEARTBEAT: Final = "heartbeat"
+LISTENS_DEAD_S: Final = 6
+"""Times `dead_s`: about as long as a node takes to start."""
 _USABLE: Final = (PeerState.ALIVE, PeerState.DRAINING)
 _WORDS: Final[dict[type[Event], str]] = {
     PeerAlive: "peer alive", PeerDraining: "peer draining", PeerSuspect: "peer silent",
@@ -98,6 +100,9 @@ class Peers:
         """Peers that took no request since they were heard last."""
         self._alarm = Alarm(clock, self._on_timer)
         self._news = Alarm(clock, self._tell_news)
+        self._is_closed = False
+        self.listens_until = clock.now() + LISTENS_DEAD_S * timing.dead_s
+        """Until then, a peer that has not said what it has is waited for."""
         self._client: Client
         self._stamp = _stamp(place.path)
 
@@ -128,10 +133,11 @@ class Peers:
         return len(self.view.nodes) > (self.me in self.view.nodes)
 
     def is_listening(self) -> bool:
-        """Tell whether a peer may still be heard for the first time: this node started not long ago."""
+        """Tell whether a peer may still say for the first time what it has: this node started not long ago."""
+        if self._clock.now() >= self.listens_until:
+            return False
         return any(
-            peer.state is PeerState.UNKNOWN
-            or (peer.state in _USABLE and peer.id not in self._states)
+            peer.state is not PeerState.GONE and peer.id not in self._states
             for peer in self._membership.peers()
         )
 
@@ -179,6 +185,7 @@ class Peers:
 
     async def close(self) -> None:
         """Tell everybody who listens that this node leaves, once; then say nothing more."""
+        self._is_closed = True
         self._membership.leave()
         self._membership.on_timer(max(self._clock.now(), self._membership.next_timer()))
         self._alarm.set(None)
@@ -192,7 +199,7 @@ class Peers:
 
     def changed(self) -> None:
         """Take note that something has changed here, which peers are told soon."""
-        if not self._news.is_set:
+        if not self._news.is_set and not self._is_closed:
             self._news.set(self._clock.now() + self.cluster.timing.publish_gap_s)
 
     def _tell_news(self) -> None:
@@ -229,7 +236,8 @@ class Peers:
         self._arm()
 
     def _arm(self) -> None:
-        self._alarm.set(self._membership.next_timer())
+        if not self._is_closed:
+            self._alarm.set(self._membership.next_timer())
 
     def _publish(self) -> None:
         try:

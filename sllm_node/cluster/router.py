@@ -12,7 +12,7 @@ from typing import Any, Generic
 
 from sllm_node.cluster.choice import FORWARD_S, Choice, ask_for, choose, request_for
 from sllm_node.cluster.estimate import ErrorTrack, ForwardEstimator
-from sllm_node.cluster.forward import Limits, RoutedStream, Tools
+from sllm_node.cluster.forward import UNREACHABLE, Limits, RoutedStream, Tools
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.placement import explain
 from sllm_node.cluster.reservations import Ask, ReservationId
@@ -89,11 +89,8 @@ class Router(Generic[CodecT]):
         """
         try:
             return await self._service.prepare(model)
-        except ModelNotFoundError:
-            held, holders = await self._heard(ModelId(model))
-            if held is None:
-                raise
-        return (await self._texts.get(held, holders)).codec
+        except ModelNotFoundError as error:
+            return await self._codec_elsewhere(ModelId(model), error)
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have."""
@@ -281,12 +278,23 @@ class Router(Generic[CodecT]):
 
     async def _heard(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
         """Return the same, once peers had time to say what they have: a node that starts knows nobody."""
-        until = self._clock.now() + self._peers.cluster.timing.dead_s
         while (found := self._elsewhere(model))[0] is None and self._peers.is_listening():
-            left_s = until - self._clock.now()
-            if left_s <= 0 or not await self.changed(left_s):
-                break
+            await self.changed(self._peers.listens_until - self._clock.now())
         return found
+
+    async def _codec_elsewhere(self, model: ModelId, missing: ModelNotFoundError) -> CodecT:
+        """Return the codec of a peer's model, as patiently as a session waits for a node to run on."""
+        until = self._clock.now() + self._tools.limits.patience_s
+        while True:
+            held, holders = await self._heard(model)
+            if held is None:
+                raise missing
+            try:
+                return (await self._texts.get(held, holders)).codec
+            except UNREACHABLE:
+                left_s = until - self._clock.now()
+                if left_s <= 0 or not await self.changed(left_s):
+                    raise
 
     def _is_absent(self, model: ModelId) -> bool:
         """Tell whether only peers have a model that can't be asked now: who wants it may wait for them."""

@@ -2,6 +2,7 @@
 
 import json
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -55,7 +56,7 @@ def test_logs_tell_when_loads_began_and_how_good_estimates_were(tmp_path):
     why = "b cpu: there is room to load it; starts in 0.1 s (wait 0.000 s, load 0.1 s from nvme)"
     placed = {"event": "request placed", "node": "b", "way": "load", "why": why, "model": "m"}
     started = {"event": "session started", "node": "b", "model": "m"}
-    lines = {
+    lines: dict[str, list[dict[str, Any]]] = {
         "a": [
             {"time": "2026-01-01T00:00:00.010+00:00", **placed},
             {"time": "2026-01-01T00:00:00.120+00:00", **started, "expected_s": 0.1, "startup_s": 0.11},
