@@ -73,10 +73,6 @@ class Cluster(Generic[CodecT]):
         self._closing.push_async_callback(self.peers.close)
         self._closing.push_async_callback(self.router.close)
 
-    def drain(self) -> None:
-        """Tell peers to place nothing here any more."""
-        self.peers.drain()
-
     async def close(self) -> None:
         """Leave the cluster."""
         await self._closing.aclose()
@@ -108,6 +104,7 @@ class Cluster(Generic[CodecT]):
             "me": self.peers.me,
             "version": state.version,
             "peers": self.peers.status(),
+            "migrations": self.router.moves(),
             "nodes": nodes,
             "estimates": {
                 "count": errors.count, "mean_error_s": errors.mean_s, "bias_s": errors.bias_s,

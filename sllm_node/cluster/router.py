@@ -11,13 +11,17 @@ from typing import Any, Generic
 
 from sllm_node.cluster.choice import Choice, ask_for, choose, request_for
 from sllm_node.cluster.estimate import ErrorTrack
-from sllm_node.cluster.forward import Limits, RoutedStream, Tools
+from sllm_node.cluster.forward import RoutedStream
+from sllm_node.cluster.home import HomeStream
+from sllm_node.cluster.move import MoveReport
+from sllm_node.cluster.movers import Movers
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.placement import explain
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.state import BootId, HeldModel, NodeState
 from sllm_node.cluster.texts import Texts
 from sllm_node.cluster.transport import Client
+from sllm_node.cluster.ways import Begun, Limits, Tools
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import (
     CancelledByOperatorError,
@@ -65,6 +69,7 @@ class Router(Generic[CodecT]):
         timing = peers.cluster.timing
         self._tools = Tools(client, clock, Limits(timing.dead_s, 6 * timing.dead_s))
         self._routed: set[RoutedStream] = set()
+        self._homes: set[HomeStream] = set()
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._news = asyncio.Event()
@@ -73,7 +78,7 @@ class Router(Generic[CodecT]):
         """Of estimated startup times."""
         peers.on_change = self._on_change
         service.on_change = peers.changed
-        self.drain = service.drain
+        self._movers = Movers(peers, metrics, clock, self._carried)
         self.load, self.unload = service.load, service.unload
         self.pin, self.unpin = service.pin, service.unpin
 
@@ -110,7 +115,7 @@ class Router(Generic[CodecT]):
 
     def open(
         self, request: GenerationRequest, *, keep_alive_s: float | None = None
-    ) -> Stream | RoutedStream:
+    ) -> Stream | HomeStream | RoutedStream:
         """Take a request: it runs where it starts soonest.
 
         Raises:
@@ -133,21 +138,42 @@ class Router(Generic[CodecT]):
                     raise
         if choice is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
-        stream = RoutedStream(request, keep_alive_s, choice, self, self._tools)
+        return self._route(request, keep_alive_s, choice)
+
+    def _route(
+        self,
+        request: GenerationRequest,
+        keep_alive_s: float | None,
+        choice: Choice | None,
+        begun: Begun | None = None,
+    ) -> RoutedStream:
+        stream = RoutedStream(request, keep_alive_s, choice, self, self._tools, begun)
         self._routed.add(stream)
         self._quiet.clear()
         return stream
 
+    def _carry(self, home: HomeStream, begun: Begun | None) -> RoutedStream:
+        """Carry a session that this node has served by itself until now, or does not take any more."""
+        self._homes.discard(home)
+        me = self._peers.me
+        if begun is not None:
+            here = Choice(me, "here", "it runs here")
+            return self._route(home.request, home.keep_alive_s, here, begun)
+        choice = self.choose(home.request, frozenset({me}))
+        return self._route(home.request, home.keep_alive_s, choice)
+
     def _open_here(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
-    ) -> Stream:
+    ) -> HomeStream:
         stream = self._service.open(request, keep_alive_s=keep_alive_s)
+        home = HomeStream(stream, keep_alive_s, self._carry, self._homes.discard)
+        self._homes.add(home)
         if choice is not None and choice.startup_s is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
             task = asyncio.create_task(self._watch(stream, choice), name="startup")
             self._watching.add(task)
             task.add_done_callback(self._watching.discard)
-        return stream
+        return home
 
     async def _watch(self, stream: Stream, choice: Choice) -> None:
         await stream.started.wait()
@@ -212,6 +238,10 @@ class Router(Generic[CodecT]):
         if outcome == "failed":
             self._metrics.resumptions.labels(model).inc()
 
+    def moved(self, report: MoveReport) -> None:
+        """Count how a move ended."""
+        self._movers.told(report)
+
     async def changed(self, timeout_s: float) -> bool:
         """Wait until something is heard of the cluster."""
         try:
@@ -224,6 +254,31 @@ class Router(Generic[CodecT]):
     def _on_change(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
+        self._movers.evacuate()
+
+    # --- moves --------------------------------------------------------------------------------
+
+    def _carried(self) -> list[HomeStream | RoutedStream]:
+        return [*self._homes, *self._routed]
+
+    def move(self, session: str, to: str) -> dict[str, str]:
+        """Begin to move a session of a client of this node to the node `to`; tell the move's id.
+
+        Raises:
+            MoveRefusedError: there is no such session, or it can't go there now.
+        """
+        return self._movers.move(session, NodeId(to), "operator")
+
+    def moves(self) -> list[dict[str, Any]]:
+        """Return the last moves, the newest first."""
+        return self._movers.recent()
+
+    def drain(self) -> None:
+        """Take no new requests, and move what runs here to peers; what can't move has its time."""
+        self._service.drain()
+        self._peers.drain()
+        self._peers.refresh()
+        self._movers.evacuate()
 
     # --- models -------------------------------------------------------------------------------
 

@@ -106,7 +106,7 @@ class Serving:
         """Add tokens to a session that moves here; the last ones let it go."""
         told = unpack_extend(payload)
         stream = self._held.get((sender, told.session, told.epoch))
-        if stream is None:
+        if stream is None or told.position > stream.position:
             await reply.send(pack(failed(MoveRefusedError(told.session, "it is not held here"))))
             return
         stream.extend(told.position, told.tokens, lets_go=told.lets_go)

@@ -103,8 +103,8 @@ class Generation:
     def look(self) -> None:
         """See how far it is, after a step or new tokens."""
         session = self.session
-        is_done = (
-            session.computed >= session.length - 1 or session.is_resting and not session.output
+        is_done = session.computed >= session.length - 1 or (
+            session.is_resting and not session.output
         )
         if session.is_holding and is_done and self._held_at < len(session.output):
             self._held_at = len(session.output)

@@ -5,12 +5,14 @@ import contextlib
 from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace as replace_struct
 
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
-from sllm_node.cluster.forward import REFUSALS_MAX, Limits, RoutedStream, Tools
+from sllm_node.cluster.forward import REFUSALS_MAX, RoutedStream
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.state import BootId
+from sllm_node.cluster.ways import Limits, Tools
 from sllm_node.cluster.wire import (
     Granted,
     Refusal,
@@ -45,7 +47,7 @@ REQUEST = GenerationRequest(SessionId("r-0"), ModelId("m"), (1, 2), SamplingPara
 
 def tokens(*numbers, finish=None, cached=0):
     text = "".join(chr(96 + number) for number in numbers)
-    return Tokens(GenerationChunk(text, numbers, (), finish, cached_tokens=cached))
+    return Tokens(GenerationChunk(text, numbers, (), finish, cached_tokens=cached), -1)
 
 
 REFUSED = Refusal("no room", encode_state(state_of("a"), 1 << 16))
@@ -54,13 +56,22 @@ REFUSED = Refusal("no room", encode_state(state_of("a"), 1 << 16))
 class LocalStream(FakeStream):
     """A session that this node serves itself."""
 
-    def __init__(self, chunks):
+    def __init__(self, chunks, position=0):
         super().__init__(chunks)
+        self.position = position
         self.started = asyncio.Event()
         self.started.set()
 
     def __aiter__(self):
         return self
+
+    async def __anext__(self):
+        chunk = await super().__anext__()
+        self.position += len(chunk.tokens)
+        return chunk
+
+    async def standing(self, told):
+        return None
 
 
 class World:
@@ -77,6 +88,7 @@ class World:
         self.ended_streams = []
         self.clock = ManualClock()
         self.here, self.local = [], []
+        self.moves = []
 
     # --- the client
 
@@ -87,16 +99,19 @@ class World:
             self.scripts[peer].pop(0) if self.scripts[peer] else [PeerUnreachableError(peer, "-")]
         )
         try:
-            yield self._play(script)
+            yield self._play(script, len(self.asked[-1][1].request.resumed))
         finally:
             self.closed.append(peer)
 
-    async def _play(self, script):
+    async def _play(self, script, position):
         for item in script:
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, asyncio.Event):
                 await item.wait()
+            elif isinstance(item, Tokens):
+                yield pack(replace_struct(item, position=max(position, item.position)))
+                position += len(item.chunk.tokens)
             else:
                 yield pack(item)
 
@@ -124,6 +139,9 @@ class World:
     def ended(self, stream):
         self.ended_streams.append(stream)
 
+    def moved(self, report):
+        self.moves.append(report)
+
     async def changed(self, timeout_s):
         if self.is_heard:
             await self.news.wait()
@@ -131,7 +149,7 @@ class World:
         return self.is_heard
 
     def open_local(self, request, keep_alive_s):
-        stream = LocalStream(self.here)
+        stream = LocalStream(self.here, len(request.resumed))
         self.local.append((request, stream))
         return stream
 
@@ -143,6 +161,7 @@ class World:
 
 async def read(stream):
     chunks = [chunk async for chunk in stream]
+    await stream._task
     numbers = tuple(token for chunk in chunks for token in chunk.tokens)
     return numbers, "".join(chunk.text for chunk in chunks), chunks
 
@@ -253,7 +272,7 @@ async def test_cancel_closes_the_connection_and_ends_the_stream():
     stream.cancel()
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
-    while not world.closed:
+    while not (world.closed and world.outcomes):
         await asyncio.sleep(0)
     assert (world.outcomes, world.ended_streams) == ([("a", "cancelled")], [stream])
 
