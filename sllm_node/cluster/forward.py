@@ -13,13 +13,13 @@ import asyncio
 import logging
 from dataclasses import replace
 from functools import partial
-from typing import Final, Self
+from typing import Self
 
 from sllm_node.cluster.choice import Choice
-from sllm_node.cluster.document import decode_state
 from sllm_node.cluster.move import Move, MoveReport
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import LocalSource, Part, PeerSource
+from sllm_node.cluster.retries import RefusedError, Retries
 from sllm_node.cluster.state import ResumeFit
 from sllm_node.cluster.ways import Begun, Tools, Ways
 from sllm_node.cluster.wire import (
@@ -35,16 +35,10 @@ from sllm_node.cluster.wire import (
     error_of,
 )
 from sllm_node.core.errors import (
-    CancelledByOperatorError,
-    Fault,
     InternalError,
-    MessageError,
     MessageFormatError,
-    ModelNotFoundError,
     MoveRefusedError,
     NoPlaceError,
-    PeerDeniedError,
-    PeerUnreachableError,
     SllmError,
 )
 from sllm_node.core.types import (
@@ -57,18 +51,6 @@ from sllm_node.core.types import (
 )
 
 log = logging.getLogger(__name__)
-
-REFUSALS_MAX: Final = 3
-"""By one node in a row: then it is not asked again for this session."""
-_UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
-
-
-class _RefusedError(Exception):
-    """A node took no session, and told its state."""
-
-    def __init__(self, record: Refusal) -> None:
-        super().__init__(record.reason)
-        self.record = record
 
 
 class RoutedStream:
@@ -95,6 +77,7 @@ class RoutedStream:
         self._client = tools.client
         self._clock = tools.clock
         self._limits = tools.limits
+        self._retries = Retries(request, ways, tools)
         self._opened = self._placed = tools.clock.now()
         self._tokens: list[int] = []
         """All output so far, resumed tokens of the request not included."""
@@ -115,9 +98,6 @@ class RoutedStream:
         self._is_running = False
         self._error: SllmError | None = None
         self._is_ended = False
-        self._excluded: set[NodeId] = set()
-        self._refusals = 0
-        self._waits_until: float | None = None
         if begun is not None and first is not None:
             self._tokens += begun.tokens
             self._cached, self._opened, self._epoch = begun.cached, begun.stream.opened, 1
@@ -180,7 +160,7 @@ class RoutedStream:
             if part is None and first is None:
                 reason = "the nodes that have it can't be reached"
                 error = NoPlaceError(self.request.model, reason, self._limits.silence_s)
-                first = await self._place_again(error)
+                first = await self._retries.place_again(error, has_tokens=bool(self._tokens))
             if part is None:
                 assert first is not None
                 part = self._begin(first)
@@ -223,13 +203,14 @@ class RoutedStream:
                 return self._part
             assert isinstance(end, Exception)
             error: SllmError
-            if isinstance(end, _RefusedError):
+            if isinstance(end, RefusedError):
                 outcome = "refused"
-                self._refused(part.choice, end.record)
+                self._retries.refused(part.choice, end.record)
                 error = NoPlaceError(self.request.model, end.record.reason, 1.0)
             elif isinstance(end, SllmError):
                 error = end
-                self._give_up_node(part.choice, error)
+                self._retries.failed(part.choice, error, len(self._tokens))
+                self._is_running = False
             else:
                 raise end
         finally:
@@ -240,7 +221,9 @@ class RoutedStream:
             self.is_orphaned = False
         if self._part is not part and self._part is not None:
             return self._part
-        following = self._begin(await self._place_again(error))
+        following = self._begin(
+            await self._retries.place_again(error, has_tokens=bool(self._tokens))
+        )
         following.start(self.take)
         return following
 
@@ -269,7 +252,7 @@ class RoutedStream:
     def take(self, part: Part, record: Record) -> bool:
         """Take a record of a node that serves it, or is to; return whether it was the last."""
         if isinstance(record, Refusal):
-            raise _RefusedError(record)
+            raise RefusedError(record)
         if isinstance(record, Failed):
             raise error_of(record)
         if part.epoch != self._epoch:
@@ -299,7 +282,7 @@ class RoutedStream:
         now = self._clock.now()
         if self._cached is None:
             self._cached = chunk.cached_tokens
-        self._refusals, self._waits_until = 0, None
+        self._retries.forget()
         self._tokens += chunk.tokens
         if self._moved is not None:
             self._tell_move(now - self._last_at)
@@ -388,52 +371,6 @@ class RoutedStream:
         self._tell_move(None)
         self._news.set()
         self._ways.ended(self)
-
-    # --- when a node fails --------------------------------------------------------------------
-
-    def _refused(self, choice: Choice, record: Refusal) -> None:
-        self._refusals += 1
-        log.info("placement refused", extra={
-            "session": self.request.session, "node": choice.node, "reason": record.reason,
-        })  # fmt: skip
-        if self._refusals >= REFUSALS_MAX:
-            self._excluded.add(choice.node)
-        try:
-            self._ways.learn(decode_state(record.document))
-        except MessageError:
-            self._excluded.add(choice.node)
-
-    def _give_up_node(self, choice: Choice, error: SllmError) -> None:
-        """Take note of who failed, or raise the error if nobody else can do better."""
-        is_final = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
-        if is_final or isinstance(error, CancelledByOperatorError):
-            raise error
-        log.warning("session lost its node", extra={
-            "session": self.request.session, "model": self.request.model, "node": choice.node,
-            "tokens": len(self._tokens), "error": str(error),
-        })  # fmt: skip
-        self._is_running = False
-        self._excluded.add(choice.node)
-        if isinstance(error, _UNREACHABLE):
-            self._ways.lost(choice.node, error)
-
-    async def _place_again(self, error: SllmError) -> Choice:
-        """Return where it goes on; wait for a node if none is left and one may come back.
-
-        Raises:
-            SllmError: `error`, as no node can take it.
-        """
-        while (choice := self._ways.choose(self.request, frozenset(self._excluded))) is None:
-            if not (self._tokens or isinstance(error, (*_UNREACHABLE, NoPlaceError))):
-                raise error
-            now = self._clock.now()
-            if self._waits_until is None:
-                self._waits_until = now + self._limits.patience_s
-            self._excluded.clear()
-            left_s = self._waits_until - now
-            if left_s <= 0 or not await self._ways.changed(left_s):
-                raise error
-        return choice
 
 
 def _joined(chunks: list[GenerationChunk]) -> GenerationChunk:

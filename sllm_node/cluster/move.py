@@ -133,7 +133,8 @@ class Move:
         try:
             await self._send(sent, rest, lets_go=True)
         except SllmError as error:
-            self.part.end(error)  # the owner, by now: the session is placed again
+            lost = PeerUnreachableError(report.to, str(error))
+            self.part.end(lost)  # the owner, by now: the session is placed again
         self._session.settled(self)
 
     async def _approach(self) -> int:

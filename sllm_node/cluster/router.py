@@ -9,6 +9,7 @@ import asyncio
 import logging
 from typing import Any, Generic
 
+from sllm_node.cluster import shown
 from sllm_node.cluster.choice import Choice, ask_for, choose, request_for
 from sllm_node.cluster.estimate import ErrorTrack
 from sllm_node.cluster.forward import RoutedStream
@@ -16,7 +17,6 @@ from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.movers import Movers
 from sllm_node.cluster.peers import Peers
-from sllm_node.cluster.placement import explain
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.state import BootId, HeldModel, NodeState
 from sllm_node.cluster.texts import Texts
@@ -34,11 +34,9 @@ from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import (
     GenerationRequest,
     ModelId,
-    ModelState,
     ModelStatus,
     NodeId,
     SessionStatus,
-    Tier,
 )
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.ports import CodecT
@@ -290,7 +288,7 @@ class Router(Generic[CodecT]):
         for name in names - here.keys():
             held, _ = self._elsewhere(name)
             if held is not None:
-                here[name] = self._status_elsewhere(held)
+                here[name] = shown.status_elsewhere(self._peers.view, held)
         return [here[name] for name in sorted(here)]
 
     def status(self, model: str) -> ModelStatus:
@@ -305,7 +303,7 @@ class Router(Generic[CodecT]):
             held, _ = self._elsewhere(ModelId(model))
             if held is None:
                 raise
-        return self._status_elsewhere(held)
+        return shown.status_elsewhere(self._peers.view, held)
 
     def _elsewhere(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
         """Return the newest checkpoint of a model that peers have, and who has it.
@@ -335,33 +333,6 @@ class Router(Generic[CodecT]):
         held, _ = self._elsewhere(model)
         return held is not None
 
-    def _status_elsewhere(self, held: HeldModel) -> ModelStatus:
-        replicas = [
-            replica
-            for node in self._peers.view.nodes.values()
-            for replica in node.by_model.get(held.model, ())
-        ]
-        is_ready = any(replica.ready_s <= 0 for replica in replicas)
-        coming = ModelState.LOADING if replicas else ModelState.IDLE
-        return ModelStatus(
-            model=held.model,
-            state=ModelState.READY if is_ready else coming,
-            tier=Tier.REMOTE,
-            bytes_total=held.bytes_decoded,
-            bytes_by_tier={},
-            dtype="", architecture="",
-            context_tokens=held.context_tokens,
-            pinned=any(replica.is_pinned for replica in replicas), priority=0,
-            running=sum(len(replica.sessions) for replica in replicas), waiting=0,
-            keep_alive_until_s=None, progress=None, created=held.created,
-            devices=tuple(
-                f"{name}/{share.device}"
-                for name, node in sorted(self._peers.view.nodes.items())
-                for replica in node.by_model.get(held.model, ())
-                for share in replica.shares
-            ),
-        )  # fmt: skip
-
     # --- operators ----------------------------------------------------------------------------
 
     @property
@@ -388,24 +359,9 @@ class Router(Generic[CodecT]):
     def explain(self, model: str) -> dict[str, Any]:
         """Return where a request for `model` would go now, and what all ways were estimated at."""
         self._peers.refresh()
-        view, now = self._peers.view, self._clock.now()
-        asked = request_for(view, ModelId(model))
-        choice = choose(view, asked, self._peers.me, now)
-        return {
-            "model": model,
-            "node": None if choice is None else choice.node,
-            "reason": "no node has this model" if choice is None else choice.reason,
-            "candidates": [
-                {
-                    "node": c.node, "devices": list(c.devices), "way": c.kind.name.lower(),
-                    "startup_s": c.startup_s, "wait_s": c.wait_s, "load_s": c.load_s,
-                    "source": None if c.source is None else c.source.value,
-                    "crowding": c.crowding, "evicts": list(c.evicts), "moves": len(c.moves),
-                    "reason": c.reason,
-                }
-                for c in explain(view, asked, now)
-            ],
-        }  # fmt: skip
+        return shown.explanation(
+            self._peers.view, ModelId(model), self._peers.me, self._clock.now()
+        )
 
     async def drained(self, limit_s: float) -> int:
         """Wait until no session of this node's clients is left anywhere; return how many were ended."""

@@ -9,8 +9,9 @@ from msgspec.structs import replace as replace_struct
 
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
-from sllm_node.cluster.forward import REFUSALS_MAX, RoutedStream
+from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.reservations import Ask, ReservationId
+from sllm_node.cluster.retries import REFUSALS_MAX
 from sllm_node.cluster.state import BootId
 from sllm_node.cluster.ways import Limits, Tools
 from sllm_node.cluster.wire import (

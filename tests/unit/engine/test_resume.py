@@ -113,7 +113,7 @@ async def test_a_session_that_holds_takes_rounds_of_tokens_and_goes_on_when_let_
     checkpoint, mode, caching
 ):
     async with engine_of(checkpoint, block_tokens=4, prefix_cache=caching) as engine:
-        text, tokens, *_ = await collect(engine.submit(ask(PROMPT, 30, SAMPLED)))
+        _, tokens, *_ = await collect(engine.submit(ask(PROMPT, 30, SAMPLED)))
         for first, rounds in [(0, (3, 9)), (5, ()), (5, (5, 6, 7)), (0, ()), (1, (20, 28))]:
             request = ask(PROMPT, 30, SAMPLED, resumed=tokens[:first], resume=mode, held=True)
             moved = engine.submit(request)
