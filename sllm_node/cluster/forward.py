@@ -88,7 +88,8 @@ class RoutedStream:
         self._move: Move | None = None
         self._moved: MoveReport | None = None
         """A move whose destination has given no token yet."""
-        self._last_at = 0.0
+        self._last_at: float | None = None
+        """When its last token came."""
         self.pace = Pace()
         self.is_orphaned = False
         """Its node failed while it moves: it only waits for the destination."""
@@ -103,6 +104,7 @@ class RoutedStream:
             self._cached, self._opened, self._epoch = begun.cached, begun.stream.opened, 1
             self._part = Part(first, 1, LocalSource(stream=begun.stream))
             self._is_running = begun.stream.is_granted
+            self._last_at = self._clock.now() if begun.tokens else None
         self._task = asyncio.create_task(self._live(first), name=f"route {request.session}")
 
     # --- for its reader -----------------------------------------------------------------------
@@ -285,8 +287,8 @@ class RoutedStream:
         self._retries.forget()
         self._tokens += chunk.tokens
         if self._moved is not None:
-            self._tell_move(now - self._last_at)
-        elif self._last_at:
+            self._tell_move(None if self._last_at is None else now - self._last_at)
+        elif self._last_at is not None:
             self.pace.came(len(chunk.tokens), now - self._last_at)
         self._last_at = now
         # What a resumed part found cached is of its own making: a prompt counts as it was first met.
@@ -330,7 +332,8 @@ class RoutedStream:
         if self._move is not None or self._moved is not None:
             raise MoveRefusedError(session, "it is moving already")
         number = f"{session}.{self._epoch + 1}"
-        report = MoveReport(number, session, self.node, choice.node, reason)
+        prompt = len(self.request.prompt)
+        report = MoveReport(number, session, self.node, choice.node, reason, prompt)
         self.pace.aim(fit, is_replayed=self.request.resume == "replay")
         part = self._make(choice, self._epoch + 1, number, is_held=True)
         self._move = Move(self, part, report, self._clock)

@@ -37,6 +37,7 @@ class MoveReport:
     origin: NodeId
     to: NodeId
     reason: str
+    prompt_tokens: int = 0
     outcome: str = "moving"
     """Or `moved`; `failed`: the session stays where it was; `ended`: it did meanwhile."""
     rounds: int = 0
@@ -54,6 +55,7 @@ class MoveReport:
         return {
             "migration": self.id, "session": self.session, "node": self.origin, "to": self.to,
             "reason": self.reason, "rounds": self.rounds, "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
             "last_round": self.last, "bytes": self.bytes_sent,
         }  # fmt: skip
 
