@@ -59,6 +59,10 @@ def tokens(*numbers, finish=None, cached=0):
 REFUSED = Refusal("no room", encode_state(state_of("a"), 1 << 16))
 
 
+LET_GO = object()
+"""In a script: waits until the session is handed over."""
+
+
 class LocalStream(FakeStream):
     """A session that this node serves itself."""
 
@@ -96,6 +100,7 @@ class World:
         self.here, self.local = [], []
         self.moves = []
         self.extends, self.extend_script = [], []
+        self.let_go = asyncio.Event()
 
     # --- the client
 
@@ -103,6 +108,8 @@ class World:
     async def stream(self, peer, what, payload, silence_s):
         if what == EXTEND:
             self.extends.append((peer, unpack_extend(payload)))
+            if self.extends[-1][1].lets_go:
+                self.let_go.set()
             yield self._play(self.extend_script.pop(0) if self.extend_script else [Granted()], 0)
             return
         self.asked.append((peer, unpack_forward(payload)))
@@ -120,6 +127,8 @@ class World:
                 raise item
             if isinstance(item, asyncio.Event):
                 await item.wait()
+            elif item is LET_GO:
+                await self.let_go.wait()
             elif isinstance(item, Tokens):
                 yield pack(replace_struct(item, position=max(position, item.position)))
                 position += len(item.chunk.tokens)
@@ -344,14 +353,11 @@ async def until(holds):
 
 async def test_a_session_is_handed_over_behind_the_tokens_that_came_meanwhile():
     go, there, never = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    more = replace_struct(tokens(4, finish="length"), position=3)
     world = World(
         a=[[Granted(), tokens(1, 2), go, tokens(3), never, tokens(9, finish="stop")]],
-        b=[[Granted(), there, Standing(2), never]],
+        b=[[Granted(), there, Standing(2), LET_GO, more]],
     )
-    world.scripts[NodeId("b")][0][3:] = [
-        asyncio.Event(), replace_struct(tokens(4, finish="length"), position=3),
-    ]  # fmt: skip
-    let_go = world.scripts[NodeId("b")][0][3]
     stream = world.open()
     await until(lambda: stream.position == 2)
     report = stream.move(to("b"), "operator")
@@ -361,8 +367,6 @@ async def test_a_session_is_handed_over_behind_the_tokens_that_came_meanwhile():
     go.set()
     await until(lambda: stream.position == 3)
     there.set()
-    await until(lambda: world.extends)
-    let_go.set()
     assert (await read(stream))[:2] == ((1, 2, 3, 4), "abcd")
     ((_, first), (_, held)) = world.asked
     assert (first.epoch, first.request.held) == (1, False)
@@ -393,10 +397,10 @@ async def test_a_destination_that_fails_before_the_handover_changes_nothing(end)
 
 async def test_a_source_that_fails_during_a_move_is_followed_by_the_destination():
     die, there = asyncio.Event(), asyncio.Event()
-    let_go = replace_struct(tokens(2, finish="stop"), position=1)
+    more = replace_struct(tokens(2, finish="stop"), position=1)
     world = World(
         a=[[Granted(), tokens(1), die, PeerUnreachableError("a", "killed")]],
-        b=[[Granted(), there, Standing(1), let_go]],
+        b=[[Granted(), there, Standing(1), LET_GO, more]],
     )
     stream = world.open()
     await until(lambda: stream.position == 1)
@@ -450,10 +454,8 @@ class Served(LocalStream):
 
 
 async def test_a_session_of_this_node_is_carried_from_its_next_chunk_on():
-    held = asyncio.Event()
-    world = World(
-        here=[], b=[[Granted(), Standing(2), replace_struct(tokens(3, finish="stop"), position=2)]]
-    )
+    held, more = asyncio.Event(), replace_struct(tokens(3, finish="stop"), position=2)
+    world = World(here=[], b=[[Granted(), Standing(2), LET_GO, more]])
     stream, gone = Served([tokens(1).chunk, held, tokens(2).chunk, asyncio.Event()]), []
 
     def route(home, begun):
