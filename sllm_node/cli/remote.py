@@ -228,7 +228,7 @@ def _show_status(report: dict[str, Any]) -> None:
             say(f"loads from {tier}: {format_rate(rate)} observed")
     if report["sessions"]:
         print_table(
-            ("session", "model", "state", ">prompt", ">generated", ">age s"),
+            ("session", "model", "state", ">prompt", ">generated", ">age s", "node"),
             [
                 (
                     s["session"],
@@ -237,6 +237,7 @@ def _show_status(report: dict[str, Any]) -> None:
                     str(s["prompt_tokens"]),
                     str(s["generated_tokens"]),
                     f"{s['age_s']:.1f}",
+                    (s.get("node") or "") + (", moves" if s.get("migration") else ""),
                 )
                 for s in report["sessions"]
             ],

@@ -1,4 +1,4 @@
-"""One session that another node serves for this one, as its reader sees it: a stream that outlives nodes.
+"""One session that may change its node, as its reader sees it: a stream that outlives nodes.
 
     placed -> waiting -> running -> ended, and back to placed when its node fails or refuses
 

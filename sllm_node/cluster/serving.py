@@ -1,4 +1,4 @@
-"""What this node does for its peers: takes heartbeats, serves sessions, describes models.
+"""What this node does for its peers: takes heartbeats, serves sessions, holds some, describes models.
 
 A forwarded session is checked against this node's own state, as it is now, and begun in the same turn of
 the event loop; so what the asker counted on is either still true, or it gets a refusal with the newer
