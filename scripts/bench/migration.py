@@ -81,10 +81,20 @@ class Bench:
     def check(self, index: int, found: nodes.Streamed, what: str) -> None:
         """Compare a stream with the unmoved one."""
         wanted = self.wanted[index]
-        if (found.tokens, found.text, found.usage) != (wanted.tokens, wanted.text, wanted.usage):
-            self.wrong.append(
-                f"{what}: {len(found.tokens)} tokens of {len(wanted.tokens)}, or others"
-            )
+        pairs = zip(found.tokens, wanted.tokens, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), len(wanted.tokens))
+        counts = [
+            [stream.usage.get(key) for key in ("prompt_tokens", "completion_tokens")]
+            for stream in (found, wanted)
+        ]
+        where = f"{what}: request {index}"
+        if at < len(wanted.tokens) or len(found.tokens) != len(wanted.tokens):
+            lengths = f"{len(found.tokens)} tokens of {len(wanted.tokens)}"
+            self.wrong.append(f"{where}: {lengths}, the first other one at {at}")
+        elif found.text != wanted.text:
+            self.wrong.append(f"{where}: another text of the same tokens")
+        elif counts[0] != counts[1]:
+            self.wrong.append(f"{where}: usage {counts[0]}, not {counts[1]}")
 
     async def sessions(self, count: int, at_once: int) -> None:
         """Run `count` sessions with moves."""
