@@ -250,7 +250,10 @@ def summary(moves: list[dict[str, Any]]) -> dict[str, Any]:
     done = [move for move in moves if move["outcome"] == "moved"]
     gaps = sorted(move["gap_s"] for move in done if move["gap_s"] is not None)
     sent = [m["bytes"] / (m["tokens"] + m["prompt_tokens"]) for m in done if m["bytes"]]
-    rank = lambda part: gaps[min(len(gaps) - 1, int(part * len(gaps)))] if gaps else None  # noqa: E731
+
+    def rank(part: float) -> float | None:
+        return gaps[min(len(gaps) - 1, int(part * len(gaps)))] if gaps else None
+
     return {
         "outcomes": dict(Counter(move["outcome"] for move in moves)),
         "gap_s": {"p50": rank(0.5), "p99": rank(0.99), "max": rank(1.0)},

@@ -35,7 +35,7 @@ class HomeStream:
         self._tokens: list[int] = []
         self._cached: int | None = None
         self._is_reading = False
-        self._wishes: list[Callable[[RoutedStream], None]] = []
+        self._wishes: list[Callable[[RoutedStream], object]] = []
 
     def __aiter__(self) -> Self:
         return self
@@ -87,7 +87,7 @@ class HomeStream:
         """Whether a move was asked for that has not begun."""
         return bool(self._wishes)
 
-    def when_routed(self, wish: Callable[[RoutedStream], None]) -> None:
+    def when_routed(self, wish: Callable[[RoutedStream], object]) -> None:
         """Have `wish` come true as soon as a routed stream carries it: now, or with its next chunk."""
         self._wishes.append(wish)
         if not self._is_reading:

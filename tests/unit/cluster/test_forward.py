@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from dataclasses import replace
+from typing import cast
 
 import pytest
 from msgspec.structs import replace as replace_struct
@@ -45,6 +46,7 @@ from sllm_node.core.types import (
     SamplingParameters,
     SessionId,
 )
+from sllm_node.schedule.stream import Stream
 from tests.unit.cluster.test_choice import node as state_of
 from tests.unit.server.fake_service import FakeStream, status_of
 
@@ -463,7 +465,7 @@ async def test_a_session_of_this_node_is_carried_from_its_next_chunk_on():
         tools = Tools(world, world.clock, limits)
         return RoutedStream(home.request, 5.0, to("here"), world, tools, begun)
 
-    home = HomeStream(stream, 5.0, route, gone.append)
+    home = HomeStream(cast("Stream", stream), 5.0, route, gone.append)
     assert (await anext(home)).tokens == (1,)
     reading = asyncio.create_task(anext(home))
     await asyncio.sleep(0)
