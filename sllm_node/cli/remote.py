@@ -1,4 +1,4 @@
-"""Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, drain."""
+"""Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, move, drain."""
 
 import asyncio
 from pathlib import Path
@@ -26,7 +26,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, load, unload, pull, pin, unpin, cancel, drain):
+    for command in (status, load, unload, pull, pin, unpin, cancel, move, drain):
         app.command()(command)
 
 
@@ -93,8 +93,22 @@ def cancel(
     say(f"cancelled {report.get('cancelled', 0)} sessions of request {request}")
 
 
+def move(
+    session: Annotated[str, typer.Argument(help="its id, as in status")],
+    to: Annotated[str, typer.Option(help="the node that is to serve it", metavar="NODE")],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    config: ConfigFile = None,
+) -> None:
+    """Move a running session to another node; its reader notices nothing. Ask its reader's node."""
+    report = _call(
+        "POST", f"/admin/sessions/{_quoted(session)}/move", (url, key, config), {"to": to}
+    )
+    say(f"session {session} moves to {to}: migration {report.get('migration', '')}")
+
+
 def drain(url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
-    """Take no new requests; the running ones finish. The process goes on until it is stopped."""
+    """Take no new requests; what runs moves to peers, or finishes. The process goes on until stopped."""
     _call("POST", "/admin/drain", (url, key, config))
     say("draining")
 
@@ -237,7 +251,7 @@ def _show_status(report: dict[str, Any]) -> None:
             say(f"loads from {tier}: {format_rate(rate)} observed")
     if report["sessions"]:
         print_table(
-            ("session", "model", "state", ">prompt", ">generated", ">age s"),
+            ("session", "model", "state", ">prompt", ">generated", ">age s", "node"),
             [
                 (
                     s["session"],
@@ -246,6 +260,7 @@ def _show_status(report: dict[str, Any]) -> None:
                     str(s["prompt_tokens"]),
                     str(s["generated_tokens"]),
                     f"{s['age_s']:.1f}",
+                    (s.get("node") or "") + (", moves" if s.get("migration") else ""),
                 )
                 for s in report["sessions"]
             ],

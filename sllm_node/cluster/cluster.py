@@ -90,10 +90,6 @@ class Cluster(Generic[CodecT]):
         self.scaling.start(self._client)
         self._closing.push_async_callback(self.scaling.close)
 
-    def drain(self) -> None:
-        """Tell peers to place nothing here any more."""
-        self.peers.drain()
-
     async def close(self) -> None:
         """Leave the cluster."""
         await self._closing.aclose()
@@ -125,6 +121,7 @@ class Cluster(Generic[CodecT]):
             "me": self.peers.me,
             "version": state.version,
             "peers": self.peers.status(),
+            "migrations": self.router.moves(),
             "nodes": nodes,
             "scaling": self.scaling.status(),
             "directory": None if self._listing is None else self._listing.status(),

@@ -190,6 +190,29 @@ class Metrics:
             "Replicas that this node, as their model's home, started and retired, by result",
             ["action", "result"],
         )
+        self.migrations = counter(
+            "sllm_migrations",
+            "Moves of running sessions by outcome and reason",
+            ["outcome", "reason"],
+        )
+        self.migration_rounds = histogram(
+            "sllm_migration_rounds",
+            "Rounds of tokens until a session was handed over, the last one included",
+            buckets=(1, 2, 3, 4, 6, 9),
+        )
+        self.migration_round_tokens = histogram(
+            "sllm_migration_last_round_tokens",
+            "Tokens that the destination lacked when it was handed a session",
+            buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128, 512),
+        )
+        self.migration_gap_seconds = histogram(
+            "sllm_migration_gap_seconds",
+            "Last token of the old node to first token of the new one, as the reader's node sees it",
+            buckets=LATENCY_BUCKETS_S,
+        )
+        self.migration_bytes = counter(
+            "sllm_migration_bytes", "Bytes sent to destinations of sessions that moved"
+        )
         self.estimate_error_seconds = histogram(
             "sllm_startup_estimate_error_seconds",
             "Distance of the estimated startup time and the one that came, by where",

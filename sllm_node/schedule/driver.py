@@ -23,6 +23,7 @@ from sllm_node.core.errors import (
     DrainingError,
     EngineError,
     ModelNotFoundError,
+    MoveRefusedError,
     NotServableError,
     SllmError,
 )
@@ -169,6 +170,10 @@ class Service(Generic[CodecT]):
     def cancel_request(self, request_id: str) -> int:
         """End the sessions of a request, by its id or its client's own; return how many there were."""
         return self._sessions.stop_request(request_id)
+
+    def move(self, session: str, to: str) -> dict[str, str]:
+        """Refuse: a node in no cluster has nowhere to move a session to."""
+        raise MoveRefusedError(session, f"this node is in no cluster, so node {to!r} is unknown")
 
     def running_on(self, device: str) -> int:
         """Return how many sessions run on `device` now."""

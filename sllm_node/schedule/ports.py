@@ -14,6 +14,7 @@ from sllm_node.core.types import (
     Placement,
     Share,
     Tier,
+    TokenIds,
 )
 
 CodecT = TypeVar("CodecT")
@@ -73,6 +74,12 @@ class Generation(Protocol):
     """One session in an engine."""
 
     async def __anext__(self) -> GenerationChunk: ...
+
+    async def standing(self, told: int) -> int | None:
+        """Wait until more output tokens than `told` are computed while it holds; None: it does not."""
+
+    def extend(self, position: int, tokens: TokenIds, *, lets_go: bool) -> None:
+        """Add output tokens of another node while it holds; `lets_go`: go on behind them."""
 
     def cancel(self) -> None:
         """End it at once; a second call does nothing."""

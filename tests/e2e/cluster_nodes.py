@@ -131,12 +131,12 @@ class Streamed:
                 assert response.status == 200, await response.text()
                 async for line in response.content:
                     if line.startswith(b"data: {"):
-                        self._take(json.loads(line[6:]))
+                        self.take(json.loads(line[6:]))
                         count += 1
                         on_event(count)
         return self
 
-    def _take(self, event) -> None:
+    def take(self, event) -> None:
         assert "error" not in event, event
         self.usage = event.get("usage") or self.usage
         for choice in event["choices"]:
