@@ -314,10 +314,14 @@ class RoutedStream:
         return self._as_it_stands().resumed[position:]
 
     @property
+    def _has_node(self) -> bool:
+        """Whether a node generates it: not while it is placed anew, which takes the next epoch."""
+        return not self._is_ended and self._part is not None and not self._part.ended.done()
+
+    @property
     def can_move(self) -> bool:
         """Whether it has a node, and no move is under way."""
-        has_node = self._part is not None and not self._is_ended
-        return has_node and self._move is None and self._moved is None
+        return self._has_node and self._move is None and self._moved is None
 
     def move(self, choice: Choice, reason: str, fit: ResumeFit | None = None) -> MoveReport:
         """Begin to move it; return what will be known of the move.
@@ -327,7 +331,7 @@ class RoutedStream:
             SllmError: it is to move here, and is refused.
         """
         session = self.request.session
-        if self._is_ended or self._part is None:
+        if not self._has_node:
             raise MoveRefusedError(session, "it has ended or waits for a node")
         if self._move is not None or self._moved is not None:
             raise MoveRefusedError(session, "it is moving already")

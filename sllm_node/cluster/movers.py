@@ -95,7 +95,9 @@ class Movers:
                 metrics.migration_gap_seconds.observe(report.gap_s)
             self._failed_at.pop(report.session, None)
         elif report.outcome == "failed":
-            self._failed_at[report.session] = self._clock.now()
+            now = self._clock.now()
+            recent = {name: at for name, at in self._failed_at.items() if now - at < AGAIN_S}
+            self._failed_at = {**recent, report.session: now}
         else:
             self._failed_at.pop(report.session, None)
         gap_s = None if report.gap_s is None else round(report.gap_s, 4)

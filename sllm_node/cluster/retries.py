@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 REFUSALS_MAX: Final = 3
 """By one node in a row: then it is not asked again for this session."""
+LOOK_S: Final = 1.0
+"""After so long a session that waits looks for a node again, whatever it has heard."""
 UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
 """Whoever fails like this may be there again later."""
 
@@ -66,7 +68,8 @@ class Retries:
 
     def failed(self, choice: Choice, error: SllmError, tokens: int) -> None:
         """Take note of who failed, or raise the error if nobody else can do better."""
-        is_final = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
+        is_callers = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
+        is_final = is_callers and not tokens  # what one node took, a smaller one may refuse
         if is_final or isinstance(error, CancelledByOperatorError):
             raise error
         log.warning("session lost its node", extra={
@@ -91,6 +94,7 @@ class Retries:
                 self._waits_until = now + self._patience_s
             self._excluded.clear()
             left_s = self._waits_until - now
-            if left_s <= 0 or not await self._ways.changed(left_s):
+            if left_s <= 0:
                 raise error
+            await self._ways.changed(min(left_s, LOOK_S))  # nobody tells that this node can again
         return choice

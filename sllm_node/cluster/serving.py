@@ -98,7 +98,8 @@ class Serving:
         try:
             await self._pass_on(stream, reply)
         finally:
-            self._held.pop(key, None)
+            if self._held.get(key) is stream:  # not a later try's, of the same epoch
+                del self._held[key]
             stream.cancel()  # the peer went away, or it has ended
             log.info("forwarded session left", extra={**fields, "tokens": stream.tokens})
 

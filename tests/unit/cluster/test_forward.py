@@ -168,6 +168,8 @@ class World:
         if self.is_heard:
             await self.news.wait()
             self.news.clear()
+        else:
+            self.clock.advance(timeout_s)
         return self.is_heard
 
     def open_local(self, request, keep_alive_s):
@@ -262,9 +264,24 @@ async def test_a_session_that_nobody_takes_any_more_ends_with_the_last_error():
     world = World(a=[[tokens(1), failed(EngineError("m", "broke"))]])
     world.is_heard = False
     stream = world.open()
-    with pytest.raises(EngineError):
+    with pytest.raises(PeerUnreachableError):
         await read(stream)
     assert world.ended_streams == [stream]
+
+
+async def test_a_node_that_is_too_small_for_a_session_that_runs_is_passed_over():
+    world = World(
+        a=[[tokens(1), PeerUnreachableError("a", "killed")]],
+        b=[[failed(InvalidRequestError("too long"))]],
+        c=[[tokens(2, finish="stop")]],
+    )
+    assert (await read(world.open()))[0] == (1, 2)
+
+
+async def test_a_session_looks_again_although_nothing_is_heard():
+    world = World(a=[[tokens(1), failed(EngineError("m", "broke"))], [tokens(2, finish="stop")]])
+    world.is_heard = False
+    assert (await read(world.open()))[0] == (1, 2)
 
 
 async def test_patience_ends_although_nodes_come_and_go():
