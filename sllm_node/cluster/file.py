@@ -8,7 +8,6 @@ a wrong file raises, so the caller's old one stays.
 
 import re
 import stat
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -28,6 +27,8 @@ from sllm_node.core.config import (
     Section,
     decode_value,
     find_problems,
+    parse_toml,
+    read_text,
     sound_part,
 )
 from sllm_node.core.errors import ConfigError, InvalidRequestError
@@ -158,13 +159,7 @@ def load_cluster(path: Path, me: NodeId | None = None) -> ClusterFile:
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(str(path), (f"can't be read: {error.strerror}",)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(str(path), (f"is not UTF-8: {error}",)) from error
-    cluster = parse_cluster(text, str(path), me)
+    cluster = parse_cluster(read_text(path), str(path), me)
     if me is not None and (problems := tuple(secret_problems(cluster, path, me))):
         raise ConfigError(str(path), problems)
     return cluster
@@ -176,10 +171,7 @@ def parse_cluster(text: str, origin: str = "cluster file", me: NodeId | None = N
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(origin, (f"is no TOML: {error}",)) from error
+    tree = parse_toml(text, origin)
     nodes = tree.pop("nodes", [])
     problems = [*find_problems(ClusterFile, tree, ""), *_node_problems(nodes)]
     sound = {**sound_part(ClusterFile, tree), "nodes": _sound_nodes(nodes)}

@@ -172,19 +172,39 @@ class Config(Section, frozen=True):
     remotes: dict[str, RemoteConfig] = {}
 
 
+def read_text(path: Path) -> str:
+    """Return what the file at `path` says.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), (f"can't be read: {error.strerror}",)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), (f"is not UTF-8: {error}",)) from error
+
+
+def parse_toml(text: str, origin: str) -> dict[str, Any]:
+    """Return TOML `text` as a tree; `origin` names it in errors.
+
+    Raises:
+        ConfigError: it is no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(origin, (f"is no TOML: {error}",)) from error
+
+
 def load_config(path: Path) -> Config:
     """Read and check the TOML file at `path`.
 
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(str(path), (f"can't be read: {error.strerror}",)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(str(path), (f"is not UTF-8: {error}",)) from error
-    return parse_config(text, str(path))
+    return parse_config(read_text(path), str(path))
 
 
 def parse_config(text: str, origin: str = "config") -> Config:
@@ -193,10 +213,7 @@ def parse_config(text: str, origin: str = "config") -> Config:
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(origin, (f"is no TOML: {error}",)) from error
+    tree = parse_toml(text, origin)
     problems = list(find_problems(Config, tree, ""))
     # What is right of a file with mistakes is checked as well, so that all of them are told at once.
     config = msgspec.convert(sound_part(Config, tree), Config, dec_hook=decode_value)
