@@ -3,10 +3,16 @@
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
+from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.given import Given
+from sllm_node.cluster.fetching import Fetching
 from sllm_node.cluster.file import ClusterFile, load_cluster
+from sllm_node.cluster.files import PeerFiles
+from sllm_node.cluster.giving import Giving
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.listing import Listing
 from sllm_node.cluster.messages import make_boot
@@ -27,6 +33,16 @@ from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import NodeId
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.ports import CodecT
+from sllm_node.store.remote import RemoteTier
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """What the cluster uses of this node's disk."""
+
+    catalog: Catalog
+    tier: RemoteTier
+    journal: Journal
 
 
 class Cluster(Generic[CodecT]):
@@ -37,7 +53,7 @@ class Cluster(Generic[CodecT]):
         config: Config,
         service: Service[CodecT],
         load_codec: Callable[[Path], Awaitable[CodecT]],
-        journal: Journal,
+        disk: Disk,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -54,21 +70,33 @@ class Cluster(Generic[CodecT]):
         address = own_address(config, file)
         self._listen = config.cluster.listen or address
         trust = open_trust(file, path, me, lambda: self.peers.boot)
-        snapshot = Snapshot(me, BootId(str(boot)), service.outlook)
+        self._expected = int(file.limits.peer_bandwidth)
+        self._outlook = service.outlook
+        self._outlook.expect_from_peers(self._expected)
+        snapshot = Snapshot(me, BootId(str(boot)), self._outlook, self._from_peers)
         place = Place(me, boot, path, file)
         self.peers = Peers(place, trust, snapshot, clock, metrics)
         self._listing: Listing | None = None
         if file.has_directory:
-            self._listing = Listing(place, address, self.peers, journal, clock, metrics)
+            self._listing = Listing(place, address, self.peers, disk.journal, clock, metrics)
         self._client = Client(trust, self.peers.address)
         silence_s = file.timing.dead_s
         folder = Path(config.store.path) / ".cluster" / me
         self._texts = Texts(folder, self._client, load_codec, silence_s)
-        serving = Serving(service, self.peers, clock, ping_s=file.timing.heartbeat_s)
-        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
-        handlers = {**serving.handlers(), **self.scaling.handlers()}
+        files = PeerFiles(disk.tier.cards, self.peers, trust, clock, metrics)
+        is_hosted = self._outlook.is_hosted
+        self.fetching = fetching = Fetching(
+            disk.catalog, disk.tier, files, self.peers, clock, is_hosted
+        )
+        self._giving = Giving(Given(disk.catalog), file.limits.files_at_once, metrics)
+        serving = Serving(service, self.peers, clock, file.timing.heartbeat_s, fetching)
+        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics, fetching)
+        handlers = {
+            **serving.handlers(), **self.scaling.handlers(), **self._giving.handlers(),
+        }  # fmt: skip
         self._listener = Listener(trust, handlers, silence_s, self._refused)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
+        self.router.fetching = fetching
         self._closing = AsyncExitStack()
 
     async def start(self) -> None:
@@ -79,8 +107,11 @@ class Cluster(Generic[CodecT]):
         """
         self._closing.push_async_callback(self._client.close)
         self._closing.push_async_callback(self._texts.close)
+        self._closing.callback(self._giving.close)
         await self._listener.start(self._listen)
         self._closing.push_async_callback(self._listener.close)
+        self.fetching.start()
+        self._closing.push_async_callback(self.fetching.close)
         self.peers.start(self._client)
         self._closing.push_async_callback(self.peers.close)
         if self._listing is not None:
@@ -130,6 +161,12 @@ class Cluster(Generic[CodecT]):
                 "worst_s": errors.worst_s,
             },
         }  # fmt: skip
+
+    def _from_peers(self) -> tuple[float, float]:
+        """Return the rate of loads from peers, and the seconds before their first byte."""
+        if not self._expected:
+            return 0.0, 0.0
+        return self._outlook.bandwidth_from_peers(), self.fetching.setup_s
 
     def _desired(self) -> tuple[Desired, ...]:
         """Return the replicas that are desired: where file and directory both say, the directory counts."""

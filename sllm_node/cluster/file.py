@@ -74,6 +74,10 @@ class LimitsConfig(Section, frozen=True):
     max_nodes: Count = 64
     document_bytes: ByteSize = msgspec.field(default_factory=lambda: ByteSize(parse_size("64KiB")))
     replay_window_messages: Annotated[int, Meta(ge=1, le=65536)] = 1024
+    peer_bandwidth: ByteSize = msgspec.field(default_factory=lambda: ByteSize(parse_size("1GB")))
+    """Bytes a second that a load from a peer is reckoned with before the first one; 0: there is none."""
+    files_at_once: Annotated[int, Meta(ge=1, le=64)] = 4
+    """Ranges of files that a node sends to peers at the same time, and fetches."""
 
 
 class ScaledModel(Section, frozen=True):

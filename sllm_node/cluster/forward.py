@@ -240,7 +240,8 @@ class RoutedStream:
         request = replace(self._as_it_stands(), held=is_held)
         if not ask.boot:  # here
             opening = partial(self._ways.open_local, request, self._keep_alive_s)
-            return Part(choice, epoch, LocalSource(opening))
+            known = partial(self._ways.ensure, request.model)
+            return Part(choice, epoch, LocalSource(opening, known=known))
         why, keep_alive_s = choice.reason, self._keep_alive_s
         forward = Forward(request, ask, HOPS_MAX, why, keep_alive_s, epoch, migration)
         source = PeerSource(self._client, choice, forward, self._limits.silence_s)

@@ -5,7 +5,7 @@ over to a part of the next epoch. One that holds takes tokens (`extend`) and giv
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Final, Protocol
 
@@ -139,10 +139,17 @@ class LocalSource:
     """A session that this node serves itself."""
 
     def __init__(
-        self, opening: Callable[[], Stream] | None = None, stream: Stream | None = None
+        self,
+        opening: Callable[[], Stream] | None = None,
+        stream: Stream | None = None,
+        known: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Of a session that is begun when it is read, or that is there."""
+        """Of a session that is begun when it is read, or that is there.
+
+        `known`: to be waited for before it begins: then this node knows the model.
+        """
         self._opening = opening
+        self._known = known
         self._stream = stream
         self.bytes_sent = 0
 
@@ -150,6 +157,8 @@ class LocalSource:
         """Give what the session gives."""
         if self._stream is None:
             assert self._opening is not None
+            if self._known is not None:
+                await self._known()
             self._stream = self._opening()
         stream = self._stream
         try:

@@ -13,6 +13,7 @@ from typing import Any, Generic
 from sllm_node.cluster import shown
 from sllm_node.cluster.choice import FORWARD_S, Choice, ask_for, choose, request_for
 from sllm_node.cluster.estimate import ErrorTrack, ForwardEstimator
+from sllm_node.cluster.fetching import Fetching
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
@@ -61,6 +62,8 @@ class Router(Generic[CodecT]):
         clock: Clock,
         metrics: Metrics,
     ) -> None:
+        self.fetching: Fetching | None = None
+        """Makes models of peers known here; None: none are loaded from peers."""
         self._service = service
         self._peers = peers
         self._texts = texts
@@ -80,7 +83,7 @@ class Router(Generic[CodecT]):
         peers.on_change = self._on_change
         service.on_change = peers.changed
         self._movers = Movers(peers, metrics, clock, self._carried)
-        self.load, self.unload = service.load, service.unload
+        self.unload = service.unload
         self.pin, self.unpin = service.pin, service.unpin
 
     # --- sessions -----------------------------------------------------------------------------
@@ -124,7 +127,8 @@ class Router(Generic[CodecT]):
         excluded: frozenset[NodeId] = frozenset()
         choice = self.choose(request, excluded)
         is_absent = choice is None and self._is_absent(request.model)
-        if not is_absent and (choice is None or choice.node == self._peers.me):
+        is_mine = choice is None or choice.node == self._peers.me
+        if not is_absent and is_mine and not self._comes_from_peer(request.model, choice):
             try:
                 return self._open_here(request, keep_alive_s, choice)
             except SllmError as error:
@@ -137,6 +141,12 @@ class Router(Generic[CodecT]):
         if choice is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
         return self._route(request, keep_alive_s, choice)
+
+    def _comes_from_peer(self, model: ModelId, choice: Choice | None) -> bool:
+        """Tell whether this node is to load what it does not know yet."""
+        if choice is None or choice.candidate is None or self.fetching is None:
+            return False
+        return not self.fetching.is_here(model)
 
     def _route(
         self,
@@ -205,6 +215,20 @@ class Router(Generic[CodecT]):
             return _HERE
         asked = request_for(self._peers.view, request.model, request.priority)
         return ask_for(choice, asked, node.state, request.session)
+
+    async def ensure(self, model: str) -> None:
+        """Know a model of peers that is to be loaded or pulled here; nothing if it is known.
+
+        Raises:
+            SllmError: no peer has all of it, or gives it.
+        """
+        if self.fetching is not None:
+            await self.fetching.ensure(model)
+
+    async def load(self, model: str) -> None:
+        """Bring `model` to this node's device, from a peer if only peers have it; as the service's."""
+        await self.ensure(model)
+        await self._service.load(model)
 
     def open_local(self, request: GenerationRequest, keep_alive_s: float | None) -> Stream:
         """Begin a session here that was elsewhere before."""

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from sllm_node.checkpoint.cards import TEXT_FILES
 from sllm_node.cluster.document import encode_state
+from sllm_node.cluster.fetching import Fetching
 from sllm_node.cluster.peers import HEARTBEAT, Peers
 from sllm_node.cluster.reservations import Refused, Reservations
 from sllm_node.cluster.transport import Handler, Reply
@@ -48,10 +49,14 @@ _PIECE_BYTES: Final = 1 << 20
 class Serving:
     """The handlers of the listener."""
 
-    def __init__(self, service: Service[Any], peers: Peers, clock: Clock, ping_s: float) -> None:
+    def __init__(
+        self, service: Service[Any], peers: Peers, clock: Clock, ping_s: float,
+        fetching: Fetching | None = None,
+    ) -> None:  # fmt: skip
         self._service = service
         self._peers = peers
         self._clock = clock
+        self._fetching = fetching
         self._ping_s = ping_s
         """A peer that waits hears something this often."""
         self._reservations = Reservations(ttl_s=ping_s)
@@ -81,6 +86,9 @@ class Serving:
         fields = {"session": request.session, "entry": sender, "why": forward.why}
         if forward.migration:
             fields["migration"] = forward.migration
+        if forward.ask.shares and (problem := await self._learn(request.model, reply)):
+            await reply.send(pack(failed(problem)))
+            return
         if (refused := self._refusal(forward)) is not None:
             log.info("forwarded session refused", extra={**fields, "reason": refused.reason})
             await reply.send(pack(refused))
@@ -112,6 +120,21 @@ class Serving:
             return
         stream.extend(told.position, told.tokens, lets_go=told.lets_go)
         await reply.send(pack(Granted()))
+
+    async def _learn(self, model: ModelId, reply: Reply) -> SllmError | None:
+        """Know a model that is to be loaded from a peer, with signs of life; return what is in the way."""
+        if self._fetching is None or self._fetching.is_here(model):
+            return None
+        while True:
+            try:
+                async with asyncio.timeout(self._ping_s):
+                    await self._fetching.ensure(model)
+            except TimeoutError:
+                await reply.send(pack(Waiting()))
+            except SllmError as error:
+                return error
+            else:
+                return None
 
     def _refusal(self, forward: Forward) -> RefusalRecord | None:
         state = self._peers.refresh()

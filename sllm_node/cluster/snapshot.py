@@ -5,6 +5,7 @@ memory are read anew for each decision. A node has one replica of a model at mos
 after its model.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -30,8 +31,16 @@ _IDLE_GRAIN_S: Final = 10.0
 class Snapshot:
     """Makes the states of one boot of this node, each with the next version."""
 
-    def __init__(self, me: NodeId, boot: BootId, outlook: Outlook) -> None:
+    def __init__(
+        self,
+        me: NodeId,
+        boot: BootId,
+        outlook: Outlook,
+        from_peers: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
+    ) -> None:
+        """`from_peers`: bytes a second of a load from a peer, and seconds before its first one."""
         self._me = me
+        self._from_peers = from_peers
         self._boot = boot
         self._outlook = outlook
         self._models: tuple[HeldModel, ...] = ()
@@ -121,13 +130,16 @@ class Snapshot:
 
     def _bandwidths(self) -> Bandwidths:
         rate = self._outlook.bandwidth
+        peer, peer_s = self._from_peers()
         return Bandwidths(
             clone=0.0,
             decode=rate(Tier.DRAM, is_encoded=True),
             dram=rate(Tier.DRAM),
             nvme=rate(Tier.NVME),
+            peer=peer,
             remote=rate(Tier.REMOTE) if self._outlook.keeps_remotes else 0.0,
             beside_s=round(self._outlook.beside_s, 4),
+            peer_s=peer_s,
         )
 
 

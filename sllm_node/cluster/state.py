@@ -50,6 +50,8 @@ class Bandwidths:
     remote: float = 0.0
     beside_s: float = 0.0
     """Seconds that a load takes beside its bytes: the module, the tokenizer, KV memory."""
+    peer_s: float = 0.0
+    """Seconds that one from a peer takes before its first byte: index and texts come first."""
 
 
 @dataclass(frozen=True, slots=True)

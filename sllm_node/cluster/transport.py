@@ -113,16 +113,20 @@ class Reply:
 
     def __init__(self, http: web.Request, secret: bytes | None, silence_s: float) -> None:
         self._http = http
-        self._writer = FrameWriter(secret)
+        self.writer = FrameWriter(secret)
         self._silence_s = silence_s
         self.response = web.StreamResponse()
 
     async def send(self, payload: bytes) -> None:
         """Send a frame; a peer that takes no bytes for too long is dropped."""
+        await self.pass_on(self.writer.frame(payload))
+
+    async def pass_on(self, frame: bytes | bytearray) -> None:
+        """Send a frame that `writer` made, perhaps in a thread; it is the connection's from now on."""
         async with asyncio.timeout(self._silence_s):
             if not self.response.prepared:
                 await self.response.prepare(self._http)
-            await self.response.write(self._writer.frame(payload))
+            await self.response.write(frame)
 
     async def end(self) -> None:
         """Send what tells that nothing more comes."""

@@ -26,6 +26,9 @@ class Ways(Protocol):
     def ask(self, choice: Choice, request: GenerationRequest) -> Ask:
         """Return what the choice counts on."""
 
+    async def ensure(self, model: str) -> None:
+        """Know a model that this node is to load from a peer."""
+
     def open_local(self, request: GenerationRequest, keep_alive_s: float | None) -> Stream:
         """Begin it here."""
 

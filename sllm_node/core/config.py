@@ -382,6 +382,8 @@ def _check_device(config: Config) -> str | None:
 
 def _check_remotes(config: Config) -> str | None:
     for name, remote in config.remotes.items():
+        if name.startswith(":"):
+            return f"remotes.{name!r}: a name must not begin with ':'"
         only_s3 = {
             "endpoint": remote.endpoint, "region": remote.region,
             "credentials_file": remote.credentials_file, "anonymous": remote.anonymous or None,

@@ -61,6 +61,15 @@ class Metrics:
         self.remote_failures = counter(
             "sllm_remote_failures", "What a remote did not give, by reason", ["remote", "reason"]
         )
+        self.files_received_bytes = counter(
+            "sllm_peer_files_received_bytes", "Bytes of checkpoints that a peer sent", ["peer"]
+        )
+        self.files_sent_bytes = counter(
+            "sllm_peer_files_sent_bytes", "Bytes of checkpoints sent to peers"
+        )
+        self.files_refused = counter(
+            "sllm_peer_files_refused", "Ranges that peers asked for and did not get", ["reason"]
+        )
 
     def _requests(self) -> None:
         counter = partial(Counter, registry=self.registry)

@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Generic
 
+from sllm_node.checkpoint.cards import PEERS
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
@@ -340,7 +341,8 @@ class Service(Generic[CodecT]):
         """For `Replicas`: a load succeeded."""
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
-            self._estimator.observe(hosted.lease.report)
+            is_peer = hosted.lease.checkpoint.remote == PEERS
+            self._estimator.observe(hosted.lease.report, is_peer=is_peer)
             self._estimator.observe_whole(hosted.lease.report, hosted.elapsed_s)
         with suppress(SllmError):  # removed meanwhile: those who wait are served
             if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
@@ -485,13 +487,15 @@ class Service(Generic[CodecT]):
         bytes_moved = max(0, size - residency.get(Tier.DEVICE, 0))
         from_nvme = max(0, bytes_moved - in_dram)
         from_remote = min(from_nvme, size - on_nvme)
+        is_encoded, is_peer = checkpoint.index.is_encoded, checkpoint.remote == PEERS
+        load_s = self._estimator.load_s(
+            bytes_moved, from_nvme, from_remote, is_encoded=is_encoded, is_peer=is_peer
+        )
         return Ticket(
             TicketId(self._last_ticket),
             model,
             self._engines.shares(checkpoint),
-            self._estimator.load_s(
-                bytes_moved, from_nvme, from_remote, is_encoded=checkpoint.index.is_encoded
-            ),
+            load_s,
             priority,
             keep_alive_s,
             is_session,

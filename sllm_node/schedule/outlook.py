@@ -14,7 +14,7 @@ from sllm_node.core.config import Config
 from sllm_node.core.errors import SllmError
 from sllm_node.core.types import ModelId, SessionId, Tier
 from sllm_node.schedule.actions import ReplicaView, TicketId
-from sllm_node.schedule.estimate import LoadEstimator
+from sllm_node.schedule.estimate import PEER, LoadEstimator
 from sllm_node.schedule.ports import Engines, WeightStore
 from sllm_node.schedule.scheduler import Scheduler
 from sllm_node.schedule.sessions import Sessions
@@ -110,6 +110,18 @@ class Outlook:
     def bandwidth(self, tier: Tier, *, is_encoded: bool = False) -> float:
         """Return the bytes a second that loads from `tier` are reckoned with."""
         return self._estimator.bandwidth(tier, is_encoded=is_encoded)
+
+    def bandwidth_from_peers(self) -> float:
+        """Return the same of loads from peers."""
+        return self._estimator.bandwidth(PEER)
+
+    def expect_from_peers(self, bytes_per_s: float) -> None:
+        """Reckon loads from peers with this rate until the first one has come."""
+        self._estimator.expect_from_peers(bytes_per_s)
+
+    def is_hosted(self, model: ModelId) -> bool:
+        """Tell whether `model` takes device memory now."""
+        return bool(self._scheduler.view(model).devices)
 
     @property
     def beside_s(self) -> float:

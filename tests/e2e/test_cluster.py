@@ -5,6 +5,8 @@ import asyncio
 import aiohttp
 import pytest
 
+from sllm_node.checkpoint.catalog import open_checkpoint
+from sllm_node.checkpoint.verify import verify
 from tests.e2e import cluster_nodes as nodes
 from tests.models import make_checkpoint
 
@@ -196,6 +198,37 @@ async def test_no_stream_loses_a_token_while_nodes_are_killed_and_started_again(
         is_done.set()
         assert await killing > 0
         assert nodes.events(entry, "session lost its node")
+
+
+def is_draining(name):
+    def holds(report):
+        return {"id": name, "draining": True}.items() <= {
+            key: value for node in report["cluster"]["nodes"] if node["id"] == name
+            for key, value in node.items() if key in ("id", "draining")
+        }.items()  # fmt: skip
+
+    return holds
+
+
+@pytest.mark.parametrize("trust", ["key", "tls"])
+async def test_a_node_without_a_model_loads_it_from_a_peer_that_drains(tmp_path, trust):
+    file = nodes.make_cluster(tmp_path / "shared", ["a", "b"], trust)
+    stores = {name: tmp_path / f"store-{name}" for name in ("a", "b")}
+    for store in stores.values():
+        store.mkdir()
+    make_checkpoint(stores["a"], "alpha", family="llama", seed=3, chunk_bytes=65536)
+    made = [nodes.made(tmp_path, name, store, file) for name, store in stores.items()]
+    with nodes.running(*made) as (a, b):
+        await nodes.sees(b, "a")
+        there = await answer(b, ask("alpha"))
+        assert not (stores["b"] / ".remote" / "alpha").exists()
+        await nodes.post(a.url, "/admin/drain", {})
+        await nodes.until(b.url, "/admin/status", is_draining("a"))
+        here = await answer(b, ask("alpha"))
+        assert here["choices"] == there["choices"]
+        assert nodes.events(b, "request placed")[-1]["node"] == "b"
+        await nodes.until(b.url, "/admin/status", lambda _: (stores["b"] / "alpha").is_dir())
+    assert verify(open_checkpoint(stores["b"] / "alpha")) == []
 
 
 SCALED = "[models.beta]\nmin_replicas = 1\nmax_replicas = 2\n"

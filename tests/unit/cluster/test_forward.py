@@ -100,6 +100,7 @@ class World:
         self.ended_streams = []
         self.clock = ManualClock()
         self.here, self.local = [], []
+        self.known = []
         self.moves = []
         self.extends, self.extend_script = [], []
         self.let_go = asyncio.Event()
@@ -171,6 +172,9 @@ class World:
         else:
             self.clock.advance(timeout_s)
         return self.is_heard
+
+    async def ensure(self, model):
+        self.known.append(model)
 
     def open_local(self, request, keep_alive_s):
         stream = LocalStream(self.here, len(request.resumed))

@@ -1,0 +1,186 @@
+"""The sending side of files between peers: a node gives others what all of lies on its disk.
+
+A request is for one range of one file of one version. Reading and tags are made in threads, ahead by one
+batch; the event loop only writes, in frames small enough that streams of tokens get their turns in between.
+So many ranges are sent at once as the cluster file allows; who is told `busy` asks again or elsewhere.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from sllm_node.checkpoint.cards import TEXT_FILES
+from sllm_node.checkpoint.given import Given, file_of
+from sllm_node.checkpoint.index import INDEX_FILE
+from sllm_node.cluster.file_messages import (
+    FILE,
+    FRAME_BYTES,
+    RANGE_BYTES,
+    AskFile,
+    FileHead,
+    FileRefused,
+    Refused,
+    pack,
+    unpack_ask,
+)
+from sllm_node.cluster.frames import FrameWriter
+from sllm_node.cluster.transport import Handler, Reply
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import ModelId, NodeId
+
+log = logging.getLogger(__name__)
+
+_BATCH_FRAMES: Final = 4
+"""Made by one job of a thread."""
+
+
+class Giving:
+    """What answers requests for files."""
+
+    def __init__(self, given: Given, at_once: int, metrics: Metrics) -> None:
+        self._given = given
+        self._at_once = at_once
+        self._metrics = metrics
+        self._threads = ThreadPoolExecutor(at_once, "sllm-give")
+        self.under_way = 0
+        """Ranges that are being sent."""
+
+    def handlers(self) -> Mapping[str, Handler]:
+        """Return what answers peers."""
+        return {FILE: self.file}
+
+    def close(self) -> None:
+        """End the threads; nothing is asked any more."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def file(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
+        """Send a range of a file, or why not."""
+        ask = unpack_ask(payload)
+        found = "busy" if self.under_way >= self._at_once else self._find(ask)
+        if not isinstance(found, Path):
+            self._metrics.files_refused.labels(found).inc()
+            await reply.send(pack(FileRefused(found)))
+            return
+        self.under_way += 1
+        try:
+            await self._send(ask, found, reply)
+        finally:
+            self.under_way -= 1
+        if ask.name == INDEX_FILE:
+            log.info("checkpoint given", extra={"model": ask.model, "peer": sender})
+
+    def _find(self, ask: AskFile) -> Path | Refused:
+        """Return where the file lies, or what is wrong with the request."""
+        checkpoint = self._given.checkpoint(ModelId(ask.model))
+        if checkpoint is None:
+            return "absent"
+        if ask.digest and ask.digest != self._given.digest(checkpoint):
+            return "other"
+        if ask.first < 0 or not 0 < ask.size <= RANGE_BYTES:
+            return "range"
+        return file_of(checkpoint, ask.name) or "absent"
+
+    async def _send(self, ask: AskFile, path: Path, reply: Reply) -> None:
+        loop = asyncio.get_running_loop()
+        sending = _Sending(path, ask, reply.writer)
+        try:
+            opened = await loop.run_in_executor(self._threads, sending.open)
+            if not isinstance(opened, FileHead):
+                self._metrics.files_refused.labels(opened).inc()
+                await reply.send(pack(FileRefused(opened)))
+                return
+            head = pack(opened)
+            reply.response.content_length = sending.bytes_framed(len(head))
+            await reply.send(head)
+            coming = loop.run_in_executor(self._threads, sending.batch)
+            while frames := await coming:
+                coming = loop.run_in_executor(self._threads, sending.batch)
+                for frame in frames:
+                    await reply.pass_on(frame)
+            self._metrics.files_sent_bytes.inc(opened.size)
+        finally:
+            self._threads.submit(sending.close)
+
+
+class _Sending:
+    """One range on its way, in the threads; closed while a batch is made, it waits for it."""
+
+    def __init__(self, path: Path, ask: AskFile, writer: FrameWriter) -> None:
+        self._path = path
+        self._ask = ask
+        self._writer = writer
+        self._at = self._end = 0
+        self._file = -1
+        self._using = threading.Lock()
+
+    def open(self) -> FileHead | Refused:
+        """Return what will come, or why nothing will."""
+        ask, path = self._ask, self._path
+        try:
+            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # it went in this moment
+            return "absent"
+        total = os.fstat(self._file).st_size
+        if ask.first >= total:
+            return "range"
+        self._at, self._end = ask.first, min(total, ask.first + ask.size)
+        os.posix_fadvise(self._file, self._at, ask.size, os.POSIX_FADV_WILLNEED)
+        texts = _texts(path.parent) if ask.name == INDEX_FILE else ()
+        return FileHead(self._end - self._at, total, texts)
+
+    def bytes_framed(self, head_bytes: int) -> int:
+        """Return the bytes of the whole answer."""
+        count, rest = divmod(self._end - self._at, FRAME_BYTES)
+        framed = self._writer.framed_bytes
+        return framed(head_bytes) + count * framed(FRAME_BYTES) + (framed(rest) if rest else 0)
+
+    def batch(self) -> list[bytearray]:
+        """Return the next frames; none: that was all.
+
+        Raises:
+            ConnectionResetError: the file can't be read; the answer ends in the middle.
+        """
+        frames: list[bytearray] = []
+        with self._using:
+            while self._file >= 0 and self._at < self._end and len(frames) < _BATCH_FRAMES:
+                size = min(FRAME_BYTES, self._end - self._at)
+                frames.append(self._writer.filled(size, self._fill))
+        return frames
+
+    def _fill(self, view: memoryview) -> None:
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._file, [view[done:]], self._at)
+            except OSError as error:
+                log.warning(
+                    "a file can't be read", extra={"path": str(self._path), "error": str(error)}
+                )
+                raise ConnectionResetError(str(error)) from error
+            if not count:
+                raise ConnectionResetError("the file became shorter")
+            done += count
+            self._at += count
+
+    def close(self) -> None:
+        """Let the file go; a second call does nothing."""
+        with self._using:
+            if self._file >= 0:
+                os.close(self._file)
+                self._file = -1
+
+
+def _texts(folder: Path) -> tuple[str, ...]:
+    return tuple(name for name in TEXT_FILES if _has_bytes(folder / name))
+
+
+def _has_bytes(path: Path) -> bool:
+    try:
+        return path.is_file() and path.stat().st_size > 0
+    except OSError:
+        return False
