@@ -101,7 +101,9 @@ async def test_placement_is_explained_with_all_estimates(pair):
     await nodes.sees(a, "a", "b")
     told = await nodes.get(a.url, "/admin/placement?model=beta")
     assert told["node"] == "b"
-    assert {candidate["node"] for candidate in told["candidates"]} == {"b"}
+    ways = {candidate["node"]: candidate["source"] for candidate in told["candidates"]}
+    assert ways["a"] == "peer"
+    assert ways.keys() == {"a", "b"}
     unknown = await nodes.get(a.url, "/admin/placement?model=none")
     assert unknown["error"]["code"] == "model_not_found"
 
@@ -120,6 +122,26 @@ async def test_a_wrong_cluster_file_is_refused_and_the_old_one_stays(pair):
     finally:
         file.write_text(good)
     assert (await answer(a, ask("beta")))["usage"]["completion_tokens"] == 24
+
+
+def has_drained(report):
+    return any(node["id"] == "a" and node["draining"] for node in report["cluster"]["nodes"])
+
+
+async def test_a_model_of_a_node_that_drains_is_loaded_from_it(pair):
+    """The last one for this pair: node a takes no requests from here on."""
+    a, b = pair
+    await nodes.sees(b, "a")
+    there = await answer(b, ask("alpha"))
+    store = b.config.parent.parent / "store-b"
+    assert nodes.events(b, "request placed")[-1]["node"] == "a"
+    assert not (store / ".remote" / "alpha").exists()
+    await nodes.post(a.url, "/admin/drain", {})
+    await nodes.until(b.url, "/admin/status", has_drained)
+    here = await answer(b, ask("alpha"))
+    assert here["choices"] == there["choices"]
+    await nodes.until(b.url, "/admin/status", lambda _: (store / "alpha").is_dir())
+    assert verify(open_checkpoint(store / "alpha")) == []
 
 
 @pytest.fixture
@@ -198,37 +220,6 @@ async def test_no_stream_loses_a_token_while_nodes_are_killed_and_started_again(
         is_done.set()
         assert await killing > 0
         assert nodes.events(entry, "session lost its node")
-
-
-def is_draining(name):
-    def holds(report):
-        return {"id": name, "draining": True}.items() <= {
-            key: value for node in report["cluster"]["nodes"] if node["id"] == name
-            for key, value in node.items() if key in ("id", "draining")
-        }.items()  # fmt: skip
-
-    return holds
-
-
-@pytest.mark.parametrize("trust", ["key", "tls"])
-async def test_a_node_without_a_model_loads_it_from_a_peer_that_drains(tmp_path, trust):
-    file = nodes.make_cluster(tmp_path / "shared", ["a", "b"], trust)
-    stores = {name: tmp_path / f"store-{name}" for name in ("a", "b")}
-    for store in stores.values():
-        store.mkdir()
-    make_checkpoint(stores["a"], "alpha", family="llama", seed=3, chunk_bytes=65536)
-    made = [nodes.made(tmp_path, name, store, file) for name, store in stores.items()]
-    with nodes.running(*made) as (a, b):
-        await nodes.sees(b, "a")
-        there = await answer(b, ask("alpha"))
-        assert not (stores["b"] / ".remote" / "alpha").exists()
-        await nodes.post(a.url, "/admin/drain", {})
-        await nodes.until(b.url, "/admin/status", is_draining("a"))
-        here = await answer(b, ask("alpha"))
-        assert here["choices"] == there["choices"]
-        assert nodes.events(b, "request placed")[-1]["node"] == "b"
-        await nodes.until(b.url, "/admin/status", lambda _: (stores["b"] / "alpha").is_dir())
-    assert verify(open_checkpoint(stores["b"] / "alpha")) == []
 
 
 SCALED = "[models.beta]\nmin_replicas = 1\nmax_replicas = 2\n"

@@ -6,7 +6,9 @@ crash cuts the connections of a node at once; a cut link says nothing at all.
 
 import asyncio
 import contextlib
+import shutil
 from pathlib import Path
+from typing import Any
 
 from sllm_node.cluster.file import parse_cluster
 from sllm_node.cluster.peers import Peers, Place
@@ -15,7 +17,7 @@ from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import BootId
-from sllm_node.core.errors import PeerUnreachableError
+from sllm_node.core.errors import PeerUnreachableError, RemoteUnreachableError
 from sllm_node.core.types import (
     GenerationRequest,
     ModelId,
@@ -110,6 +112,32 @@ class NoTrust:
         pass
 
 
+class Copying:
+    """What `fetching.Fetching` is to a node: a peer's model is known once its folder is copied."""
+
+    COPY_S = 0.3
+
+    def __init__(self, node):
+        self.node = node
+        self.ensured: list[str] = []
+
+    def is_here(self, model):
+        return (self.node.root / model).is_dir()
+
+    async def ensure(self, model):
+        if self.is_here(model):
+            return
+        self.ensured.append(model)
+        await asyncio.sleep(self.COPY_S)
+        for other in self.node.world.nodes.values():
+            if other.is_up and other is not self.node and (other.root / model).is_dir():
+                if not self.is_here(model):
+                    shutil.copytree(other.root / model, self.node.root / model)
+                self.node.rig.store.catalog.scan()
+                return
+        raise RemoteUnreachableError(":peers", model, "no node that lives has all of it")
+
+
 class WorldNode:
     """One machine: what is on its disk stays, everything else goes with a crash."""
 
@@ -130,13 +158,20 @@ class WorldNode:
         self.service = made.service
         clock = LoopClock()
         made.service.outlook._catalog.scan()
-        snapshot = Snapshot(self.name, BootId(str(self.lives)), made.service.outlook)
+        rates = (1e9, 0.1) if self.world.peer_loads else (0.0, 0.0)
+        boot = BootId(str(self.lives))
+        snapshot = Snapshot(self.name, boot, made.service.outlook, lambda: rates)
         place = Place(self.name, self.lives, self.world.path, self.world.file)
         self.peers = Peers(place, NoTrust(), snapshot, clock, made.metrics)  # type: ignore[arg-type]
         client = MemoryClient(self.world, self.name)
-        self.serving = Serving(made.service, self.peers, clock, 1.0)
+        self.fetching: Any = Copying(self) if self.world.peer_loads else None
+        self.serving = Serving(made.service, self.peers, clock, 1.0, self.fetching)
         self.router = Router(made.service, self.peers, client, None, clock, made.metrics)  # type: ignore[arg-type]
-        self.scaling = Scaling(made.service, self.peers, self.peers.desired, clock, made.metrics)
+        self.router.fetching = self.fetching
+        desired = self.peers.desired
+        self.scaling = Scaling(
+            made.service, self.peers, desired, clock, made.metrics, self.fetching
+        )
         self.handlers = {**self.serving.handlers(), **self.scaling.handlers()}
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
@@ -170,13 +205,14 @@ class WorldNode:
 class World:
     """All nodes and the network between them."""
 
-    def __init__(self, root: Path, nodes, pages=2):
-        """`nodes`: the models of each, by its name."""
+    def __init__(self, root: Path, nodes, pages=2, *, peer_loads=False, more=""):
+        """`nodes`: the models of each, by its name; `more` of the cluster file."""
+        self.peer_loads = peer_loads
         entries = "".join(
             f'[[nodes]]\nid = "{name}"\naddress = "10.0.0.{i + 1}:8100"\n'
             for i, name in enumerate(nodes)
         )
-        text = f'{entries}[trust]\nkey_file = "k"\n{TIMING}'
+        text = f'{entries}[trust]\nkey_file = "k"\n{TIMING}{more}'
         self.path = root / "cluster.toml"
         self.path.write_text(text)
         self.file = parse_cluster(text)
