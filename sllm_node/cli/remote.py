@@ -244,6 +244,8 @@ def _show_status(report: dict[str, Any]) -> None:
             f"remote {remote['name']} ({remote['url']}): {remote['state']}, "
             f"{len(remote['models'])} models{problem}"
         )
+        for model, senders in remote.get("senders", {}).items():
+            say(f"  {model} comes from {', '.join(senders) or 'nobody at the moment'}")
         if kept := remote.get("not_offered"):
             say(f"  not offered at the moment, bytes kept (rm deletes them): {', '.join(kept)}")
     for tier, rate in report.get("bandwidth", {}).items():

@@ -110,6 +110,7 @@ class Fetching:
                 failure = error
                 continue
             self._setup.observe(self._clock.now() - began)
+            self._peers.look()
             log.info("checkpoint of a peer", extra={"model": model, "peer": peer})
             return
         raise failure

@@ -202,6 +202,11 @@ class Peers:
         if not self._news.is_set and not self._is_closed:
             self._news.set(self._clock.now() + self.cluster.timing.publish_gap_s)
 
+    def look(self) -> None:
+        """Take note of a checkpoint that is here, or known, since now."""
+        self._snapshot.look()
+        self.changed()
+
     def _tell_news(self) -> None:
         self._publish()
         self._arm()

@@ -120,11 +120,11 @@ def _first_guesses() -> _Bandwidth:
 def _sizes(
     bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int, *, is_peer: bool
 ) -> dict[Tier | str, int]:
-    """Return the bytes that each tier has to carry."""
+    """Return the bytes that each tier has to carry, the farthest first: of equals it is the slowest."""
     return {
+        PEER if is_peer else Tier.REMOTE: bytes_from_remote,
         Tier.NVME: bytes_from_nvme,
         Tier.DRAM: bytes_total,
-        PEER if is_peer else Tier.REMOTE: bytes_from_remote,
     }
 
 

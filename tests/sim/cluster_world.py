@@ -164,7 +164,7 @@ class WorldNode:
         place = Place(self.name, self.lives, self.world.path, self.world.file)
         self.peers = Peers(place, NoTrust(), snapshot, clock, made.metrics)  # type: ignore[arg-type]
         client = MemoryClient(self.world, self.name)
-        self.fetching: Any = Copying(self) if self.world.peer_loads else None
+        self.fetching = self._fetching()
         self.serving = Serving(made.service, self.peers, clock, 1.0, self.fetching)
         self.router = Router(made.service, self.peers, client, None, clock, made.metrics)  # type: ignore[arg-type]
         self.router.fetching = self.fetching
@@ -176,6 +176,9 @@ class WorldNode:
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
         self.scaling.start(client)  # type: ignore[arg-type]
+
+    def _fetching(self) -> Any:
+        return Copying(self) if self.world.peer_loads else None
 
     async def crash(self):
         """End at once: whoever is connected hears it, nobody is told anything."""

@@ -70,7 +70,7 @@ class Receiver(Node):
         self.senders = {sender.name: sender for sender in senders}
         self.hosted: set[ModelId] = set()
         peers: Any = SimpleNamespace(
-            me=NodeId("b"), view=self.view, address=self._address,
+            me=NodeId("b"), view=self.view, address=self._address, look=lambda: None,
             cluster=SimpleNamespace(
                 timing=SimpleNamespace(dead_s=5.0), limits=LimitsConfig(files_at_once=2)
             ),

@@ -197,6 +197,7 @@ async def test_after_a_restart_what_has_come_stays_usable(tmp_path, pair):
     await node.store.settled(A)
     here = node.store.residency(A)[Tier.NVME]
     assert 0 < here < len(data)
+    await asyncio.to_thread(node.tier._partials[A].wait_settled)
     sender.before = lambda: None
     shutil.copytree(tmp_path / "b", tmp_path / "later")
     async with Receiver(tmp_path / "later", node.files._trust, [sender]) as other:

@@ -75,3 +75,10 @@ def test_who_leaves_and_who_waits_is_told():
     made = state([replica("m", 0.0, ModelState.READY, is_leaving=True)], {"m": {}})
     assert made.replicas[0].is_leaving
     assert made.models[0].waiting == 2
+
+
+def test_what_loads_from_peers_are_reckoned_with_is_told():
+    outlook: Any = Outlook((), {})
+    snapshot = Snapshot(NodeId("a"), BootId("1"), outlook, lambda: (7.0, 0.25))
+    rates = snapshot.state(10.0).bandwidths
+    assert (rates.peer, rates.peer_s) == (7.0, 0.25)

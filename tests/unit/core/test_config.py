@@ -135,6 +135,7 @@ def test_remotes_have_names_and_defaults():
     ("text", "problem"),
     [
         ("[remotes.far]\n", "remotes.far.url: is missing"),
+        ('[remotes.":peers"]\nurl = "http://h/p"', "a name must not begin with ':'"),
         ('[remotes.far]\nurl = "ftp://h/p"', "remotes.far.url = 'ftp://h/p'"),
         (REMOTE + "colour = 1", "remotes.far.colour: unknown key"),
         (REMOTE + 'region = "x"', "remotes.far.region: means nothing for url = 'http://h/p'"),
