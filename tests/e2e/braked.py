@@ -9,6 +9,7 @@ node's configuration, each decode step takes `STEP_S`, and where a session has `
 Prompts and what a move computes ahead are not held, and every step ends: moves make progress.
 """
 
+import ctypes
 import multiprocessing
 import os
 import signal
@@ -28,6 +29,7 @@ LATE_S: Final = 1.0
 LOOK_S: Final = 0.01
 """How long it takes until a step sees that the brake is off."""
 
+_PR_SET_PDEATHSIG: Final = 1
 _forks = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(["__main__", "tests.e2e.preloaded"])
 
@@ -36,7 +38,8 @@ class Forked:
     """A node's process, with the methods of `subprocess.Popen` that tests use."""
 
     def __init__(self, config: Path, log: Path, environment: Mapping[str, str]) -> None:
-        self._process = _forks.Process(target=_run, args=(config, log, dict(environment)))
+        given = (config, log, dict(environment))
+        self._process = _forks.Process(target=_run, args=given, daemon=True)
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
@@ -61,6 +64,7 @@ class Forked:
 
 def _run(config: Path, log: Path, environment: dict[str, str]) -> None:
     """Be the node, in the process that was forked for it."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # the server ends with the tests
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     for standard in (1, 2):
         os.dup2(file, standard)
