@@ -61,6 +61,8 @@ class NodeProcess:
         self.log = folder / "node.log"
         self.config.write_text(CONFIG.format(store=str(store), **{**DEFAULTS, **settings}) + extra)
         self.messages: list[str] = []
+        self.environment: dict[str, str] = {}
+        """Besides this process's own."""
         self.process: Forked | subprocess.Popen[bytes]
         self._marked = 0
 
@@ -90,7 +92,9 @@ class NodeProcess:
         address = f"\0sllm-e2e-{os.getpid()}-{id(self)}"
         self._socket.bind(address)
         self._marked = 0
-        own = {"NOTIFY_SOCKET": "@" + address[1:], "HF_HUB_OFFLINE": "1"}
+        own = {
+            "NOTIFY_SOCKET": "@" + address[1:], "HF_HUB_OFFLINE": "1", **self.environment,
+        }  # fmt: skip
         self.process = Forked(self.config, self.log, own) if self._is_braked else self._begun(own)
         try:
             self.url = self._wait_ready()
