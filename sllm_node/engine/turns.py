@@ -44,6 +44,8 @@ class _Seat:
     need: Need
     since: float = 0.0
     """When it became ready."""
+    number: int = 0
+    """Order in which engines became ready; that of two at the same time, too."""
     is_ready: bool = False
     began: float = 0.0
     """When its turn began."""
@@ -61,7 +63,7 @@ class Turns:
         self._target_s = target_s
         self._least_tokens = least_tokens
         self._seats: dict[int, _Seat] = {}
-        self._last_seat = 0
+        self._last_seat = self._last_number = 0
         self._taken: int | None = None
         """Whose turn it is."""
         self._gone: set[int] = set()
@@ -84,7 +86,8 @@ class Turns:
         """Take note that an engine waits for a turn."""
         one = self._seats[seat]
         assert not one.is_ready
-        one.is_ready, one.need, one.since = True, need, now
+        self._last_number += 1
+        one.is_ready, one.need, one.since, one.number = True, need, now, self._last_number
 
     def rest(self, seat: int) -> None:
         """Take note that an engine wants no turn, or makes no use of its own: it has nothing to do."""
@@ -102,7 +105,7 @@ class Turns:
         if not due:
             self._gone.clear()
             due = [seat for seat, one in ready.items() if not one.need.decoding] or list(ready)
-        seat = min(due, key=lambda seat: (self._deadline(ready[seat]), ready[seat].since, seat))
+        seat = min(due, key=lambda seat: (self._deadline(ready[seat]), ready[seat].number))
         one = ready[seat]
         if one.need.decoding:
             self._gone.add(seat)
