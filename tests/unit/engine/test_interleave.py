@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from itertools import pairwise
 
 import pytest
 
@@ -171,7 +172,7 @@ async def test_a_models_readers_wait_for_one_piece_of_anothers_prompt_at_a_time(
     assert sum(step[1] for step in steps) in (len(PROMPT), len(PROMPT) - 1)  # a last piece of 1
     assert max(step[1] for step in steps) == 8
     assert max(step[2] for step in steps) == 1  # not one launched behind another
-    between = [steps[start + 1 : end] for start, end in zip(pieces, pieces[1:], strict=False)]
+    between = [steps[start + 1 : end] for start, end in pairwise(pieces)]
     assert all("reads" in [step[0] for step in one] for one in between)
 
 
