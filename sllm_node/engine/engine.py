@@ -163,7 +163,6 @@ class Engine:
         if self._arriving is not None:
             self._arriving.stop()
         await self._task
-        self._parts.seat.leave()
         self._arrived()
         error = CancelledByOperatorError("the model left the device")
         for generation in list(self._generations.values()):
@@ -195,6 +194,7 @@ class Engine:
             self._generations.clear()
         finally:
             self.watch.rest()
+            self._parts.seat.leave()
 
     async def _run(self, runner: Runner) -> None:
         while self._runner is not None or self._flight:
@@ -221,8 +221,9 @@ class Engine:
         """Begin a job when it is our turn; None: there is nothing to do."""
         if self._arriving is not None:
             return self._begin(runner)
-        times = [since for g in self._generations.values() if (since := g.due_since) is not None]
-        asked = self._clock.now()
+        seat, asked = self._parts.seat, self._clock.now()
+        generations = () if seat.is_alone else self._generations.values()
+        times = [since for g in generations if (since := g.due_since) is not None]
 
         def begin() -> Job | None:
             job = self._begin(runner)
@@ -230,7 +231,7 @@ class Engine:
                 self._step_wait.observe(self._clock.now() - asked)
             return job
 
-        return await self._parts.seat.turn(Need(len(times), min(times, default=0.0)), begin)
+        return await seat.turn(Need(len(times), min(times, default=0.0)), begin)
 
     def _begin(self, runner: Runner) -> Job | None:
         """Plan, and put on the thread what is to be launched and read; None: nothing is."""
@@ -262,7 +263,8 @@ class Engine:
         is_open = runner is not None and not runner.has_failed
         # A step that waits for weights has none behind it: who comes meanwhile is in the next.
         depth = self._depth if self._arriving is None else 1
-        most = self._parts.seat.prompt_tokens()
+        # While layers wait for their bytes, there is time for others between them.
+        most = self._parts.seat.prompt_tokens() if self._arriving is None else None
         while is_open and len(self._flight) < depth:
             if most is not None and any(map(prompt_tokens, self._flight)):
                 break  # others' readers wait for one piece of a prompt, and not for two

@@ -46,10 +46,23 @@ class Interleaving:
         self._order = order
         self._clock = clock
         self._waiting: dict[int, tuple[Begin, asyncio.Future[Job | None]]] = {}
+        self._seats: set[int] = set()
 
     def join(self) -> "Seat":
         """Return the place of a new engine."""
-        return Seat(self, self._order, self._order.join())
+        seat = self._order.join()
+        self._seats.add(seat)
+        return Seat(self, self._order, seat)
+
+    def leave(self, seat: int) -> None:
+        """Forget an engine that is closed."""
+        self._seats.discard(seat)
+        self._order.leave(seat)
+
+    @property
+    def seats(self) -> int:
+        """Engines on the device."""
+        return len(self._seats)
 
     async def turn(self, seat: int, need: Need, begin: Begin) -> Job | None:
         """Call `begin` when it is this seat's turn, and return what it returned or raised.
@@ -98,6 +111,11 @@ class Seat:
         self._order = order
         self._number = number
 
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other engine: what a turn is for makes no difference."""
+        return self._device.seats == 1
+
     async def turn(self, need: Need, begin: Begin) -> Job | None:
         """Call `begin` when it is this engine's turn, and return what it returned or raised."""
         return await self._device.turn(self._number, need, begin)
@@ -108,4 +126,4 @@ class Seat:
 
     def leave(self) -> None:
         """Give the place up."""
-        self._order.leave(self._number)
+        self._device.leave(self._number)

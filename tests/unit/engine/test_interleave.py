@@ -109,6 +109,17 @@ async def test_who_is_cancelled_while_it_waits_has_no_turn():
     await again
 
 
+async def test_an_engine_is_alone_until_another_joins_and_when_it_has_left():
+    device = Interleaving(Turns(0.05, 128), ManualClock())
+    first = device.join()
+    assert first.is_alone
+    second = device.join()
+    assert not first.is_alone
+    second.leave()
+    second.leave()
+    assert first.is_alone
+
+
 # --- two models on one device -----------------------------------------------------------------------
 
 PROMPT = tuple(range(10, 60))
