@@ -47,7 +47,7 @@ from tests.models import make_checkpoint
 NAMES: Final = ("reader", "prompted-1", "prompted-2")
 WARM_TOKENS: Final = 16
 GREEDY: Final = SamplingParameters(temperature=0.0)
-SMALL: Final = {
+SMALL: Final[dict[str, Any]] = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 65536,
 }  # fmt: skip

@@ -112,12 +112,13 @@ async def test_who_is_cancelled_while_it_waits_has_no_turn():
 async def test_an_engine_is_alone_until_another_joins_and_when_it_has_left():
     device = Interleaving(Turns(0.05, 128), ManualClock())
     first = device.join()
-    assert first.is_alone
+    seen = [first.is_alone]
     second = device.join()
-    assert not first.is_alone
+    seen.append(first.is_alone)
     second.leave()
     second.leave()
-    assert first.is_alone
+    seen.append(first.is_alone)
+    assert seen == [True, False, True]
 
 
 # --- two models on one device -----------------------------------------------------------------------
