@@ -179,6 +179,8 @@ class Bench:
 
     async def round(self, order: str, prompted: int) -> dict[str, Any]:
         """Return gaps (seconds) and the prompts' first tokens of one round."""
+        while any(engine._flight for engine in self.opened):  # noqa: SLF001, ASYNC110 - of cancelled streams
+            await asyncio.sleep(0.01)
         self.engines.switch.current = self.engines.switch.orders[order]
         stop = asyncio.Event()
         starts = [asyncio.Event() for _ in range(self.arguments.streams)]
