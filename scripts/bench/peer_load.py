@@ -42,7 +42,7 @@ def node_of(place: Path, name: str, store: Path, file: Path | None, remote: str)
     own.mkdir(exist_ok=True)
     extra = f'\n[cluster]\nfile = "{file}"\n' if file else ""
     extra += f'[remotes.a]\nurl = "{remote}/peer/v1/checkpoints"\n' if remote else ""
-    memory = {"memory_bytes": 64 << 20, "kv_cache_bytes": 4 << 20, "pool_bytes": 256 << 20}
+    memory: Any = {"memory_bytes": 64 << 20, "kv_cache_bytes": 4 << 20, "pool_bytes": 256 << 20}
     node = NodeProcess(own, store, extra, id=name.rsplit("-", 1)[-1], **memory)
     text = node.config.read_text().replace('chunk_bytes = "64KiB"', 'chunk_bytes = "16MiB"')
     node.config.write_text(text.replace('"debug"', '"info"'))
@@ -84,15 +84,25 @@ async def pulled(node: NodeProcess, store: Path) -> float:
     return elapsed_s
 
 
+def cpu_s(node: NodeProcess) -> float:
+    """Return the processor time that a node has taken."""
+    fields = Path(f"/proc/{node.process.pid}/stat").read_text().rsplit(") ", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 async def measured(sender: NodeProcess, node: NodeProcess, store: Path) -> dict[str, Any]:
     """Pull once while a stream runs at the sender, and once while none does."""
+    before = cpu_s(sender), cpu_s(node)
     alone_s = await pulled(node, store)
+    cpu = cpu_s(sender) - before[0], cpu_s(node) - before[1]
     calm = await gaps_of(sender.url)
     ended = asyncio.Event()
     reading = asyncio.create_task(gaps_of(sender.url, ended))
     beside_s = await pulled(node, store)
     ended.set()
-    return {"alone_s": alone_s, "beside_s": beside_s, "calm": calm, "busy": await reading}
+    return {
+        "alone_s": alone_s, "beside_s": beside_s, "calm": calm, "busy": await reading, "cpu": cpu,
+    }  # fmt: skip
 
 
 def summed(rounds: list[dict[str, Any]], size: int) -> dict[str, float]:
@@ -103,6 +113,8 @@ def summed(rounds: list[dict[str, Any]], size: int) -> dict[str, float]:
         "gb_per_s": size / 1e9 / statistics.median(one["alone_s"] for one in rounds),
         "gb_per_s_best": size / 1e9 / min(one["alone_s"] for one in rounds),
         "gb_per_s_beside_a_stream": size / 1e9 / statistics.median(o["beside_s"] for o in rounds),
+        "cpu_s_per_gb_sender": 1e9 / size * statistics.median(one["cpu"][0] for one in rounds),
+        "cpu_s_per_gb_receiver": 1e9 / size * statistics.median(one["cpu"][1] for one in rounds),
         "gap_ms_p50_calm": 1e3 * statistics.median(calm),
         "gap_ms_p99_calm": 1e3 * calm[int(0.99 * len(calm))],
         "gap_ms_p50_pull": 1e3 * statistics.median(busy),

@@ -39,15 +39,19 @@ class FrameWriter:
         self._count += 1
         return _LENGTH.pack(len(payload)) + payload + tag
 
-    def filled(self, size: int, fill: Callable[[memoryview], None]) -> bytearray:
+    def filled(
+        self, size: int, fill: Callable[[memoryview], None], room: bytearray | None = None
+    ) -> memoryview:
         """Return the next frame, its payload written in place by `fill`: nothing is copied.
 
-        For large payloads, in a thread: neither reading nor the tag keeps the interpreter's lock.
+        `room`: for the frame, if it is to be no new one. For large payloads, in a thread: neither
+        reading nor the tag keeps the interpreter's lock.
         """
         assert size <= FRAME_LIMIT
-        frame = bytearray(self.framed_bytes(size))
+        length = self.framed_bytes(size)
+        frame = memoryview(bytearray(length) if room is None else room)[:length]
         _LENGTH.pack_into(frame, 0, size)
-        payload = memoryview(frame)[_LENGTH.size : _LENGTH.size + size]
+        payload = frame[_LENGTH.size : _LENGTH.size + size]
         fill(payload)
         frame[_LENGTH.size + size :] = _tag_of_view(self._secret, self._count, payload)
         self._count += 1

@@ -1,16 +1,20 @@
 """The sending side of files between peers: a node gives others what all of lies on its disk.
 
-A request is for one range of one file of one version. Reading and tags are made in threads, ahead by one
-batch; the event loop only writes, in frames small enough that streams of tokens get their turns in between.
+A request is for one range of one file of one version. Under a key, a thread reads, tags and writes all of
+it past the event loop, to a descriptor of the connection. Under TLS the connection is the loop's: threads
+read, ahead by one batch, and it writes frames small enough that streams of tokens get their turns in between.
 So many ranges are sent at once as the cluster file allows; who is told `busy` asks again or elsewhere.
 """
 
 import asyncio
 import logging
 import os
+import select
+import socket
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -97,14 +101,24 @@ class Giving:
             head = pack(opened)
             reply.response.content_length = sending.bytes_framed(len(head))
             await reply.send(head)
-            coming = loop.run_in_executor(self._threads, sending.batch)
-            while frames := await coming:
-                coming = loop.run_in_executor(self._threads, sending.batch)
-                for frame in frames:
-                    await reply.pass_on(frame)
+            if (connection := await reply.descriptor()) is not None:
+                write = partial(sending.write_to, connection, reply.silence_s)
+                await loop.run_in_executor(self._threads, write)
+            else:
+                await self._pass_on(sending, reply)
             self._metrics.files_sent_bytes.inc(opened.size)
         finally:
+            sending.stop()
             self._threads.submit(sending.close)
+
+    async def _pass_on(self, sending: "_Sending", reply: Reply) -> None:
+        """Write on the event loop what threads make, a batch ahead."""
+        loop = asyncio.get_running_loop()
+        coming = loop.run_in_executor(self._threads, sending.batch)
+        while frames := await coming:
+            coming = loop.run_in_executor(self._threads, sending.batch)
+            for frame in frames:
+                await reply.pass_on(frame)
 
 
 class _Sending:
@@ -117,6 +131,7 @@ class _Sending:
         self._at = self._end = 0
         self._file = -1
         self._using = threading.Lock()
+        self._is_stopped = False
 
     def open(self) -> FileHead | Refused:
         """Return what will come, or why nothing will."""
@@ -139,13 +154,44 @@ class _Sending:
         framed = self._writer.framed_bytes
         return framed(head_bytes) + count * framed(FRAME_BYTES) + (framed(rest) if rest else 0)
 
-    def batch(self) -> list[bytearray]:
+    def write_to(self, connection: int, silence_s: float) -> None:
+        """Write all frames to a socket, and close the descriptor.
+
+        Raises:
+            ConnectionResetError: the peer or the file has gone, or it takes nothing for too long.
+        """
+        room = bytearray(self._writer.framed_bytes(FRAME_BYTES))
+        with self._using, socket.socket(fileno=connection) as peer:
+            while self._file >= 0 and self._at < self._end:
+                size = min(FRAME_BYTES, self._end - self._at)
+                self._write(peer, self._writer.filled(size, self._fill, room), silence_s)
+
+    def _write(self, peer: socket.socket, frame: memoryview, silence_s: float) -> None:
+        ready = select.poll()
+        ready.register(peer, select.POLLOUT)
+        done = 0
+        while done < len(frame):
+            if self._is_stopped:
+                raise ConnectionResetError("nobody waits for it any more")
+            try:
+                done += peer.send(frame[done:])
+            except BlockingIOError:
+                if not ready.poll(1e3 * silence_s):
+                    raise ConnectionResetError("the peer takes nothing") from None
+            except OSError as error:
+                raise ConnectionResetError(str(error)) from error
+
+    def stop(self) -> None:
+        """Let a thread that writes end soon."""
+        self._is_stopped = True
+
+    def batch(self) -> list[memoryview]:
         """Return the next frames; none: that was all.
 
         Raises:
             ConnectionResetError: the file can't be read; the answer ends in the middle.
         """
-        frames: list[bytearray] = []
+        frames: list[memoryview] = []
         with self._using:
             while self._file >= 0 and self._at < self._end and len(frames) < _BATCH_FRAMES:
                 size = min(FRAME_BYTES, self._end - self._at)

@@ -10,6 +10,7 @@ tells the other side to stop, at once and without a message.
 """
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -36,6 +37,8 @@ PREFIX: Final = f"/peer/{VERSION}/"
 RECEIVER: Final = "x-sllm-receiver"
 _READ_S: Final = 30.0
 """For the body of a request to come."""
+_TURNS: Final = 4
+"""Of the event loop, in which what was written on an idle connection has left."""
 _TOLD_MAX: Final = 4096
 """Bytes read of an answer that is no answer."""
 Addresses = Callable[[NodeId], str | None]
@@ -114,19 +117,39 @@ class Reply:
     def __init__(self, http: web.Request, secret: bytes | None, silence_s: float) -> None:
         self._http = http
         self.writer = FrameWriter(secret)
-        self._silence_s = silence_s
+        self.silence_s = silence_s
+        """A peer that takes no bytes for so long is dropped."""
         self.response = web.StreamResponse()
 
     async def send(self, payload: bytes) -> None:
         """Send a frame; a peer that takes no bytes for too long is dropped."""
         await self.pass_on(self.writer.frame(payload))
 
-    async def pass_on(self, frame: bytes | bytearray) -> None:
+    async def pass_on(self, frame: bytes | memoryview) -> None:
         """Send a frame that `writer` made, perhaps in a thread; it is the connection's from now on."""
-        async with asyncio.timeout(self._silence_s):
+        async with asyncio.timeout(self.silence_s):
             if not self.response.prepared:
                 await self.response.prepare(self._http)
             await self.response.write(frame)
+
+    async def descriptor(self) -> int | None:
+        """Return a descriptor of the connection, the caller's to close, for a thread to write frames to.
+
+        All that was sent before has left. None: frames must go through `pass_on`, as TLS is the event
+        loop's, or not all has left.
+        """
+        transport = self._http.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the peer has gone away")
+        if transport.get_extra_info("ssl_object") is not None:
+            return None
+        for _ in range(_TURNS):
+            if not transport.get_write_buffer_size():
+                break
+            await asyncio.sleep(0)
+        if transport.get_write_buffer_size():
+            return None
+        return os.dup(transport.get_extra_info("socket").fileno())
 
     async def end(self) -> None:
         """Send what tells that nothing more comes."""

@@ -134,7 +134,7 @@ async def test_a_model_of_a_node_that_drains_is_loaded_from_it(pair):
     await nodes.sees(b, "a")
     there = await answer(b, ask("alpha"))
     store = b.config.parent.parent / "store-b"
-    assert nodes.events(b, "request placed")[-1]["node"] == "a"
+    assert b.events("request placed")[-1]["node"] == "a"
     assert not (store / ".remote" / "alpha").exists()
     await nodes.post(a.url, "/admin/drain", {})
     await nodes.until(b.url, "/admin/status", has_drained)

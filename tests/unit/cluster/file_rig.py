@@ -16,7 +16,7 @@ from sllm_node.cluster.view import ClusterView
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, NodeId
-from tests.e2e.cluster_nodes import free_port
+from tests.ports import free_port
 from tests.unit.store.remote_rig import Node
 
 RATES = Bandwidths(0, 1e9, 5e9, 1e9)
