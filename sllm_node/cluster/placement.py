@@ -151,8 +151,10 @@ _KINDS: dict[Kind, type[ServeHere] | type[Wait] | type[LoadThere] | type[Migrate
 }  # fmt: skip
 
 
-def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision:
-    """Return where the request starts soonest."""
+def decide(
+    view: ClusterView, request: PlacementRequest, now: float, *, may_move: bool = True
+) -> Decision:
+    """Return where the request starts soonest; only with `may_move` may running sessions go elsewhere."""
     seen = list(_resident(view, request, now))
     best = min(seen, key=attrgetter("key"), default=None)
     least = Kind.LOAD if view.most_free >= request.share_bytes else Kind.EVICT
@@ -166,9 +168,9 @@ def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision
             seen.append(candidate)
             if best is None or candidate.key < best.key:
                 best = candidate
-    if best and best.startup_s < view.least_load_s(request.model):
-        return _KINDS[best.kind](best, tuple(seen))
-    best, is_exact = _with_moves(view, request, best, seen, now)
+    is_exact = True
+    if may_move and not (best and best.startup_s < view.least_load_s(request.model)):
+        best, is_exact = _with_moves(view, request, best, seen, now)
     if best is None:
         return Reject(_why_not(view, request), is_exact)
     return _KINDS[best.kind](best, tuple(seen), is_exact)
