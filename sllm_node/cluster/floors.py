@@ -70,7 +70,7 @@ class Floors:
         self._least: dict[tuple[NodeId, ReplicaId], float] = {}
         self._parts: dict[NodeId, dict[str, list[tuple[int, float, int]]]] = {}
         self._devices: dict[tuple[NodeId, int, bool], dict[str, float]] = {}
-        self._nodes: dict[tuple[NodeId, int, int], float] = {}
+        self._nodes: dict[tuple[int, int], dict[NodeId, float]] = {}
 
     def clear(self) -> None:
         """Forget all: something has changed."""
@@ -151,16 +151,17 @@ class Floors:
             }
         return found
 
+    def on_nodes(self, size: int, shares: int) -> dict[NodeId, float]:
+        """Return what `on_node` has found for such a request."""
+        return self._nodes.setdefault((size, shares), {})
+
     def on_node(self, node: NodeView, size: int, shares: int) -> float:
         """Return what freeing so many bytes on so many of its devices costs at least."""
-        key = (node.node, size, shares)
-        found = self._nodes.get(key)
-        if found is None:
-            floors = self.on_devices(node, size, is_split=shares > 1)
-            able = [floors[d.name] for d in node.devices if shares > 1 or d.room < size]
-            least = sorted(floor for floor in able if floor < math.inf)[:shares]
-            found = sum(least) * ROUNDING if len(least) == shares else math.inf
-            self._nodes[key] = found
+        floors = self.on_devices(node, size, is_split=shares > 1)
+        able = [floors[d.name] for d in node.devices if shares > 1 or d.room < size]
+        least = sorted(floor for floor in able if floor < math.inf)[:shares]
+        found = sum(least) * ROUNDING if len(least) == shares else math.inf
+        self.on_nodes(size, shares)[node.node] = found
         return found
 
     def _may_have_place(self, victim: ReplicaState) -> bool:

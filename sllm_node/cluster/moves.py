@@ -1,27 +1,21 @@
-"""Which replicas to move off some devices so that a model fits there: exactly the cheapest set.
+"""Moves, and where they could go: the destinations of a replica's sessions, cheapest first.
 
 The sessions of a replica move together, to a replica of the model elsewhere that has places for all of
 them, or to devices where the model is loaded first. Moving one costs the wait and the load at the
 destination and the resume time of each session; moves are reckoned one after another, so costs add
 up. A device is promised once in a decision: no two destinations share one, and none is among the
 devices to be freed. Victims may be larger than what is short.
-
-The paper solves a 0/1 knapsack; conflicts of destinations don't fit in one, so this is branch and bound
-twice. First over sets of victims, in order of cost by byte, each at its cheapest destination, against the
-fractional knapsack as the lower bound. Then, for a set that frees enough and might be the cheapest, over
-destinations that don't conflict. Where few devices have room, all want the same ones: what k different ones
-cost beyond the cheapest (`_detours`) refutes most sets before their destinations are tried.
+Which replicas to move is found in `cluster.move_search`.
 """
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from sllm_node.cluster.estimate import resume_s
-from sllm_node.cluster.floors import ROUNDING, Lazy
+from sllm_node.cluster.floors import Lazy
 from sllm_node.cluster.node_view import NodeView
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
 from sllm_node.cluster.view import ClusterView, Slot
@@ -171,177 +165,3 @@ class Streams:
                 break
         while heap:
             yield heapq.heappop(heap)
-
-
-@dataclass(frozen=True, slots=True)
-class _Victim:
-    state: ReplicaState
-    weight: int
-    """Bytes on the devices that lack some."""
-    least_s: float
-
-
-@dataclass(slots=True)
-class _Search:
-    """One branch and bound."""
-
-    streams: Streams
-    home: NodeView
-    victims: Sequence[_Victim]
-    wanted: frozenset[str]
-    """Devices of `home` to be freed: no destination."""
-    limit_s: float
-    """Costs above are of no use."""
-    _heaviest: int
-    """The most bytes that one victim frees."""
-    best_s: float = math.inf
-    best: tuple[tuple[_Victim, Way], ...] | None = None
-    _detours: list[float] | None = None
-    _usable: dict[ReplicaId, Lazy[Way]] = field(default_factory=dict)
-
-    def run(
-        self, index: int, left: Mapping[str, int], cost_s: float, chosen: tuple[_Victim, ...]
-    ) -> None:
-        """Decide on the victims from `index` on."""
-        self.streams.steps_left -= 1
-        if all(size <= 0 for size in left.values()):
-            self._settle(chosen)
-            return
-        if self.streams.steps_left < 0 or not self._is_useful(
-            self._bound(index, left, cost_s, chosen)
-        ):
-            return
-        victim = self.victims[index]
-        rest = {name: size - victim.state.size_on(name) for name, size in left.items()}
-        if any(rest[name] < size for name, size in left.items() if size > 0):
-            self.run(index + 1, rest, cost_s + victim.least_s, (*chosen, victim))
-        self.run(index + 1, left, cost_s, chosen)
-
-    def _bound(
-        self, index: int, left: Mapping[str, int], cost_s: float, chosen: tuple[_Victim, ...]
-    ) -> float:
-        """Return what these victims and those that must still be chosen cost at least."""
-        need = sum(size for size in left.values() if size > 0)
-        count = len(chosen) + math.ceil(need / self._heaviest)
-        return (cost_s + self._detour_s(count)) * ROUNDING + _least_s(self.victims, index, need)
-
-    def _settle(self, chosen: tuple[_Victim, ...]) -> None:
-        """Find the cheapest destinations for this set of victims, if they can be the cheapest of all."""
-        least_s = [0.0]
-        for victim in reversed(chosen):
-            least_s.append(victim.least_s + least_s[-1])
-        if not self._is_useful((least_s[-1] + self._detour_s(len(chosen))) * ROUNDING):
-            return
-        least_s.reverse()
-        self._assign(chosen, least_s, 0, frozenset(), 0.0, ())
-
-    def _assign(
-        self, chosen: tuple[_Victim, ...], least_s: Sequence[float], index: int,
-        taken: frozenset[Slot], cost_s: float, ways: tuple[Way, ...],
-    ) -> None:  # fmt: skip
-        self.streams.steps_left -= 1
-        if index == len(chosen):
-            if self._is_useful(cost_s):
-                self.best_s, self.best = cost_s, tuple(zip(chosen, ways, strict=True))
-            return
-        for way in self._ways(chosen[index]):
-            after_s = cost_s + way.cost_s
-            if self.streams.steps_left < 0:
-                return
-            if not self._is_useful((after_s + least_s[index + 1]) * ROUNDING):
-                return
-            slots = [(way.node, device) for device in way.devices]
-            if taken.isdisjoint(slots):
-                self._assign(chosen, least_s, index + 1, taken.union(slots), after_s, (*ways, way))
-
-    def _ways(self, victim: _Victim) -> Lazy[Way]:
-        """Return the destinations that are not among the devices to be freed."""
-        found = self._usable.get(victim.state.replica)
-        if found is None:
-            every = self.streams.of(self.home, victim.state).all
-            here, wanted = self.home.node, self.wanted
-            rest = (w for w in every if w.node != here or wanted.isdisjoint(w.devices))
-            found = self._usable[victim.state.replica] = Lazy(rest)
-        return found
-
-    def _detour_s(self, count: int) -> float:
-        """Return what so many victims cost at least beyond the cheapest destination of each.
-
-        Each takes a device of its own, and a device costs whoever takes it no less than some detour: so
-        the least detours of so many devices, added up. Where every destination is one device, none
-        needs more destinations than there are victims: one of its cheapest is left by the others.
-        """
-        if self._detours is None:
-            self._detours = self._find_detours()
-        return self._detours[count] if count < len(self._detours) else math.inf
-
-    def _find_detours(self) -> list[float]:
-        count = len(self.victims)
-        if not all(self.streams.of(self.home, v.state).is_single for v in self.victims):
-            return [0.0] * (count + 1)
-        least: dict[Slot, float] = {}
-        for victim in self.victims:
-            for way in islice(self._ways(victim), count):
-                slot, more_s = (way.node, way.devices[0]), way.cost_s - victim.least_s
-                if more_s < least.get(slot, math.inf):
-                    least[slot] = more_s
-        sums = [0.0]
-        for more_s in sorted(least.values()):
-            sums.append(sums[-1] + more_s)
-        return sums
-
-    def _is_useful(self, cost_s: float) -> bool:
-        return cost_s < self.best_s and cost_s <= self.limit_s
-
-
-def _least_s(victims: Sequence[_Victim], index: int, need: int) -> float:
-    """Return what freeing so many bytes costs at least: parts of victims, the cheapest by byte first."""
-    cost_s = 0.0
-    for victim in islice(victims, index, None):
-        if need <= 0:
-            break
-        cost_s += victim.least_s * min(1.0, need / victim.weight)
-        need -= victim.weight
-    return cost_s * ROUNDING if need <= 0 else math.inf
-
-
-def cheapest_moves(
-    streams: Streams, home: NodeView, needs: Mapping[str, int], priority: int, limit_s: float
-) -> tuple[float, tuple[Move, ...]] | None:
-    """Return the cheapest moves for so many bytes on each device, idle replicas evicted, and their seconds.
-
-    None: there are none for at most `limit_s`. Sessions of a higher priority than `priority` stay.
-    """
-    left = {name: size - home.by_name[name].room for name, size in needs.items()}
-    left = {name: size for name, size in left.items() if size > 0}
-    victims = {
-        replica.replica: replica
-        for name in left
-        for replica in home.by_name[name].busy
-        if all(session.priority <= priority for session in replica.sessions)
-    }
-    floors = streams.view.floors
-    rough = _ordered(victims.values(), left, lambda replica: floors.least_s(home.node, replica))
-    if _least_s(rough, 0, sum(left.values())) > limit_s:
-        return None
-    exact = _ordered((v.state for v in rough), left, lambda replica: streams.least_s(home, replica))
-    heaviest = max((victim.weight for victim in exact), default=1)
-    search = _Search(streams, home, exact, frozenset(needs), limit_s, heaviest)
-    search.run(0, left, 0.0, ())
-    if search.best is None:
-        return None
-    return search.best_s, tuple(_move(streams, victim, way) for victim, way in search.best)
-
-
-def _move(streams: Streams, victim: _Victim, way: Way) -> Move:
-    sessions = tuple(session.session for session in victim.state.sessions)
-    return Move(victim.state.replica, sessions, streams.destination(victim.state, way))
-
-
-def _ordered(
-    replicas: Iterable[ReplicaState], left: Mapping[str, int], least_s: Callable[[ReplicaState], float]
-) -> list[_Victim]:  # fmt: skip
-    """Return those that can move at all, the cheapest by byte first."""
-    victims = [_Victim(r, sum(map(r.size_on, left)), least_s(r)) for r in replicas]
-    movable = [victim for victim in victims if victim.least_s < math.inf]
-    return sorted(movable, key=lambda v: (v.least_s / v.weight, v.state.replica))

@@ -22,7 +22,8 @@ from typing import Final
 
 from sllm_node.cluster.estimate import Source
 from sllm_node.cluster.floors import ROUNDING
-from sllm_node.cluster.moves import Move, Streams, cheapest_moves, evictions
+from sllm_node.cluster.move_search import cheapest_moves
+from sllm_node.cluster.moves import Move, Streams, evictions
 from sllm_node.cluster.node_view import DeviceView, NodeView
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
 from sllm_node.cluster.view import ClusterView
@@ -202,14 +203,19 @@ def _by_floor(
     view: ClusterView, request: PlacementRequest, best: Candidate | None
 ) -> Iterator[tuple[float, NodeId]]:
     """Yield the least that moves and load can take on each node that might beat `best`, least first."""
+    size, shares, floors = request.share_bytes, request.shares, view.floors
+    limit_s = best.startup_s if best else math.inf
+    known = floors.on_nodes(size, shares)
     heap: list[tuple[float, NodeId]] = []
-    for load_s, node in view.paths_within_reach(request.model, request.share_bytes):
-        if best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
+    for load_s, node in view.paths_within_reach(request.model, size):
+        if load_s >= limit_s and best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
             break
         while heap and heap[0][0] < load_s:
             yield heapq.heappop(heap)
-        floor_s = view.floors.on_node(view.nodes[node], request.share_bytes, request.shares)
-        if best is None or load_s + floor_s <= best.startup_s:
+        floor_s = known.get(node)
+        if floor_s is None:
+            floor_s = floors.on_node(view.nodes[node], size, shares)
+        if floor_s < math.inf and load_s + floor_s <= limit_s:
             heapq.heappush(heap, (load_s + floor_s, node))
     while heap:
         yield heapq.heappop(heap)
