@@ -3,7 +3,7 @@
     python -m scripts.bench.migration_simulated --trace code.csv [--seeds 20] [--only code-40,gamma-40]
 
 Three policies that differ in nothing else place the same requests: `ours`, `ours-without-moves` and
-`ours-preempting`. Loads are two minutes of the Azure code trace (from its second minute, CV 13), every request
+`ours-preempting`. Loads are a burst of the Azure code trace (40 seconds from its third minute), every request
 so many times, and Gamma arrivals (CV 8, 512 tokens out on average) at so many requests a second. Of each
 seed: P50 and P99 of the startup latency, and P50, P99 and sum of the pauses of sessions that moved or were stopped.
 Intervals are bootstraps of the median over seeds, of ratios those of the median of the seeds' ratios.
@@ -26,8 +26,8 @@ from sllm_node.sim.trace import Gamma, Row, cut, gamma_rows, read_rows, scaled
 RESULTS = figures.HERE / "results" / "migration_simulated.json"
 POLICIES = ("ours", "ours-without-moves", "ours-preempting")
 LOADS = ("code-40", "gamma-40", "gamma-80", "gamma-120")
-START_S, DURATION_S = 120.0, 120.0
-"""Of the trace."""
+START_S, DURATION_S = 180.0, 40.0
+"""Of the trace: the first burst in it that lasts."""
 
 
 def rows_of(load: str, trace: list[Row], seed: int) -> list[Row]:

@@ -9,11 +9,11 @@ sessions only grow) nor on what is asked for beyond its size, so it is made once
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from operator import attrgetter
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from sllm_node.cluster.estimate import resume_s
-from sllm_node.cluster.node_view import NodeView
+from sllm_node.cluster.node_view import DeviceView, NodeView
 from sllm_node.cluster.state import NodeId, ReplicaId, ReplicaState, ResumeFit
 from sllm_node.core.types import ModelId
 
@@ -53,12 +53,10 @@ class Place:
     """A node that could load a model now."""
 
     load_s: float
-    node: NodeId
-    path_at: float
-    """When what all devices share of the path is free."""
+    node: NodeView
     fit: ResumeFit | None
-    devices: tuple[tuple[float, tuple[str, ...]], ...]
-    """Each set of devices with when their queues end."""
+    devices: tuple[DeviceView, ...]
+    """That have room, by name."""
 
 
 class Floors:
@@ -91,14 +89,10 @@ class Floors:
             if node.room < size:
                 continue
             fitting = [d for d in node.devices if d.room >= size and model not in d.models]
-            sets = tuple(
-                (max(d.ready_at for d in chosen), tuple(d.name for d in chosen))
-                for chosen in combinations(sorted(fitting, key=lambda d: d.name), count)
-            )
-            held = node.held.get(model)
-            path_at = node.path_ready_at(self._view.path(model, node_id).source)
-            if sets:
-                yield Place(load_s, node_id, path_at, held.resume if held else None, sets)
+            if len(fitting) >= count:
+                held = node.held.get(model)
+                devices = tuple(sorted(fitting, key=attrgetter("name")))
+                yield Place(load_s, node, held.resume if held else None, devices)
 
     def least_s(self, home: NodeId, victim: ReplicaState) -> float:
         """Return a time that moving its sessions takes at least, now or later; infinite: no place."""
@@ -115,8 +109,9 @@ class Floors:
             held = node.held.get(victim.model)
             least_s = min(least_s, resume_s(held.resume if held else None, tokens, count))
         size = max(share.size for share in victim.shares)
+        quickest_s = resume_s(self._view.least_resume(victim.model), tokens, count)
         for place in self.places(victim.model, size, len(victim.shares)):
-            if place.load_s >= least_s:
+            if place.load_s + quickest_s >= least_s:
                 break
             least_s = min(least_s, place.load_s + resume_s(place.fit, tokens, count))
         return least_s

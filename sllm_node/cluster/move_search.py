@@ -58,7 +58,7 @@ class _Search:
         if all(size <= 0 for size in left.values()):
             self._settle(chosen)
             return
-        if self.streams.steps_left < 0 or not self._is_useful(
+        if self.streams.steps_left < 0 or not self._is_promising(
             self._bound(index, left, cost_s, chosen)
         ):
             return
@@ -79,7 +79,7 @@ class _Search:
             count += fewest
         if cost_s == math.inf:
             return cost_s
-        return (cost_s + self._detour_s(len(chosen) + math.ceil(count * ROUNDING))) * ROUNDING
+        return cost_s + self._detour_s(len(chosen) + math.ceil(count * ROUNDING))
 
     def _cover(self, name: str, index: int, need: int) -> tuple[float, float]:
         """Return what freeing a device takes at least: seconds and victims, of those from `index` on.
@@ -112,7 +112,7 @@ class _Search:
         least_s = [0.0]
         for victim in reversed(chosen):
             least_s.append(victim.least_s + least_s[-1])
-        if not self._is_useful((least_s[-1] + self._detour_s(len(chosen))) * ROUNDING):
+        if not self._is_promising(least_s[-1] + self._detour_s(len(chosen))):
             return
         least_s.reverse()
         self._assign(chosen, least_s, 0, frozenset(), 0.0, ())
@@ -130,7 +130,7 @@ class _Search:
             after_s = cost_s + way.cost_s
             if self.streams.steps_left < 0:
                 return
-            if not self._is_useful((after_s + least_s[index + 1]) * ROUNDING):
+            if not self._is_promising(after_s + least_s[index + 1]):
                 return
             slots = [(way.node, device) for device in way.devices]
             if taken.isdisjoint(slots):
@@ -171,6 +171,10 @@ class _Search:
         for more_s in sorted(least.values()):
             sums.append(sums[-1] + more_s)
         return sums
+
+    def _is_promising(self, bound_s: float) -> bool:
+        """Tell whether something of at least this cost may be useful; what is just as good is not."""
+        return bound_s < self.best_s and bound_s * ROUNDING <= self.limit_s
 
     def _is_useful(self, cost_s: float) -> bool:
         return cost_s < self.best_s and cost_s <= self.limit_s

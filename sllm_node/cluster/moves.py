@@ -12,6 +12,7 @@ import heapq
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Final, NamedTuple
 
 from sllm_node.cluster.estimate import resume_s
@@ -154,12 +155,14 @@ class Streams:
             while heap and heap[0].cost_s < place.load_s:
                 yield heapq.heappop(heap)
             load_resume_s = resume_s(place.fit, tokens, len(victim.sessions))
-            path_s = max(0.0, place.path_at - now)
-            for ready_at, devices in place.devices:
-                wait_s = max(path_s, ready_at - now)
+            name = place.node.node
+            path_at = place.node.path_ready_at(self.view.path(victim.model, name).source)
+            for chosen in combinations(place.devices, shares):
+                wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
+                devices = tuple(d.name for d in chosen)
                 cost_s = wait_s + place.load_s + load_resume_s
-                heapq.heappush(heap, Way(cost_s, place.node, devices))
-            loads += len(place.devices)
+                heapq.heappush(heap, Way(cost_s, name, devices))
+                loads += 1
             if loads >= LOADS_MAX:
                 self.is_cut = True
                 break

@@ -15,7 +15,7 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Final
 
-from sllm_node.cluster.estimate import LoadPath, Source, load_path, send_rate
+from sllm_node.cluster.estimate import RESUME_GUESS, LoadPath, Source, load_path, send_rate
 from sllm_node.cluster.floors import Floors
 from sllm_node.cluster.node_view import NodeView
 from sllm_node.cluster.state import (
@@ -23,6 +23,7 @@ from sllm_node.cluster.state import (
     HeldModel,
     NodeId,
     NodeState,
+    ResumeFit,
 )
 from sllm_node.core.types import ModelId
 
@@ -44,6 +45,7 @@ class _ModelIndex:
         "far_version",
         "free_slots",
         "holders",
+        "least_fit",
         "rates",
         "resident",
         "stale",
@@ -68,6 +70,8 @@ class _ModelIndex:
         """Nodes that have replicas of it, ready or not."""
         self.free_slots: int | None = None
         """Most places that one replica has free; None: to be looked up."""
+        self.least_fit: ResumeFit | None = None
+        """Not above that of any node; None: to be looked up."""
 
     @property
     def peer_rate(self) -> float:
@@ -162,6 +166,16 @@ class ClusterView:
         near_s = index.entries[0][0] if index.entries else math.inf
         return min(near_s, index.far[0][0] if index.far else math.inf)
 
+    def least_resume(self, model: ModelId) -> ResumeFit:
+        """Return what no node resumes sessions of the model quicker than."""
+        index = self._models[model]
+        if index.least_fit is None:
+            fits = [held.resume or RESUME_GUESS for held in index.holders.values()]
+            fits.append(RESUME_GUESS)
+            least_a = min(fit.a_s_per_token for fit in fits)
+            index.least_fit = ResumeFit(least_a, min(fit.b_s for fit in fits))
+        return index.least_fit
+
     def _paths_among(
         self, order: list[tuple[int, NodeId]], model: ModelId, size: int
     ) -> Iterable[tuple[float, NodeId]]:
@@ -238,6 +252,7 @@ class ClusterView:
         ):  # fmt: skip
             return
         index.stale.add(node)
+        index.least_fit = None
         rate = send_rate(held, new.state.bandwidths) if held and new else 0.0
         before = index.peer_rate, index.sizes
         if held:
