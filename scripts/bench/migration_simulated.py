@@ -7,12 +7,13 @@ Three policies that differ in nothing else place the same requests: `ours`, `our
 so many times, and Gamma arrivals (CV 8, 512 tokens out on average) at so many requests a second. Of each
 seed: P50 and P99 of the startup latency, and P50, P99 and sum of the pauses of sessions that moved or were stopped.
 Intervals are bootstraps of the median over seeds, of ratios those of the median of the seeds' ratios.
-Results go to results/migration_simulated.json, after each load.
+Results go to results/migration_simulated.json, after each seed.
 """
 
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from sllm_node.sim.trace import Gamma, Row, cut, gamma_rows, read_rows, scaled
 
 RESULTS = figures.HERE / "results" / "migration_simulated.json"
 POLICIES = ("ours", "ours-without-moves", "ours-preempting")
-LOADS = ("code-40", "gamma-40", "gamma-80", "gamma-120")
-START_S, DURATION_S = 180.0, 40.0
+LOADS = {"code-40": 40.0, "gamma-40": 90.0, "gamma-120": 30.0}
+"""Kind, how much of it, and how many seconds."""
+START_S = 180.0
 """Of the trace: the first burst in it that lasts."""
 
 
@@ -34,8 +36,8 @@ def rows_of(load: str, trace: list[Row], seed: int) -> list[Row]:
     """Return the requests of a load: what it is called says how many."""
     kind, much = load.split("-")
     if kind == "code":
-        return scaled(cut(trace, START_S, DURATION_S), float(much), seed)
-    return gamma_rows(Gamma(float(much), 8.0, 90.0, tokens_out=512.0), seed)
+        return scaled(cut(trace, START_S, LOADS[load]), float(much), seed)
+    return gamma_rows(Gamma(float(much), 8.0, LOADS[load], tokens_out=512.0), seed)
 
 
 def measures(report: Report) -> dict[str, float]:
@@ -52,14 +54,21 @@ def measures(report: Report) -> dict[str, float]:
     }  # fmt: skip
 
 
-def compare(described: Description, load: str, trace: list[Row], seeds: int) -> dict[str, Any]:
-    """Run all policies over all seeds."""
+def compare(
+    described: Description, load: str, trace: list[Row], seeds: int
+) -> Iterator[dict[str, Any]]:
+    """Run all policies over all seeds; after each seed, yield what is known so far."""
     each: dict[str, dict[str, list[float]]] = {policy: {} for policy in POLICIES}
     for seed in range(seeds):
         rows = rows_of(load, trace, seed)
         for policy in POLICIES:
             for name, value in measures(run(described, rows, policy, seed)).items():
                 each[policy].setdefault(name, []).append(value)
+        yield summary(each)
+
+
+def summary(each: dict[str, dict[str, list[float]]]) -> dict[str, Any]:
+    """Return medians and intervals, of each policy and of the ratios of ours to the others."""
     found: dict[str, Any] = {
         policy: {name: {**interval(values), "seeds": values} for name, values in of.items()}
         for policy, of in each.items()
@@ -83,18 +92,21 @@ def show(load: str, found: dict[str, Any], took_s: float) -> None:
 
 
 def save(load: str, found: dict[str, Any], options: argparse.Namespace) -> None:
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    path: Path = options.out
+    known = json.loads(path.read_text()) if path.exists() else {}
     known[load] = {
         "found": found, "machine": figures.describe_machine(), "commit": figures.commit(),
-        "cluster": options.cluster.name, "trace": options.trace.name, "seeds": options.seeds,
+        "cluster": options.cluster.name, "trace": options.trace.name,
+        "seeds": len(found["ours"]["requests"]["seeds"]),
     }  # fmt: skip
-    RESULTS.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--trace", type=Path, required=True)
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--only", default=",".join(LOADS))
     parser.add_argument(
         "--cluster", type=Path, default=figures.ROOT / "configs" / "simulation-64x8.toml"
@@ -105,9 +117,9 @@ def main() -> None:
         trace = read_rows(lines, str(options.trace))
     for load in options.only.split(","):
         begun = time.perf_counter()
-        found = compare(described, load, trace, options.seeds)
+        for found in compare(described, load, trace, options.seeds):
+            save(load, found, options)
         show(load, found, time.perf_counter() - begun)
-        save(load, found, options)
 
 
 if __name__ == "__main__":
