@@ -37,7 +37,7 @@ from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId, SessionId
 from sllm_node.core.units import GIB
 
-COMMAND = "python -m scripts.bench.placement --rounds 3 --record"
+COMMAND = "python -m scripts.bench.placement"
 DEVICE_BYTES = 140 * GIB
 MIXES = {
     "light": (0.35, 0.5, 0.4),
@@ -179,7 +179,8 @@ def main() -> None:
     if options.record:
         figures.record(
             "placements_per_s", median(rates["busy"]), rates["busy"],
-            note=noted({mix: median(of) for mix, of in rates.items()}), command=COMMAND,
+            note=noted({mix: median(of) for mix, of in rates.items()}),
+            command=f"{COMMAND} --rounds {options.rounds} --seconds {options.seconds:g} --record",
         )  # fmt: skip
 
 
