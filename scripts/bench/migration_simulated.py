@@ -1,6 +1,6 @@
 """What migration is worth in simulation, 64 nodes x 8 devices: moves against none, and against preemption.
 
-    python -m scripts.bench.migration_simulated --trace code.csv [--seeds 20] [--only code-40,gamma-40]
+    python -m scripts.bench.migration_simulated --trace code.csv [--seeds 20] [--only code-100,gamma-40]
 
 Three policies that differ in nothing else place the same requests: `ours`, `ours-without-moves` and
 `ours-preempting`. Loads are a burst of the Azure code trace (40 seconds from its third minute), every request
@@ -26,7 +26,7 @@ from sllm_node.sim.trace import Gamma, Row, cut, gamma_rows, read_rows, scaled
 
 RESULTS = figures.HERE / "results" / "migration_simulated.json"
 POLICIES = ("ours", "ours-without-moves", "ours-preempting")
-LOADS = {"code-40": 40.0, "gamma-40": 90.0, "gamma-120": 30.0}
+LOADS = {"code-100": 40.0, "gamma-40": 90.0, "gamma-120": 30.0}
 """Kind, how much of it, and how many seconds."""
 START_S = 180.0
 """Of the trace: the first burst in it that lasts."""
