@@ -232,6 +232,7 @@ class Replicas(Generic[CodecT]):
         report = hosted.lease.report
         if report is not None:
             fields |= {
+                "begun_s": round(report.begun_s, 5),
                 "weights_s": round(report.elapsed_s, 4),
                 "bytes_total": report.bytes_total,
                 "bytes_from_nvme": report.bytes_from_nvme,

@@ -50,6 +50,8 @@ class NodeProcess:
         self.folder = folder
         self.config = folder / "node.toml"
         self.log = folder / "node.log"
+        self.root = ROOT
+        """The source tree that it runs."""
         self.config.write_text(CONFIG.format(store=str(store), **{**DEFAULTS, **settings}) + extra)
         self.messages: list[str] = []
 
@@ -61,7 +63,7 @@ class NodeProcess:
         command = [sys.executable, "-m", "sllm_node", "serve", "--config", str(self.config)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, cwd=ROOT
+                command, stdout=log, stderr=log, env=environment, cwd=self.root
             )
         try:
             self.url = self._wait_ready()
