@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 from sllm_node.cluster.file import ClusterFile, load_cluster
+from sllm_node.cluster.hints import HINT
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.listing import Listing
 from sllm_node.cluster.messages import make_boot
@@ -66,9 +67,11 @@ class Cluster(Generic[CodecT]):
         self._texts = Texts(folder, self._client, load_codec, silence_s)
         serving = Serving(service, self.peers, clock, ping_s=file.timing.heartbeat_s)
         self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
-        handlers = {**serving.handlers(), **self.scaling.handlers()}
-        self._listener = Listener(trust, handlers, silence_s, self._refused)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
+        handlers = {
+            **serving.handlers(), **self.scaling.handlers(), HINT: self.router.hints.take,
+        }  # fmt: skip
+        self._listener = Listener(trust, handlers, silence_s, self._refused)
         self._closing = AsyncExitStack()
 
     async def start(self) -> None:

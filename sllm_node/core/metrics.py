@@ -165,6 +165,11 @@ class Metrics:
             "Requests placed, by way and whether on this node",
             ["way", "where"],
         )
+        self.hints = counter(
+            "sllm_hints",
+            "Loads begun while a request becomes tokens: followed by its session, or not; or no room",
+            ["outcome"],
+        )
         self.forwards = counter(
             "sllm_forwards", "Sessions passed on to peers, by peer and outcome", ["peer", "outcome"]
         )

@@ -49,6 +49,7 @@ from sllm_node.schedule.actions import (
 )
 from sllm_node.schedule.early import EarlySessions
 from sllm_node.schedule.estimate import LoadEstimator
+from sllm_node.schedule.hints import LONG_CHARACTERS, Hints
 from sllm_node.schedule.outlook import Outlook, Sources
 from sllm_node.schedule.ports import CodecT, Engines, Pins, Replica, WeightStore
 from sllm_node.schedule.replicas import Hosted, Replicas
@@ -102,6 +103,7 @@ class Service(Generic[CodecT]):
         self._drain_end = Alarm(clock, self._on_drain_end)
         self._ended_by_drain = 0
         self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
+        self._hints = Hints(self._scheduler, clock, metrics, self._ask_ahead, self._drop_ahead)
         self.on_change: Callable[[], None] = lambda: None
         """Called when something may have changed that other nodes place requests by."""
         self.pins: Pins | None = None
@@ -115,6 +117,19 @@ class Service(Generic[CodecT]):
         )
 
     # --- sessions -----------------------------------------------------------------------------
+
+    def expect(self, model: str, characters: int) -> None:
+        """Take note of a request whose text becomes tokens now: its model's load may begin meanwhile."""
+        if self.is_slow_to_read(ModelId(model), characters):
+            self.hint(ModelId(model))
+
+    def is_slow_to_read(self, model: ModelId, characters: int) -> bool:
+        """Tell whether a load gains from beginning before so long a prompt is tokens."""
+        return characters >= LONG_CHARACTERS or not self._replicas.codecs.has(model)
+
+    def hint(self, model: ModelId) -> bool:
+        """Begin a load for a session to come, if it can begin at once; tell whether it is on its way."""
+        return self._hints.take(model)
 
     async def prepare(self, model: str) -> CodecT:
         """Return the codec of `model`.
@@ -157,6 +172,7 @@ class Service(Generic[CodecT]):
         )
         self._sessions.add(stream)
         self._do(self._scheduler.on_request(ticket, self._clock.now()))
+        self._hints.followed(request.model)
         if stream.error is not None:
             raise stream.error
         if not stream.is_granted:
@@ -311,6 +327,7 @@ class Service(Generic[CodecT]):
 
     async def close(self) -> None:
         """End all sessions, loads and replicas."""
+        self._hints.close()
         self._do(self._scheduler.on_drain(self._clock.now()))
         self._drain_end.set(None)
         self._on_drain_end()
@@ -499,13 +516,27 @@ class Service(Generic[CodecT]):
 
     def _want(self, model: ModelId) -> asyncio.Future[None]:
         """Ask for `model` to be on the device; the future ends when it is, or can't be."""
+        return self._ask_for(model)[1]
+
+    def _ask_for(self, model: ModelId) -> tuple[TicketId, asyncio.Future[None]]:
         ticket = self._ticket(self._servable(model), is_session=False)
         waiter: asyncio.Future[None] = self._loop.create_future()
         # Looked at even when the caller is gone.
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._load_waiters[ticket.number] = waiter
         self._do(self._scheduler.on_request(ticket, self._clock.now()))
-        return waiter
+        return ticket.number, waiter
+
+    def _ask_ahead(self, model: ModelId) -> TicketId:
+        return self._ask_for(model)[0]
+
+    def _drop_ahead(self, model: ModelId, ticket: TicketId) -> None:
+        """Take a ticket back that nobody waits for; one that was granted leaves its model idle."""
+        now = self._clock.now()
+        if self._load_waiters.pop(ticket, None) is not None:
+            self._do(self._scheduler.on_cancel(ticket, now))
+        else:
+            self._do(self._scheduler.on_unused(model, now))
 
     def _model_status(self, checkpoint: Checkpoint) -> ModelStatus:
         model, hosted = checkpoint.model, self._replicas.get(checkpoint.model)

@@ -38,7 +38,7 @@ from sllm_node.server.openai import (
     prompts_of,
     wish_of,
 )
-from sllm_node.server.prompts import Prompts
+from sllm_node.server.prompts import Prompts, characters_of
 from sllm_node.server.responses import ChatShape, Choice, CompletionShape, Reply, Usage
 from sllm_node.server.service import GenerationService, Stream, TextCodec
 from sllm_node.server.stream import (
@@ -113,6 +113,7 @@ class Completions:
         shape: ChatShape | CompletionShape,
     ) -> web.StreamResponse:
         logs.model_id.set(request.model)
+        self._service.expect(request.model, characters_of(request))
         codec = await self._service.prepare(request.model)
         wish = wish_of(
             request,

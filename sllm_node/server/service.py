@@ -59,6 +59,9 @@ class GenerationService(Protocol):
     @property
     def is_draining(self) -> bool: ...
 
+    def expect(self, model: str, characters: int) -> None:
+        """Take note of a request whose text becomes tokens now; its model's load may begin meanwhile."""
+
     async def prepare(self, model: str) -> TextCodec:
         """Return the codec of `model`.
 

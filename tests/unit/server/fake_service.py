@@ -105,6 +105,7 @@ class FakeService:
         self.codec = FakeCodec()
         self.is_draining = False
         self.requests = []
+        self.expected = []
         self.keep_alives = []
         self.streams = []
         self.acts = []
@@ -116,6 +117,9 @@ class FakeService:
         self.make_stream = lambda request: FakeStream(
             chunks_of("Hello", logprobs=request.logprobs is not None)
         )
+
+    def expect(self, model, characters):
+        self.expected.append((model, characters))
 
     async def prepare(self, model):
         self._check(model)
