@@ -13,6 +13,7 @@ from sllm_node.cluster.listing import Listing
 from sllm_node.cluster.messages import make_boot
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.records import Desired
+from sllm_node.cluster.resumes import Resumes
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
@@ -56,6 +57,9 @@ class Cluster(Generic[CodecT]):
         self._listen = config.cluster.listen or address
         trust = open_trust(file, path, me, lambda: self.peers.boot)
         snapshot = Snapshot(me, BootId(str(boot)), service.outlook)
+        resumes = Resumes()
+        snapshot.fit_of = resumes.fit
+        service.on_session_end = resumes.observe
         place = Place(me, boot, path, file)
         self.peers = Peers(place, trust, snapshot, clock, metrics)
         self._listing: Listing | None = None

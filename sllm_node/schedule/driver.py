@@ -97,6 +97,8 @@ class Service(Generic[CodecT]):
         self._early = EarlySessions(config.engine.max_sessions)
         self._load_waiters: dict[TicketId, asyncio.Future[None]] = {}
         self._departures: dict[ModelId, asyncio.Future[None]] = {}
+        self._evicting: dict[ModelId, float] = {}
+        """When evictions under way began."""
         self._actions: deque[Action] = deque()
         self._is_acting = False
         self._alarm = Alarm(clock, self._on_timer)
@@ -106,6 +108,8 @@ class Service(Generic[CodecT]):
         self._hints = Hints(self._scheduler, clock, metrics, self._ask_ahead, self._drop_ahead)
         self.on_change: Callable[[], None] = lambda: None
         """Called when something may have changed that other nodes place requests by."""
+        self.on_session_end: Callable[[Stream], None] = lambda _: None
+        """Called with each session that ended here."""
         self.pins: Pins | None = None
         """Where pins outlive this process, if anywhere."""
         self.outlook = Outlook(
@@ -358,7 +362,9 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
             self._estimator.observe(hosted.lease.report)
-            self._estimator.observe_whole(hosted.lease.report, hosted.elapsed_s)
+            self._estimator.observe_whole(
+                hosted.lease.report, hosted.elapsed_s, is_kept=hosted.was_kept
+            )
         with suppress(SllmError):  # removed meanwhile: those who wait are served
             if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
                 self._do(self._scheduler.on_replaced(model, self._clock.now()))
@@ -371,6 +377,8 @@ class Service(Generic[CodecT]):
 
     def on_evicted(self, model: ModelId) -> None:
         """For `Replicas`: a replica is gone."""
+        if (began := self._evicting.pop(model, None)) is not None:
+            self._estimator.observe_eviction(self._clock.now() - began)
         departure = self._departures.pop(model, None)
         if departure is not None:
             departure.set_result(None)
@@ -387,6 +395,7 @@ class Service(Generic[CodecT]):
 
     def _stream_ended(self, stream: Stream, outcome: Outcome) -> None:
         self._telemetry.ended(stream, outcome, self._clock.now())
+        self.on_session_end(stream)
         self._early.drop(stream)
         if self._sessions.take(stream.ticket) is None:
             return  # the scheduler's own decision
@@ -421,6 +430,7 @@ class Service(Generic[CodecT]):
             case AbortLoad(model):
                 self._replicas.abort_load(model)
             case Evict(model, reason):
+                self._evicting[model] = self._clock.now()
                 self._replicas.start_eviction(model, reason, self)
             case Grant(ticket, model) if ticket in self._load_waiters:
                 self._load_waiters.pop(ticket).set_result(None)
@@ -437,14 +447,15 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         assert hosted is not None
         try:
-            generation = self._early.take(stream) or hosted.replica.submit(stream.request)
+            early = self._early.take(stream)
+            generation = early or hosted.replica.submit(stream.request)
         except SllmError as error:
             failure = error
         except Exception as error:
             log.exception("engine took no request", extra={"model": model})
             failure = EngineError(model, f"{type(error).__name__}: {error}")
         else:
-            stream.grant(generation)
+            stream.grant(generation, is_early=early is not None)
             self._telemetry.granted(stream)
             return
         self._end(stream.ticket, failure, Outcome.REFUSED)
@@ -508,7 +519,8 @@ class Service(Generic[CodecT]):
             self._engines.shares(checkpoint),
             self._estimator.load_s(
                 bytes_moved, from_nvme, from_remote, is_encoded=checkpoint.index.is_encoded
-            ),
+            )
+            + self._estimator.beside_s(is_kept=self._engines.is_kept(checkpoint)),
             priority,
             keep_alive_s,
             is_session,

@@ -63,6 +63,10 @@ class Stream:
         self.request = request
         self.opened = clock.now()
         self.granted: float | None = None
+        self.is_early = False
+        """It was computed before it was granted."""
+        self.cached_tokens = 0
+        """Of what was known of it, that needed no computing."""
         self.first_token: float | None = None
         self.tokens = 0
         """Output tokens passed on."""
@@ -137,9 +141,10 @@ class Stream:
         """Whether the session runs or ran."""
         return self.granted is not None
 
-    def grant(self, generation: Generation) -> None:
+    def grant(self, generation: Generation, *, is_early: bool = False) -> None:
         """Let the session run."""
         assert not self._is_ended
+        self.is_early = is_early
         self._generation = generation
         self.granted = self._clock.now()
         self.started.set()
@@ -157,6 +162,7 @@ class Stream:
         self.position += len(chunk.tokens)
         if chunk.tokens and self.first_token is None:
             self.first_token = self._clock.now()
+            self.cached_tokens = chunk.cached_tokens
         if chunk.finish is not None:
             self._end(Outcome(chunk.finish))
 

@@ -12,7 +12,7 @@ from sllm_node.schedule.outlook import ModelFacts
 class Outlook:
     slots = 4
     keeps_remotes = False
-    beside_s = 0.0
+    evict_s = 0.0
     is_draining = False
 
     def __init__(self, replicas, by_tier):
@@ -29,6 +29,9 @@ class Outlook:
 
     def capacities(self):
         return {"d": 400}
+
+    def beside_s(self, *, is_kept):
+        return 0.0
 
     def bandwidth(self, tier, *, is_encoded=False):
         return 1.0
