@@ -179,6 +179,7 @@ class Router(Generic[CodecT]):
         stream = self._service.open(request, keep_alive_s=keep_alive_s)
         home = HomeStream(stream, keep_alive_s, self._carry, self._homes.discard)
         self._homes.add(home)
+        home.choice = choice
         if choice is not None and choice.startup_s is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
             task = asyncio.create_task(self._watch(stream, choice), name="startup")
@@ -246,6 +247,11 @@ class Router(Generic[CodecT]):
             "model": model, "node": choice.node, "expected_s": round(choice.startup_s, 4),
             "startup_s": round(seconds, 4),
         })  # fmt: skip
+
+    def passed_on(self, node: NodeId, seconds: float) -> None:
+        """Count what this node added to tokens of a peer."""
+        if node != self._peers.me:
+            self._metrics.forward_added_seconds.labels(node).observe(seconds)
 
     def left(self, choice: Choice, model: str, outcome: str) -> None:
         """Count how a node's part in a session ended."""

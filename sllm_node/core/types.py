@@ -133,6 +133,20 @@ class SamplingParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class Startup:
+    """How a session came to run; None: not known, or not yet."""
+
+    node: str | None = None
+    """Where it runs, or ran last; in a cluster."""
+    way: str | None = None
+    """`serve`, `wait`, `load`, `evict` or `queue`, as it was placed; in a cluster."""
+    why: str | None = None
+    expected_s: float | None = None
+    startup_s: float | None = None
+    """From when it was asked for until it ran."""
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What the engine is asked for: tokens in, conditions of the end."""
 

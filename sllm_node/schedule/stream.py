@@ -22,6 +22,7 @@ from sllm_node.core.types import (
     RequestId,
     SessionId,
     SessionStatus,
+    Startup,
     TokenIds,
 )
 from sllm_node.schedule.actions import TicketId
@@ -109,6 +110,13 @@ class Stream:
     def status(self) -> ModelStatus | None:
         """Return how the model stands while the session waits for it, else None."""
         return None if self.started.is_set() else self._status()
+
+    def startup(self) -> Startup:
+        """Return how it came to run, as far as that is known."""
+        return Startup(startup_s=None if self.granted is None else self.granted - self.opened)
+
+    def passed_on(self) -> None:
+        """Take note that its client has what it gave so far: nothing to do."""
 
     def session_status(self) -> SessionStatus:
         """Return what `status` shows of the session."""

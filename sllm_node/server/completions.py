@@ -27,6 +27,7 @@ from sllm_node.core.types import (
     SessionId,
     TokenIds,
 )
+from sllm_node.server import explaining
 from sllm_node.server.faults import body_of
 from sllm_node.server.openai import (
     ChatRequest,
@@ -129,7 +130,7 @@ class Completions:
         streams = self._open(request, wish, prompts, limit)
         if request.stream:
             return await self._stream(http, job, streams)
-        return await self._collect(job, streams)
+        return await self._collect(http, job, streams)
 
     def _check_choices(self, request: ChatRequest | CompletionRequest) -> None:
         """Refuse a request whose sessions would never be taken all together."""
@@ -186,7 +187,9 @@ class Completions:
             raise
         return streams
 
-    async def _collect(self, job: Job, streams: Sequence[Stream]) -> web.Response:
+    async def _collect(
+        self, http: web.Request, job: Job, streams: Sequence[Stream]
+    ) -> web.Response:
         """Wait for all choices and answer with one object."""
         async with merged(streams) as queue:
             async for item in items(queue, streams, self._config.progress_interval_s):
@@ -194,7 +197,8 @@ class Completions:
                     for index, chunk in item:
                         job.add(index, chunk)
         whole = job.shape.whole(job.reply, job.choices, job.usage)
-        return web.Response(body=orjson.dumps(whole), content_type="application/json")
+        told = explaining.headers(streams) if explaining.is_wished(http) else {}
+        return web.Response(body=orjson.dumps(whole), content_type="application/json", headers=told)
 
     # --- streaming ----------------------------------------------------------------------------
 
@@ -233,11 +237,17 @@ class Completions:
         async with merged(streams) as queue:
             async for item in items(queue, streams, self._config.progress_interval_s):
                 if not response.prepared:
+                    if explaining.is_wished(http):
+                        response.headers.update(explaining.headers(streams))
                     await self._begin(http, response, writer, job)
                 if isinstance(item, ModelStatus):
                     await writer.comment(progress_text(item))
                 else:
                     await writer.data(*_pieces(job, item))
+                    for index, _ in item:
+                        streams[index].passed_on()
+        if explaining.is_wished(http):
+            await writer.comment(explaining.comment(streams))
         await self._end(writer, job)
 
     async def _begin(

@@ -8,6 +8,7 @@ from sllm_node.core.types import (
     GenerationRequest,
     ModelStatus,
     SessionStatus,
+    Startup,
     TokenIds,
 )
 
@@ -51,6 +52,12 @@ class Stream(Protocol):
 
     def status(self) -> ModelStatus | None:
         """Return how the model stands while the session waits for it, else None."""
+
+    def startup(self) -> Startup:
+        """Return how it came to run, as far as that is known."""
+
+    def passed_on(self) -> None:
+        """Take note that all that it gave so far was written to its client."""
 
 
 class GenerationService(Protocol):

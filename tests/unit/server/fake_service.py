@@ -11,6 +11,7 @@ from sllm_node.core.types import (
     ModelStatus,
     SessionId,
     SessionStatus,
+    Startup,
     Tier,
     TokenLogprob,
 )
@@ -50,6 +51,8 @@ class FakeStream:
         self._status = status
         self.cancelled = asyncio.Event()
         self.is_ended = False
+        self.startup_ = Startup()
+        self.passes = 0
 
     async def __anext__(self):
         if self._gate is not None and not self._gate.is_set():
@@ -65,6 +68,12 @@ class FakeStream:
             await chunk.wait()
             return await self.__anext__()
         return chunk
+
+    def startup(self):
+        return self.startup_
+
+    def passed_on(self):
+        self.passes += 1
 
     def cancel(self):
         if not self.is_ended:
