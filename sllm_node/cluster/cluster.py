@@ -22,6 +22,7 @@ from sllm_node.cluster.state import BootId
 from sllm_node.cluster.texts import Texts
 from sllm_node.cluster.transport import Client, Listener
 from sllm_node.cluster.trust import open_trust
+from sllm_node.cluster.wishes import WISH, Reach, Wishes
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
 from sllm_node.core.errors import ConfigError, MessageError
@@ -72,8 +73,11 @@ class Cluster(Generic[CodecT]):
         serving = Serving(service, self.peers, clock, ping_s=file.timing.heartbeat_s)
         self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
+        reach = Reach(self.peers, self._listing)
+        self.wishes = Wishes(journal, self.router.status, reach)
         handlers = {
             **serving.handlers(), **self.scaling.handlers(), HINT: self.router.hints.take,
+            WISH: self.wishes.take,
         }  # fmt: skip
         self._listener = Listener(trust, handlers, silence_s, self._refused)
         self._closing = AsyncExitStack()
@@ -139,10 +143,10 @@ class Cluster(Generic[CodecT]):
         }  # fmt: skip
 
     def _desired(self) -> tuple[Desired, ...]:
-        """Return the replicas that are desired: where file and directory both say, the directory counts."""
+        """Return the replicas that are desired: the file counts before operators, the directory before it."""
         wishes = {wish.model: wish for wish in self.peers.desired()}
-        if self._listing is not None:
-            wishes.update((wish.model, wish) for wish in self._listing.desired())
+        told = {wish.model: wish for wish in self.wishes.desired()}
+        wishes = {**told, **wishes} if self._listing is None else {**wishes, **told}
         return tuple(wish for _, wish in sorted(wishes.items()))
 
     def _refused(self, error: MessageError) -> None:

@@ -109,7 +109,8 @@ class Snapshot:
             for one in facts
         )
         slots = self._outlook.slots
-        is_full = len(sessions) >= slots or view.is_leaving
+        # One that leaves gives its places to nobody: who waits there waits for it to be loaded anew.
+        is_full = len(sessions) >= slots and not view.is_leaving
         idle_s = 0.0 if sessions else max(0.0, now - view.last_used)
         return ReplicaState(
             replica=ReplicaId(view.model),

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import orjson
 from aiohttp import web
 
@@ -83,11 +84,14 @@ class Completions:
     def __init__(
         self,
         service: GenerationService,
+        resolve: Callable[[str], str],
         config: ServerConfig,
         clock: Clock,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
     ) -> None:
         self._service = service
+        self._resolve = resolve
+        """From a client's name of a model to the model."""
         self._config = config
         self._clock = clock
         self._draw_seed = draw_seed
@@ -113,6 +117,7 @@ class Completions:
         request: ChatRequest | CompletionRequest,
         shape: ChatShape | CompletionShape,
     ) -> web.StreamResponse:
+        request = msgspec.structs.replace(request, model=self._resolve(request.model))
         logs.model_id.set(request.model)
         self._service.expect(request.model, characters_of(request))
         codec = await self._service.prepare(request.model)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from sllm_node.cluster.records import Desired
 from sllm_node.core.types import (
     GenerationChunk,
     GenerationRequest,
@@ -58,6 +59,29 @@ class Stream(Protocol):
 
     def passed_on(self) -> None:
         """Take note that all that it gave so far was written to its client."""
+
+
+class Wishes(Protocol):
+    """What operators wish for, and what holds of it; `cluster.wishes.Wishes` satisfies it.
+
+    Wishing returns the peers that do not know of it yet.
+    """
+
+    def resolve(self, name: str) -> str:
+        """Return the model that clients mean by `name`."""
+
+    def aliases(self) -> dict[str, str]:
+        """Return the model behind each alias."""
+
+    def desired(self) -> tuple[Desired, ...]: ...
+
+    async def set_alias(self, name: str, model: str) -> list[str]: ...
+
+    async def drop_alias(self, name: str) -> list[str]: ...
+
+    async def scale(self, desired: Desired) -> list[str]: ...
+
+    async def unscale(self, model: str) -> list[str]: ...
 
 
 class GenerationService(Protocol):

@@ -74,6 +74,11 @@ def test_what_is_loaded_or_overdue_keeps_nothing_busy():
     assert (made.nvme_done_s, made.link_done_s) == (0.0, 0.0)
 
 
+def test_nobody_is_to_wait_for_a_replica_that_leaves():
+    leaving = replica("m", 0.0, ModelState.READY, is_leaving=True)
+    assert state([leaving], {"m": {}}).replicas[0].next_free_s is None
+
+
 def test_who_leaves_and_who_waits_is_told():
     made = state([replica("m", 0.0, ModelState.READY, is_leaving=True)], {"m": {}})
     assert made.replicas[0].is_leaving

@@ -107,6 +107,42 @@ def status_of(model="m", **changes):
     )  # fmt: skip
 
 
+class FakeWishes:
+    """Keeps what is wished for; the node "c" is never told."""
+
+    def __init__(self):
+        self.names = {}
+        self.scales = {}
+        self.error = None
+
+    def resolve(self, name):
+        return self.names.get(name, name)
+
+    def aliases(self):
+        return self.names
+
+    def desired(self):
+        return tuple(self.scales.values())
+
+    async def set_alias(self, name, model):
+        if self.error is not None:
+            raise self.error
+        self.names[name] = model
+        return ["c"]
+
+    async def drop_alias(self, name):
+        del self.names[name]
+        return ["c"]
+
+    async def scale(self, desired):
+        self.scales[desired.model] = desired
+        return ["c"]
+
+    async def unscale(self, model):
+        del self.scales[model]
+        return ["c"]
+
+
 class FakeService:
     """Serves the model "m"."""
 
@@ -115,6 +151,7 @@ class FakeService:
         self.is_draining = False
         self.requests = []
         self.expected = []
+        self.wishes = FakeWishes()
         self.keep_alives = []
         self.streams = []
         self.acts = []
