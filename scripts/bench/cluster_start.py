@@ -107,10 +107,10 @@ class Rig:
 def _collect(target: NodeProcess, asked: dict[str, tuple[str, Answer]], found: Figures) -> None:
     """Join what clients saw with what the target's log says of its loads."""
     ends: dict[str, list[float]] = defaultdict(list)
-    for line in cluster_nodes.events(target, "load finished"):
+    for line in target.events("load finished"):
         ends[line["model"]].append(line["begun_s"])
     starts: dict[str, list[float]] = defaultdict(list)
-    for line in cluster_nodes.events(target, "load started"):
+    for line in target.events("load started"):
         starts[line["model"]].append(datetime.fromisoformat(line["time"]).timestamp())
     loads = sorted(one for model in starts for one in zip(starts[model], ends[model], strict=True))
     told = sorted(asked.values(), key=lambda one: one[1].sent_at)
