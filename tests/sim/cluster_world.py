@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sllm_node.cluster.file import parse_cluster
+from sllm_node.cluster.hints import HINT
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
@@ -172,7 +173,9 @@ class WorldNode:
         self.scaling = Scaling(
             made.service, self.peers, desired, clock, made.metrics, self.fetching
         )
-        self.handlers = {**self.serving.handlers(), **self.scaling.handlers()}
+        self.handlers = {
+            **self.serving.handlers(), **self.scaling.handlers(), HINT: self.router.hints.take,
+        }  # fmt: skip
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
         self.scaling.start(client)  # type: ignore[arg-type]

@@ -195,9 +195,9 @@ async def test_after_a_restart_what_has_come_stays_usable(tmp_path, pair):
     load.cancel()
     await asyncio.gather(load, return_exceptions=True)
     await node.store.settled(A)
+    await asyncio.to_thread(node.tier._partials[A].wait_settled)
     here = node.store.residency(A)[Tier.NVME]
     assert 0 < here < len(data)
-    await asyncio.to_thread(node.tier._partials[A].wait_settled)
     sender.before = lambda: None
     shutil.copytree(tmp_path / "b", tmp_path / "later")
     async with Receiver(tmp_path / "later", node.files._trust, [sender]) as other:
@@ -333,6 +333,7 @@ async def test_a_load_that_is_stopped_lets_the_sender_stop(pair):
     load.cancel()
     await asyncio.gather(load, return_exceptions=True)
     await node.store.settled(A)
+    await asyncio.to_thread(node.tier._partials[A].wait_settled)
     assert node.store.residency(A)[Tier.NVME] > 0
     await node.fetching.close()
     with pytest.raises(RemoteUnreachableError, match="leaves the cluster"):
