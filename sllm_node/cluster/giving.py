@@ -39,6 +39,8 @@ from sllm_node.core.types import ModelId, NodeId
 
 log = logging.getLogger(__name__)
 
+_LOOK_S: Final = 0.5
+"""A thread whose peer takes nothing looks this often whether it is still to write."""
 _BATCH_FRAMES: Final = 4
 """Made by one job of a thread."""
 
@@ -169,15 +171,16 @@ class _Sending:
     def _write(self, peer: socket.socket, frame: memoryview, silence_s: float) -> None:
         ready = select.poll()
         ready.register(peer, select.POLLOUT)
-        done = 0
+        done, silent_s = 0, 0.0
         while done < len(frame):
-            if self._is_stopped:
-                raise ConnectionResetError("nobody waits for it any more")
+            if self._is_stopped or silent_s > silence_s:
+                raise ConnectionResetError("nobody waits for it any more, or takes it")
             try:
                 done += peer.send(frame[done:])
+                silent_s = 0.0
             except BlockingIOError:
-                if not ready.poll(1e3 * silence_s):
-                    raise ConnectionResetError("the peer takes nothing") from None
+                if not ready.poll(1e3 * _LOOK_S):
+                    silent_s += _LOOK_S
             except OSError as error:
                 raise ConnectionResetError(str(error)) from error
 

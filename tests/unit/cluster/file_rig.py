@@ -8,6 +8,7 @@ from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.checkpoint.given import Given
 from sllm_node.cluster.fetching import Fetching
 from sllm_node.cluster.file import LimitsConfig
+from sllm_node.cluster.file_messages import AskFile, unpack_ask
 from sllm_node.cluster.files import PeerFiles
 from sllm_node.cluster.giving import Giving
 from sllm_node.cluster.state import Bandwidths, BootId, HeldModel, NodeState
@@ -33,15 +34,19 @@ class Sender:
         self.giving = Giving(Given(self.catalog), at_once, self.metrics)
         self.asked = 0
         self.refused: list[Any] = []
+        self.asks: list[AskFile] = []
         self.before = lambda: None
+        self.instead: Any = None
+        """Answers in its place."""
         self.address = f"127.0.0.1:{free_port()}"
         self.trust = trust
         self.listener: Listener
 
     async def file(self, sender, payload, reply):
         self.asked += 1
+        self.asks.append(unpack_ask(payload))
         self.before()
-        await self.giving.file(sender, payload, reply)
+        await (self.instead or self.giving.file)(sender, payload, reply)
 
     async def start(self):
         self.listener = Listener(self.trust, {"file": self.file}, 5.0, self.refused.append)

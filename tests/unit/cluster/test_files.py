@@ -128,6 +128,23 @@ async def test_a_sender_that_dies_in_the_middle_is_followed_by_another(trio):
     node.unload("a")
 
 
+async def test_another_sender_goes_on_where_one_died_in_the_middle_of_a_range(trio):
+    first, second, node, data = trio
+    await node.fetching.ensure("a")
+
+    async def cut(sender, payload, reply):
+        size = unpack_ask(payload).size
+        await reply.send(pack(FileHead(size, size)))
+        await reply.send(data[:100_000])
+        raise ConnectionResetError
+
+    first.instead = cut
+    await node.tier.pull("a")
+    assert (node.root / "a" / SHARD).read_bytes() == data[:704_512]
+    asked = [(ask.name, ask.first) for ask in second.asks if ask.name == SHARD]
+    assert asked == [(SHARD, 100_000)]
+
+
 async def test_a_busy_sender_is_passed_over(trio):
     first, second, node, data = trio
     await node.fetching.ensure("a")
