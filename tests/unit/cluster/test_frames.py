@@ -1,7 +1,7 @@
 import io
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm_node.cluster.frames import FRAME_LIMIT, FramePuller, FrameReader, FrameWriter, only
@@ -93,6 +93,7 @@ def pulling(data, secret=SECRET):
 
 
 @given(st.lists(st.binary(min_size=1, max_size=40), max_size=6), st.sampled_from([None, SECRET]))
+@settings(deadline=None)
 def test_frames_that_are_filled_in_place_are_the_same(payloads, secret):
     writer = FrameWriter(secret)
     filled = []
@@ -110,6 +111,7 @@ def test_frames_that_are_filled_in_place_are_the_same(payloads, secret):
 
 
 @given(st.integers(min_value=0), st.integers(1, 255))
+@settings(deadline=None)
 def test_no_frame_with_a_changed_bit_is_pulled(place, change):
     data = bytearray(b"".join(framed([b"one", b"two"])))
     data[place % len(data)] ^= change
