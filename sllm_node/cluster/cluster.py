@@ -64,11 +64,12 @@ class Cluster(Generic[CodecT]):
         silence_s = file.timing.dead_s
         folder = Path(config.store.path) / ".cluster" / me
         self._texts = Texts(folder, self._client, load_codec, silence_s)
-        serving = Serving(service, self.peers, clock, ping_s=file.timing.heartbeat_s)
-        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
-        handlers = {**serving.handlers(), **self.scaling.handlers()}
-        self._listener = Listener(trust, handlers, silence_s, self._refused)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
+        vacating = self.router.vacating
+        serving = Serving(service, self.peers, vacating, clock, ping_s=file.timing.heartbeat_s)
+        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
+        handlers = {**serving.handlers(), **self.scaling.handlers(), **vacating.handlers()}
+        self._listener = Listener(trust, handlers, silence_s, self._refused)
         self._closing = AsyncExitStack()
 
     async def start(self) -> None:
@@ -122,6 +123,7 @@ class Cluster(Generic[CodecT]):
             "version": state.version,
             "peers": self.peers.status(),
             "migrations": self.router.moves(),
+            "vacates": self.router.vacating.recent(),
             "nodes": nodes,
             "scaling": self.scaling.status(),
             "directory": None if self._listing is None else self._listing.status(),

@@ -100,7 +100,7 @@ class World:
         self.ended_streams = []
         self.clock = ManualClock()
         self.here, self.local = [], []
-        self.moves = []
+        self.moves, self.leaves = [], []
         self.extends, self.extend_script = [], []
         self.let_go = asyncio.Event()
 
@@ -172,7 +172,10 @@ class World:
             self.clock.advance(timeout_s)
         return self.is_heard
 
-    def open_local(self, request, keep_alive_s):
+    def leave(self, session, node, wish):
+        self.leaves.append((session, node, wish))
+
+    def open_local(self, request, keep_alive_s, choice):
         stream = LocalStream(self.here, len(request.resumed))
         self.local.append((request, stream))
         return stream
