@@ -273,9 +273,13 @@ class RoutedStream:
                     raise MessageFormatError(what)
                 self._give(chunk)
                 return chunk.finish is not None
-            case Leave():
-                self._ways.leave(self.request.session, part.choice.node, record)
+            case Leave() | Standing():
+                self._asked(part, record)
         return False
+
+    def _asked(self, part: Part, record: Leave | Standing) -> None:
+        if isinstance(record, Leave):  # how far the owner is, its tokens tell
+            self._ways.leave(self.request.session, part.choice.node, record)
 
     def _granted(self, choice: Choice) -> None:
         self._is_running = True
