@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 
 import aiohttp
 import pytest
@@ -177,3 +178,78 @@ async def test_a_node_killed_during_a_move_costs_no_token(trio, victim):
     assert (found.text, found.tokens) == (unmoved.text, unmoved.tokens)
     assert found.usage["completion_tokens"] == 460
     await nodes.until(a.url, "/admin/status", quiet)
+
+
+POSITIONS = 32768
+"""A session that is not at its end when a test is."""
+
+
+@pytest.fixture
+def example(tmp_path):
+    """Make the paper's nodes: b lies on east only, which has room for one; west has a, and gate nothing."""
+    file = nodes.make_cluster(tmp_path / "shared", ["east", "gate", "west"])
+    stores = {name: tmp_path / f"{name}-store" for name in ("east", "gate", "west")}
+    for store in stores.values():
+        store.mkdir()
+    make_checkpoint(
+        stores["east"], "a", seed=3, chunk_bytes=65536, max_position_embeddings=POSITIONS
+    )
+    make_checkpoint(
+        stores["east"], "b", seed=4, chunk_bytes=65536, max_position_embeddings=POSITIONS
+    )
+    shutil.copytree(stores["east"] / "a", stores["west"] / "a")
+    room = {"memory_bytes": 20 << 20, "kv_cache_bytes": 16 << 20}
+    made = [nodes.made(tmp_path, name, store, file, **room) for name, store in stores.items()]
+    with nodes.running(*made) as example:
+        yield example
+
+
+def has_moved(report):
+    return any(move["gap_s"] is not None for move in report["cluster"]["migrations"])
+
+
+async def warm(node, model):
+    """Have the model in the node's DRAM, and not on its device."""
+    for what in ("load", "unload"):
+        assert (await nodes.post(node.url, f"/admin/models/{model}/{what}", {}))[0] == 200
+
+
+async def test_a_model_starts_from_dram_where_another_runs_and_that_ones_reader_sees_one_gap(
+    example,
+):
+    east, gate, west = example
+    await nodes.sees(gate, "east", "west")
+    await warm(east, "b")
+    await warm(west, "a")
+    assert (await nodes.post(east.url, "/admin/models/a/load", {}))[0] == 200
+    reader, reached, count = nodes.Streamed(), asyncio.Event(), 8
+    ask_a = ask("Hello there", 30_000, model="a")
+
+    def at(_):
+        if len(reader.tokens) >= count:
+            reached.set()
+
+    reading = asyncio.create_task(reader.read(gate.url, ask_a, at))
+    await reached.wait()
+    assert nodes.serving(gate, east, west) is east
+    status, told = await nodes.post(gate.url, "/v1/completions", ask("Hi", 20, model="b"))
+    assert (status, told["usage"]["completion_tokens"]) == (200, 20)
+
+    load = nodes.events(east, "load finished")[-1]
+    assert (load["model"], load["bytes_from_nvme"]) == ("b", 0)
+    told = await nodes.until(gate.url, "/admin/status", has_moved)
+    assert len(told["cluster"]["migrations"]) == 1
+    (left,) = nodes.events(east, "sessions have left")
+    (ended,) = nodes.events(gate, "session move ended")
+    assert (left["outcome"], left["sessions"], left["to"]) == ("freed", 1, ["west"])
+    assert (ended["outcome"], ended["reason"], ended["vacate"]) == (
+        "moved", "placement", left["vacate"],
+    )  # fmt: skip
+    count = len(reader.tokens) + 20
+    reached.clear()
+    await reached.wait()
+    reading.cancel()
+    unmoved = await nodes.Streamed().read(west.url, {**ask_a, "max_tokens": count})
+    assert reader.tokens[:count] == unmoved.tokens
+    for node in example:
+        await nodes.until(node.url, "/admin/status", quiet)
