@@ -128,6 +128,10 @@ class Vacates:
         """Return the models that room is made for."""
         return tuple(self._active)
 
+    def under_way(self) -> tuple[Vacate, ...]:
+        """Return those that have no outcome yet."""
+        return tuple(self._active.values())
+
     def next_timer(self) -> float | None:
         """Return when `on_timer` is to be called, if ever."""
         return min((vacate.until for vacate in self._active.values()), default=None)

@@ -107,8 +107,9 @@ class Vacating:
                 self._do(self._vacates.on_news(model, view, self._clock.now()))
 
     def recent(self) -> list[dict[str, Any]]:
-        """Return the last vacates, the newest first."""
-        return [vacate.fields() for vacate in reversed(self._recent)]
+        """Return the vacates under way, then the last ones, the newest first."""
+        shown = (*self._vacates.under_way(), *reversed(self._recent))
+        return [vacate.fields() for vacate in shown]
 
     # --- for those who pass sessions on -------------------------------------------------------
 
