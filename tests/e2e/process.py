@@ -1,5 +1,6 @@
 """A real node as a child process, ready when it says so, its log kept for the failure report."""
 
+import json
 import os
 import re
 import select
@@ -9,6 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Self
+
+from tests.e2e.braked import BRAKE
 
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 60.0
@@ -44,21 +47,51 @@ DEFAULTS = {
 
 
 class NodeProcess:
-    """`with NodeProcess(folder, store, extra="…", memory_bytes=…) as node: node.url`."""
+    """`with NodeProcess(folder, store, extra="…", memory_bytes=…) as node: node.url`.
 
-    def __init__(self, folder: Path, store: Path, extra: str = "", **settings):
+    One that is `braked` can be made to decode slowly.
+    """
+
+    def __init__(
+        self, folder: Path, store: Path, extra: str = "", *, braked: bool = False, **settings
+    ):
         self.folder = folder
+        self.program = "tests.e2e.braked" if braked else "sllm_node"
+        self._brake = folder / BRAKE
         self.config = folder / "node.toml"
         self.log = folder / "node.log"
         self.config.write_text(CONFIG.format(store=str(store), **{**DEFAULTS, **settings}) + extra)
         self.messages: list[str] = []
+        self._marked = 0
+
+    def brake(self) -> None:
+        """From now on sessions decode so slowly that none ends before `release`."""
+        assert self.program != "sllm_node", "this node was started without a brake"
+        self._brake.touch()
+
+    def release(self) -> None:
+        """Let sessions decode as fast as they can."""
+        self._brake.unlink(missing_ok=True)
+
+    def mark(self) -> None:
+        """Let `events` leave out what has been logged so far."""
+        self._marked = self.log.stat().st_size
+
+    def events(self, event: str) -> list[dict]:
+        """Return the log lines with this event, since the start or the last mark."""
+        with self.log.open("rb") as log:
+            log.seek(self._marked)
+            lines = [line for line in log if event.encode() in line]
+        found = [json.loads(line) for line in lines if line[:1] == b"{" and line[-1:] == b"\n"]
+        return [line for line in found if line["event"] == event]
 
     def __enter__(self) -> Self:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = f"\0sllm-e2e-{os.getpid()}-{id(self)}"
         self._socket.bind(address)
+        self._marked = 0
         environment = {**os.environ, "NOTIFY_SOCKET": "@" + address[1:], "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-m", "sllm_node", "serve", "--config", str(self.config)]
+        command = [sys.executable, "-m", self.program, "serve", "--config", str(self.config)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, env=environment, cwd=ROOT
@@ -71,6 +104,11 @@ class NodeProcess:
             self._socket.close()
             raise
         return self
+
+    def start_again(self) -> None:
+        """Start anew what was killed or has ended."""
+        self.__exit__(None, None, None)
+        self.__enter__()
 
     def _wait_ready(self) -> str:
         ended = os.pidfd_open(self.process.pid)

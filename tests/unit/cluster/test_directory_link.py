@@ -22,7 +22,8 @@ from sllm_node.cluster.records import Desired, KnownPeer, Registration
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.errors import InvalidRequestError
 from sllm_node.core.types import ModelId, NodeId
-from tests.etcd import Etcd, free_port, make_members, needs_etcd
+from tests.etcd import Etcd, make_members, needs_etcd
+from tests.ports import free_port
 
 LONG_S = 90.0
 MODEL = Registration(ModelId("m"), "s3://bucket/m")

@@ -18,7 +18,8 @@ from sllm_node.core.errors import (
     EtcdUnreachableError,
 )
 from sllm_node.core.types import NodeId
-from tests.etcd import Etcd, free_port, needs_etcd
+from tests.etcd import Etcd, needs_etcd
+from tests.ports import free_port
 
 LONG_S = 60.0
 
