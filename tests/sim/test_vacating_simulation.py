@@ -196,12 +196,35 @@ async def test_a_node_that_dies_meanwhile_costs_no_token_and_the_request_is_plac
     _, reading = await running(world, "gate", 150)
     wanted = asyncio.create_task(read(world.open("gate", "b")))
     await asyncio.sleep(0.5)
+    assert outcomes(world) == ["leaving"]
     await world["east"].crash()
-    assert outcomes(world) == []  # in the middle of it
     await asyncio.sleep(1.0)
     world["east"].start()
     assert await wanted == count(20)
     assert await reading == count(150)
+
+
+@in_world()
+async def test_an_entry_that_dies_meanwhile_makes_room_as_well(world):
+    _, reading = await running(world, "gate", 1000)
+    wanted = asyncio.create_task(read(world.open("west", "b")))
+    await asyncio.sleep(0.5)
+    reading.cancel()
+    assert outcomes(world) == ["leaving"]
+    await world["gate"].crash()
+    assert await wanted == count(20)
+    assert outcomes(world) == ["freed"]
+
+
+@in_world()
+async def test_a_destination_that_dies_meanwhile_ends_it_and_the_sessions_go_on(world):
+    _, reading = await running(world, "gate", 60)
+    wanted = asyncio.create_task(read(world.open("gate", "b")))
+    await asyncio.sleep(0.5)
+    await world["west"].crash()
+    assert await wanted == count(20)
+    assert await reading == count(60)
+    assert outcomes(world) == ["refused"]
 
 
 @in_world()
