@@ -219,7 +219,7 @@ def _show_scaling(scaled: list[dict[str, Any]]) -> None:
 
 def _show_moves(report: dict[str, Any]) -> None:
     """Show the last moves of readers' sessions, and for which models this node's sessions left."""
-    moves = [
+    moves: list[tuple[str, ...]] = [
         (
             one["session"], f"{one['origin']} to {one['to']}", one["reason"], one["vacate"],
             one["outcome"], "" if one["gap_s"] is None else f"{1e3 * one['gap_s']:.0f}",
@@ -227,9 +227,8 @@ def _show_moves(report: dict[str, Any]) -> None:
         for one in report["migrations"][:MOVES_SHOWN]
     ]  # fmt: skip
     if moves:
-        columns = ("moved session", "nodes", "why", "for", "outcome", ">gap ms")
-        print_table(columns, moves)
-    vacates = [
+        print_table(("moved session", "nodes", "why", "for", "outcome", ">gap ms"), moves)
+    vacates: list[tuple[str, ...]] = [
         (
             one["model"], one["vacate"], ", ".join(one["replicas"]), ", ".join(one["to"]),
             str(one["sessions"]), one["outcome"], f"{one['seconds']:.3f}",
@@ -237,8 +236,8 @@ def _show_moves(report: dict[str, Any]) -> None:
         for one in report["vacates"][:MOVES_SHOWN]
     ]  # fmt: skip
     if vacates:
-        columns = ("room for", "by", "from", "its sessions to", ">sessions", "outcome", ">after s")
-        print_table(columns, vacates)
+        heads = ("room for", "by", "from", "its sessions to", ">sessions", "outcome", ">after s")
+        print_table(heads, vacates)
 
 
 def _tier_of(model: dict[str, Any]) -> str:
