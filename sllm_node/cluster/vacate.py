@@ -212,6 +212,10 @@ class Vacates:
             replace(one, stays=one.stays or is_kept or self._stays.get(one.session, now) > now)
             for one in replica.sessions
         )
+        if any(replica.replica in vacate.ask.frees for vacate in self._active.values()):
+            return replace(
+                replica, sessions=sessions, next_free_s=None
+            )  # it has no turn to wait for
         return replica if sessions == replica.sessions else replace(replica, sessions=sessions)
 
     def _replica(self, vacate: Vacate, now: float) -> ReplicaState:

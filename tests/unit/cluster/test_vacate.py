@@ -131,6 +131,15 @@ def test_others_see_the_model_coming_and_its_memory_taken():
     assert [device.bytes_free for device in gone.devices] == [20, 100]
 
 
+def test_nobody_waits_for_a_turn_of_a_replica_that_makes_room():
+    now = state(replica("a", "s1", "s2", is_leaving=True, next_free_s=3.0))
+    vacates, _ = begun()
+    assert vacates.shown(now, 100.5).replicas[0].next_free_s is None
+    assert vacates.shown(now, 100.5).replicas[0].is_leaving
+    vacates.on_timer(110.0)
+    assert vacates.shown(now, 110.0).replicas[0].next_free_s == 3.0
+
+
 def test_others_see_that_nothing_else_may_move_from_its_device_nor_above_the_limit():
     vacates, _ = begun()
     other = replica("c", "s3", size=30)
