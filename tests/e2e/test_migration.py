@@ -28,7 +28,7 @@ def started_trio(tmp_path_factory):
     store = place / "store"
     store.mkdir()
     make_checkpoint(store, "alpha", family="llama", seed=3, chunk_bytes=65536)
-    made = [nodes.made(place, name, store, file, drain_s=120.0) for name in "abc"]
+    made = [nodes.made(place, name, store, file, drain_s=120.0, braked=True) for name in "abc"]
     with nodes.running(*made) as trio:
         yield trio
 
