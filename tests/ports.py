@@ -5,7 +5,7 @@ import os
 import socket
 
 _FIRST, _COUNT = 10_000, 20_000  # below those that the kernel gives to clients, in the meantime too
-_offsets = itertools.count(os.getpid() * 61 % _COUNT)
+_offsets = itertools.count(os.getpid() * 4099 % _COUNT)
 
 
 def free_port() -> int:

@@ -38,8 +38,12 @@ async def trio(started_trio):
     for node in started_trio:
         if node.process.poll() is not None:
             await asyncio.to_thread(node.start_again)
-    for node in started_trio:
+    for node in (
+        *started_trio,
+        *started_trio,
+    ):  # the second time it is no earlier life that is seen
         await nodes.sees(node, "a", "b", "c")
+    for node in started_trio:
         await nodes.until(node.url, "/admin/status", quiet)
         node.mark()
     yield started_trio
