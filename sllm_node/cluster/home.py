@@ -11,7 +11,7 @@ from typing import Self
 from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.ways import Begun
-from sllm_node.core.errors import DrainingError, NotVacatedError
+from sllm_node.core.errors import DrainingError, GivenBackError
 from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus, Startup
 from sllm_node.schedule.stream import Stream
 
@@ -49,7 +49,7 @@ class HomeStream:
         self._is_reading = True
         try:
             chunk = await self._stream.__anext__()
-        except (DrainingError, NotVacatedError):
+        except (DrainingError, GivenBackError):
             if self._stream.is_granted:
                 self._on_ended(self)
                 raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from sllm_node.cluster.file import parse_cluster
 from sllm_node.cluster.hints import HINT
 from sllm_node.cluster.peers import Peers, Place
+from sllm_node.cluster.rebalancing import Rebalancing
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
@@ -139,6 +140,9 @@ class WorldNode:
         self.vacating = self.router.vacating
         self.serving = Serving(made.service, self.peers, self.vacating, clock, 1.0)
         self.scaling = Scaling(made.service, self.peers, self.peers.desired, clock, made.metrics)
+        self.rebalancing = Rebalancing(
+            made.service, self.peers, self.vacating.under_way, clock, made.metrics
+        )
         self.handlers = {
             **self.serving.handlers(), **self.scaling.handlers(), **self.vacating.handlers(),
             HINT: self.router.hints.take,
@@ -146,6 +150,7 @@ class WorldNode:
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
         self.scaling.start(client)  # type: ignore[arg-type]
+        self.rebalancing.start()
 
     async def crash(self):
         """End at once: whoever is connected hears it, nobody is told anything."""
@@ -157,6 +162,7 @@ class WorldNode:
 
     async def stop(self, *, is_told=True):
         await self.scaling.close()
+        self.rebalancing.close()
         if is_told:
             await self.router.close()
             await self.peers.close()
