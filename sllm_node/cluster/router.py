@@ -446,8 +446,8 @@ class Router(Generic[CodecT]):
         for task in list(self._watching):
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
-        await self.hints.close()
         await self.vacating.close()
+        await self.hints.close()
 
 
 def _placed_fields(request: GenerationRequest, choice: Choice) -> dict[str, object]:
