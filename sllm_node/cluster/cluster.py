@@ -11,6 +11,7 @@ from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.listing import Listing
 from sllm_node.cluster.messages import make_boot
 from sllm_node.cluster.peers import Peers, Place
+from sllm_node.cluster.rebalancing import Rebalancing
 from sllm_node.cluster.records import Desired
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
@@ -68,6 +69,7 @@ class Cluster(Generic[CodecT]):
         vacating = self.router.vacating
         serving = Serving(service, self.peers, vacating, clock, ping_s=file.timing.heartbeat_s)
         self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
+        self._rebalancing = Rebalancing(service, self.peers, vacating.under_way, clock, metrics)
         handlers = {**serving.handlers(), **self.scaling.handlers(), **vacating.handlers()}
         self._listener = Listener(trust, handlers, silence_s, self._refused)
         self._closing = AsyncExitStack()
@@ -90,6 +92,8 @@ class Cluster(Generic[CodecT]):
         self._closing.push_async_callback(self.router.close)
         self.scaling.start(self._client)
         self._closing.push_async_callback(self.scaling.close)
+        self._rebalancing.start()
+        self._closing.callback(self._rebalancing.close)
 
     async def close(self) -> None:
         """Leave the cluster."""

@@ -88,6 +88,8 @@ class PlacementConfig(Section, frozen=True):
     """A device has to be free so long after; else the request is placed again."""
     max_sessions: Count = 64
     """Sessions that leave one node at once."""
+    rebalance_s: Seconds = 0.0
+    """A request that waits for so long where another node has a place is placed anew; 0: it stays."""
 
 
 class ScaledModel(Section, frozen=True):

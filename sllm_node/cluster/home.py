@@ -10,7 +10,7 @@ from typing import Self
 
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.ways import Begun
-from sllm_node.core.errors import DrainingError, NotVacatedError
+from sllm_node.core.errors import DrainingError, GivenBackError
 from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus
 from sllm_node.schedule.stream import Stream
 
@@ -46,7 +46,7 @@ class HomeStream:
         self._is_reading = True
         try:
             chunk = await self._stream.__anext__()
-        except (DrainingError, NotVacatedError):
+        except (DrainingError, GivenBackError):
             if self._stream.is_granted:
                 self._on_ended(self)
                 raise

@@ -10,10 +10,10 @@ from sllm_node.cluster.wire import Refusal
 from sllm_node.core.errors import (
     CancelledByOperatorError,
     Fault,
+    GivenBackError,
     MessageError,
     ModelNotFoundError,
     NoPlaceError,
-    NotVacatedError,
     PeerDeniedError,
     PeerUnreachableError,
     SllmError,
@@ -69,7 +69,7 @@ class Retries:
 
     def failed(self, choice: Choice, error: SllmError, tokens: int) -> None:
         """Take note of who failed, or raise the error if nobody else can do better."""
-        if isinstance(error, NotVacatedError):  # this node's own state says what can't be now
+        if isinstance(error, GivenBackError):  # this node's own state says what can't be now
             self._refusals += 1
             if self._refusals >= REFUSALS_MAX:
                 self._excluded.add(choice.node)

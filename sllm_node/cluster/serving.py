@@ -36,9 +36,9 @@ from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import (
     EngineError,
+    GivenBackError,
     HopLimitError,
     MoveRefusedError,
-    NotVacatedError,
     SllmError,
 )
 from sllm_node.core.types import ModelId, NodeId, SessionId
@@ -172,7 +172,7 @@ class Serving:
             error = found
         else:
             return
-        if isinstance(error, NotVacatedError):  # it has not begun: to be placed anew
+        if isinstance(error, GivenBackError):  # it has not begun: to be placed anew
             await reply.send(pack(self._refuse(str(error), self._peers.refresh())))
         else:
             await reply.send(pack(failed(error)))

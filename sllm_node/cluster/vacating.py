@@ -26,7 +26,7 @@ from sllm_node.cluster.vacate import (
 from sllm_node.cluster.wire import Leave, Stays, pack, unpack_stays
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
-from sllm_node.core.errors import MoveRefusedError, NotVacatedError, SllmError
+from sllm_node.core.errors import GivenBackError, MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, NodeId, SessionId
 from sllm_node.schedule.driver import Service
@@ -105,6 +105,10 @@ class Vacating:
             view = self._service.outlook.view(model)
             if model in self._vacates.active:
                 self._do(self._vacates.on_news(model, view, self._clock.now()))
+
+    def under_way(self) -> frozenset[ModelId]:
+        """Return the models that room is made for."""
+        return frozenset(self._vacates.active)
 
     def recent(self) -> list[dict[str, Any]]:
         """Return the vacates under way, then the last ones, the newest first."""
@@ -209,7 +213,7 @@ class Vacating:
         if vacate.outcome in ("refused", "late"):
             self._service.promise(ModelId(vacate.model), frozenset())
             if not stream.started.is_set():
-                stream.fail(NotVacatedError(vacate.model, vacate.reason), Outcome.REFUSED)
+                stream.fail(GivenBackError(vacate.model, vacate.reason), Outcome.REFUSED)
 
     async def close(self) -> None:
         """Wait for nothing any more."""

@@ -903,14 +903,14 @@ class MoveRefusedError(SllmError):
         self.reason = reason
 
 
-class NotVacatedError(SllmError):
-    """A request that waited for sessions to leave a device, which did not."""
+class GivenBackError(SllmError):
+    """A request that its node gives back to its entry before it began, to be placed anew."""
 
     fault = Fault.BUSY
-    code = "not_vacated"
+    code = "given_back"
 
     def __init__(self, model: str, reason: str) -> None:
-        super().__init__(f"model {model!r} does not get the room it was promised: {reason}")
+        super().__init__(f"a request for model {model!r} is placed anew: {reason}")
         self.model = model
         self.reason = reason
 

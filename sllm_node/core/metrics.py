@@ -226,6 +226,11 @@ class Metrics:
             "From when sessions were asked to leave until the model loaded",
             buckets=LATENCY_BUCKETS_S,
         )
+        self.rebalanced = counter(
+            "sllm_rebalanced",
+            "Requests that waited here and were given back, as another node had a place",
+            ["model"],
+        )
         self.migration_bytes = counter(
             "sllm_migration_bytes", "Bytes sent to destinations of sessions that moved"
         )

@@ -33,6 +33,7 @@ from sllm_node.core.types import (
     ModelId,
     ModelState,
     ModelStatus,
+    SessionId,
     SessionStatus,
     Tier,
 )
@@ -280,6 +281,10 @@ class Service(Generic[CodecT]):
         actions = self._scheduler.on_promise(model, others, self._clock.now())
         self._do(actions or [])
         return actions is not None
+
+    def give_back(self, session: SessionId, error: SllmError) -> bool:
+        """End a session that waits, for its entry to place it anew; tell whether it still did."""
+        return self._sessions.give_back(session, error)
 
     # --- the node -----------------------------------------------------------------------------
 

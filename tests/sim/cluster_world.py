@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sllm_node.cluster.file import parse_cluster
 from sllm_node.cluster.peers import Peers, Place
+from sllm_node.cluster.rebalancing import Rebalancing
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
@@ -138,12 +139,16 @@ class WorldNode:
         self.vacating = self.router.vacating
         self.serving = Serving(made.service, self.peers, self.vacating, clock, 1.0)
         self.scaling = Scaling(made.service, self.peers, self.peers.desired, clock, made.metrics)
+        self.rebalancing = Rebalancing(
+            made.service, self.peers, self.vacating.under_way, clock, made.metrics
+        )
         self.handlers = {
             **self.serving.handlers(), **self.scaling.handlers(), **self.vacating.handlers()
         }  # fmt: skip
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
         self.scaling.start(client)  # type: ignore[arg-type]
+        self.rebalancing.start()
 
     async def crash(self):
         """End at once: whoever is connected hears it, nobody is told anything."""
@@ -155,6 +160,7 @@ class WorldNode:
 
     async def stop(self, *, is_told=True):
         await self.scaling.close()
+        self.rebalancing.close()
         if is_told:
             await self.router.close()
             await self.peers.close()

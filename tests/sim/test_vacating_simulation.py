@@ -262,6 +262,29 @@ async def test_sessions_of_a_higher_priority_are_not_moved(world):
     assert outcomes(world) == []
 
 
+@in_world({"east": ("a",), "gate": (), "west": ("a",)}, "[placement]\nrebalance_s = 2.0\n")
+async def test_who_waits_where_all_is_full_goes_where_a_place_is_free_since(world):
+    for node in world.nodes.values():
+        node.service.outlook.slots = node.service._scheduler._max_sessions = 1
+    stream, other = await running(world, "gate", 300)
+    _, reading = await running(world, "gate", 300, at="west")
+    waits = [asyncio.create_task(read(world.open("east", "a", 20))) for _ in range(2)]
+    await asyncio.sleep(3.0)
+    waiting = [s for s in world["west"].service.sessions() if s.state == "waiting"]
+    assert len(waiting) == 2
+    assert given_back(world, "west") == 0  # there is no place anywhere
+    other.cancel()
+    stream.cancel()
+    assert await asyncio.gather(*waits) == [count(20)] * 2
+    assert not reading.done()
+    assert given_back(world, "west") == 2
+    assert await reading == count(300)
+
+
+def given_back(world, name):
+    return world[name].rig.count("sllm_rebalanced_total", model="a") or 0
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_full_devices_and_moves_all_the_time_lose_no_token(tmp_path, seed):
     models = tuple(f"m{i}" for i in range(6))

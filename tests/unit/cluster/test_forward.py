@@ -34,10 +34,10 @@ from sllm_node.core.errors import (
     CancelledByOperatorError,
     DrainingError,
     EngineError,
+    GivenBackError,
     InvalidRequestError,
     ModelNotFoundError,
     MoveRefusedError,
-    NotVacatedError,
     PeerUnreachableError,
 )
 from sllm_node.core.types import (
@@ -516,7 +516,7 @@ async def test_a_node_that_asks_to_have_a_session_moved_is_heard():
 
 async def test_a_session_that_got_no_room_here_is_placed_again_and_its_node_not_asked_for_ever():
     world = World(here=[], a=[[Granted(), tokens(1, finish="length")]])
-    refused = NotVacatedError("m", "a session stays")
+    refused = GivenBackError("m", "a session stays")
 
     world.here_each = [[refused]] * REFUSALS_MAX
     stream = world.open()
