@@ -91,6 +91,11 @@ class PlacementConfig(Section, frozen=True):
     rebalance_s: Seconds = 0.0
     """A request that waits for so long where another node has a place is placed anew; 0: it stays."""
 
+    @property
+    def least_gain_s(self) -> float | None:
+        """How much sooner a start with moves has to be; None: none is made."""
+        return self.gain_s if self.moves else None
+
 
 class ScaledModel(Section, frozen=True):
     """Table [models.NAME]: between how many replicas the model has, by demand."""

@@ -18,9 +18,10 @@ from sllm_node.cluster.state import (
     NodeState,
     ReplicaId,
     ReplicaState,
+    ResumeFit,
     SessionState,
 )
-from sllm_node.core.types import ModelState, NodeId, Tier
+from sllm_node.core.types import ModelId, ModelState, NodeId, Tier
 from sllm_node.schedule.actions import ReplicaView
 from sllm_node.schedule.outlook import ModelFacts, Outlook
 
@@ -42,10 +43,13 @@ class Snapshot:
         """A session that came by a move is not moved again for another model for so long."""
         self.shown: Callable[[NodeState, float], NodeState] = lambda state, _: state
         """Makes of a state what others are to see: less what is promised."""
+        self.fit_of: Callable[[ModelId], ResumeFit | None] = lambda _: None
+        """How long sessions of a model take to resume here, as far as that was seen."""
 
     def look(self) -> None:
         """Look up models and tiers anew."""
-        self._models = tuple(_held(facts) for facts in self._outlook.models())
+        found = self._outlook.models()
+        self._models = tuple(_held(facts, self.fit_of(facts.model)) for facts in found)
 
     def state(self, now: float) -> NodeState:
         """Return the state as it is now; the same object if nothing has changed."""
@@ -116,7 +120,8 @@ class Snapshot:
             for one in facts
         )
         slots = self._outlook.slots
-        is_full = len(sessions) >= slots or view.is_leaving
+        # One that leaves gives its places to nobody: who waits there waits for it to be loaded anew.
+        is_full = len(sessions) >= slots and not view.is_leaving
         idle_s = 0.0 if sessions else max(0.0, now - view.last_used)
         return ReplicaState(
             replica=ReplicaId(view.model),
@@ -139,7 +144,9 @@ class Snapshot:
             dram=rate(Tier.DRAM),
             nvme=rate(Tier.NVME),
             remote=rate(Tier.REMOTE) if self._outlook.keeps_remotes else 0.0,
-            beside_s=round(self._outlook.beside_s, 4),
+            beside_s=round(self._outlook.beside_s(is_kept=False), 4),
+            kept_s=round(self._outlook.beside_s(is_kept=True), 4),
+            evict_s=round(self._outlook.evict_s, 4),
         )
 
 
@@ -148,7 +155,7 @@ def _turn_s(view: ReplicaView, slots: int) -> float:
     return view.service_s * (1 + len(view.waiting)) / max(1, slots)
 
 
-def _held(facts: ModelFacts) -> HeldModel:
+def _held(facts: ModelFacts, fit: ResumeFit | None) -> HeldModel:
     return HeldModel(
         model=facts.model,
         bytes_decoded=facts.size,
@@ -160,4 +167,6 @@ def _held(facts: ModelFacts) -> HeldModel:
         context_tokens=facts.context_tokens,
         created=facts.created,
         waiting=facts.waiting,
+        is_kept=facts.is_kept,
+        resume=fit,
     )

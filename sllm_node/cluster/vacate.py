@@ -86,7 +86,10 @@ Action = AskToLeave | Ended
 
 
 def joined(ask: Ask, model: ModelId, state: NodeState) -> Ask:
-    """Return the ask without its wish for memory if the model is there or coming since: it waits for that."""
+    """Return the ask without its wish for memory if the model is there or coming since: it waits for that.
+
+    It was to be loaded, and that has begun meanwhile: by a hint, or for another session.
+    """
     here = (r for r in state.replicas if r.model == model and not r.is_leaving)
     if ask.shares and any(replica.free_slots > 0 for replica in here):
         return replace(ask, shares=(), evicts=(), frees=(), aways=())

@@ -69,8 +69,7 @@ class Vacating:
     @property
     def gain_s(self) -> float | None:
         """How much sooner a start with moves has to be; None: none is made."""
-        config = self._peers.cluster.placement
-        return config.gain_s if config.moves else None
+        return self._peers.cluster.placement.least_gain_s
 
     def objection(self, ask: Ask, state: NodeState) -> str | None:
         """Return why the sessions that an ask names can't leave, if so."""

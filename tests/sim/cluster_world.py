@@ -9,6 +9,7 @@ import contextlib
 from pathlib import Path
 
 from sllm_node.cluster.file import parse_cluster
+from sllm_node.cluster.hints import HINT
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.rebalancing import Rebalancing
 from sllm_node.cluster.router import Router
@@ -143,7 +144,7 @@ class WorldNode:
             made.service, self.peers, self.vacating.under_way, clock, made.metrics
         )
         self.handlers = {
-            **self.serving.handlers(), **self.scaling.handlers(), **self.vacating.handlers()
+            **self.serving.handlers(), **self.scaling.handlers(), **self.vacating.handlers(), HINT: self.router.hints.take,
         }  # fmt: skip
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
