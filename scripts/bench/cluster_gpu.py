@@ -107,7 +107,9 @@ class Rig:
         self.names = NAMES[: asked.nodes]
         self.models = [f"{asked.shape}-{number}" for number in range(asked.models)]
         self.size = self._write()
-        self.file = cluster_nodes.make_cluster(place / "shared", self.names)
+        self.file = cluster_nodes.make_cluster(
+            place / "shared", self.names, timing=cluster_nodes.QUICK
+        )
         self.nodes = {name: self._node(number) for number, name in enumerate(self.names)}
         self.logs = Logs()
         self.failed: list[str] = []

@@ -1,17 +1,18 @@
 """A session of this node's reader that this node serves: the service's own stream, until it has to move.
 
 Nothing but a count of its tokens is added to its path. The first move, and a drain that refuses it before
-it began, make a `RoutedStream` of it, which takes the stream over as it is. A reader that waits for the
+it began (or room that it was promised in vain), make a `RoutedStream` of it, which takes the stream over as it is. A reader that waits for the
 next chunk gets it first: so the two never read at once.
 """
 
 from collections.abc import Callable
 from typing import Self
 
+from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.ways import Begun
-from sllm_node.core.errors import DrainingError
-from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus
+from sllm_node.core.errors import DrainingError, NotVacatedError
+from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus, Startup
 from sllm_node.schedule.stream import Stream
 
 Routing = Callable[["HomeStream", Begun | None], RoutedStream]
@@ -27,6 +28,8 @@ class HomeStream:
     ) -> None:  # fmt: skip
         self.request = stream.request
         self.keep_alive_s = keep_alive_s
+        self.choice: Choice | None = None
+        """Why it is here."""
         self.routed: RoutedStream | None = None
         """Who carries it since it moved."""
         self._stream = stream
@@ -46,7 +49,7 @@ class HomeStream:
         self._is_reading = True
         try:
             chunk = await self._stream.__anext__()
-        except DrainingError:
+        except (DrainingError, NotVacatedError):
             if self._stream.is_granted:
                 self._on_ended(self)
                 raise
@@ -77,6 +80,17 @@ class HomeStream:
     def status(self) -> ModelStatus | None:
         """Return how the model stands while the session waits for it, else None."""
         return self._stream.status() if self.routed is None else self.routed.status()
+
+    def startup(self) -> Startup:
+        """Return how it came to run, as far as that is known."""
+        if self.routed is not None:
+            return self.routed.startup()
+        return startup_of(self.choice, self._stream.startup().startup_s)
+
+    def passed_on(self) -> None:
+        """Take note that its client has what it gave so far."""
+        if self.routed is not None:
+            self.routed.passed_on()
 
     def session_status(self) -> SessionStatus:
         """Return what `status` shows of the session."""

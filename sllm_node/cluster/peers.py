@@ -105,6 +105,7 @@ class Peers:
         """Until then, a peer that has not said what it has is waited for."""
         self._client: Client
         self._stamp = _stamp(place.path)
+        snapshot.settle_s = place.cluster.placement.settle_s
 
     # --- what others of this node ask ---------------------------------------------------------
 
@@ -121,12 +122,29 @@ class Peers:
         """Return the replicas that the cluster file wishes for."""
         return self.cluster.desired()
 
+    def known(self) -> tuple[NodeId, ...]:
+        """Return all peers, alive or not; those that said that they leave not."""
+        peers = self._membership.peers()
+        return tuple(NodeId(peer.id) for peer in peers if peer.state is not PeerState.GONE)
+
+    async def tell(self, peer: NodeId, what: str, payload: bytes) -> bytes:
+        """Ask a peer for one answer.
+
+        Raises:
+            SllmError: it can't be reached, or its answer is not to be believed.
+        """
+        return await self._client.ask(peer, what, payload, self.cluster.timing.suspect_s)
+
     def refresh(self) -> NodeState:
         """Bring this node's own state in the view up to date and return it."""
         now = self._clock.now()
         state = self._snapshot.state(now)
         self.view.update(state, now)
         return state
+
+    def show_as(self, shown: Callable[[NodeState, float], NodeState]) -> None:
+        """Have this node's states told as `shown` makes them."""
+        self._snapshot.shown = shown
 
     def has_peers(self) -> bool:
         """Tell whether anybody else can be asked now."""
@@ -378,6 +396,7 @@ class Peers:
             )
             return False
         self.cluster = found.cluster
+        self._snapshot.settle_s = found.cluster.placement.settle_s
         self._follow()
         self._metrics.cluster_reloads.labels("ok").inc()
         log.info("cluster file read", extra={

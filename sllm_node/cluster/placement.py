@@ -286,8 +286,9 @@ def _loads(
     path_at = node.path_ready_at(source)
     fitting = [d for d in node.devices if d.room >= size and model not in d.models]
     free = [d for d in fitting if d.free >= size]
-    for devices in (free, fitting):
-        chosen = _soonest(devices, request.shares, now)
+    evict_s = node.state.bandwidths.evict_s
+    for devices, least_s in ((free, 0.0), (fitting, evict_s)):
+        chosen = _soonest(devices, request.shares, now + least_s)
         if not chosen:
             continue
         is_free = all(d.free >= size for d in chosen)
@@ -296,6 +297,8 @@ def _loads(
         names = tuple(d.name for d in chosen)
         wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
         kind = Kind.LOAD if is_free else Kind.EVICT
+        if not is_free:
+            wait_s = max(wait_s, evict_s)
         if best and (wait_s + load_s, kind, 0.0, node.node, names) >= best.key:
             continue
         evicts = () if is_free else evictions(node, dict.fromkeys(names, size))

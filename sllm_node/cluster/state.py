@@ -50,6 +50,10 @@ class Bandwidths:
     remote: float = 0.0
     beside_s: float = 0.0
     """Seconds that a load takes beside its bytes: the module, the tokenizer, KV memory."""
+    kept_s: float = 0.0
+    """The same where the module is kept from an earlier load."""
+    evict_s: float = 0.0
+    """Seconds until the memory of idle replicas is free for a load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,8 @@ class HeldModel:
     """Unix time of the conversion."""
     waiting: int = 0
     """Sessions that wait here while no replica of it is here, or coming."""
+    is_kept: bool = False
+    """Its module is kept here from an earlier load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +101,8 @@ class SessionState:
     tokens_per_s: float = 0.0
     """Of its output; what it will have grown by when the state is used."""
     priority: int = 0
+    stays: bool = False
+    """It is not to be moved for another model: it came by a move, or could not move, not long ago."""
 
     def tokens(self, age_s: float) -> float:
         """Return the tokens it has in all, so long after the state was made."""
@@ -141,8 +149,9 @@ class ReplicaState:
 
     @property
     def is_movable(self) -> bool:
-        """Tell whether it may leave once its sessions have moved."""
-        return bool(self.sessions) and not (self.is_pinned or self.ready_s > 0)
+        """Tell whether it may leave once its sessions have moved; not if others wait for its places."""
+        held = self.is_pinned or self.is_leaving or self.ready_s > 0
+        return bool(self.sessions) and len(self.sessions) <= self.slots and not held
 
     def size_on(self, device: str) -> int:
         """Return the bytes that leave `device` with it."""

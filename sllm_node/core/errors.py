@@ -891,6 +891,13 @@ class SessionLostError(SllmError):
         self.problem = problem
 
 
+class WishConflictError(SllmError):
+    """An operator's wish that something else speaks against."""
+
+    fault = Fault.CALLER
+    code = "wish_conflict"
+
+
 class MoveRefusedError(SllmError):
     """A session that can't be moved as it was asked for."""
 
@@ -900,6 +907,18 @@ class MoveRefusedError(SllmError):
     def __init__(self, session: str, reason: str) -> None:
         super().__init__(f"session {session!r} is not moved: {reason.replace('_', ' ')}")
         self.session = session
+        self.reason = reason
+
+
+class NotVacatedError(SllmError):
+    """A request that waited for sessions to leave a device, which did not."""
+
+    fault = Fault.BUSY
+    code = "not_vacated"
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(f"model {model!r} does not get the room it was promised: {reason}")
+        self.model = model
         self.reason = reason
 
 

@@ -92,6 +92,11 @@ class Scheduler:
         return sum(record.waiting for record in self._records.values())
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether somebody waits for more than a load under way."""
+        return any(r.waiting and r.state is not ModelState.LOADING for r in self._records.values())
+
+    @property
     def running(self) -> int:
         """Granted sessions of all models."""
         return len(self._tickets) - self.waiting
@@ -173,6 +178,13 @@ class Scheduler:
         record.leave_device()
         return self._dispatch(now)
 
+    def on_unused(self, model: ModelId, now: float) -> list[Action]:
+        """Take note that nobody is to come for whom `model` was loaded: its keep-alive counts, also 0."""
+        record = self._record(model)
+        if record.is_idle and record.deadline is None:
+            record.count_down(now)
+        return self._dispatch(now)
+
     def on_failed(self, model: ModelId, now: float) -> list[Action]:
         """Take note that a session of `model` ended because its replica failed.
 
@@ -215,6 +227,23 @@ class Scheduler:
             raise ModelBusyError(model, "is pinned; unpin it first")
         record.is_retired = record.state in (ModelState.LOADING, ModelState.READY)
         record.is_stale = record.is_stale or record.is_retired
+        return self._dispatch(now)
+
+    def on_promise(
+        self, model: ModelId, others: AbstractSet[ModelId], now: float
+    ) -> list[Action] | None:
+        """Let `others` take no new sessions, as theirs move to other nodes, and `model` have their room.
+
+        It ends when `model` loads, when nobody waits for it, or with no `others`. None: it can't be, as
+        it does not wait, or one of them is pinned or of a higher priority.
+        """
+        record = self._record(model)
+        held = [self._record(other) for other in others]
+        if held and (record.state is not ModelState.QUEUED or any(
+            r.pinned or r.highest_priority > record.waiting_priority for r in held
+        )):  # fmt: skip
+            return None
+        record.promised = frozenset(others)
         return self._dispatch(now)
 
     # --- the operator -------------------------------------------------------------------------

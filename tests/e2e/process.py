@@ -51,6 +51,8 @@ class NodeProcess:
     One that is `braked` can be made to decode slowly, and starts faster: by a fork.
     """
 
+    _is_braked = False  # also of one with a constructor of its own
+
     def __init__(
         self, folder: Path, store: Path, extra: str = "", *, braked: bool = False, **settings
     ):
@@ -59,6 +61,8 @@ class NodeProcess:
         self._brake = folder / BRAKE
         self.config = folder / "node.toml"
         self.log = folder / "node.log"
+        self.root = ROOT
+        """The source tree that it runs."""
         self.config.write_text(CONFIG.format(store=str(store), **{**DEFAULTS, **settings}) + extra)
         self.messages: list[str] = []
         self.environment: dict[str, str] = {}
@@ -109,7 +113,7 @@ class NodeProcess:
         command = [sys.executable, "-m", "sllm_node", "serve", "--config", str(self.config)]
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, **own}, cwd=ROOT
+                command, stdout=log, stderr=log, env={**os.environ, **own}, cwd=self.root
             )
 
     def start_again(self) -> None:

@@ -68,7 +68,7 @@ def random_node(rng: Random, name: str, sizes) -> NodeState:
     )  # fmt: skip
     bandwidths = Bandwidths(
         rng.choice([16, 32]), rng.choice([8, 16, 32]), rng.choice([4, 8]), rng.choice([1, 2, 4]),
-        rng.choice([0, 1, 2]), rng.choice([0, 0, 0.5]),
+        rng.choice([0, 1, 2]), rng.choice([0, 0, 0.5]), evict_s=(0.0, 0.25, 2.0)[len(replicas) % 3],
     )  # fmt: skip
     return NodeState(
         NodeId(name), BootId("b"), 1, states, bandwidths, held, tuple(replicas),
@@ -263,7 +263,7 @@ class Brute:
             return
         roomy = {d: free[d] + sum(r.size_on(d) for r in idle) for d in devices}
         if all(roomy[d] >= need for d in devices):
-            yield (queue + load_s, 3, 0.0, node.node, devices, "")
+            yield (max(queue, node.bandwidths.evict_s) + load_s, 3, 0.0, node.node, devices, "")
             return
         costs = []
         for count in range(1, len(busy) + 1):
