@@ -79,7 +79,8 @@ def choose(
 
     `gain_s`: how much sooner a way has to be that moves sessions; None: no such way is taken.
     """
-    best: Candidate | None = getattr(decide(view, request, now), "best", None)
+    decision = decide(view, request, now, may_move=gain_s is not None)
+    best: Candidate | None = getattr(decision, "best", None)
     if best is None or best.node in excluded or best.kind is Kind.MIGRATE:
         best = _best(explain(view, request, now), excluded, gain_s)
     if best is None:
