@@ -7,6 +7,7 @@ crash cuts the connections of a node at once; a cut link says nothing at all.
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from sllm_node.cluster.file import parse_cluster
 from sllm_node.cluster.peers import Peers, Place
@@ -37,7 +38,7 @@ class Connection:
     def __init__(self, world, source, target):
         self.world, self.source, self.target = world, source, target
         self.frames: asyncio.Queue = asyncio.Queue()
-        self.task = None
+        self.task: Any = None
         self.delayed: list = []
         self.is_left = False
         """By its source, of which a cut link does not tell."""
