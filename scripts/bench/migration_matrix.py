@@ -304,7 +304,7 @@ def parsed() -> argparse.Namespace:
 def main() -> int:
     """Measure, print, write."""
     asked = parsed()
-    is_bad = False
+    is_bad, measured = False, commit()
     with tempfile.TemporaryDirectory() as name, Nursery() as nursery:
         for phase in asked.phases.split(","):
             place = (asked.keep or Path(name)) / phase
@@ -312,7 +312,7 @@ def main() -> int:
             work = matrix if phase == "matrix" else upgrade
             found = asyncio.run(work(asked, place, nursery))
             found |= {
-                "machine": describe_machine(), "commit": commit(),
+                "machine": describe_machine(), "commit": measured,
                 "date": datetime.now(UTC).isoformat(), "command": shlex.join(
                     ["python", "-m", "scripts.bench.migration_matrix", *sys.argv[1:]]
                 ),
