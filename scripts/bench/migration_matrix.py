@@ -177,7 +177,7 @@ class Group:
     def __init__(self, trio: Trio, seed: int) -> None:
         self.trio = trio
         self.draw = random.Random(seed)
-        self.bodies = bodies(self.draw, BODIES, (130, 170))
+        self.bodies = bodies(self.draw, BODIES, (90, 120))
         self.unmoved: list[nodes.Streamed] = []
         self.wanted: dict[str, nodes.Streamed] = {}
         self.short = nodes.Streamed()
