@@ -69,7 +69,11 @@ def put_brakes_on(folder: Path, step_s: float) -> None:
 
     async def slow_acquire(self: Any, *arguments: Any, **options: Any) -> Any:
         lease = await acquire(self, *arguments, **options)
-        await brakes.wait_async("loading")
+        try:
+            await brakes.wait_async("loading")
+        except asyncio.CancelledError:  # nobody else has the lease yet
+            lease.release()
+            raise
         return lease
 
     async def slow_extend(self: Any, sender: Any, payload: bytes, reply: Any) -> None:
