@@ -1,7 +1,7 @@
 """Who dies when, in a move of a session between real nodes: every cell of the matrix, hit on purpose.
 
     python -m scripts.bench.migration_matrix [--runs 20] [--groups 2] [--seed 0] [--minutes 60]
-        [--phases matrix,upgrade] [--json FILE]
+        [--phases matrix,upgrade] [--each FILE] [--json FILE]
 
 matrix: three nodes (`migration_rig`), an entry without the model and two with it. A session runs at one, the
 source, and is moved to the other. The destination stops at a brake (`forked`) while it loads, while it
@@ -257,31 +257,40 @@ def summary(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
+def lines(file: Path) -> list[bytes]:
+    """Return the lines of a file, which need not be there."""
+    return file.read_bytes().splitlines() if file.exists() else []
+
+
 async def matrix(asked: argparse.Namespace, place: Path, nursery: Nursery) -> dict[str, Any]:
     """Run all cells, spread over groups of nodes."""
+    results = [orjson.loads(line) for line in lines(asked.each)]
+    done = {(result["role"], result["phase"], result["number"]) for result in results}
     jobs = [(role, phase, n) for n in range(asked.runs) for role in asked.roles for phase in PHASES]
-    jobs.reverse()
+    jobs = [job for job in reversed(jobs) if job not in done]
     deadline = time.monotonic() + 60 * asked.minutes
-    results: list[dict[str, Any]] = []
     missed: list[str] = []
 
     async def work(number: int) -> None:
         own = place / f"group{number}"
         own.mkdir()
-        group = Group(Trio(own, nursery, ("e", "x", "y"), ("x", "y"), asked.step_s), asked.seed)
+        group = Group(
+            Trio(own, nursery, ("e", "x", "y"), ("x", "y"), asked.step_s), asked.seed + number
+        )
         try:
             await group.begin()
             while jobs and time.monotonic() < deadline:
                 job = jobs.pop()
-                results.append(found := await group.cell(*job))
-                sys.stderr.write(f"{len(results)} {number} {orjson.dumps(found).decode()}\n")
+                results.append(found := {"number": job[2], **await group.cell(*job)})
+                with asked.each.open("ab") as each:
+                    each.write(orjson.dumps(found) + b"\n")
         finally:
             missed.extend(group.missed)
             await group.trio.close()
 
     await asyncio.gather(*(work(number) for number in range(asked.groups)))
     rows = summary(results)
-    return {"cells": rows, "missed_and_done_again": missed, "runs": len(results), "each": results}
+    return {"cells": rows, "missed_and_done_again": missed, "runs": len(results)}
 
 
 def parsed() -> argparse.Namespace:
@@ -295,6 +304,10 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--phases", default="matrix,upgrade")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=RESULT)
+    parser.add_argument(
+        "--each", type=Path, default=Path("migration_matrix.jsonl"),
+        help="a line for each run; runs that it has already are not made again, so slices are possible",
+    )  # fmt: skip
     parser.add_argument("--keep", type=Path, help="work here and keep the logs")
     asked = parser.parse_args()
     asked.roles = asked.roles.split(",")
@@ -318,9 +331,9 @@ def main() -> int:
                 ),
             }  # fmt: skip
             known = orjson.loads(asked.json.read_bytes()) if asked.json.exists() else {}
-            known[phase] = {key: value for key, value in found.items() if key != "each"}
+            known[phase] = found
             asked.json.write_bytes(orjson.dumps(known, option=orjson.OPT_INDENT_2) + b"\n")
-            for row in found.get("cells", [known[phase]]):
+            for row in found.get("cells", [found]):
                 print(orjson.dumps(row).decode(), flush=True)
                 is_bad |= bool(row["problems"])
     return 1 if is_bad else 0
