@@ -88,7 +88,7 @@ class Rig:
         self.holders = {model: draw.sample(NAMES, draw.randint(1, 3)) for model in self.models}
         for name in NAMES:
             self._store(name)
-        self.file = cluster_nodes.make_cluster(place / "shared", NAMES)
+        self.file = cluster_nodes.make_cluster(place / "shared", NAMES, timing=cluster_nodes.QUICK)
         self.network, self.relayed = relayed(self.file, NAMES)
         self.nodes: dict[str, NodeProcess] = {}
         self.alive: dict[str, str] = {}

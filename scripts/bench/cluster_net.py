@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Final
 
-from tests.e2e.cluster_nodes import free_port
+from tests.ports import free_port
 
 DELAY_S: Final = 0.005
 LOSS_SHARE: Final = 0.01

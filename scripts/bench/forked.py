@@ -26,7 +26,8 @@ from typing import Any, Final, Self
 
 from typing_extensions import override
 
-from tests.e2e.process import ROOT, START_LIMIT_S, NodeProcess
+from tests.e2e.braked import ROOT
+from tests.e2e.process import START_LIMIT_S, NodeProcess
 
 LOOK_S: Final = 0.003
 
@@ -251,7 +252,7 @@ class ForkedNode(NodeProcess):
         """The logs of all lives."""
         return [self.folder / f"node-{life}.log" for life in range(1, self.lives + 1)]
 
-    def brake(self, *names: str) -> None:
+    def stop_at(self, *names: str) -> None:
         """Have it stop at these brakes and at no others."""
         for file in [*self.folder.glob("brake-*"), *self.folder.glob("at-*")]:
             file.unlink(missing_ok=True)

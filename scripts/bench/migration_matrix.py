@@ -86,7 +86,7 @@ class Run:
         at = time.monotonic()
         await self._strike()
         is_entry = self.role == "entry"
-        self.trio.nodes[self.to].brake()
+        self.trio.nodes[self.to].stop_at()
         await reader.task
         ended = time.monotonic()
         self.result |= compared(reader, self.group.wanted[reader.name], is_cut=is_entry)
@@ -124,7 +124,7 @@ class Run:
             await other.events(1)
         node, brake = trio.nodes[self.to], BRAKES[self.phase]
         is_late = self.phase == "after handover" and not self.is_first_half
-        node.brake(*(() if is_late else (brake,)))
+        node.stop_at(*(() if is_late else (brake,)))
         status, told = await trio.ask("e", f"/admin/sessions/{session}/move", {"to": self.to})
         if status != 200:
             raise MissedError(told["error"]["message"])
@@ -139,7 +139,7 @@ class Run:
         return reader, other
 
     def _moved(self, number: str) -> bool:
-        ended = nodes.events(self.trio.nodes["e"], "session move ended")
+        ended = self.trio.nodes["e"].events("session move ended")
         return any(event["migration"] == number for event in ended)
 
     async def _strike(self) -> None:
@@ -214,7 +214,7 @@ class Group:
         for pair in (("e", "x"), ("e", "y")):
             self.trio.network.part(pair, is_cut=False)
         for name, node in self.trio.nodes.items():
-            node.brake()
+            node.stop_at()
             if node.process.poll() is not None:
                 await self.trio.restart(name)
         await self.trio.see()

@@ -109,8 +109,7 @@ class Trio:
         step_s: float, **settings: Any,
     ) -> None:  # fmt: skip
         self.names = names
-        file = nodes.make_cluster(place / "shared", names)
-        file.write_text(file.read_text().replace(nodes.TIMING, TIMING))
+        file = nodes.make_cluster(place / "shared", names, timing=TIMING)
         self.network, files = relayed(file, names, is_bad=False)
         for kind in ("all", "none"):
             (place / kind).mkdir()
@@ -145,7 +144,7 @@ class Trio:
         """Start one again that was killed or has ended."""
         node = self.nodes[name]
         await asyncio.to_thread(node.process.wait)
-        node.brake()
+        node.stop_at()
         await asyncio.to_thread(node.__enter__)
         await self.see()
 

@@ -74,10 +74,10 @@ class Upgrade:
             self.open_at.remove(name)
             node.process.send_signal(signal.SIGTERM)
             await asyncio.to_thread(node.process.wait)
-            drained = nodes.events(node, "drained")
+            drained = node.events("drained")
             row = {"node": name, "drained_s": round(time.monotonic() - at, 2)}
             row["sessions_ended"] = drained[0]["sessions_ended"] if drained else "no clean end"
-            if row["sessions_ended"] != 0 or not nodes.events(node, "stopped"):
+            if row["sessions_ended"] != 0 or not node.events("stopped"):
                 self.problems.append(f"{name} did not drain: {row}")
             await self.trio.restart(name)
             await self.trio.ask(name, "/admin/models/m/load", {})
