@@ -25,7 +25,7 @@ NAMES: Final = ("a", "b", "c")
 BODIES: Final = 24
 STEP_S: Final = 0.1
 """Of a batch of 21 to 32 sessions: what a large model takes, and what the cores of the bench bear."""
-TOKENS: Final = (120, 220)
+TOKENS: Final = (60, 110)
 
 
 class Upgrade:
