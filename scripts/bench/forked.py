@@ -82,19 +82,19 @@ def put_brakes_on(folder: Path, step_s: float) -> None:
             await brakes.wait_async("last")
         await extend(self, sender, payload, reply)
 
-    def watched_plan(self: Any) -> Any:
-        parts = plan(self)
+    def watched_plan(self: Any, *arguments: Any) -> Any:
+        parts = plan(self, *arguments)
         moved = (part.session for part in parts if part.session.request.held)
         brakes.kinds |= {"resuming" if session.is_holding else "going" for session in moved}
         return parts
 
-    def slow_advance(self: Any, steps: Any) -> Any:
+    def slow_advance(self: Any, steps: Any, *arguments: Any) -> Any:
         if steps:
             time.sleep(step_s)
         for kind in list(brakes.kinds):
             brakes.kinds.discard(kind)
             brakes.wait(kind)
-        return advance(self, steps)
+        return advance(self, steps, *arguments)
 
     changes = {
         (Store, "acquire"): slow_acquire, (Serving, "extend"): slow_extend,

@@ -305,7 +305,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, default=RESULT)
     parser.add_argument(
-        "--each", type=Path, default=Path("migration_matrix.jsonl"),
+        "--each", type=Path, default=RESULT.with_suffix(".jsonl"),
         help="a line for each run; runs that it has already are not made again, so slices are possible",
     )  # fmt: skip
     parser.add_argument("--keep", type=Path, help="work here and keep the logs")
