@@ -270,7 +270,7 @@ class RoutedStream:
             raise RefusedError(record)
         if isinstance(record, Failed):
             raise error_of(record)
-        if part.epoch != self._epoch:
+        if part is not self._part:
             if isinstance(record, Standing) and self._move is not None and self._move.part is part:
                 self._move.standing(record.position)
             return False  # an owner that was, or is not yet: its tokens are nobody's

@@ -18,7 +18,7 @@ from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import Part
 from sllm_node.cluster.wire import Record
 from sllm_node.core.clock import Clock
-from sllm_node.core.errors import PeerUnreachableError, SllmError
+from sllm_node.core.errors import PeerUnreachableError
 from sllm_node.core.types import NodeId, SessionId, TokenIds
 
 log = logging.getLogger(__name__)
@@ -137,8 +137,8 @@ class Move:
         report.last = len(rest)
         try:
             await self._send(sent, rest, lets_go=True)
-        except SllmError as error:
-            lost = PeerUnreachableError(report.to, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the destination may not be let go
+            lost = PeerUnreachableError(report.to, str(error) or type(error).__name__)
             self.part.end(lost)  # the owner, by now: the session is placed again
         self._session.settled(self)
 

@@ -17,6 +17,7 @@ from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.state import ResumeFit
+from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
@@ -45,6 +46,7 @@ class Movers:
         self._failed_at: dict[str, float] = {}
         self.on_failed: Callable[[SessionId, NodeId, str], None] = lambda *_: None
         """Called with session, its node and why when a move for placement's sake fails."""
+        self._again = Alarm(clock, self.evacuate)
 
     def has(self, session: str) -> bool:
         """Tell whether this node serves a session of a reader of its own."""
@@ -90,7 +92,12 @@ class Movers:
         draining = {name for name, node in nodes.items() if node.state.is_draining}
         if not draining:
             return
-        for session in self._sessions():
+        sessions = self._sessions()
+        if (
+            sessions and not self._again.is_set
+        ):  # also for those that move: it may fail, or end there
+            self._again.set(self._clock.now() + AGAIN_S)
+        for session in sessions:
             at, name = self._at(session), session.request.session
             too_soon = self._clock.now() - self._failed_at.get(name, float("-inf")) < AGAIN_S
             if at not in draining or too_soon or self._is_moving(session):
@@ -102,6 +109,10 @@ class Movers:
                 self._begin(session, choice, "drain")
             except SllmError as error:
                 log.info("session not moved", extra={"session": name, "error": str(error)})
+
+    def close(self) -> None:
+        """Begin no more moves."""
+        self._again.set(None)
 
     def told(self, report: MoveReport) -> None:
         """Take note of how a move ended."""
@@ -138,7 +149,10 @@ class Movers:
             if session.is_moving:
                 raise MoveRefusedError(session.request.session, "it is moving already")
             number = f"{session.request.session}.2"
-            session.when_routed(lambda routed: self._start(routed, choice, reason, fit, vacate))
+            report = MoveReport(
+                number, session.request.session, self._peers.me, choice.node, reason, vacate=vacate
+            )
+            session.when_routed(lambda routed: self._start(routed, choice, fit, report))
             return number
         routed = session.routed if isinstance(session, HomeStream) else session
         assert routed is not None
@@ -147,15 +161,17 @@ class Movers:
         return report.id
 
     def _start(
-        self, routed: RoutedStream, choice: Choice, reason: str, fit: ResumeFit | None, vacate: str
+        self, routed: RoutedStream | None, choice: Choice, fit: ResumeFit | None, wished: MoveReport
     ) -> None:
+        """Begin a move that was asked for before a routed stream was there; None: it has ended."""
         try:
-            self._recent.append(routed.move(choice, reason, fit, vacate))
+            if routed is None:
+                raise MoveRefusedError(wished.session, "it has ended")
+            self._recent.append(routed.move(choice, wished.reason, fit, wished.vacate))
         except SllmError as error:
-            if vacate:
-                self.on_failed(routed.request.session, routed.node, str(error))
-            fields = {"session": routed.request.session, "error": str(error)}
-            log.info("session not moved", extra=fields)
+            wished.outcome, wished.error = "ended" if routed is None else "failed", str(error)
+            self._recent.append(wished)
+            self.told(wished)
 
     def _choose(self, session: Carried, excluded: frozenset[NodeId]) -> Choice | None:
         view = self._peers.view

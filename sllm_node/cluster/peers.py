@@ -174,6 +174,10 @@ class Peers:
             self._failed.add(peer)
             self.view.remove(peer)
 
+    def is_dead(self, peer: NodeId) -> bool:
+        """Tell whether `peer` has been silent for too long."""
+        return self._membership.is_dead(peer)
+
     def status(self) -> list[dict[str, Any]]:
         """Return how each peer stands, for `status --cluster`."""
         now = self._clock.now()

@@ -181,8 +181,9 @@ class Router(Generic[CodecT]):
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
     ) -> HomeStream:
         stream = self.open_local(request, keep_alive_s, choice)
-        home = HomeStream(stream, keep_alive_s, self._carry, self._homes.discard)
+        home = HomeStream(stream, keep_alive_s, self._carry, self._home_ended)
         self._homes.add(home)
+        self._quiet.clear()
         home.choice = choice
         if choice is not None and choice.startup_s is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
@@ -199,7 +200,14 @@ class Router(Generic[CodecT]):
     def ended(self, stream: RoutedStream) -> None:
         """Forget a session that has ended."""
         self._routed.discard(stream)
-        if not self._routed:
+        self._look_quiet()
+
+    def _home_ended(self, home: HomeStream) -> None:
+        self._homes.discard(home)
+        self._look_quiet()
+
+    def _look_quiet(self) -> None:
+        if not self._routed and not self._homes:
             self._quiet.set()
 
     # --- what sessions ask (forward.Ways) -----------------------------------------------------
@@ -441,6 +449,7 @@ class Router(Generic[CodecT]):
 
     async def close(self) -> None:
         """End what is routed."""
+        self._movers.close()
         for stream in list(self._routed):
             stream.cancel()
         for task in list(self._watching):

@@ -122,7 +122,7 @@ class Serving:
         if request.held:
             self._held[key] = stream
         try:
-            await self._pass_on(stream, reply)
+            await self._pass_on(stream, _Heard(reply, sender, self._peers))
         finally:
             if self._held.get(key) is stream:  # not a later try's, of the same epoch
                 del self._held[key]
@@ -152,7 +152,7 @@ class Serving:
         limit = int(self._peers.cluster.limits.document_bytes)
         return RefusalRecord(reason, encode_state(state, limit))
 
-    async def _pass_on(self, stream: Stream, reply: Reply) -> None:
+    async def _pass_on(self, stream: Stream, reply: "_Heard") -> None:
         while not stream.started.is_set():
             await reply.send(pack(Waiting(stream.status())))
             try:
@@ -177,7 +177,7 @@ class Serving:
         else:
             await reply.send(pack(failed(error)))
 
-    async def _pass_standing(self, stream: Stream, reply: Reply) -> None:
+    async def _pass_standing(self, stream: Stream, reply: "_Heard") -> None:
         """Tell how far a session is that holds, until it does not any more."""
         told: int | None = -1
         while told is not None:
@@ -190,7 +190,7 @@ class Serving:
                 if told is not None:
                     await reply.send(pack(Standing(told)))
 
-    async def _pass_chunk(self, stream: Stream, reply: Reply) -> bool:
+    async def _pass_chunk(self, stream: Stream, reply: "_Heard") -> bool:
         """Send what comes next, or a sign of life; return whether it was the last."""
         if (leave := self._vacating.wish_for(stream.request.session)) is not None:
             await reply.send(pack(leave))
@@ -222,3 +222,18 @@ class Serving:
         for _, data in found:
             for at in range(0, len(data), _PIECE_BYTES):
                 await reply.send(data[at : at + _PIECE_BYTES])
+
+
+class _Heard:
+    """A reply to a peer for as long as that is heard: what is sent to one cut off ends nowhere, and nobody says so."""
+
+    def __init__(self, reply: Reply, peer: NodeId, peers: Peers) -> None:
+        self._reply = reply
+        self._peer = peer
+        self._peers = peers
+
+    async def send(self, payload: bytes) -> None:
+        """Send a frame, or drop the connection."""
+        if self._peers.is_dead(self._peer):
+            raise ConnectionResetError(f"peer {self._peer} is dead to this node")
+        await self._reply.send(payload)

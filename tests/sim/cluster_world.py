@@ -7,6 +7,7 @@ crash cuts the connections of a node at once; a cut link says nothing at all.
 import asyncio
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from sllm_node.cluster.file import parse_cluster
 from sllm_node.cluster.hints import HINT
@@ -39,20 +40,31 @@ class Connection:
     def __init__(self, world, source, target):
         self.world, self.source, self.target = world, source, target
         self.frames: asyncio.Queue = asyncio.Queue()
-        self.task = None
+        self.task: Any = None
+        self.delayed: list = []
+        self.is_left = False
+        """By its source, of which a cut link does not tell."""
 
     async def send(self, payload):
         await asyncio.sleep(DELAY_S)
-        while not self.world.is_open(self.target, self.source):
-            await asyncio.sleep(DELAY_S * 100)
-        self.frames.put_nowait(payload)
+        self.deliver(payload)
+
+    def deliver(self, *items):
+        """Let items arrive: now, or when the link is there again."""
+        self.delayed += items
+        if self.world.is_open(self.target, self.source):
+            for item in self.delayed:
+                self.frames.put_nowait(item)
+            self.delayed.clear()
 
     async def serve(self, handler, payload):
         try:
             await handler(self.source, payload, self)
-            self.frames.put_nowait(None)
+            self.deliver(None)
+        except (TimeoutError, ConnectionResetError):  # as the listener: it drops the connection
+            self.deliver(PeerUnreachableError(self.target, "it dropped the connection"))
         except Exception as error:
-            self.frames.put_nowait(error)
+            self.deliver(error)
 
     def reset(self, node):
         if self.task is not None:
@@ -88,10 +100,12 @@ class MemoryClient:
         try:
             yield self._frames(connection, silence_s)
         finally:
-            world.connections.pop(connection, None)
-            connection.task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await connection.task
+            connection.is_left = True
+            if world.is_open(self.me, peer):
+                world.connections.pop(connection, None)
+                connection.task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await connection.task
 
     async def _frames(self, connection, silence_s):
         while True:
@@ -216,7 +230,13 @@ class World:
                     self.cut |= {(a, b), (b, a)}
 
     def heal(self):
+        """Open all links; who was left meanwhile is told."""
         self.cut.clear()
+        for connection in list(self.connections):
+            connection.deliver()
+            if connection.is_left:
+                del self.connections[connection]
+                connection.task.cancel()
 
     def open(self, entry, model, tokens=20, **options):
         self.sessions += 1

@@ -71,6 +71,8 @@ LET_GO = object()
 class LocalStream(FakeStream):
     """A session that this node serves itself."""
 
+    is_granted = True
+
     def __init__(self, chunks, position=0):
         super().__init__(chunks)
         self.position = position
@@ -515,7 +517,7 @@ async def test_a_session_of_this_node_is_carried_from_its_next_chunk_on():
     assert (await anext(home)).tokens == (1,)
     reading = asyncio.create_task(anext(home))
     await asyncio.sleep(0)
-    home.when_routed(lambda routed: routed.move(to("b"), "drain"))
+    home.when_routed(lambda routed: routed and routed.move(to("b"), "drain"))
     assert (home.routed, home.is_moving) == (None, True)
     held.set()
     assert (await reading).tokens == (2,)
