@@ -215,8 +215,8 @@ def example(tmp_path):
     shutil.copytree(stores[1] / "a", stores[0] / "a")
     room = {"memory_bytes": 2 << 20}  # each takes half a MiB, and one MiB for its sessions
     with nodes.running(
-        nodes.made(tmp_path, "one", stores[0], file, **room),
-        nodes.made(tmp_path, "two", stores[1], file, **room),
+        nodes.made(tmp_path, "one", stores[0], file, braked=True, **room),
+        nodes.made(tmp_path, "two", stores[1], file, braked=True, **room),
     ) as example:
         yield example
 
@@ -224,6 +224,12 @@ def example(tmp_path):
 async def act(node, model, *verbs):
     for verb in verbs:
         assert (await nodes.post(node.url, f"/admin/models/{model}/{verb}", {}))[0] == 200
+
+
+def has(report, name, model):
+    """Tell whether a node knows that another one has a model on its device."""
+    (there,) = [node for node in report["cluster"]["nodes"] if node["id"] == name]
+    return [found["device"] for found in there["models"] if found["id"] == model] == [True]
 
 
 async def test_a_model_starts_from_dram_where_another_runs_whose_reader_sees_one_gap(example):
@@ -234,6 +240,7 @@ async def test_a_model_starts_from_dram_where_another_runs_whose_reader_sees_one
     await act(one, "a", "unload")
     await act(two, "b", "load", "unload")
     await act(two, "a", "load")
+    await nodes.until(one.url, "/admin/status", lambda report: has(report, "two", "a"))
     nodes.brake(one, two)
     reading = await started(one, body)
     assert nodes.serving(one, two) is two
