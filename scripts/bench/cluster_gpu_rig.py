@@ -22,6 +22,7 @@ from tests.e2e.process import NodeProcess
 NAMES: Final = ("a", "b", "c", "d", "e", "f", "g", "h")
 ROOM: Final = 2
 """Replicas on a device, and models in a pool."""
+CHUNK_BYTES: Final = 16 * MIB
 START_LIMIT_S: Final = 300.0
 """Of a node: it takes its pinned pool first."""
 KV_BYTES: Final = {"8b": 24 * GIB, "32b": 24 * GIB, "tiny": 8 * MIB}
@@ -119,11 +120,13 @@ class Rig:
             if not (name == "b" and model == self.models[-1]):
                 (store / model).symlink_to((asked.store / model).resolve())
         is_cpu = asked.device == "cpu"
-        kv, spare = KV_BYTES[asked.shape], 16 * MIB if is_cpu else GIB
+        kv, spare = KV_BYTES[asked.shape], 16 * MIB if is_cpu else 4 * GIB
         device = "cpu" if is_cpu else f"cuda:{number if asked.by_name else 0}"
+        # A chunk of the pool is of one shard.
+        chunks = self.size // CHUNK_BYTES + self.size // random_checkpoint.SHARD_BYTES + 2
         config = CONFIG.format(
             id=name, store=store, device=device, cluster=self.file, kv=kv,
-            pool=(ROOM * (self.size // (16 * MIB) + 2)) * 16 * MIB,
+            pool=ROOM * chunks * CHUNK_BYTES,
             memory=ROOM * (self.size + kv) + spare,
             readers=2 if is_cpu else 8, threads=1 if is_cpu else 0,
         )  # fmt: skip
