@@ -31,7 +31,8 @@ from scripts.bench.cluster_load import Answer, Request, ask
 from scripts.bench.cluster_logs import summary
 from scripts.bench.figures import commit, describe_machine
 from tests.e2e import cluster_nodes
-from tests.e2e.process import ROOT, NodeProcess
+from tests.e2e.braked import ROOT
+from tests.e2e.process import NodeProcess
 from tests.models import make_checkpoint
 
 RESULT: Final = Path(__file__).parent / "results" / "cluster.json"
@@ -58,7 +59,9 @@ class Rig:
             own.mkdir()
             for model in held:
                 (own / model).symlink_to(store / model)
-            self.nodes[name] = cluster_nodes.made(place, name, own, file, memory_bytes=room)
+            self.nodes[name] = cluster_nodes.made(
+                place, name, own, file, memory_bytes=room, braked=False
+            )
         (place / "alone").mkdir()
         self.alone = NodeProcess(
             place / "alone", place / "store-near", id="alone", memory_bytes=room,

@@ -18,6 +18,7 @@ from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.listing import Listing
 from sllm_node.cluster.messages import make_boot
 from sllm_node.cluster.peers import Peers, Place
+from sllm_node.cluster.rebalancing import Rebalancing
 from sllm_node.cluster.records import Desired
 from sllm_node.cluster.resumes import Resumes
 from sllm_node.cluster.router import Router
@@ -95,14 +96,18 @@ class Cluster(Generic[CodecT]):
             disk.catalog, disk.tier, files, self.peers, clock, is_hosted
         )
         self._giving = Giving(Given(disk.catalog), file.limits.files_at_once, metrics)
-        serving = Serving(service, self.peers, clock, file.timing.heartbeat_s, fetching)
-        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics, fetching)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
         self.router.fetching = fetching
+        vacating = self.router.vacating
+        ping_s = file.timing.heartbeat_s
+        serving = Serving(service, self.peers, vacating, clock, ping_s, fetching)
+        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics, fetching)
+        self._rebalancing = Rebalancing(service, self.peers, vacating.under_way, clock, metrics)
         reach = Reach(self.peers, self._listing)
         self.wishes = Wishes(disk.journal, self.router.status, reach)
         handlers = {
-            **serving.handlers(), **self.scaling.handlers(), **self._giving.handlers(),
+            **serving.handlers(), **self.scaling.handlers(), **vacating.handlers(),
+            **self._giving.handlers(),
             HINT: self.router.hints.take, WISH: self.wishes.take,
         }  # fmt: skip
         self._listener = Listener(trust, handlers, silence_s, self._refused)
@@ -129,6 +134,8 @@ class Cluster(Generic[CodecT]):
         self._closing.push_async_callback(self.router.close)
         self.scaling.start(self._client)
         self._closing.push_async_callback(self.scaling.close)
+        self._rebalancing.start()
+        self._closing.callback(self._rebalancing.close)
 
     async def close(self) -> None:
         """Leave the cluster."""
@@ -162,6 +169,7 @@ class Cluster(Generic[CodecT]):
             "version": state.version,
             "peers": self.peers.status(),
             "migrations": self.router.moves(),
+            "vacates": self.router.vacating.recent(),
             "nodes": nodes,
             "scaling": self.scaling.status(),
             "directory": None if self._listing is None else self._listing.status(),

@@ -43,7 +43,8 @@ class Hinting:
         """Let the load of `model` begin where its request will go, if it needs one."""
         self._peers.refresh()
         view, me = self._peers.view, self._peers.me
-        choice = choose(view, request_for(view, model), me, self._clock.now())
+        gain_s = self._peers.cluster.placement.least_gain_s
+        choice = choose(view, request_for(view, model), me, self._clock.now(), gain_s=gain_s)
         if choice is None or choice.way not in _WAYS:
             return
         if choice.node == me:

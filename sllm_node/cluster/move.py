@@ -18,7 +18,7 @@ from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import Part
 from sllm_node.cluster.wire import Record
 from sllm_node.core.clock import Clock
-from sllm_node.core.errors import PeerUnreachableError, SllmError
+from sllm_node.core.errors import PeerUnreachableError
 from sllm_node.core.types import NodeId, SessionId, TokenIds
 
 log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ class MoveReport:
     gap_s: float | None = None
     """Between the last token of the source and the first of the destination."""
     error: str = ""
+    vacate: str = ""
+    """With the reason `placement`: which model's start it is for, by the session that waits."""
 
     def fields(self) -> dict[str, object]:
         """Return what the log says."""
@@ -57,6 +59,7 @@ class MoveReport:
             "reason": self.reason, "rounds": self.rounds, "tokens": self.tokens,
             "prompt_tokens": self.prompt_tokens,
             "last_round": self.last, "bytes": self.bytes_sent,
+            **({"vacate": self.vacate} if self.vacate else {}),
         }  # fmt: skip
 
 
@@ -134,8 +137,8 @@ class Move:
         report.last = len(rest)
         try:
             await self._send(sent, rest, lets_go=True)
-        except SllmError as error:
-            lost = PeerUnreachableError(report.to, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the destination may not be let go
+            lost = PeerUnreachableError(report.to, str(error) or type(error).__name__)
             self.part.end(lost)  # the owner, by now: the session is placed again
         self._session.settled(self)
 

@@ -1,4 +1,6 @@
-"""Which sessions of this node's readers move where: as an operator says, and away from nodes that drain.
+"""Which sessions of this node's readers move where, and why.
+
+An operator says so; their node drains; or it is to have room for another model (`vacating`).
 
 The node with the reader decides; whoever drains only says that it does (its state), here or at a peer.
 """
@@ -15,10 +17,11 @@ from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.state import ResumeFit
+from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import NodeId
+from sllm_node.core.types import NodeId, SessionId
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +44,23 @@ class Movers:
         self._sessions = sessions
         self._recent: deque[MoveReport] = deque(maxlen=RECENT)
         self._failed_at: dict[str, float] = {}
+        self.on_failed: Callable[[SessionId, NodeId, str], None] = lambda *_: None
+        """Called with session, its node and why when a move for placement's sake fails."""
+        self._again = Alarm(clock, self.evacuate)
 
-    def move(self, session: str, to: NodeId, reason: str) -> dict[str, str]:
+    def has(self, session: str) -> bool:
+        """Tell whether this node serves a session of a reader of its own."""
+        return any(
+            one.request.session == session and self._at(one) == self._peers.me
+            for one in self._sessions()
+        )
+
+    def is_on_its_way(self, session: str) -> bool:
+        """Tell whether a session of this node's reader moves already."""
+        found = (one for one in self._sessions() if one.request.session == session)
+        return any(self._is_under_way(one) for one in found)
+
+    def move(self, session: str, to: NodeId, reason: str, vacate: str = "") -> dict[str, str]:
         """Begin a move.
 
         Raises:
@@ -60,9 +78,13 @@ class Movers:
             raise MoveRefusedError(session, f"it is at node {to!r} already")
         self._peers.refresh()
         choice = self._choose(found, frozenset(self._peers.view.nodes) - {to})
-        if choice is None:
+        if choice is None or (vacate and choice.startup_s is None):
             raise MoveRefusedError(session, f"node {to!r} can't take it: not the model, or no room")
-        return {"session": session, "to": to, "migration": self._begin(found, choice, reason)}
+        return {
+            "session": session,
+            "to": to,
+            "migration": self._begin(found, choice, reason, vacate),
+        }
 
     def evacuate(self) -> None:
         """Begin to move sessions away from the nodes that drain, as far as there are others."""
@@ -70,7 +92,12 @@ class Movers:
         draining = {name for name, node in nodes.items() if node.state.is_draining}
         if not draining:
             return
-        for session in self._sessions():
+        sessions = self._sessions()
+        if (
+            sessions and not self._again.is_set
+        ):  # also for those that move: it may fail, or end there
+            self._again.set(self._clock.now() + AGAIN_S)
+        for session in sessions:
             at, name = self._at(session), session.request.session
             too_soon = self._clock.now() - self._failed_at.get(name, float("-inf")) < AGAIN_S
             if at not in draining or too_soon or self._is_moving(session):
@@ -82,6 +109,10 @@ class Movers:
                 self._begin(session, choice, "drain")
             except SllmError as error:
                 log.info("session not moved", extra={"session": name, "error": str(error)})
+
+    def close(self) -> None:
+        """Begin no more moves."""
+        self._again.set(None)
 
     def told(self, report: MoveReport) -> None:
         """Take note of how a move ended."""
@@ -98,6 +129,8 @@ class Movers:
             now = self._clock.now()
             recent = {name: at for name, at in self._failed_at.items() if now - at < AGAIN_S}
             self._failed_at = {**recent, report.session: now}
+            if report.vacate:
+                self.on_failed(report.session, report.origin, report.error)
         else:
             self._failed_at.pop(report.session, None)
         gap_s = None if report.gap_s is None else round(report.gap_s, 4)
@@ -110,28 +143,35 @@ class Movers:
         """Return the last moves, the newest first."""
         return [asdict(report) for report in reversed(self._recent)]
 
-    def _begin(self, session: Carried, choice: Choice, reason: str) -> str:
+    def _begin(self, session: Carried, choice: Choice, reason: str, vacate: str = "") -> str:
         fit = self._fit(session, choice.node)
         if isinstance(session, HomeStream) and session.routed is None:
             if session.is_moving:
                 raise MoveRefusedError(session.request.session, "it is moving already")
             number = f"{session.request.session}.2"
-            session.when_routed(lambda routed: self._start(routed, choice, reason, fit))
+            report = MoveReport(
+                number, session.request.session, self._peers.me, choice.node, reason, vacate=vacate
+            )
+            session.when_routed(lambda routed: self._start(routed, choice, fit, report))
             return number
         routed = session.routed if isinstance(session, HomeStream) else session
         assert routed is not None
-        report = routed.move(choice, reason, fit)
+        report = routed.move(choice, reason, fit, vacate)
         self._recent.append(report)
         return report.id
 
     def _start(
-        self, routed: RoutedStream, choice: Choice, reason: str, fit: ResumeFit | None
+        self, routed: RoutedStream | None, choice: Choice, fit: ResumeFit | None, wished: MoveReport
     ) -> None:
+        """Begin a move that was asked for before a routed stream was there; None: it has ended."""
         try:
-            self._recent.append(routed.move(choice, reason, fit))
+            if routed is None:
+                raise MoveRefusedError(wished.session, "it has ended")
+            self._recent.append(routed.move(choice, wished.reason, fit, wished.vacate))
         except SllmError as error:
-            fields = {"session": routed.request.session, "error": str(error)}
-            log.info("session not moved", extra=fields)
+            wished.outcome, wished.error = "ended" if routed is None else "failed", str(error)
+            self._recent.append(wished)
+            self.told(wished)
 
     def _choose(self, session: Carried, excluded: frozenset[NodeId]) -> Choice | None:
         view = self._peers.view
@@ -147,6 +187,13 @@ class Movers:
         if isinstance(session, HomeStream):
             return session.is_moving
         return not session.can_move
+
+    def _is_under_way(self, session: Carried) -> bool:
+        """Tell whether a move of it is asked for, or has begun."""
+        if isinstance(session, HomeStream):
+            routed = session.routed
+            return session.is_moving or (routed is not None and routed.migration is not None)
+        return session.migration is not None
 
     def _fit(self, session: Carried, node: NodeId) -> ResumeFit | None:
         found = self._peers.view.nodes.get(node)

@@ -163,7 +163,8 @@ class LocalSource:
         stream = self._stream
         try:
             await stream.started.wait()
-            yield Granted()
+            if stream.is_granted:
+                yield Granted()
             told = await stream.standing(-1)
             while told is not None:
                 yield Standing(told)

@@ -105,6 +105,7 @@ class Peers:
         """Until then, a peer that has not said what it has is waited for."""
         self._client: Client
         self._stamp = _stamp(place.path)
+        snapshot.settle_s = place.cluster.placement.settle_s
 
     # --- what others of this node ask ---------------------------------------------------------
 
@@ -141,6 +142,10 @@ class Peers:
         self.view.update(state, now)
         return state
 
+    def show_as(self, shown: Callable[[NodeState, float], NodeState]) -> None:
+        """Have this node's states told as `shown` makes them."""
+        self._snapshot.shown = shown
+
     def has_peers(self) -> bool:
         """Tell whether anybody else can be asked now."""
         return len(self.view.nodes) > (self.me in self.view.nodes)
@@ -168,6 +173,10 @@ class Peers:
         if peer != self.me and peer in self.view.nodes:
             self._failed.add(peer)
             self.view.remove(peer)
+
+    def is_dead(self, peer: NodeId) -> bool:
+        """Tell whether `peer` has been silent for too long."""
+        return self._membership.is_dead(peer)
 
     def status(self) -> list[dict[str, Any]]:
         """Return how each peer stands, for `status --cluster`."""
@@ -396,6 +405,7 @@ class Peers:
             )
             return False
         self.cluster = found.cluster
+        self._snapshot.settle_s = found.cluster.placement.settle_s
         self._follow()
         self._metrics.cluster_reloads.labels("ok").inc()
         log.info("cluster file read", extra={

@@ -910,6 +910,18 @@ class MoveRefusedError(SllmError):
         self.reason = reason
 
 
+class GivenBackError(SllmError):
+    """A request that its node gives back to its entry before it began, to be placed anew."""
+
+    fault = Fault.BUSY
+    code = "given_back"
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(f"a request for model {model!r} is placed anew: {reason}")
+        self.model = model
+        self.reason = reason
+
+
 # --- operators ----------------------------------------------------------------------------------
 
 

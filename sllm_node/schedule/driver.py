@@ -34,6 +34,7 @@ from sllm_node.core.types import (
     ModelId,
     ModelState,
     ModelStatus,
+    SessionId,
     SessionStatus,
     Tier,
 )
@@ -292,6 +293,19 @@ class Service(Generic[CodecT]):
             ModelBusyError: it is pinned.
         """
         self._do(self._scheduler.on_retire(model, self._clock.now()))
+
+    def promise(self, model: ModelId, others: AbstractSet[ModelId]) -> bool:
+        """Let `model`, which waits, have the room of `others`, whose sessions move to other nodes.
+
+        With no `others` that is taken back. False: it can't be.
+        """
+        actions = self._scheduler.on_promise(model, others, self._clock.now())
+        self._do(actions or [])
+        return actions is not None
+
+    def give_back(self, session: SessionId, error: SllmError) -> bool:
+        """End a session that waits, for its entry to place it anew; tell whether it still did."""
+        return self._sessions.give_back(session, error)
 
     # --- the node -----------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 import asyncio
 
 from sllm_node.core.errors import CancelledByOperatorError, SllmError
-from sllm_node.core.types import ModelId, SessionStatus
+from sllm_node.core.types import ModelId, SessionId, SessionStatus
 from sllm_node.schedule.actions import TicketId
 from sllm_node.schedule.stream import Outcome, Stream, client_id_of, request_of
 
@@ -59,6 +59,11 @@ class Sessions:
             s for s in streams if client_id_of(request_of(s.request.session)) == request_id
         ]
         return self._stop(mine, CancelledByOperatorError("an operator ended it"))
+
+    def give_back(self, session: SessionId, error: SllmError) -> bool:
+        """End a session that still waits; tell whether it did."""
+        found = (s for s in self._streams.values() if s.request.session == session)
+        return self._stop([s for s in found if not s.is_granted], error) > 0
 
     def stop_all(self, error: SllmError) -> int:
         """End all sessions with `error`; return how many there were."""

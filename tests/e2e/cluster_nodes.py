@@ -9,7 +9,6 @@ from pathlib import Path
 
 import aiohttp
 
-from sllm_node.cluster import folder
 from tests.e2e.process import NodeProcess
 from tests.ports import free_port
 
@@ -36,6 +35,8 @@ LOOK_S = 0.02
 
 def make_cluster(place: Path, names, trust="key", timing=TIMING) -> Path:
     """Make a cluster file with these nodes; return it."""
+    from sllm_node.cluster import folder  # which wants cryptography
+
     now = datetime.now(UTC)
     folder.init(place, trust, now)
     for name in names:
@@ -47,6 +48,8 @@ def make_cluster(place: Path, names, trust="key", timing=TIMING) -> Path:
 
 def make_listed_cluster(place: Path, endpoint: str) -> Path:
     """Make a cluster file that names no node but a directory; return it."""
+    from sllm_node.cluster import folder
+
     folder.init(place, "key", datetime.now(UTC))
     file = place / folder.FILE
     table = f'[directory]\nendpoints = ["{endpoint}"]\nlease_s = 5\ntimeout_s = 2.0\n'
@@ -55,11 +58,11 @@ def make_listed_cluster(place: Path, endpoint: str) -> Path:
 
 
 def made(place: Path, name: str, store: Path, file: Path, address="", **settings) -> NodeProcess:
-    """Return a node of the cluster, not started yet; it has a brake, unless told otherwise."""
+    """Return a node of the cluster, not started yet."""
     own = place / name
     own.mkdir(exist_ok=True)
     extra = f'\n[cluster]\nfile = "{file}"\naddress = "{address}"\n'
-    given = {"memory_bytes": 16 << 20, "kv_cache_bytes": KV_BYTES, "braked": True, **settings}
+    given = {"memory_bytes": 16 << 20, "kv_cache_bytes": KV_BYTES, **settings}
     return NodeProcess(own, store, extra, id=name, **given)
 
 

@@ -1,6 +1,7 @@
 """Real peers, routers and services on virtual time, while nodes die and links are cut."""
 
 import asyncio
+import contextlib
 import functools
 import random
 from types import SimpleNamespace
@@ -10,9 +11,11 @@ import pytest
 
 from sllm_node.cluster.wire import Forward, pack, unpack_record
 from sllm_node.core.errors import (
+    EngineError,
     HopLimitError,
     MisdirectedError,
     ModelNotFoundError,
+    MoveRefusedError,
     PeerUnreachableError,
     SllmError,
 )
@@ -406,3 +409,192 @@ async def test_a_hint_to_a_node_that_says_nothing_is_forgotten(world):
     await asyncio.sleep(4.0)
     assert world["b"].rig.store.loads == []
     world.heal()
+
+
+# --- moves -----------------------------------------------------------------------------------------
+
+
+def elsewhere(name):
+    return "c" if name == "b" else "b"
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_drain_tries_again_although_nothing_is_heard_of_anybody(world):
+    stream = world.open("a", "m", tokens=200)
+    await anext(stream)
+    source = world[stream.node]
+    other = world[elsewhere(source.name)]
+    engines = other.rig.engines
+    engines.submit_error = EngineError("m", "no memory")
+    source.router.drain()
+    await asyncio.sleep(8.0)
+    world["a"].router._movers._peers.on_change = lambda: None  # deaf to news from here on
+    assert stream.node == source.name
+    engines.submit_error = None
+    await asyncio.sleep(8.0)
+    assert stream.node == other.name
+    tokens = await read(stream)
+    assert tokens == list(range(tokens[0], 201))
+
+
+async def turned_away(world, *, is_alone=False):
+    """Return a session that a drain of node a will turn away: its device is full until something is evicted."""
+    await read(world.open("a", "x"))
+    await read(world.open("a", "y"))
+    asked = world.open("b", "z")
+    asked.cancel()
+    await asyncio.sleep(1.0)
+    if is_alone:
+        world.part("b")
+        await asyncio.sleep(10.0)
+    return world["a"].router._open_here(asked.request, None, None)
+
+
+@in_world(a=("x", "y", "z"), b=("z",))
+async def test_a_drain_waits_for_sessions_that_it_turns_away_before_they_begin(world):
+    stream = await turned_away(world, is_alone=True)
+    world["a"].router.drain()
+    assert world["a"].service.sessions() == []
+    drained = asyncio.create_task(world["a"].router.drained(60.0))
+    await asyncio.sleep(0.5)
+    assert not drained.done()
+    world.heal()
+    assert await read(stream) == list(range(1, 21))
+    assert await drained == 0
+
+
+@in_world(a=("x", "y", "z"), b=("z",))
+async def test_a_move_of_a_session_that_a_drain_turns_away_is_told_as_failed(world):
+    stream = await turned_away(world)
+    reading = asyncio.create_task(read(stream))
+    await asyncio.sleep(0)
+    world["a"].router.move(stream.request.session, "b")
+    world["a"].router.drain()
+    assert await reading == list(range(1, 21))
+    (report,) = world["a"].router.moves()
+    assert (report["outcome"], report["reason"]) == ("failed", "operator")
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_move_of_a_session_that_ends_before_it_begins_is_told_as_ended(world):
+    stream = world.open("a", "m", tokens=1)
+    reading = asyncio.create_task(read(stream))
+    await asyncio.sleep(0.1)
+    world["a"].router.move(stream.request.session, "b")
+    await reading
+    assert [m["outcome"] for m in world["a"].router.moves()] == ["ended"]
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_session_that_waits_for_its_load_moves_when_it_has_begun(world):
+    stream = world.open("a", "m")
+    await asyncio.sleep(0.1)
+    world["a"].router.move(stream.request.session, "b")
+    assert await read(stream) == list(range(1, 21))
+    (report,) = world["a"].router.moves()
+    assert (report["outcome"], report["to"]) == ("moved", "b")
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_who_serves_a_session_for_a_node_that_is_cut_off_lets_it_go(world):
+    stream = world.open("a", "m", tokens=1000)
+    await anext(stream)
+    source = world[stream.node]
+    (number,) = [world["a"].router.move(stream.request.session, elsewhere(source.name))]
+    assert number["to"] != source.name
+    world.part("a")
+    await asyncio.sleep(10.0)
+    for name in "bc":
+        assert world[name].service.sessions() == []
+    stream.cancel()
+    world.heal()
+    await asyncio.sleep(10.0)
+
+
+@in_world(a=(), b=("m",), c=("m",), d=("m",))
+async def test_a_destination_that_drains_during_a_move_is_left_again(world):
+    stream = world.open("a", "m", tokens=300)
+    await anext(stream)
+    first = world[stream.node]
+    to = world[elsewhere(first.name)]
+    world["a"].router.move(stream.request.session, to.name)
+    await asyncio.sleep(0.5)
+    to.router.drain()
+    first.router.drain()
+    await asyncio.sleep(15.0)
+    assert stream.node not in (to.name, first.name)
+    tokens = await read(stream)
+    assert tokens == list(range(tokens[0], 301))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_token_is_lost_or_doubled_while_sessions_move_and_nodes_drain_and_die(tmp_path, seed):
+    names = "abcd"
+
+    async def play():
+        rng = random.Random(seed)
+        world = World(tmp_path, dict.fromkeys(names, ("m",)), pages=1)
+        await asyncio.sleep(3.0)
+        faults = asyncio.create_task(trouble(world, rng))
+        sessions = []
+        for _ in range(60):
+            await asyncio.sleep(rng.expovariate(1.0))
+            entry = rng.choice([n for n in "ab" if not world[n].router.is_draining])
+            sessions.append(asyncio.create_task(one(world, rng, entry, rng.randint(1, 150))))
+        await asyncio.sleep(0.1)
+        faults.cancel()
+        await asyncio.gather(faults, return_exceptions=True)
+        world.heal()
+        await asyncio.gather(*sessions)
+        await asyncio.sleep(10.0)
+        for node in world.nodes.values():
+            if node.is_up:
+                assert node.router.sessions() == []
+                assert node.service.sessions() == []
+        await world.close()
+        assert len(asyncio.all_tasks()) == 1
+
+    async def one(world, rng, entry, count):
+        stream = world.open(entry, "m", tokens=count)
+        session = stream.request.session
+        moving = asyncio.create_task(movings(world, rng, entry, session))
+        try:
+            if rng.random() < 0.2:
+                for _ in range(rng.randint(1, count)):
+                    if (await anext(stream)).finish is not None:
+                        break
+                stream.cancel()
+            else:
+                assert await read(stream) == list(range(1, count + 1))
+        finally:
+            moving.cancel()
+            await asyncio.gather(moving, return_exceptions=True)
+
+    async def movings(world, rng, entry, session):
+        while True:
+            await asyncio.sleep(rng.uniform(0.1, 4.0))
+            with contextlib.suppress(MoveRefusedError):
+                world[entry].router.move(session, rng.choice(names))
+
+    async def trouble(world, rng):
+        """What befalls nodes without readers; a node with readers drains, one after the other."""
+        while True:
+            await asyncio.sleep(rng.uniform(2, 8))
+            node, way = world[rng.choice("cd")], rng.random()
+            if way < 0.3:
+                world.part(node.name)
+                await asyncio.sleep(rng.uniform(1, 12))
+                world.heal()
+            elif way < 0.7:
+                await node.crash()
+                await asyncio.sleep(rng.uniform(0.5, 10))
+                node.start()
+            else:
+                node = world[rng.choice(names)]
+                node.router.drain()
+                assert await node.router.drained(120.0) == 0
+                await node.stop()
+                await asyncio.sleep(rng.uniform(0.5, 5))
+                node.start()
+
+    run(play())
