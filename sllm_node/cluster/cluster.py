@@ -163,7 +163,7 @@ class Cluster(Generic[CodecT]):
             }
             for _, view in sorted(self.peers.view.nodes.items())
         ]  # fmt: skip
-        errors = self.router.errors
+        errors = self.router.placing.errors
         return {
             "me": self.peers.me,
             "version": state.version,

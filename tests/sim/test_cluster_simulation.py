@@ -136,7 +136,7 @@ async def test_a_node_that_has_just_started_listens_before_it_says_that_there_is
     await asyncio.sleep(1.0)
     world["a"].start()
     router = world["a"].router
-    router._texts = HoldersAsTexts()
+    router.elsewhere.texts = HoldersAsTexts()
     assert not world["a"].peers.has_peers()
     assert await router.prepare("m") == ("m", ["b"])
     now = asyncio.get_running_loop().time()
@@ -160,7 +160,7 @@ class FirstUnreachable(HoldersAsTexts):
 
 @in_world(a=(), b=("m",))
 async def test_a_request_waits_for_a_tokenizer_whose_node_is_cut_off(world):
-    world["a"].router._texts = texts = FirstUnreachable(world)
+    world["a"].router.elsewhere.texts = texts = FirstUnreachable(world)
     world.part("b")
     asked = asyncio.create_task(world["a"].router.prepare("m"))
     await asyncio.sleep(8.0)
@@ -171,7 +171,7 @@ async def test_a_request_waits_for_a_tokenizer_whose_node_is_cut_off(world):
 
 @in_world(a=(), b=("m",))
 async def test_a_tokenizer_whose_node_stays_away_is_told_as_that(world):
-    world["a"].router._texts = FirstUnreachable(world)
+    world["a"].router.elsewhere.texts = FirstUnreachable(world)
     world.part("b")
     with pytest.raises(PeerUnreachableError):
         await world["a"].router.prepare("m")
@@ -195,7 +195,7 @@ async def test_a_node_that_starts_beside_dead_ones_waits_for_them_but_not_for_ev
     world["a"].start()
     await asyncio.sleep(10.0)
     router = world["a"].router
-    router._texts = HoldersAsTexts()
+    router.elsewhere.texts = HoldersAsTexts()
     asked = asyncio.create_task(router.prepare("m"))
     await asyncio.sleep(5.0)
     world["b"].start()
