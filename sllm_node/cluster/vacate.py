@@ -169,13 +169,17 @@ class Vacates:
         return [self._fail(found, "refused", f"session {session} stays: {reason}", (session,), now)]
 
     def refuse(self, model: ModelId, reason: str, now: float) -> list[Action]:
-        """End one that its own node can't make."""
-        vacate = self._active[model]
-        return [self._fail(vacate, "refused", reason, vacate.sessions, now)]
+        """End one that its own node can't make; nothing if it has ended."""
+        vacate = self._active.get(model)
+        return (
+            [] if vacate is None else [self._fail(vacate, "refused", reason, vacate.sessions, now)]
+        )
 
     def on_news(self, model: ModelId, view: ModelView, now: float) -> list[Action]:
-        """Take note of how a model stands that room is made for."""
-        vacate = self._active[model]
+        """Take note of how a model stands; it matters while room is made for it."""
+        vacate = self._active.get(model)
+        if vacate is None:
+            return []
         if view.state in (ModelState.LOADING, ModelState.READY):
             return [self._end(vacate, "freed", now)]
         return [] if view.waiting else [self._end(vacate, "over", now)]

@@ -28,7 +28,7 @@ from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import GivenBackError, MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import ModelId, NodeId, SessionId
+from sllm_node.core.types import GenerationRequest, ModelId, ModelState, NodeId, SessionId
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.stream import Outcome, Stream
 
@@ -77,10 +77,25 @@ class Vacating:
             return _OFF
         return objection(ask, state)
 
+    def open(self, request: GenerationRequest, keep_alive_s: float | None, ask: Ask) -> Stream:
+        """Begin a session of this node's own reader, and make the room that it is to have."""
+        stream = self._service.open(request, keep_alive_s=keep_alive_s)
+        try:
+            self.begin(ask, stream)
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream
+
     def begin(self, ask: Ask, stream: Stream) -> None:
-        """Make the room for a session that waits here; `objection` had nothing against it in this turn."""
+        """Make the room for a session that waits here; `objection` had nothing against it in this turn.
+
+        Nothing is made if there is room since: the model loads already, or is there.
+        """
         model, now = stream.request.model, self._clock.now()
-        if not ask.aways or stream.started.is_set() or model in self._vacates.active:
+        if not ask.aways or model in self._vacates.active:
+            return
+        if self._service.outlook.view(model).state is not ModelState.QUEUED:
             return
         state = self._peers.refresh()
         names = set(ask.frees)

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from sllm_node.core.errors import MoveRefusedError
+from sllm_node.core.errors import InternalError, MoveRefusedError
+from sllm_node.core.types import GenerationRequest, ModelId, SamplingParameters, SessionId
 from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
 
@@ -247,6 +248,53 @@ async def test_a_session_that_has_just_moved_is_left_alone(world):
     assert not reading.done()
     await asyncio.sleep(30.0)
     assert await reading == count(250)
+
+
+@pytest.mark.parametrize("entry", ["gate", "east"])
+def test_who_counts_on_moves_where_room_is_free_since_loads_there_and_moves_nobody(tmp_path, entry):
+    nodes = {**EXAMPLE, "east": ("a", "b", "c")}
+    in_world(nodes, pages=2)(functools.partial(finds_room, entry=entry))(tmp_path)
+
+
+async def finds_room(world, entry):
+    _, reading = await running(world, "gate")
+    other = world.open("gate", "c", 10, keep_alive_s=0.0)
+    await anext(other)
+    await asyncio.sleep(0.5)
+    request, choice = chosen(world, entry, "b")
+    await read(other)
+    await asyncio.sleep(1.0)  # its page is free now, and the choice an old one
+    assert await read(world[entry].router._route(request, None, choice)) == count(20)
+    assert outcomes(world) == []
+    assert await reading == count(200)
+
+
+def chosen(world, entry, model, tokens=20):
+    """Return a request, and a choice for it that counts on moves."""
+    world.sessions += 1
+    name = SessionId(f"{entry}-{world.sessions}-0")
+    request = GenerationRequest(name, ModelId(model), (1, 2), SamplingParameters(), tokens)
+    choice = world[entry].router.choose(request, frozenset())
+    assert (choice.node, bool(choice.moves)) == ("east", True)
+    return request, choice
+
+
+@pytest.mark.parametrize("entry", ["gate", "east"])
+def test_a_mistake_while_room_is_made_leaves_no_session_behind(tmp_path, entry):
+    in_world()(functools.partial(goes_wrong, entry=entry))(tmp_path)
+
+
+async def goes_wrong(world, entry):
+    _, reading = await running(world, "gate", 60)
+    world["east"].vacating.begin = broken
+    with pytest.raises((InternalError, ZeroDivisionError)):
+        await read(world.open(entry, "b"))
+    assert [s.model for s in world["east"].service.sessions()] == ["a"]
+    assert await reading == count(60)
+
+
+def broken(*_):
+    raise ZeroDivisionError("it")
 
 
 @in_world()
