@@ -8,7 +8,8 @@ for it), and asks the entry of each of their sessions to move it; all at once, s
 computes them in one batch. The scheduler does the rest: the last session gone, it evicts and loads. The
 vacate is over when the model loads (freed), an entry says that a session stays (refused), it takes too
 long (late), or nobody waits for the model any more (over). After `refused` and `late` the replicas are
-open again, what has moved has moved, and the request goes back to its entry, to be placed anew.
+open again, what has moved has moved, and all who wait for the model go back to their entries, to be
+placed anew.
 
 Others see all this in the node's state (`shown`), so they don't count on what can't be: the model is on
 its way there, its memory is taken, and sessions stay that may not move: on devices of which one is being

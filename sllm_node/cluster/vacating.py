@@ -30,7 +30,7 @@ from sllm_node.core.errors import GivenBackError, MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, ModelState, NodeId, SessionId
 from sllm_node.schedule.driver import Service
-from sllm_node.schedule.stream import Outcome, Stream
+from sllm_node.schedule.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +54,6 @@ class Vacating:
         self._clock = clock
         self._metrics = metrics
         self._vacates = Vacates(service.outlook.slots)
-        self._waiting: dict[str, Stream] = {}
-        """By vacate: the session that waits for the room."""
         self._wishes: dict[SessionId, Leave] = {}
         """For sessions of peers' readers, to be told with their next token."""
         self._recent: deque[Vacate] = deque(maxlen=RECENT)
@@ -101,7 +99,6 @@ class Vacating:
         names = set(ask.frees)
         models = {r.model for r in state.replicas if r.replica in names}
         actions = self._vacates.begin(ask, model, state, self._limits, now)
-        self._waiting[str(ask.id)] = stream
         log.info("sessions asked to leave", extra={
             "vacate": str(ask.id), "model": model, "replicas": sorted(names),
             "sessions": len(actions),
@@ -215,7 +212,6 @@ class Vacating:
             self._wishes[session] = wish
 
     def _ended(self, vacate: Vacate) -> None:
-        stream = self._waiting.pop(vacate.id)
         for session in vacate.sessions:
             self._wishes.pop(session, None)
         self._recent.append(vacate)
@@ -225,9 +221,9 @@ class Vacating:
         log.info("sessions have left" if vacate.outcome == "freed" else "vacate given up",
                  extra=vacate.fields())  # fmt: skip
         if vacate.outcome in ("refused", "late"):
-            self._service.promise(ModelId(vacate.model), frozenset())
-            if not stream.started.is_set():
-                stream.fail(GivenBackError(vacate.model, vacate.reason), Outcome.REFUSED)
+            self._service.promise(vacate.model, frozenset())
+            # Whoever else waits was sent here for the same room, or may find a better place by now.
+            self._service.give_back_all(vacate.model, GivenBackError(vacate.model, vacate.reason))
 
     async def close(self) -> None:
         """Wait for nothing any more."""

@@ -65,6 +65,11 @@ class Sessions:
         found = (s for s in self._streams.values() if s.request.session == session)
         return self._stop([s for s in found if not s.is_granted], error) > 0
 
+    def give_back_all(self, model: ModelId, error: SllmError) -> None:
+        """End all sessions that wait for `model`, in order of arrival."""
+        found = (s for s in self._streams.values() if s.request.model == model)
+        self._stop([s for s in found if not s.is_granted], error, Outcome.REFUSED)
+
     def stop_all(self, error: SllmError) -> int:
         """End all sessions with `error`; return how many there were."""
         return self._stop(list(self._streams.values()), error)
@@ -73,11 +78,13 @@ class Sessions:
         """Wait until there is none."""
         await self._quiet.wait()
 
-    def _stop(self, streams: list[Stream], error: SllmError) -> int:
+    def _stop(
+        self, streams: list[Stream], error: SllmError, outcome: Outcome = Outcome.STOPPED
+    ) -> int:
         """End those that wait first, so that none is granted in between."""
         stopped = 0
         for stream in sorted(streams, key=lambda stream: stream.is_granted):
             if stream.ticket in self._streams:  # the end of one may have refused another
-                stream.fail(error, Outcome.STOPPED)
+                stream.fail(error, outcome)
                 stopped += 1
         return stopped

@@ -30,7 +30,7 @@ def in_world(nodes=EXAMPLE, more="", pages=1):
                     if node.is_up:
                         assert node.router.sessions() == []
                         assert node.vacating._vacates.active == ()
-                        assert (node.vacating._waiting, node.vacating._wishes) == ({}, {})
+                        assert node.vacating._wishes == {}
                 await world.close()
                 for node in world.nodes.values():
                     assert node.rig.store.leased == set()
@@ -190,6 +190,38 @@ async def test_a_request_that_is_cancelled_meanwhile_leaves_the_replica_open(wor
     (a,) = world["east"].peers.refresh().replicas
     assert not a.is_leaving
     assert await reading == count(60)
+
+
+TWO = {"east": ("a", "b"), "gate": (), "north": ("b", "c"), "west": ("a",)}
+"""b lies on north as well, whose one place c takes."""
+
+
+@pytest.mark.parametrize("is_first_cancelled", [False, True])
+def test_all_who_wait_for_room_that_is_not_made_are_placed_anew(tmp_path, is_first_cancelled):
+    test = functools.partial(waits_in_vain, is_first_cancelled=is_first_cancelled)
+    in_world(TWO, "[placement]\nvacate_s = 8.0\n")(test)(tmp_path)
+
+
+async def waits_in_vain(world, is_first_cancelled):
+    other = world.open("gate", "c", 60, keep_alive_s=0.0)
+    await anext(other)
+    stays, reading = await running(world, "gate", 900)
+    world["gate"].router.leave = lambda *_: None  # it moves nobody, and does not say so
+    first, second = both = [world.open("gate", "b"), world.open("north", "b")]
+    waits = [asyncio.create_task(read(stream)) for stream in both]
+    await asyncio.sleep(0.5)
+    assert [outcomes(world), *(s.node for s in both)] == [["leaving"], "east", "east"]
+    if is_first_cancelled:
+        waits.pop(0).cancel()
+        first.cancel()
+    await read(other)
+    assert outcomes(world) == ["leaving"]
+    for wait in waits:
+        assert await wait == count(20)
+    assert (outcomes(world), second.node) == (["late"], "north")
+    assert not reading.done()
+    reading.cancel()
+    stays.cancel()
 
 
 @in_world()
