@@ -21,6 +21,7 @@ from sllm_node.cluster.vacate import (
     Vacate,
     VacateLimits,
     Vacates,
+    joined,
     objection,
 )
 from sllm_node.cluster.wire import Leave, Stays, pack, unpack_stays
@@ -76,7 +77,18 @@ class Vacating:
         return objection(ask, state)
 
     def open(self, request: GenerationRequest, keep_alive_s: float | None, ask: Ask) -> Stream:
-        """Begin a session of this node's own reader, and make the room that it is to have."""
+        """Begin a session of this node's own reader, and make the room that it is to have.
+
+        It is checked against the state as it is now, as `Serving` does for peers: the choice may be older.
+
+        Raises:
+            GivenBackError: the sessions that the ask names can't leave any more.
+            SllmError: it is refused at once, with the reason.
+        """
+        state = self._peers.refresh()
+        ask = joined(ask, request.model, state)
+        if (why := self.objection(ask, state)) is not None:
+            raise GivenBackError(request.model, why)
         stream = self._service.open(request, keep_alive_s=keep_alive_s)
         try:
             self.begin(ask, stream)

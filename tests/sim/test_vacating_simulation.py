@@ -311,6 +311,34 @@ def chosen(world, entry, model, tokens=20):
     return request, choice
 
 
+@in_world({**EXAMPLE, "east": ("a", "b", "c")})
+async def test_two_of_the_nodes_own_that_count_on_the_same_moves_do_not_both_get_them(world):
+    _, reading = await running(world, "gate", 900)
+    placed = [chosen(world, "east", model) for model in ("b", "c")]
+    router = world["east"].router
+    waits = [read(router._route(request, None, choice)) for request, choice in placed]
+    both = asyncio.gather(*waits)
+    await asyncio.sleep(0.5)
+    assert [(v["model"], v["outcome"]) for v in world["east"].vacating.recent()] == [
+        ("b", "leaving")
+    ]
+    assert await both == [count(20)] * 2
+    assert outcomes(world) == ["freed"]
+    assert await reading == count(900)
+
+
+@in_world()
+async def test_two_of_the_nodes_own_that_count_on_moves_for_one_model_wait_for_the_same_room(world):
+    _, reading = await running(world, "gate")
+    placed = [chosen(world, "east", "b") for _ in range(2)]
+    router = world["east"].router
+    both = [router._route(request, None, choice) for request, choice in placed]
+    assert await asyncio.gather(*map(read, both)) == [count(20)] * 2
+    assert outcomes(world) == ["freed"]
+    assert world["east"].rig.count("sllm_forwards_total", node="east", outcome="failed") is None
+    assert await reading == count(200)
+
+
 @pytest.mark.parametrize("entry", ["gate", "east"])
 def test_a_mistake_while_room_is_made_leaves_no_session_behind(tmp_path, entry):
     in_world()(functools.partial(goes_wrong, entry=entry))(tmp_path)
