@@ -45,6 +45,14 @@ class Sessions:
         ]
         return sorted(found, key=lambda stream: -stream.request.priority)
 
+    def waiting(self) -> list[SessionStatus]:
+        """Return who waits here and could as well elsewhere: not sessions that move here, and run meanwhile."""
+        return [
+            stream.session_status()
+            for stream in self._streams.values()
+            if not (stream.is_granted or stream.request.held)
+        ]
+
     def statuses(self) -> list[SessionStatus]:
         """Return what `status` shows."""
         return [stream.session_status() for stream in self._streams.values()]
@@ -61,9 +69,9 @@ class Sessions:
         return self._stop(mine, CancelledByOperatorError("an operator ended it"))
 
     def give_back(self, session: SessionId, error: SllmError) -> bool:
-        """End a session that still waits; tell whether it did."""
-        found = (s for s in self._streams.values() if s.request.session == session)
-        return self._stop([s for s in found if not s.is_granted], error) > 0
+        """End a session that still waits, and does not move here; tell whether it did."""
+        found = [s for s in self._streams.values() if s.request.session == session]
+        return self._stop([s for s in found if not (s.is_granted or s.request.held)], error) > 0
 
     def give_back_all(self, model: ModelId, error: SllmError) -> None:
         """End all sessions that wait for `model`, in order of arrival."""

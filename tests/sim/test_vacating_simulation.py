@@ -335,7 +335,9 @@ async def test_two_of_the_nodes_own_that_count_on_moves_for_one_model_wait_for_t
     both = [router._route(request, None, choice) for request, choice in placed]
     assert await asyncio.gather(*map(read, both)) == [count(20)] * 2
     assert outcomes(world) == ["freed"]
-    assert world["east"].rig.count("sllm_forwards_total", node="east", outcome="failed") is None
+    ended = [world["east"].rig.count("sllm_forwards_total", peer="east", outcome=how)
+             for how in ("ok", "failed")]  # fmt: skip
+    assert ended == [2, None]
     assert await reading == count(200)
 
 
@@ -387,6 +389,33 @@ async def test_who_waits_where_all_is_full_goes_where_a_place_is_free_since(worl
     assert not reading.done()
     assert given_back(world, "west") == 2
     assert await reading == count(300)
+
+
+@in_world({"east": ("a",), "gate": (), "west": ("a",)}, "[placement]\nrebalance_s = 1.0\n")
+async def test_who_moves_to_a_node_that_loads_for_it_is_not_given_back(world):
+    stream, reading = await running(world, "gate", 300)
+    world["west"].rig.engines.open_s = 5.0
+    world["gate"].router.move(str(stream.request.session), "west")
+    await asyncio.sleep(9.0)
+    assert [move["outcome"] for move in world["gate"].router.moves()] == ["moved"]
+    assert (stream.node, given_back(world, "west")) == ("west", 0)
+    assert await reading == count(300)
+
+
+@in_world({"east": ("a",), "gate": (), "west": ("a",)}, "[placement]\nrebalance_s = 1.0\n")
+async def test_who_waits_for_a_load_under_way_stays_though_a_place_is_free_since(world):
+    for node in world.nodes.values():
+        node.service.outlook.slots = node.service._scheduler._max_sessions = 1
+    other, _ = await running(world, "gate", 300)
+    world["west"].rig.engines.open_s = 8.0
+    wanted = world.open("gate", "a")
+    reading = asyncio.create_task(read(wanted))
+    await asyncio.sleep(2.0)
+    assert wanted.node == "west"
+    other.cancel()
+    assert await reading == count(20)
+    assert (wanted.node, given_back(world, "west")) == ("west", 0)
+    assert world["west"].rig.store.loads == ["a"]
 
 
 def given_back(world, name):
