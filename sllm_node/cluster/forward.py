@@ -36,6 +36,7 @@ from sllm_node.cluster.wire import (
     error_of,
 )
 from sllm_node.core.errors import (
+    GivenBackError,
     InternalError,
     MessageFormatError,
     MoveRefusedError,
@@ -220,8 +221,10 @@ class RoutedStream:
             error: SllmError
             if isinstance(end, RefusedError):
                 outcome = "refused"
-                self._retries.refused(part.choice, end.record)
-                error = NoPlaceError(self.request.model, end.record.reason, 1.0)
+                error = self._retries.refused(part.choice, end.record)
+            elif isinstance(end, GivenBackError):
+                outcome = "refused"
+                error = self._retries.given_back(part.choice, end)
             elif isinstance(end, SllmError):
                 error = end
                 self._retries.failed(part.choice, error, len(self._tokens))

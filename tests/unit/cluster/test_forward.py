@@ -13,7 +13,7 @@ from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.reservations import Ask, ReservationId
-from sllm_node.cluster.retries import REFUSALS_MAX
+from sllm_node.cluster.retries import LOOK_S, REFUSALS_MAX
 from sllm_node.cluster.serving import EXTEND
 from sllm_node.cluster.state import BootId
 from sllm_node.cluster.ways import Limits, Tools
@@ -38,6 +38,7 @@ from sllm_node.core.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     MoveRefusedError,
+    NoPlaceError,
     PeerUnreachableError,
 )
 from sllm_node.core.types import (
@@ -53,6 +54,7 @@ from sllm_node.schedule.stream import Stream
 from tests.unit.cluster.test_choice import node as state_of
 from tests.unit.server.fake_service import FakeStream, status_of
 
+PATIENCE_S = 10.0
 REQUEST = GenerationRequest(SessionId("r-0"), ModelId("m"), (1, 2), SamplingParameters(), 10)
 
 
@@ -198,7 +200,7 @@ class World:
 
     def open(self, request=REQUEST):
         first = self.choose(request, frozenset())
-        limits = Limits(1.0, 10.0)
+        limits = Limits(1.0, PATIENCE_S)
         return RoutedStream(request, 5.0, first, self, Tools(self, self.clock, limits))
 
 
@@ -550,3 +552,32 @@ async def test_a_session_that_got_no_room_here_is_placed_again_and_its_node_not_
     assert (await read(stream))[0] == (1,)
     assert len(world.local) == REFUSALS_MAX
     assert world.lost_nodes == []
+    assert world.outcomes == [("here", "refused")] * REFUSALS_MAX + [("a", "ok")]
+
+
+async def test_a_session_that_its_only_node_gives_back_again_and_again_waits_for_its_turn_there():
+    world = World(here=[])
+    world.is_heard = False
+    refused = GivenBackError("m", "a session stays")
+    world.here_each = [[refused]] * (REFUSALS_MAX + 2)
+    world.here = [tokens(1, finish="length").chunk]
+    assert (await read(world.open()))[0] == (1,)
+    assert len(world.local) == REFUSALS_MAX + 3
+    assert world.clock.now() == 3 * LOOK_S  # once it is refused, it asks again with news or a look
+
+
+async def test_a_session_that_is_given_back_for_longer_than_it_waits_is_told_when_to_come_again():
+    world = World(here=[])
+    world.is_heard = False
+    world.here = [GivenBackError("m", "a session stays")]
+    stream = world.open()
+    with pytest.raises(NoPlaceError, match="a session stays") as caught:
+        await read(stream)
+    assert caught.value.retry_after_s > 0
+    assert world.clock.now() == PATIENCE_S
+
+
+async def test_refusals_of_one_node_are_not_held_against_another():
+    world = World(a=[[REFUSED]] * REFUSALS_MAX, b=[[REFUSED], [tokens(1, finish="stop")]], c=[])
+    assert (await read(world.open()))[0] == (1,)
+    assert [peer for peer, _ in world.asked] == ["a"] * REFUSALS_MAX + ["b"] * 2
