@@ -1,11 +1,14 @@
 """Where a session goes on after a node refused or failed: who is asked no more, and for how long it waits."""
 
+import asyncio
 import logging
+import math
 from collections import Counter
 from typing import Final
 
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import decode_state
+from sllm_node.cluster.move import Move
 from sllm_node.cluster.ways import Tools, Ways
 from sllm_node.cluster.wire import Refusal
 from sllm_node.core.errors import (
@@ -93,6 +96,31 @@ class Retries:
         self._excluded.add(choice.node)
         if isinstance(error, UNREACHABLE):
             self._ways.lost(choice.node, error)
+
+    async def outlast(self, move: Move) -> Choice | None:
+        """Wait for a move whose source is lost; return where the session starts sooner, if it does: the move ends.
+
+        None: the move has ended.
+        """
+        async with asyncio.TaskGroup() as group:
+            looking = group.create_task(self._find_sooner(move))
+            await asyncio.gather(move.task, return_exceptions=True)
+            looking.cancel()
+        return None if looking.cancelled() else looking.result()
+
+    async def _find_sooner(self, move: Move) -> Choice | None:
+        to, looked_at = move.part.choice.node, -math.inf
+        while move.report.outcome == "moving":
+            now = self._clock.now()
+            if now - looked_at >= LOOK_S:
+                looked_at = now
+                found = self._ways.choose(self._request, frozenset({*self._excluded, to}))
+                startup_s = math.inf if found is None else found.startup_s
+                if found and startup_s is not None and startup_s < move.needs_s(self._patience_s):
+                    move.stop("failed", f"its source is lost, and node {found.node!r} is sooner")
+                    return found
+            await self._ways.changed(LOOK_S)
+        return None
 
     async def place_again(self, error: SllmError, *, has_tokens: bool) -> Choice:
         """Return where it goes on; wait for a node if none is left and one may come back.
