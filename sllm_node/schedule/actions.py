@@ -104,7 +104,10 @@ class ModelView:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A model that takes device memory, as the scheduler sees it: for placement over many nodes."""
+    """A model that takes device memory, as the scheduler sees it: for placement over many nodes.
+
+    One that is queued takes it once evictions have ended.
+    """
 
     model: ModelId
     state: ModelState
@@ -117,7 +120,9 @@ class ReplicaView:
     is_leaving: bool
     """No new session is granted here: its turn is over, or its checkpoint was replaced."""
     ready_at: float
-    """When its load is, or was, expected to be done."""
+    """When its load is, or was, expected to be done; of one that is queued, less the evictions."""
     last_used: float
     service_s: float
     """How long its sessions last."""
+    load_s: float = 0.0
+    """What its load was, or is, expected to take."""

@@ -14,6 +14,7 @@ victims, else where they are idle, else where they were used longest ago; of equ
 was last (part of it may still lie there), else to one that has the room now and need not be emptied
 first, else to the one with most room. One that is split has its devices given.
 
+A model that has its room as soon as evictions end, and waits for no session, is told apart (`coming`).
 What a model was promised is not given to those behind it. A model that finds no way now is passed
 over, unless it is overdue: then those behind it wait too, or they would take its room for ever.
 Nothing is remembered between two plans but which models are closed, and those are preferred as
@@ -33,6 +34,8 @@ class Plan:
 
     loads: list[tuple[ModelRecord, tuple[str, ...]]] = field(default_factory=list)
     """Each with the devices of its shares."""
+    coming: list[tuple[ModelRecord, tuple[str, ...]]] = field(default_factory=list)
+    """The same, once evictions that are under way or begin now have ended."""
     evictions: list[ModelRecord] = field(default_factory=list)
     closed: list[ModelRecord] = field(default_factory=list)
 
@@ -114,6 +117,8 @@ class _Room:
             name: size + sum(r.bytes_on(name) for r in leaving) for name, size in self._free.items()
         }
         """Bytes free now or by evictions under way, less those promised."""
+        self._soon = dict(self._promisable)
+        """The same, without what closed models will leave."""
         ready = [r for r in records if r.state is ModelState.READY and not r.pinned]
         self._idle = sorted((r for r in ready if r.is_idle), key=_idle_order)
         self._busy = sorted((r for r in ready if not r.is_idle), key=_busy_order)
@@ -125,14 +130,18 @@ class _Room:
         if best is None:
             return False
         needs = self._needs(record, best.devices)
-        if best.victims:
-            self._give_up(best.victims)
-        elif all(size <= self._free[name] for name, size in needs.items()):
+        self._give_up(best.victims)
+        if not best.victims and all(size <= self._free[name] for name, size in needs.items()):
             for name, size in needs.items():
                 self._free[name] -= size
             self.plan.loads.append((record, best.devices))
+        elif all(v.is_idle for v in best.victims) and all(
+            size <= self._soon[name] for name, size in needs.items()
+        ):
+            self.plan.coming.append((record, best.devices))
         for name, size in needs.items():
             self._promisable[name] -= size
+            self._soon[name] -= size
         return True
 
     def _needs(self, record: ModelRecord, devices: tuple[str, ...]) -> dict[str, int]:
@@ -191,6 +200,7 @@ class _Room:
         for victim in victims:
             for name in self._promisable:
                 self._promisable[name] += victim.bytes_on(name)
+                self._soon[name] += victim.bytes_on(name) if victim.is_idle else 0
             if victim.is_idle:
                 self._idle.remove(victim)
                 self.plan.evictions.append(victim)

@@ -111,8 +111,9 @@ class Scheduler:
         return tuple(self._records)
 
     def replicas(self) -> tuple[ReplicaView, ...]:
-        """Return the models that take device memory now."""
-        return tuple(r.replica_view() for r in self._records.values() if r.is_on_device)
+        """Return the models that take device memory, and those that do once evictions have ended."""
+        found = (r for r in self._records.values() if r.is_on_device or r.planned)
+        return tuple(record.replica_view() for record in found)
 
     def view(self, model: ModelId) -> ModelView:
         """Return how `model` stands."""
@@ -337,8 +338,10 @@ class Scheduler:
     def _follow_plan(self) -> Iterator[Action]:
         records = self._records.values()
         plan = make_plan(records, self._capacities, self._now, self._config.max_wait_s)
+        coming = {record.model: devices for record, devices in plan.coming}
         for record in records:
             record.is_closed = record in plan.closed
+            record.plan(coming.get(record.model, ()), self._now)
         for record in plan.evictions:
             yield self._evict(record, "room")
         for record, devices in plan.loads:

@@ -659,6 +659,51 @@ def test_a_drain_opens_a_model_that_was_closed_for_another():
     assert granted(board.scheduler.on_drain(10.0)) == [3]
 
 
+# --- what comes -----------------------------------------------------------------------------------
+
+
+def coming(board):
+    return [
+        (r.model, r.devices) for r in board.scheduler.replicas() if r.state is ModelState.QUEUED
+    ]
+
+
+def test_a_model_that_waits_for_evictions_only_is_told_to_come():
+    board = Board()
+    board.rest(A)
+    board.request(B, load_s=2.0)
+    assert coming(board) == [(B, ("cpu",))]
+    assert board.scheduler.view(B).devices == ("cpu",)
+    board.evicted(A)
+    assert coming(board) == []
+
+
+def test_a_model_that_waits_for_sessions_is_not_told_to_come():
+    board = Board()
+    board.serve(A)
+    board.request(B, priority=1)
+    assert board.scheduler.replicas()[0].is_leaving
+    assert coming(board) == []
+    board.finish(1)
+    assert coming(board) == [(B, ("cpu",))]
+
+
+def test_what_a_closed_model_leaves_over_is_no_room_that_comes():
+    board = Board(capacity=12)
+    board.serve(A, size=8)
+    board.request(B, size=6, priority=2)  # with the 4 that are free it has 6 to spare
+    board.request(C, size=6, priority=1)
+    assert coming(board) == []
+
+
+def test_a_model_that_nobody_waits_for_any_more_does_not_come():
+    board = Board()
+    board.rest(A)
+    board.request(B)
+    board.cancel(2)
+    assert coming(board) == []
+
+
 # --- room by moves --------------------------------------------------------------------------------
 
 

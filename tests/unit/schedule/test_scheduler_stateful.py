@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from sllm_node.core.config import ModelConfig, ScheduleConfig
 from sllm_node.core.errors import LoadFailedError, ModelBusyError
-from sllm_node.core.types import ModelId
+from sllm_node.core.types import ModelId, ModelState
 from sllm_node.schedule.actions import (
     AbortLoad,
     Evict,
@@ -204,7 +204,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert view.waiting == [m for m, _ in self.waiting.values()].count(model)
             assert view.pinned == (model in self.pinned)
             is_here = model in self.loading | self.ready | self.evicting
-            assert view.devices == (tuple(self.places[model]) if is_here else ())
+            if is_here:
+                assert view.devices == tuple(self.places[model])
+            elif view.devices:  # it comes once evictions have ended
+                assert view.waiting
+                assert self.evicting
+
+    @invariant()
+    def what_comes_fits_once_evictions_have_ended(self):
+        used = dict.fromkeys(self.capacities, 0)
+        for replica in self.scheduler.replicas():
+            if replica.state is not ModelState.EVICTING:
+                for device, size in zip(replica.devices, replica.sizes, strict=True):
+                    used[device] += size
+        assert all(used[device] <= size for device, size in self.capacities.items())
 
     @invariant()
     def nobody_waits_while_there_is_room(self):
