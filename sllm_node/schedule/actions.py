@@ -29,6 +29,8 @@ class Ticket:
     keep_alive_s: float | None = None
     """For the model, from this session's grant on: 0 evicts when idle, -1 never, None the default."""
     is_session: bool = True
+    is_hint: bool = False
+    """Nobody waits for it: it gives way to all others."""
 
     @property
     def device_bytes(self) -> int:
@@ -77,6 +79,14 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveWay:
+    """The waiting ticket, a hint, ends because others need its room; nothing is to be answered."""
+
+    ticket: TicketId
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """The granted ticket ends with `error`; nothing is to be answered."""
 
@@ -84,7 +94,7 @@ class Stop:
     error: SllmError
 
 
-Action = StartLoad | AbortLoad | Evict | Grant | Refuse | Stop
+Action = StartLoad | AbortLoad | Evict | Grant | Refuse | GiveWay | Stop
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,16 @@ class ModelRecord:
         return next(iter(self._arrivals.values()))
 
     @property
+    def foremost(self) -> Waiter:
+        """The waiter that came first and is no hint, if there is one."""
+        return next((w for w in self._arrivals.values() if not w.ticket.is_hint), self.oldest)
+
+    @property
+    def is_hinted(self) -> bool:
+        """Whether only hints wait for it: nobody is there yet."""
+        return self.waiting > 0 and self.foremost.ticket.is_hint
+
+    @property
     def highest_priority(self) -> int:
         """Of the waiting and running tickets and the model's own."""
         tickets = [running.ticket.priority for running in self.running.values()]
@@ -173,7 +183,9 @@ class ModelRecord:
 
     def is_overdue(self, now: float, max_wait_s: float) -> bool:
         """Tell whether a ticket has waited so long that grouping must not hold it up any more."""
-        return self.waiting > 0 and now >= self.oldest.arrived + max_wait_s
+        if not self.waiting or self.is_hinted:
+            return False
+        return now >= self.foremost.arrived + max_wait_s
 
     def enqueue(self, ticket: Ticket, now: float) -> None:
         """Put `ticket` in the queue."""
@@ -192,7 +204,7 @@ class ModelRecord:
     def take_next(self, now: float, max_wait_s: float) -> Waiter:
         """Take the ticket whose turn it is: an overdue one, else the highest priority."""
         overdue = self.is_overdue(now, max_wait_s)
-        return self.remove(self.oldest.ticket.number if overdue else self._order[0][1])
+        return self.remove(self.foremost.ticket.number if overdue else self._order[0][1])
 
     def plan(self, devices: tuple[str, ...], now: float) -> None:
         """Take where it comes once evictions have ended; no devices: it waits for more than that."""
