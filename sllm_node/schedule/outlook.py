@@ -46,7 +46,7 @@ class ModelFacts:
     context_tokens: int
     created: int
     waiting: int
-    """Tickets that wait while it takes no device memory."""
+    """Tickets that wait while it neither takes device memory nor is about to."""
     is_kept: bool = False
     """Its module is there from an earlier replica: its next load takes less beside its bytes."""
 
@@ -86,7 +86,7 @@ class Outlook:
         return self._store.capacities()
 
     def replicas(self) -> tuple[ReplicaView, ...]:
-        """Return the models that take device memory now."""
+        """Return the models that take device memory, and those that do once evictions have ended."""
         return self._scheduler.replicas()
 
     def session(self, ticket: TicketId) -> SessionFacts | None:
