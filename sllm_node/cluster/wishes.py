@@ -35,6 +35,7 @@ from sllm_node.cluster.wish_messages import (
 from sllm_node.core.errors import (
     InvalidRequestError,
     MessageFormatError,
+    ModelNotFoundError,
     SllmError,
     WishConflictError,
 )
@@ -109,6 +110,8 @@ class Wishes:
         self._keeping = asyncio.Lock()
         """Of comparing a wish with what is kept, and writing it. Not held while peers are told, as they keep theirs."""
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._told_hidden: set[str] = set()
+        """Aliases of which the log has that they don't count."""
 
     async def close(self) -> None:
         """Wait for what is being made and told."""
@@ -117,13 +120,30 @@ class Wishes:
     # --- what holds ---------------------------------------------------------------------------
 
     def resolve(self, name: str) -> str:
-        """Return the model that clients mean by `name`."""
+        """Return the model that clients mean by `name`: one that is called so, or else what an alias says."""
         alias = self._journal.records.aliases.get(name)
-        return name if alias is None else alias.model
+        return name if alias is None or self._is_hidden(alias) else alias.model
 
     def aliases(self) -> dict[str, str]:
-        """Return the model behind each alias."""
-        return {name: one.model for name, one in sorted(self._journal.records.aliases.items())}
+        """Return the model behind each alias that counts."""
+        found = sorted(self._journal.records.aliases.items())
+        return {name: one.model for name, one in found if not self._is_hidden(one)}
+
+    def hidden(self) -> dict[str, str]:
+        """Return the model behind each alias that does not count, as a model is called so."""
+        found = sorted(self._journal.records.aliases.items())
+        return {name: one.model for name, one in found if self._is_hidden(one)}
+
+    def _is_hidden(self, alias: Alias) -> bool:
+        """Tell whether there is a model of an alias' name: it came later, or a peer did not know of it."""
+        if not self._is_model(alias.name):
+            self._told_hidden.discard(alias.name)
+            return False
+        if alias.name not in self._told_hidden:
+            self._told_hidden.add(alias.name)
+            fields = {"alias": alias.name, "model": alias.model}
+            log.warning("alias does not count: a model has its name", extra=fields)
+        return True
 
     def desired(self) -> tuple[Desired, ...]:
         """Return the desired replicas that were wished for here or at a peer."""
@@ -206,8 +226,10 @@ class Wishes:
     def _is_model(self, name: str) -> bool:
         try:
             self._find(name)
-        except SllmError:
+        except ModelNotFoundError:
             return False
+        except SllmError:  # it lies here and is damaged
+            return True
         return True
 
     def _check_free(self, model: str) -> None:

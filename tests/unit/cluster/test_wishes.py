@@ -188,6 +188,50 @@ async def test_a_peer_that_can_not_keep_a_wish_is_named(cluster):
     assert await cluster.here.set_alias("gpt", "m") == ["b", "c"]
 
 
+# --- models that came later ---------------------------------------------------------------------------
+
+
+async def test_a_model_that_comes_later_goes_before_an_alias_of_its_name(tmp_path, caplog):
+    journal, models = await Journal.open(tmp_path / "j"), {"m"}
+
+    def look(name):
+        if name not in models:
+            raise ModelNotFoundError(name, tuple(models))
+
+    wishes = Wishes(journal, look)
+    await wishes.set_alias("gpt", "m")
+    models.add("gpt")
+    assert [wishes.resolve("gpt") for _ in range(3)] == ["gpt"] * 3
+    assert (wishes.aliases(), wishes.hidden()) == ({}, {"gpt": "m"})
+    assert [one.message for one in caplog.records].count(
+        "alias does not count: a model has its name"
+    ) == 1
+    models.remove("gpt")
+    assert (wishes.resolve("gpt"), wishes.aliases(), wishes.hidden()) == ("m", {"gpt": "m"}, {})
+    models.add("gpt")
+    await wishes.drop_alias("gpt")
+    assert wishes.hidden() == {}
+    await journal.close()
+
+
+async def test_an_alias_of_a_peer_does_not_hide_a_model_here(cluster):
+    cluster.there._find = lambda name: find("m" if name == "gpt" else name)
+    assert await cluster.here.set_alias("gpt", "n") == ["c"]
+    assert (cluster.there.resolve("gpt"), cluster.there.hidden()) == ("gpt", {"gpt": "n"})
+
+
+async def test_a_damaged_model_is_still_called_by_its_name(tmp_path):
+    journal = await Journal.open(tmp_path / "j")
+
+    def look(name):
+        if name == "broken":
+            raise SllmError("its index can't be read")
+
+    with pytest.raises(WishConflictError, match="a model is called 'broken'"):
+        await Wishes(journal, look).set_alias("broken", "m")
+    await journal.close()
+
+
 # --- missed, and again --------------------------------------------------------------------------------
 
 
