@@ -202,13 +202,15 @@ class Wishes:
 
         Raises:
             InvalidRequestError: nobody has wished for any.
-            WishConflictError: the cluster file does.
+            WishConflictError: the cluster file does, or `model` is an alias.
             SllmError: it would come back.
         """
         self._check_free(model)
         none = InvalidRequestError(f"no replicas of {model!r} are desired", param="model")
+        wish = next((one for one in self.desired() if one.model == model), None)
+        if wish is None:
+            self._check_itself(model)
         if self._reach.directory is not None:
-            wish = next((one for one in self.desired() if one.model == model), None)
             if wish is None:
                 raise none
             await self._reach.directory.drop(wish)
@@ -219,9 +221,12 @@ class Wishes:
         return told.missed
 
     def _find_model(self, model: str) -> None:
+        self._check_itself(model)
+        self._find(model)
+
+    def _check_itself(self, model: str) -> None:
         if (meant := self.resolve(model)) != model:
             raise WishConflictError(f"{model!r} is an alias of {meant!r}; name the model itself")
-        self._find(model)
 
     def _is_model(self, name: str) -> bool:
         try:

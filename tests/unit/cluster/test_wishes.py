@@ -133,6 +133,12 @@ async def test_replicas_that_make_no_sense_are_refused(cluster, wish, error):
         await cluster.here.scale(wish)
 
 
+async def test_no_replicas_of_an_alias_are_taken_back(cluster):
+    await cluster.here.set_alias("gpt", "m")
+    with pytest.raises(WishConflictError, match="'gpt' is an alias of 'm'; name the model"):
+        await cluster.here.unscale("gpt")
+
+
 async def test_what_nobody_wished_for_can_not_be_taken_back(net):
     a = net.nodes["a"]
     with pytest.raises(InvalidRequestError, match="no alias 'x'"):
