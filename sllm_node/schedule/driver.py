@@ -307,6 +307,11 @@ class Service(Generic[CodecT]):
         """End a session that waits, for its entry to place it anew; tell whether it still did."""
         return self._sessions.give_back(session, error)
 
+    def give_back_all(self, model: ModelId, error: SllmError) -> None:
+        """End all sessions that wait for a model that has no room, for their entries to place them anew."""
+        if self._scheduler.view(model).state is ModelState.QUEUED:
+            self._sessions.give_back_all(model, error)
+
     # --- the node -----------------------------------------------------------------------------
 
     @property

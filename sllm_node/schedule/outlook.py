@@ -12,7 +12,7 @@ from typing import Any
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.config import Config
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import ModelId, ModelState, SessionId, Tier
+from sllm_node.core.types import ModelId, ModelState, SessionId, SessionStatus, Tier
 from sllm_node.schedule.actions import ModelView, ReplicaView, TicketId
 from sllm_node.schedule.estimate import PEER, LoadEstimator
 from sllm_node.schedule.ports import Engines, WeightStore
@@ -98,6 +98,10 @@ class Outlook:
         output = len(asked.resumed) + stream.tokens
         moved_at = stream.opened if asked.held else None
         return SessionFacts(asked.session, len(asked.prompt), output, asked.priority, moved_at)
+
+    def waiting(self) -> list[SessionStatus]:
+        """Return the sessions that wait for their turn, in order of arrival; not those that move here."""
+        return self._sessions.waiting()
 
     def models(self) -> list[ModelFacts]:
         """Return the models that lie here or at a remote of this node; looks at files."""
