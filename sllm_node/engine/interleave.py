@@ -124,6 +124,10 @@ class Seat:
         """Return how many tokens of prompts its next step may have; None: any number."""
         return self._order.prompt_tokens(self._number)
 
+    def rest(self) -> None:
+        """Take note that this engine has nothing to do; it has no turn and waits for none."""
+        self._order.rest(self._number)
+
     def leave(self) -> None:
         """Give the place up."""
         self._device.leave(self._number)

@@ -68,6 +68,8 @@ class Turns:
         """Whose turn it is."""
         self._gone: set[int] = set()
         """Engines that decode and had a turn since the last one for prompts, or in this round."""
+        self._gone_before: set[int] = set()
+        """The same before the turn that is taken."""
 
     def join(self) -> int:
         """Return the seat of a new engine."""
@@ -93,8 +95,8 @@ class Turns:
         """Take note that an engine wants no turn, or makes no use of its own: it has nothing to do."""
         one = self._seats[seat]
         one.is_ready, one.need = False, Need()
-        if self._taken == seat:
-            self._taken = None
+        if self._taken == seat:  # as if it had not been: it is nobody's turn for prompts
+            self._taken, self._gone = None, self._gone_before & self._seats.keys()
 
     def begin(self, now: float) -> int | None:
         """Return whose turn begins; None: it is somebody's turn already, or nobody waits."""
@@ -102,6 +104,7 @@ class Turns:
         if self._taken is not None or not ready:
             return None
         due = [seat for seat, one in ready.items() if one.need.decoding and seat not in self._gone]
+        self._gone_before = set(self._gone)
         if not due:
             self._gone.clear()
             due = [seat for seat, one in ready.items() if not one.need.decoding] or list(ready)

@@ -14,6 +14,7 @@ from sllm_node.engine.interleave import Interleaving, Job
 from sllm_node.engine.turns import Need, Turns
 from tests.models import make_checkpoint
 from tests.unit.engine.rig import Weights, ask, collect, engines_of
+from tests.unit.engine.test_stall import Hang
 
 
 class Engine:
@@ -133,14 +134,14 @@ def checkpoints(tmp_path_factory):
 
 
 @contextlib.asynccontextmanager
-async def two_models(checkpoints, **more):
+async def two_models(checkpoints, clock=None, **more):
     """Yield two engines of one device."""
     config = EngineConfig(
         kv_cache_bytes=ByteSize(8 << 20), torch_threads=1, prefill_beside_tokens=8,
         inter_token_target_s=0.0, prefix_cache=False, **more,
     )  # fmt: skip
     with CpuDevice(1 << 30) as device:
-        made = engines_of(device, config)
+        made = engines_of(device, config, clock)
         weights, opened = [], []
         for checkpoint in checkpoints:
             weights.append(Weights(checkpoint, device))
@@ -195,6 +196,26 @@ async def test_without_readers_elsewhere_a_prompt_is_one_step(checkpoints):
         watch_steps("asks", asks, steps)
         await collect(asks.submit(ask(PROMPT, 1)))
         assert steps == [("asks", len(PROMPT), 1)]
+
+
+async def test_an_engine_with_nothing_to_do_is_not_stalled_while_anothers_step_hangs(checkpoints):
+    clock = ManualClock()
+    async with two_models(checkpoints, clock, stall_after_s=5.0) as (reads, asks):
+        with Hang(reads._runner.advance) as hang:
+            reads._runner.advance = hang
+            last = asks.submit(ask(PROMPT[:5], 1))
+            hung = reads.submit(ask(PROMPT[:5], 1))
+            await collect(last)
+            await hang.begun.wait()  # its turn began before that token was handed out
+            await settle()
+            clock.advance(6.0)
+            assert (reads.stalled_s, asks.stalled_s) == (6.0, None)
+            late = asks.submit(ask(PROMPT[:5], 1))
+            clock.advance(6.0)
+            assert (reads.stalled_s, asks.stalled_s) == (12.0, 6.0)  # this one has work
+            late.cancel()  # before its turn comes
+            assert asks.stalled_s is None
+        await collect(hung)
 
 
 async def test_the_time_before_a_step_begins_is_counted(checkpoints):

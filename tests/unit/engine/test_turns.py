@@ -93,6 +93,19 @@ def test_who_rests_or_leaves_has_no_turn():
     assert turns.begin(1.0) is None
 
 
+def test_a_turn_that_is_not_used_is_not_the_rounds_turn_for_prompts():
+    turns = Turns(0.05, LEAST)
+    reader, prompted, idle = seats(turns, 3)
+    turns.ready(reader, decoding(0.0), 0.0)
+    turns.ready(prompted, PROMPTS, 2.0)
+    turns.ready(idle, PROMPTS, 1.0)
+    assert order_of(turns, 1) == [reader]
+    turns.ready(reader, decoding(1.0), 3.0)
+    assert turns.begin(3.0) == idle
+    turns.rest(idle)
+    assert order_of(turns, 2) == [prompted, reader]
+
+
 def test_who_leaves_in_its_turn_ends_it():
     turns = Turns(0.05, LEAST)
     first, second = seats(turns, 2)
