@@ -20,7 +20,7 @@ from sllm_node.core.errors import CancelledByOperatorError, EngineError, SllmErr
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import FinishReason, GenerationRequest
 from sllm_node.engine.arriving import WeightsMissingError
-from sllm_node.engine.batch import Batch, Part, prompt_tokens
+from sllm_node.engine.batch import Batch, Part, becoming_due, prompt_tokens
 from sllm_node.engine.generation import Generation, logprob_of
 from sllm_node.engine.interleave import Job
 from sllm_node.engine.parts import Parts
@@ -241,7 +241,8 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - told like one of the step itself
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
-        return Job(future, prompt_tokens(oldest))
+        draws = 0 if self._parts.seat.is_alone else becoming_due(oldest)  # alone: nobody asks
+        return Job(future, prompt_tokens(oldest), draws)
 
     @property
     def _is_idle(self) -> bool:

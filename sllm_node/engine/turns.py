@@ -115,12 +115,18 @@ class Turns:
         one.is_ready, one.began, self._taken = False, now, seat
         return seat
 
-    def ended(self, seat: int, prompt_tokens: int, now: float) -> None:
-        """Take note that a turn has ended, and with it a step with so many tokens of prompts."""
+    def ended(self, seat: int, prompt_tokens: int, now: float, draws: int = 0) -> None:
+        """Take note that a turn has ended, and with it a step with so many tokens of prompts.
+
+        `draws`: sessions that have a token by it and wait for the next one. Who is next plans before
+        their engine asks again, and must know of them.
+        """
         if self._taken != seat:
             return
         self._taken = None
         one = self._seats[seat]
+        if draws:
+            one.need = Need(draws, now)
         took_s = now - one.began
         if not prompt_tokens:
             one.step_s += _WEIGHT * (took_s - one.step_s)

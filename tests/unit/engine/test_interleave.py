@@ -189,6 +189,23 @@ async def test_a_models_readers_wait_for_one_piece_of_anothers_prompt_at_a_time(
     assert all("reads" in [step[0] for step in one] for one in between)
 
 
+@pytest.mark.parametrize("ahead", ["never", "always"])
+async def test_a_prompt_is_cut_from_the_first_token_of_anothers_reader_on(checkpoints, ahead):
+    more = {"launch_ahead": ahead, "max_step_tokens": 32}
+    async with two_models(checkpoints, **more) as (reads, asks):
+        steps = []
+        watch_steps("reads", reads, steps)
+        watch_steps("asks", asks, steps)
+        long = asks.submit(ask(PROMPT * 10, 1))
+        await collect(reads.submit(ask(PROMPT[:5], 6)))
+        await collect(long)
+    first = next(number for number, step in enumerate(steps) if step[0] == "reads")
+    behind = steps[first + 1 :]
+    last = max(number for number, step in enumerate(behind) if step[0] == "reads")
+    assert {step[1] for step in steps[:first] if step[0] == "asks"} <= {32, 2 * 32}  # two at once
+    assert {step[1] for step in behind[:last] if step[0] == "asks"} == {8}
+
+
 async def test_without_readers_elsewhere_a_prompt_is_one_step(checkpoints):
     async with two_models(checkpoints) as (reads, asks):
         await collect(reads.submit(ask(PROMPT[:5], 4)))

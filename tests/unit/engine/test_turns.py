@@ -138,6 +138,18 @@ def test_prompts_are_not_limited_while_nobody_else_decodes():
     assert turns.prompt_tokens(other) is None
 
 
+def test_a_first_token_limits_the_prompts_of_who_is_next_before_its_engine_asks_again():
+    turns = Turns(0.05, LEAST)
+    reader, prompted = seats(turns, 2)
+    turns.ready(reader, PROMPTS, 0.0)
+    assert turns.begin(0.0) == reader
+    assert turns.prompt_tokens(prompted) is None
+    turns.ended(reader, 5, 0.01, 1)
+    assert turns.prompt_tokens(prompted) == LEAST
+    turns.rest(reader)  # it was its last
+    assert turns.prompt_tokens(prompted) is None
+
+
 def test_beside_others_readers_a_piece_is_as_long_as_their_target_leaves():
     turns = Turns(0.05, LEAST)
     one, other, third = seats(turns, 3)
