@@ -25,6 +25,10 @@ from typing import Final
 
 _WEIGHT: Final = 0.5
 """Of the newest step in what is known of a model's steps."""
+_FACTOR: Final = 4.0
+"""The newest step counts as so many times what is known at most, and as that part of it at least."""
+_LAUNCH_S: Final = 1e-4
+"""A shorter turn computed nothing: it read a step that had ended before it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +54,25 @@ class _Seat:
     began: float = 0.0
     """When its turn began."""
     step_s: float = 0.0
-    """What a step without prompts takes."""
-    token_s: float | None = None
-    """What each token of prompts adds; None: not known yet."""
+    """What a step without prompts takes; 0: not known yet."""
+    token_s: float = 0.0
+    """What each token of prompts adds; 0: not known yet."""
+
+    def learn(self, prompt_tokens: int, took_s: float, least_tokens: int) -> None:
+        """Take note of what a step took."""
+        if took_s < _LAUNCH_S:
+            return
+        if not prompt_tokens or took_s < self.step_s:
+            self.step_s = _learned(self.step_s, took_s, self.step_s)
+        elif 2 * prompt_tokens >= least_tokens:  # a shorter piece costs what any step costs
+            token_s = (took_s - self.step_s) / prompt_tokens
+            self.token_s = _learned(self.token_s, token_s, self.token_s or token_s)
+
+
+def _learned(known_s: float, took_s: float, before_s: float) -> float:
+    if known_s:
+        took_s = min(max(took_s, known_s / _FACTOR), known_s * _FACTOR)
+    return before_s + _WEIGHT * (took_s - before_s)
 
 
 class Turns:
@@ -127,13 +147,7 @@ class Turns:
         one = self._seats[seat]
         if draws:
             one.need = Need(draws, now)
-        took_s = now - one.began
-        if not prompt_tokens:
-            one.step_s += _WEIGHT * (took_s - one.step_s)
-        elif 2 * prompt_tokens >= self._least_tokens:  # a shorter piece costs what any step costs
-            token_s = took_s / prompt_tokens
-            known_s = token_s if one.token_s is None else one.token_s
-            one.token_s = known_s + _WEIGHT * (token_s - known_s)
+        one.learn(prompt_tokens, now - one.began, self._least_tokens)
 
     def prompt_tokens(self, seat: int) -> int | None:
         """Return how many tokens of prompts its next step may have; None: any number."""
@@ -142,7 +156,7 @@ class Turns:
             return None
         own = self._seats[seat]
         left_s = self._target_s - sum(one.step_s for one in others)
-        left_s -= own.step_s if own.need.decoding else 0.0
+        left_s -= own.step_s
         if not own.token_s or left_s <= 0:
             return self._least_tokens
         return max(self._least_tokens, int(left_s / own.token_s))

@@ -183,6 +183,54 @@ def test_what_a_short_piece_takes_says_nothing_about_long_ones():
     assert turns.prompt_tokens(other) == before == 500
 
 
+def known(turns, seat):
+    return pytest.approx((turns._seats[seat].step_s, turns._seats[seat].token_s), rel=1e-4)
+
+
+def test_one_odd_step_changes_what_is_known_by_a_little():
+    turns = Turns(0.05, LEAST)
+    (one,) = seats(turns, 1)
+    for _ in range(20):
+        step(turns, one, decoding(0.0), 0, 0.010)
+        step(turns, one, decoding(0.0), 1000, 0.110)
+    assert known(turns, one) == (0.010, 100e-6)
+    step(turns, one, decoding(0.0), 0, 5.0)
+    assert known(turns, one) == (0.025, 100e-6)
+    step(turns, one, decoding(0.0), 1000, 5.0)
+    assert known(turns, one) == (0.025, 250e-6)
+    step(turns, one, decoding(0.0), 0, 0.001)
+    assert known(turns, one) == (0.015625, 250e-6)
+
+
+def test_a_turn_that_only_reads_what_was_computed_before_says_nothing():
+    turns = Turns(0.05, LEAST)
+    (one,) = seats(turns, 1)
+    step(turns, one, decoding(0.0), 0, 0.010)
+    step(turns, one, decoding(0.0), 1000, 0.105)
+    before = known(turns, one)
+    step(turns, one, decoding(0.0), 1000, 0.00005)
+    step(turns, one, decoding(0.0), 0, 0.00005)
+    assert before == (0.005, 100e-6) == known(turns, one)
+
+
+def test_of_a_step_with_prompts_its_tokens_cost_what_it_takes_longer_than_one_without():
+    turns = Turns(0.05, LEAST)
+    one, other = seats(turns, 2)
+    for _ in range(20):
+        step(turns, one, decoding(0.0), 0, 0.010)
+        step(turns, one, decoding(0.0), 200, 0.030)
+        step(turns, other, decoding(0.0), 0, 0.005)
+    assert turns.prompt_tokens(one) == pytest.approx(350, abs=1)
+
+
+def test_a_step_with_prompts_shorter_than_what_is_known_of_steps_without_corrects_that():
+    turns = Turns(0.05, LEAST)
+    (one,) = seats(turns, 1)
+    step(turns, one, decoding(0.0), 0, 0.100)
+    step(turns, one, decoding(0.0), 128, 0.020)
+    assert known(turns, one) == (0.035, 0.0)
+
+
 # --- nobody starves -----------------------------------------------------------------------------
 
 
