@@ -8,16 +8,19 @@ A turn in which sessions decode is due at the last token of the one that has wai
 `engine.inter_token_target_s`; one for prompts only as long after it became ready, so that pieces of
 several models' prompts alternate, and a short prompt does not wait for all of a long one. Earliest
 deadline first, with one rule above it: between two turns for prompts only, each engine that decodes
-and is ready goes once. So readers of one model wait for one piece of one other model's prompt, however
-many models have some; and prompts are not put off by models that decode without a pause.
+and is ready goes once. So readers of models that only decode wait for one piece of a prompt of one model that
+doesn't decode, however many such have some; and prompts are not put off by models that decode without a pause.
+A model that decodes and has prompts takes a piece of them in each round.
 
 Nobody starves. Turns of engines that decode go in rounds, each once in a round, so one of D such
 waits for at most 2 (D - 1) others and one for prompts; one of P with prompts only for at most P - 1
 such and P rounds of D.
 
-How long that one piece may take is what the target says: while others decode, a step gets as many
-tokens of prompts as fit beside their steps, by what steps have taken lately, and at least
-`prefill_beside_tokens`. When nobody else decodes, nothing limits it.
+How long the pieces of a round may take together is what the target says: while others decode, steps
+share the time that is left beside all their steps, by what these have taken lately, with those whose
+last turn had prompts, and who comes after it is spent has `prefill_beside_tokens`, as all have at least.
+So a gap is longer than the target where these leave no room; and by up to as much again for a round
+or two after a model began to take prompts. When nobody else decodes, nothing limits a piece.
 """
 
 from dataclasses import dataclass
@@ -57,6 +60,8 @@ class _Seat:
     """What a step without prompts takes; 0: not known yet."""
     token_s: float = 0.0
     """What each token of prompts adds; 0: not known yet."""
+    had_prompts: bool = False
+    """Its last turn took tokens of prompts."""
 
     def learn(self, prompt_tokens: int, took_s: float, least_tokens: int) -> None:
         """Take note of what a step took."""
@@ -90,6 +95,8 @@ class Turns:
         """Engines that decode and had a turn since the last one for prompts, or in this round."""
         self._gone_before: set[int] = set()
         """The same before the turn that is taken."""
+        self._spent_s = 0.0
+        """What prompts took of this round, which begins with its turn for prompts only."""
 
     def join(self) -> int:
         """Return the seat of a new engine."""
@@ -114,7 +121,7 @@ class Turns:
     def rest(self, seat: int) -> None:
         """Take note that an engine wants no turn, or makes no use of its own: it has nothing to do."""
         one = self._seats[seat]
-        one.is_ready, one.need = False, Need()
+        one.is_ready, one.need, one.had_prompts = False, Need(), False
         if self._taken == seat:  # as if it had not been: it is nobody's turn for prompts
             self._taken, self._gone = None, self._gone_before & self._seats.keys()
 
@@ -127,6 +134,7 @@ class Turns:
         self._gone_before = set(self._gone)
         if not due:
             self._gone.clear()
+            self._spent_s = 0.0
             due = [seat for seat, one in ready.items() if not one.need.decoding] or list(ready)
         seat = min(due, key=lambda seat: (self._deadline(ready[seat]), ready[seat].number))
         one = ready[seat]
@@ -147,6 +155,9 @@ class Turns:
         one = self._seats[seat]
         if draws:
             one.need = Need(draws, now)
+        one.had_prompts = prompt_tokens > 0
+        if prompt_tokens:
+            self._spent_s += max(0.0, now - one.began - one.step_s)
         one.learn(prompt_tokens, now - one.began, self._least_tokens)
 
     def prompt_tokens(self, seat: int) -> int | None:
@@ -155,8 +166,14 @@ class Turns:
         if not others:
             return None
         own = self._seats[seat]
-        left_s = self._target_s - sum(one.step_s for one in others)
-        left_s -= own.step_s
+        left_s = self._target_s - own.step_s - sum(one.step_s for one in others)
+        # A round has a turn of each that decodes, and one more for those that don't.
+        sharing = 1 + sum(one.had_prompts for one in others)
+        if own.need.decoding:
+            sharing += any(
+                one.had_prompts and not one.need.decoding for one in self._seats.values()
+            )
+        left_s = min(left_s / sharing, left_s - self._spent_s)
         if not own.token_s or left_s <= 0:
             return self._least_tokens
         return max(self._least_tokens, int(left_s / own.token_s))
