@@ -235,6 +235,26 @@ async def test_an_engine_with_nothing_to_do_is_not_stalled_while_anothers_step_h
         await collect(hung)
 
 
+class Unknown(Weights):
+    """Weights whose way nobody can tell."""
+
+    @property
+    def arrival(self):
+        raise ZeroDivisionError
+
+
+async def test_an_engine_that_can_not_be_opened_leaves_no_seat_behind(checkpoints):
+    device = CpuDevice(1 << 30)  # not closed: its KV memory is not given back
+    config = EngineConfig(kv_cache_bytes=ByteSize(8 << 20), torch_threads=1)
+    made, weights = engines_of(device, config), Unknown(checkpoints[0], device)
+    codec = await made.load_codec(checkpoints[0].path)
+    with pytest.raises(ZeroDivisionError):
+        await made.open(weights, await made.skeleton(checkpoints[0]), codec)
+    assert [one.seats for one in made._turns.values()] == [0]
+    weights.buffer.close()
+    made.close()
+
+
 async def test_the_time_before_a_step_begins_is_counted(checkpoints):
     async with two_models(checkpoints) as (reads, _):
         await collect(reads.submit(ask(PROMPT[:5], 4)))
