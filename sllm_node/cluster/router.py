@@ -104,10 +104,13 @@ class Router(Generic[CodecT]):
 
         Raises:
             ModelNotFoundError: no node has such a checkpoint.
+            DrainingError: only peers have it, and this node drains.
         """
         try:
             return await self._service.prepare(model)
         except ModelNotFoundError as error:
+            if self.is_draining and self.elsewhere.find(ModelId(model))[0] is not None:
+                raise self._service.drain_refusal() from error
             codec = await self.elsewhere.codec(ModelId(model))
             if codec is None:
                 there = tuple(status.model for status in self.models())
@@ -137,7 +140,10 @@ class Router(Generic[CodecT]):
             SllmError: it is refused at once, with the reason.
         """
         if self._service.is_draining:
-            return self._service.open(request, keep_alive_s=keep_alive_s)  # which says so
+            try:
+                return self._service.open(request, keep_alive_s=keep_alive_s)  # which says so
+            except ModelNotFoundError as error:  # peers have it, or `prepare` had said so
+                raise self._service.drain_refusal() from error
         excluded: frozenset[NodeId] = frozenset()
         choice = self.choose(request, excluded)
         is_absent = choice is None and self.elsewhere.is_absent(request.model)
