@@ -90,6 +90,8 @@ class Peers:
         self._limit = int(place.cluster.limits.document_bytes)
         self._states: dict[NodeId, tuple[NodeState, float]] = {}
         """The last that each peer published, and when it came; of dead ones too: they may come back."""
+        self._left: dict[NodeId, tuple[NodeState, float]] = {}
+        """The last of peers that said that they leave, and until when: most are started again soon."""
         self._known = place.cluster.peers(place.me)
         """Where each peer is: those of the file, and those that are listed."""
         self._listed: dict[NodeId, str] = {}
@@ -160,8 +162,11 @@ class Peers:
         )
 
     def absent(self) -> list[NodeState]:
-        """Return the last states of peers that can't be asked now, and have not said that they leave."""
-        return [state for peer, (state, _) in self._states.items() if peer not in self.view.nodes]
+        """Return the last states of peers that can't be asked now, or left not long ago."""
+        away = [state for peer, (state, _) in self._states.items() if peer not in self.view.nodes]
+        now = self._clock.now()
+        left = [(peer, state) for peer, (state, until) in self._left.items() if now < until]
+        return away + [state for peer, state in left if peer not in self._states]
 
     def learn(self, state: NodeState) -> None:
         """Take the state that came with a refusal."""
@@ -337,6 +342,7 @@ class Peers:
             return
         if state.node == peer:
             self._states[peer] = (state, self._clock.now())
+            self._left.pop(peer, None)
 
     def _show(self, peer: NodeId) -> None:
         """Put into the view what may be placed at `peer` now."""
@@ -344,6 +350,9 @@ class Peers:
         known = self._states.get(peer)
         if found is None or found.state is PeerState.GONE:
             self._states.pop(peer, None)
+        if found is not None and found.state is PeerState.GONE and known is not None:
+            until = self._clock.now() + LISTENS_DEAD_S * self.cluster.timing.dead_s
+            self._left[peer] = (known[0], until)
         if found is None or known is None or found.state not in _USABLE:
             self.view.remove(peer)
             return

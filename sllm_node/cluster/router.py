@@ -249,6 +249,13 @@ class Router(Generic[CodecT]):
             self.vacating.begin(self.placing.ask_in_full(choice, request), stream)
         return stream
 
+    def standing(self, model: ModelId) -> ModelStatus | None:
+        """Return how a model stands that a session waits for; None: nobody tells of it any more."""
+        try:
+            return self.status(model)
+        except SllmError:
+            return None
+
     def learn(self, state: NodeState) -> None:
         """Take the state that came with a refusal."""
         self._peers.learn(state)

@@ -11,6 +11,7 @@ tells the other side to stop, at once and without a message.
 
 import asyncio
 import os
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -100,7 +101,7 @@ class Client:
                     if not response.content.is_eof():
                         response.close()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise PeerUnreachableError(peer, str(error) or type(error).__name__) from error
+            raise PeerUnreachableError(peer, _problem(error, address)) from error
 
 
 async def _frames(response: aiohttp.ClientResponse, reader: FrameReader) -> AsyncIterator[bytes]:
@@ -109,6 +110,22 @@ async def _frames(response: aiohttp.ClientResponse, reader: FrameReader) -> Asyn
             yield frame
     if not reader.is_between:
         raise MessageFormatError("an answer was cut off in the middle of a frame")
+
+
+def _problem(error: Exception, address: str) -> str:
+    """Return what went wrong, without the peer's address: clients are told it, too."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if (
+        isinstance(cause, OSError)
+        and not isinstance(cause, ssl.SSLError)
+        and (cause.errno or 0) > 0
+    ):
+        return os.strerror(cause.errno or 0).lower()
+    text = str(cause)
+    host = address.rpartition(":")[0].strip("[]")
+    return text if text and host not in text else type(cause).__name__
 
 
 class Reply:

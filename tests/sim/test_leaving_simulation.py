@@ -4,7 +4,9 @@ import asyncio
 
 import pytest
 
-from sllm_node.core.errors import DrainingError, ModelNotFoundError
+from sllm_node.core.errors import DrainingError, ModelNotFoundError, NoPlaceError
+from sllm_node.server.faults import status_of
+from tests.sim.cluster_world import read
 from tests.sim.test_cluster_simulation import in_world
 
 
@@ -20,3 +22,52 @@ async def test_an_entry_that_drains_says_so_for_models_of_peers_as_for_its_own(w
     with pytest.raises(ModelNotFoundError):
         await router.prepare("none")
     await asyncio.sleep(1.0)
+
+
+async def stays_away(world, seconds=10.0):
+    """Return a session of node a that waits for node b, and runs when that is there again."""
+    stream = world.open("a", "m")
+    await asyncio.sleep(seconds)
+    assert stream.status().model == "m"
+    world["b"].start()
+    assert await read(stream) == list(range(1, 21))
+    assert stream.status() is None
+
+
+@in_world(a=(), b=("m",))
+async def test_a_request_waits_for_a_model_whose_only_node_left_not_long_ago(world):
+    await world["b"].stop()
+    await asyncio.sleep(1.0)
+    await stays_away(world)
+
+
+@in_world(a=(), b=("m",))
+async def test_a_request_waits_for_a_model_whose_only_node_drains_before_it_leaves(world):
+    world["b"].router.drain()
+    await asyncio.sleep(1.0)
+    stream = world.open("a", "m")
+    await world["b"].stop()
+    await asyncio.sleep(5.0)
+    world["b"].start()
+    assert await read(stream) == list(range(1, 21))
+
+
+@in_world(a=(), b=("m",))
+async def test_a_request_for_a_model_whose_only_node_left_and_stays_away_may_be_sent_again(world):
+    await world["b"].stop()
+    await asyncio.sleep(1.0)
+    with pytest.raises(NoPlaceError) as caught:
+        await read(world.open("a", "m"))
+    assert status_of(caught.value) == 503
+
+
+@in_world(a=(), b=("m",))
+async def test_a_session_that_lost_its_node_tells_that_it_waits(world):
+    stream = world.open("a", "m", tokens=60)
+    await anext(stream)
+    assert stream.status() is None
+    await world["b"].crash()
+    await asyncio.sleep(1.0)
+    assert stream.status().model == "m"
+    world["b"].start()
+    await read(stream)
