@@ -32,6 +32,7 @@ from sllm_node.cluster.membership import (
 from sllm_node.cluster.messages import decode, encode
 from sllm_node.cluster.peer import REACHABLE, PeerState
 from sllm_node.cluster.records import Desired
+from sllm_node.cluster.refusals import Refusals
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.transport import Client
@@ -76,6 +77,7 @@ class Peers:
         self.view = ClusterView()
         self.on_change: Callable[[], None] = lambda: None
         """Called when the view has changed."""
+        self._refusals = Refusals(clock)
         self._path = place.path
         self._trust = trust
         self._snapshot = snapshot
@@ -183,6 +185,10 @@ class Peers:
         """Tell whether `peer` has been silent for too long."""
         return self._membership.is_dead(peer)
 
+    def refused(self, error: MessageError) -> None:
+        """Take note that a message to this node was not taken."""
+        self._refusals.refused(error, self._known)
+
     def status(self) -> list[dict[str, Any]]:
         """Return how each peer stands, for `status --cluster`."""
         now = self._clock.now()
@@ -193,6 +199,7 @@ class Peers:
                 "id": peer.id, "address": self.address(peer.id), "state": peer.state.value,
                 "boot": peer.edition.boot, "version": peer.edition.version,
                 "age_s": None if seen is None else round(now - seen[1], 3),
+                "problem": self._refusals.problem(peer.id),
             })  # fmt: skip
         return found
 
@@ -248,6 +255,7 @@ class Peers:
         if message.sender != sender:
             raise MisdirectedError(sender, message.receiver, self.me)
         self._metrics.heartbeats.labels("received").inc()
+        self._refusals.heard(sender)
         self._membership.receive(message, self._clock.now())
         self._handle_events()
         if sender in self._failed:
@@ -297,7 +305,9 @@ class Peers:
         except SllmError as error:
             self._metrics.heartbeats.labels("failed").inc()
             log.debug("heartbeat failed", extra={"peer": peer, "error": str(error)})
+            self._refusals.failed(peer, error)
         else:
+            self._refusals.taken(peer)
             self._metrics.heartbeats.labels("sent").inc()
             self._metrics.peer_round_trip_seconds.labels(peer).observe(self._clock.now() - asked)
 

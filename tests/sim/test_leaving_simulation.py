@@ -4,7 +4,13 @@ import asyncio
 
 import pytest
 
-from sllm_node.core.errors import DrainingError, ModelNotFoundError, NoPlaceError
+from sllm_node.core.errors import (
+    DrainingError,
+    ModelNotFoundError,
+    NoPlaceError,
+    PeerDeniedError,
+    WrongKeyError,
+)
 from sllm_node.server.faults import status_of
 from tests.sim.cluster_world import read
 from tests.sim.test_cluster_simulation import in_world
@@ -71,3 +77,22 @@ async def test_a_session_that_lost_its_node_tells_that_it_waits(world):
     assert stream.status().model == "m"
     world["b"].start()
     await read(stream)
+
+
+async def deny(sender, payload, reply):
+    """Answer as a listener that has another key."""
+    raise PeerDeniedError("b", f"{WrongKeyError(sender).code}: {WrongKeyError(sender)}")
+
+
+@in_world(a=(), b=("m",))
+async def test_a_peer_with_another_key_is_told_as_that_and_not_only_as_dead(world):
+    peers, rightly = world["a"].peers, world["b"].handlers["heartbeat"]
+    world["b"].handlers["heartbeat"] = deny
+    await asyncio.sleep(2.0)
+    assert [peer["problem"] for peer in peers.status()] == ["refuses our key"]
+    world["b"].handlers["heartbeat"] = rightly
+    await asyncio.sleep(2.0)
+    peers.refused(WrongKeyError("b"))
+    assert [peer["problem"] for peer in peers.status()] == ["has another key"]
+    await asyncio.sleep(2.0)
+    assert [peer["problem"] for peer in peers.status()] == [None]

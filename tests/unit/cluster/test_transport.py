@@ -288,7 +288,9 @@ async def test_under_tls_nobody_without_a_certificate_comes_in(tmp_path):
     trusts = tls_trusts(tmp_path / "ours")
     strangers = tls_trusts(tmp_path / "theirs")
     async with rigged(trusts[B], strangers[A]) as rig:
-        with pytest.raises(PeerUnreachableError):
+        with pytest.raises(
+            PeerDeniedError, match="certificate: its certificate is of another auth"
+        ):
             await rig.client.ask(B, "echo", b"", 5.0)
         bare = ssl.create_default_context(cafile=tmp_path / "ours" / "ca.crt")
         async with aiohttp.ClientSession() as http:
