@@ -10,6 +10,7 @@ import logging
 from typing import Any, Generic
 
 from sllm_node.cluster import shown
+from sllm_node.cluster.acts import Acts
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.elsewhere import Elsewhere
 from sllm_node.cluster.fetching import Fetching
@@ -85,8 +86,8 @@ class Router(Generic[CodecT]):
         self.leave = self.vacating.asked
         self.placing = placing = Placing(peers, lambda: self.vacating.gain_s, clock, metrics)
         self.choose, self.ask, self.started = placing.choose, placing.ask, placing.started
-        self.unload = service.unload
-        self.pin, self.unpin = service.pin, service.unpin
+        self.acts = acts = Acts(service, self.elsewhere, self.ensure)
+        self.load, self.unload, self.pin, self.unpin = acts.load, acts.unload, acts.pin, acts.unpin
 
     # --- sessions -----------------------------------------------------------------------------
 
@@ -113,18 +114,17 @@ class Router(Generic[CodecT]):
                 raise self._service.drain_refusal() from error
             codec = await self.elsewhere.codec(ModelId(model))
             if codec is None:
-                there = tuple(status.model for status in self.models())
-                raise ModelNotFoundError(model, there) from error
+                raise self.acts.unknown(model) from error
             return codec
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have."""
         try:
             return self._service.context_limit(model)
-        except ModelNotFoundError:
+        except ModelNotFoundError as error:
             limit = self.elsewhere.context_limit(ModelId(model))
             if limit is None:
-                raise
+                raise self.acts.unknown(model) from error
         return limit
 
     def session_limit(self, model: str) -> int:
@@ -235,11 +235,6 @@ class Router(Generic[CodecT]):
         if self.fetching is not None:
             await self.fetching.ensure(model)
 
-    async def load(self, model: str) -> None:
-        """Bring `model` to this node's device, from a peer if only peers have it; as the service's."""
-        await self.ensure(model)
-        await self._service.load(model)
-
     def open_local(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
     ) -> Stream:
@@ -341,10 +336,10 @@ class Router(Generic[CodecT]):
         """
         try:
             return self._service.status(model)
-        except ModelNotFoundError:
+        except ModelNotFoundError as error:
             status = self.elsewhere.status(ModelId(model))
             if status is None:
-                raise
+                raise self.acts.unknown(model) from error
         return status
 
     # --- operators ----------------------------------------------------------------------------
