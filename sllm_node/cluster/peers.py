@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from sllm_node.cluster.agreement import Agreement, digest_of
 from sllm_node.cluster.document import decode_state, encode_state
 from sllm_node.cluster.file import ClusterFile, reload
 from sllm_node.cluster.membership import (
@@ -78,12 +79,13 @@ class Peers:
         self.on_change: Callable[[], None] = lambda: None
         """Called when the view has changed."""
         self._refusals = Refusals(clock)
+        timing = place.cluster.timing
+        self._agreement = Agreement(timing.dead_s)
         self._path = place.path
         self._trust = trust
         self._snapshot = snapshot
         self._clock = clock
         self._metrics = metrics
-        timing = place.cluster.timing
         self._membership = Membership(
             place.me, place.boot, place.cluster.peers(place.me),
             Timing(timing.heartbeat_s, timing.suspect_s, timing.dead_s, timing.publish_gap_s),
@@ -110,6 +112,7 @@ class Peers:
         self._client: Client
         self._stamp = _stamp(place.path)
         snapshot.settle_s = place.cluster.placement.settle_s
+        snapshot.cluster_file = digest_of(place.cluster)
 
     # --- what others of this node ask ---------------------------------------------------------
 
@@ -199,9 +202,12 @@ class Peers:
                 "id": peer.id, "address": self.address(peer.id), "state": peer.state.value,
                 "boot": peer.edition.boot, "version": peer.edition.version,
                 "age_s": None if seen is None else round(now - seen[1], 3),
-                "problem": self._refusals.problem(peer.id),
+                "problem": self._refusals.problem(peer.id) or self._disagreement(peer.id),
             })  # fmt: skip
         return found
+
+    def _disagreement(self, peer: NodeId) -> str | None:
+        return "has another cluster file" if self._agreement.differs(peer) else None
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -273,6 +279,9 @@ class Peers:
         self._membership.on_timer(self._clock.now())
         self._send_due()
         self._handle_events()
+        nodes = self.view.nodes.items()
+        theirs = {name: node.state.cluster_file for name, node in nodes if name != self.me}
+        self._agreement.look(self._snapshot.cluster_file, theirs, self._clock.now())
         self._arm()
 
     def _arm(self) -> None:
@@ -425,6 +434,7 @@ class Peers:
             return False
         self.cluster = found.cluster
         self._snapshot.settle_s = found.cluster.placement.settle_s
+        self._snapshot.cluster_file = digest_of(found.cluster)
         self._follow()
         self._metrics.cluster_reloads.labels("ok").inc()
         log.info("cluster file read", extra={
