@@ -29,7 +29,8 @@ from sllm_node.cluster.state import BootId
 from sllm_node.cluster.texts import Texts
 from sllm_node.cluster.transport import Client, Listener
 from sllm_node.cluster.trust import open_trust
-from sllm_node.cluster.wishes import WISH, Reach, Wishes
+from sllm_node.cluster.wish_messages import WISH
+from sllm_node.cluster.wishes import Reach, Wishes
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
 from sllm_node.core.errors import ConfigError, MessageError
@@ -103,8 +104,8 @@ class Cluster(Generic[CodecT]):
         serving = Serving(service, self.peers, vacating, clock, ping_s, fetching)
         self.scaling = Scaling(service, self.peers, self._desired, clock, metrics, fetching)
         self._rebalancing = Rebalancing(service, self.peers, vacating.under_way, clock, metrics)
-        reach = Reach(self.peers, self._listing)
-        self.wishes = Wishes(disk.journal, self.router.status, reach)
+        reach = Reach(self.peers, self._listing, me)
+        self.wishes = Wishes(disk.journal, self.router.status, reach, clock.wall)
         handlers = {
             **serving.handlers(), **self.scaling.handlers(), **vacating.handlers(),
             **self._giving.handlers(),
@@ -131,6 +132,7 @@ class Cluster(Generic[CodecT]):
         if self._listing is not None:
             await self._listing.start()
             self._closing.push_async_callback(self._listing.close)
+        self._closing.push_async_callback(self.wishes.close)
         self._closing.push_async_callback(self.router.close)
         self.scaling.start(self._client)
         self._closing.push_async_callback(self.scaling.close)

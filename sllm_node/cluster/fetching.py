@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from sllm_node.checkpoint.cards import PEERS, TEXT_FILES
-from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.catalog import Catalog, is_model_name
 from sllm_node.checkpoint.given import index_digest
 from sllm_node.checkpoint.index import INDEX_FILE, from_json
 from sllm_node.cluster.files import PeerFiles, Sender
@@ -103,6 +103,8 @@ class Fetching:
     async def _make(self, model: ModelId) -> None:
         began = self._clock.now()
         failure: SllmError = ModelNotFoundError(model, self._catalog.models())
+        if not is_model_name(model):  # a peer may tell of anything, and this becomes a folder
+            raise failure
         for _, peer in self._files.senders.ranked(self._peers.view, model, None, began):
             try:
                 await asyncio.to_thread(self._write, model, peer)

@@ -28,6 +28,8 @@ from sllm_node.core.errors import MessageFormatError, PeerDeniedError, PeerUnrea
 from sllm_node.core.types import NodeId
 
 _TOLD_MAX: Final = 4096
+_IDLE_MAX: Final = 64
+"""Connections that are kept, of all addresses together: those of nodes that left go with time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ class Links:
     def __init__(self, tls: ssl.SSLContext | None, silence_s: float) -> None:
         self._tls = tls
         self._silence_s = silence_s
-        self._idle: dict[str, list[http.client.HTTPConnection]] = {}
+        self._idle: list[tuple[str, http.client.HTTPConnection]] = []
+        """With their addresses; used last, kept last."""
         self._lock = threading.Lock()
         self._is_closed = False
 
@@ -90,10 +93,9 @@ class Links:
         """Drop the connections that nobody uses; others go with their answers."""
         with self._lock:
             self._is_closed = True
-            idle, self._idle = self._idle, {}
-        for connections in idle.values():
-            for connection in connections:
-                connection.close()
+            idle, self._idle = self._idle, []
+        for _, connection in idle:
+            connection.close()
 
     @contextmanager
     def ask(self, call: Call) -> Iterator[Answer]:
@@ -108,8 +110,7 @@ class Links:
         is_whole = False
         try:
             if response.status != 200:
-                told = response.read(_TOLD_MAX).decode(errors="replace")
-                raise PeerDeniedError(call.peer, told)
+                raise PeerDeniedError(call.peer, _words_of(call, response))
             yield Answer(call, response)
             is_whole = response.isclosed()
         finally:
@@ -130,8 +131,9 @@ class Links:
 
     def _take(self, address: str) -> tuple[http.client.HTTPConnection, bool]:
         with self._lock:
-            if kept := self._idle.get(address):
-                return kept.pop(), False
+            for i in reversed(range(len(self._idle))):
+                if self._idle[i][0] == address:
+                    return self._idle.pop(i)[1], False
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
         if self._tls is None:
@@ -148,9 +150,19 @@ class Links:
     ) -> None:
         with self._lock:
             if is_whole and not self._is_closed and connection.sock is not None:
-                self._idle.setdefault(address, []).append(connection)
-                return
+                self._idle.append((address, connection))
+                if len(self._idle) <= _IDLE_MAX:
+                    return
+                _, connection = self._idle.pop(0)
         connection.close()
+
+
+def _words_of(call: Call, response: http.client.HTTPResponse) -> str:
+    """Return what a peer says why it takes no message of ours."""
+    try:
+        return response.read(_TOLD_MAX).decode(errors="replace")
+    except (OSError, http.client.HTTPException) as error:
+        raise PeerUnreachableError(call.peer, _told(error)) from error
 
 
 def _told(error: Exception) -> str:

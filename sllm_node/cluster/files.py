@@ -172,7 +172,11 @@ class PeerFiles:
             raise RemoteUnreachableError(self.name, path, str(error)) from error
 
     def _on_loop(self, act: Callable[[], _T]) -> _T:
-        """Return what `act` returns on the event loop."""
+        """Return what `act` returns on the event loop.
+
+        Raises:
+            RemoteUnreachableError: this node leaves, or its event loop stands.
+        """
         done: Future[_T] = Future()
 
         def run() -> None:
@@ -184,8 +188,12 @@ class PeerFiles:
         loop = self._loop
         if loop is None:
             raise RemoteUnreachableError(self.name, "files", "this node leaves the cluster")
-        loop.call_soon_threadsafe(run)
-        return done.result(_LOOP_S)
+        try:
+            loop.call_soon_threadsafe(run)
+            return done.result(_LOOP_S)
+        except TimeoutError as error:
+            problem = f"this node's event loop did not answer for {_LOOP_S:.0f} s"
+            raise RemoteUnreachableError(self.name, "files", problem) from error
 
     # --- on the event loop --------------------------------------------------------------------
 

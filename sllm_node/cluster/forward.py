@@ -36,6 +36,7 @@ from sllm_node.cluster.wire import (
     error_of,
 )
 from sllm_node.core.errors import (
+    GivenBackError,
     InternalError,
     MessageFormatError,
     MoveRefusedError,
@@ -224,8 +225,10 @@ class RoutedStream:
             error: SllmError
             if isinstance(end, RefusedError):
                 outcome = "refused"
-                self._retries.refused(part.choice, end.record)
-                error = NoPlaceError(self.request.model, end.record.reason, 1.0)
+                error = self._retries.refused(part.choice, end.record)
+            elif isinstance(end, GivenBackError):
+                outcome = "refused"
+                error = self._retries.given_back(part.choice, end)
             elif isinstance(end, SllmError):
                 error = end
                 self._retries.failed(part.choice, error, len(self._tokens))
@@ -234,15 +237,16 @@ class RoutedStream:
                 raise end
         finally:
             self._ways.left(part.choice, self.request.model, outcome)
+        choice: Choice | None = None
         if self._move is not None:  # the destination may be ready soon
             self.is_orphaned = True
-            await asyncio.gather(self._move.task, return_exceptions=True)
+            choice = await self._retries.outlast(self._move)
             self.is_orphaned = False
         if self._part is not part and self._part is not None:
             return self._part
-        following = self._begin(
-            await self._retries.place_again(error, has_tokens=bool(self._tokens))
-        )
+        if choice is None:
+            choice = await self._retries.place_again(error, has_tokens=bool(self._tokens))
+        following = self._begin(choice)
         following.start(self.take)
         return following
 
@@ -276,8 +280,8 @@ class RoutedStream:
         if isinstance(record, Failed):
             raise error_of(record)
         if part is not self._part:
-            if isinstance(record, Standing) and self._move is not None and self._move.part is part:
-                self._move.standing(record.position)
+            if self._move is not None and self._move.part is part:
+                self._move.take(record)
             return False  # an owner that was, or is not yet: its tokens are nobody's
         match record:
             case Waiting(status):

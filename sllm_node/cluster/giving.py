@@ -61,8 +61,8 @@ class Giving:
         return {FILE: self.file}
 
     def close(self) -> None:
-        """End the threads; nothing is asked any more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """End the threads when they have let their files go; nothing is asked any more."""
+        self._threads.shutdown(wait=False)
 
     async def file(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
         """Send a range of a file, or why not."""
@@ -104,23 +104,30 @@ class Giving:
             reply.response.content_length = sending.bytes_framed(len(head))
             await reply.send(head)
             if (connection := await reply.descriptor()) is not None:
-                write = partial(sending.write_to, connection, reply.silence_s)
+                sending.take(connection)
+                write = partial(sending.write_all, reply.silence_s)
                 await loop.run_in_executor(self._threads, write)
             else:
                 await self._pass_on(sending, reply)
             self._metrics.files_sent_bytes.inc(opened.size)
         finally:
             sending.stop()
-            self._threads.submit(sending.close)
+            try:
+                self._threads.submit(sending.close)
+            except RuntimeError:  # the node leaves
+                sending.close()
 
     async def _pass_on(self, sending: "_Sending", reply: Reply) -> None:
         """Write on the event loop what threads make, a batch ahead."""
         loop = asyncio.get_running_loop()
         coming = loop.run_in_executor(self._threads, sending.batch)
-        while frames := await coming:
-            coming = loop.run_in_executor(self._threads, sending.batch)
-            for frame in frames:
-                await reply.pass_on(frame)
+        try:
+            while frames := await coming:
+                coming = loop.run_in_executor(self._threads, sending.batch)
+                for frame in frames:
+                    await reply.pass_on(frame)
+        finally:
+            coming.cancel()
 
 
 class _Sending:
@@ -132,12 +139,18 @@ class _Sending:
         self._writer = writer
         self._at = self._end = 0
         self._file = -1
+        self._connection: socket.socket | None = None
         self._using = threading.Lock()
         self._is_stopped = False
 
     def open(self) -> FileHead | Refused:
         """Return what will come, or why nothing will."""
-        ask, path = self._ask, self._path
+        with self._using:
+            return self._open(self._ask, self._path)
+
+    def _open(self, ask: AskFile, path: Path) -> FileHead | Refused:
+        if self._is_stopped:  # who asked went away before, and nobody would close it
+            return "absent"
         try:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # it went in this moment
@@ -156,14 +169,23 @@ class _Sending:
         framed = self._writer.framed_bytes
         return framed(head_bytes) + count * framed(FRAME_BYTES) + (framed(rest) if rest else 0)
 
-    def write_to(self, connection: int, silence_s: float) -> None:
-        """Write all frames to a socket, and close the descriptor.
+    def take(self, connection: int) -> None:
+        """Take a descriptor of the connection, to be closed with the file or before."""
+        try:
+            self._connection = socket.socket(fileno=connection)
+        except OSError as error:
+            os.close(connection)
+            raise ConnectionResetError(str(error)) from error
+
+    def write_all(self, silence_s: float) -> None:
+        """Write all frames to the descriptor that was taken, and close it.
 
         Raises:
             ConnectionResetError: the peer or the file has gone, or it takes nothing for too long.
         """
+        assert self._connection is not None
         room = bytearray(self._writer.framed_bytes(FRAME_BYTES))
-        with self._using, socket.socket(fileno=connection) as peer:
+        with self._using, self._connection as peer:
             while self._file >= 0 and self._at < self._end:
                 size = min(FRAME_BYTES, self._end - self._at)
                 self._write(peer, self._writer.filled(size, self._fill, room), silence_s)
@@ -185,7 +207,7 @@ class _Sending:
                 raise ConnectionResetError(str(error)) from error
 
     def stop(self) -> None:
-        """Let a thread that writes end soon."""
+        """Let a thread that writes end soon, and one that has not begun open nothing."""
         self._is_stopped = True
 
     def batch(self) -> list[memoryview]:
@@ -217,8 +239,10 @@ class _Sending:
             self._at += count
 
     def close(self) -> None:
-        """Let the file go; a second call does nothing."""
+        """Let file and descriptor go; a second call does nothing."""
         with self._using:
+            if self._connection is not None:
+                self._connection.close()
             if self._file >= 0:
                 os.close(self._file)
                 self._file = -1

@@ -4,7 +4,8 @@ A request is placed where it starts soonest by what is known then. Later a place
 it still waits here, behind others or for another model's turn. So who has waited for `after_s` (noise of a
 moment moves nobody) goes back to its entry and is placed anew, the longest waiting first; but of the places
 that others have free at most half (one at least) are counted on, as all who are overfull see the same ones.
-Sessions that run are not touched: they move for a drain, an operator, or to make room (`vacate`).
+Who waits for a load under way stays: its work would be lost. Sessions that run are not touched, nor those
+that move here and run elsewhere meanwhile: they move for a drain, an operator, or to make room (`vacate`).
 """
 
 from collections.abc import Iterable

@@ -11,7 +11,7 @@ from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import GivenBackError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import ModelId
+from sllm_node.core.types import ModelId, ModelState
 from sllm_node.schedule.driver import Service
 
 log = logging.getLogger(__name__)
@@ -49,14 +49,17 @@ class Rebalancing:
             self._look(after_s)
 
     def _look(self, after_s: float) -> None:
-        waiting = [one for one in self._service.sessions() if one.state == "waiting"]
+        outlook = self._service.outlook
+        waiting = outlook.waiting()
         if not waiting:
             return
         waiters = [Waiter(one.session, one.model, one.age_s) for one in waiting]
         self._peers.refresh()
         models = {one.session: one.model for one in waiting}
+        coming = {m for m in models.values() if outlook.view(m).state is ModelState.LOADING}
+        kept = self._kept() | coming  # with the last who waits, a load under way would be aborted
         why = "another node has a place"
-        for session in given_back(self._peers.view, self._peers.me, waiters, after_s, self._kept()):
+        for session in given_back(self._peers.view, self._peers.me, waiters, after_s, kept):
             if self._service.give_back(session, GivenBackError(models[session], why)):
                 self._metrics.rebalanced.labels(models[session]).inc()
                 log.info("waiting session given back", extra={"session": session})

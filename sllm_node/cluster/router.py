@@ -239,10 +239,10 @@ class Router(Generic[CodecT]):
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
     ) -> Stream:
         """Begin a session here, with the moves that its placement counts on."""
-        stream = self._service.open(request, keep_alive_s=keep_alive_s)
-        if choice is not None and choice.moves:
-            self.vacating.begin(self.placing.ask_in_full(choice, request), stream)
-        return stream
+        if choice is None or not choice.moves:
+            return self._service.open(request, keep_alive_s=keep_alive_s)
+        ask = self.placing.ask_in_full(choice, request)
+        return self.vacating.open(request, keep_alive_s, ask)
 
     def standing(self, model: ModelId) -> ModelStatus | None:
         """Return how a model stands that a session waits for; None: nobody tells of it any more."""

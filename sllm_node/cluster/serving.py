@@ -122,12 +122,12 @@ class Serving:
             log.info("forwarded session refused", extra={**fields, "reason": str(error)})
             await reply.send(pack(failed(error)))
             return
-        self._vacating.begin(ask, stream)
         log.info("forwarded session taken", extra={**fields, "resumed": len(request.resumed)})
         key = (sender, str(request.session), forward.epoch)
         if request.held:
             self._held[key] = stream
         try:
+            self._vacating.begin(ask, stream)
             await self._pass_on(stream, _Heard(reply, sender, self._peers))
         finally:
             if self._held.get(key) is stream:  # not a later try's, of the same epoch

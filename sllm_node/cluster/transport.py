@@ -188,6 +188,8 @@ class Reply:
             if not transport.get_write_buffer_size():
                 break
             await asyncio.sleep(0)
+        if transport.is_closing():  # meanwhile
+            raise ConnectionResetError("the peer has gone away")
         if transport.get_write_buffer_size():
             return None
         return os.dup(transport.get_extra_info("socket").fileno())

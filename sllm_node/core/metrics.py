@@ -188,7 +188,7 @@ class Metrics:
         )
         self.hints = counter(
             "sllm_hints",
-            "Loads begun while a request becomes tokens: followed by its session, or not; or no room",
+            "Loads begun while a request becomes tokens: followed by its session, or not; gave way to others; or no room",
             ["outcome"],
         )
         self.forwards = counter(

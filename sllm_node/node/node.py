@@ -23,7 +23,7 @@ from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.cluster.cluster import Cluster, Disk
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.router import Router
-from sllm_node.cluster.wishes import Wishes
+from sllm_node.cluster.wishes import Reach, Wishes
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.config import Config
@@ -190,7 +190,8 @@ class Node:
     def _wishes(self) -> Wishes:
         if self._cluster is not None:
             return self._cluster.wishes
-        return Wishes(self._journal, self._service.status)
+        reach = Reach(me=self._config.node.id)
+        return Wishes(self._journal, self._service.status, reach, self._clock.wall)
 
     async def _join_cluster(self) -> None:
         if self._config.cluster.file:

@@ -42,6 +42,7 @@ from sllm_node.schedule.actions import (
     AbortLoad,
     Action,
     Evict,
+    GiveWay,
     Grant,
     Refuse,
     StartLoad,
@@ -307,6 +308,11 @@ class Service(Generic[CodecT]):
         """End a session that waits, for its entry to place it anew; tell whether it still did."""
         return self._sessions.give_back(session, error)
 
+    def give_back_all(self, model: ModelId, error: SllmError) -> None:
+        """End all sessions that wait for a model that has no room, for their entries to place them anew."""
+        if self._scheduler.view(model).state is ModelState.QUEUED:
+            self._sessions.give_back_all(model, error)
+
     # --- the node -----------------------------------------------------------------------------
 
     @property
@@ -460,6 +466,9 @@ class Service(Generic[CodecT]):
                 self._load_waiters.pop(ticket).set_exception(error)
             case Refuse(ticket, error):
                 self._end(ticket, error, Outcome.REFUSED)
+            case GiveWay(ticket, model):
+                self._load_waiters.pop(ticket).cancel()
+                self._hints.gave_way(model)
             case Stop(ticket, error):
                 self._end(ticket, error, Outcome.STOPPED)
 
@@ -522,6 +531,7 @@ class Service(Generic[CodecT]):
         priority: int = 0,
         keep_alive_s: float | None = None,
         is_session: bool = True,
+        is_hint: bool = False,
     ) -> Ticket:
         model = checkpoint.model
         self._telemetry.watch(model)
@@ -545,23 +555,28 @@ class Service(Generic[CodecT]):
             priority,
             keep_alive_s,
             is_session,
+            is_hint,
         )
 
     def _want(self, model: ModelId) -> asyncio.Future[None]:
         """Ask for `model` to be on the device; the future ends when it is, or can't be."""
-        return self._ask_for(model)[1]
+        return self._ask_with(self._ticket(self._servable(model), is_session=False))
 
-    def _ask_for(self, model: ModelId) -> tuple[TicketId, asyncio.Future[None]]:
-        ticket = self._ticket(self._servable(model), is_session=False)
+    def _ask_with(self, ticket: Ticket) -> asyncio.Future[None]:
         waiter: asyncio.Future[None] = self._loop.create_future()
         # Looked at even when the caller is gone.
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._load_waiters[ticket.number] = waiter
         self._do(self._scheduler.on_request(ticket, self._clock.now()))
-        return ticket.number, waiter
+        return waiter
 
-    def _ask_ahead(self, model: ModelId) -> TicketId:
-        return self._ask_for(model)[0]
+    def _ask_ahead(self, model: ModelId) -> TicketId | None:
+        """Ask for a model that nobody waits for yet; None: its load could not begin."""
+        ticket = self._ticket(self._servable(model), is_session=False, is_hint=True)
+        if not self._scheduler.can_begin(ticket, self._clock.now()):
+            return None
+        _ = self._ask_with(ticket)  # its end is nobody's news
+        return ticket.number
 
     def _drop_ahead(self, model: ModelId, ticket: TicketId) -> None:
         """Take a ticket back that nobody waits for; one that was granted leaves its model idle."""

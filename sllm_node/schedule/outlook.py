@@ -12,7 +12,7 @@ from typing import Any
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.config import Config
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import ModelId, ModelState, SessionId, Tier
+from sllm_node.core.types import ModelId, ModelState, SessionId, SessionStatus, Tier
 from sllm_node.schedule.actions import ModelView, ReplicaView, TicketId
 from sllm_node.schedule.estimate import PEER, LoadEstimator
 from sllm_node.schedule.ports import Engines, WeightStore
@@ -46,7 +46,7 @@ class ModelFacts:
     context_tokens: int
     created: int
     waiting: int
-    """Tickets that wait while it takes no device memory."""
+    """Tickets that wait while it neither takes device memory nor is about to."""
     is_kept: bool = False
     """Its module is there from an earlier replica: its next load takes less beside its bytes."""
 
@@ -86,7 +86,7 @@ class Outlook:
         return self._store.capacities()
 
     def replicas(self) -> tuple[ReplicaView, ...]:
-        """Return the models that take device memory now."""
+        """Return the models that take device memory, and those that do once evictions have ended."""
         return self._scheduler.replicas()
 
     def session(self, ticket: TicketId) -> SessionFacts | None:
@@ -98,6 +98,10 @@ class Outlook:
         output = len(asked.resumed) + stream.tokens
         moved_at = stream.opened if asked.held else None
         return SessionFacts(asked.session, len(asked.prompt), output, asked.priority, moved_at)
+
+    def waiting(self) -> list[SessionStatus]:
+        """Return the sessions that wait for their turn, in order of arrival; not those that move here."""
+        return self._sessions.waiting()
 
     def models(self) -> list[ModelFacts]:
         """Return the models that lie here or at a remote of this node; looks at files."""

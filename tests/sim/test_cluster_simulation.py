@@ -24,14 +24,14 @@ from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
 
 
-def in_world(**nodes):
+def in_world(pages=2, **nodes):
     """Run an async test in a world; at its end no session, load or lease is left."""
 
     def decorate(test):
         @functools.wraps(test)
         def wrapper(tmp_path):
             async def play():
-                world = World(tmp_path, nodes)
+                world = World(tmp_path, nodes, pages)
                 await asyncio.sleep(3.0)
                 await test(world)
                 await asyncio.sleep(5.0)
@@ -402,6 +402,31 @@ async def test_a_session_follows_its_hint_to_the_same_node(world):
     assert world["a"].rig.store.loads == ["m"]
     await read(world.open("a", "m"))
     assert world["b"].rig.store.loads == []
+
+
+@in_world(pages=1, a=(), b=("m", "n"), c=("n", "o"))
+async def test_a_session_follows_its_hint_to_the_node_where_another_model_is_evicted_for_it(world):
+    await read(world.open("b", "m", tokens=1))
+    await read(world.open("c", "o", tokens=1))
+    await asyncio.sleep(1.0)  # their nodes have said that they are idle
+    world["a"].router.hints.give("n")
+    await asyncio.sleep(0.05)  # the eviction has not ended
+    assert world["b"].service.status("n").state is ModelState.QUEUED
+    stream = world.open("a", "n", tokens=3)
+    assert await read(stream) == [1, 2, 3]
+    assert (world["b"].rig.store.loads, world["c"].rig.store.loads) == (["m", "n"], ["o"])
+    assert world["b"].rig.count("sllm_hints_total", outcome="followed") == 1
+
+
+@in_world(pages=1, a=(), b=("m", "n"), c=("n", "o"))
+async def test_sessions_at_once_wait_for_one_load_while_another_model_is_evicted_for_it(world):
+    await read(world.open("b", "m", tokens=1))
+    await read(world.open("c", "o", tokens=1))
+    await asyncio.sleep(1.0)  # their nodes have said that they are idle
+    first = asyncio.create_task(read(world.open("a", "n", tokens=3)))
+    await asyncio.sleep(0.2)  # the eviction has not ended, and its node has said so
+    assert await read(world.open("a", "n", tokens=3)) == await first
+    assert (world["b"].rig.store.loads, world["c"].rig.store.loads) == (["m", "n"], ["o"])
 
 
 @in_world(a=(), b=("m",))

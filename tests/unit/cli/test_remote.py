@@ -272,3 +272,14 @@ def test_models_of_a_cluster_are_shown_with_what_is_desired(node):
         "id": "m", "nodes": ["a", "b"], "on_device": ["a"], "ready": 1,
         "desired": {"minimum": 1, "maximum": 3}, "aliases": ["gpt"],
     }  # fmt: skip
+    assert found["hidden_aliases"] == {}
+
+
+def test_an_alias_that_does_not_count_is_told_with_the_models(node):
+    node.answer = (200, {
+        "cluster": {"nodes": [], "scaling": []}, "aliases": {}, "hidden": {"n": "m"},
+    })  # fmt: skip
+    result = run("cluster", "models", "--url", node.url)
+    assert "the alias n of m does not count: a model is called n" in result.stderr
+    found = json.loads(run("cluster", "models", "--json", "--url", node.url).output)
+    assert found["hidden_aliases"] == {"n": "m"}

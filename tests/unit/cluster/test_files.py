@@ -2,8 +2,14 @@
 
 import asyncio
 import shutil
+import socket
+import threading
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +19,7 @@ from sllm_node.checkpoint.catalog import open_checkpoint
 from sllm_node.checkpoint.given import index_digest
 from sllm_node.checkpoint.index import INDEX_FILE, from_json, to_json
 from sllm_node.checkpoint.verify import verify
+from sllm_node.cluster.file_link import Call, Links
 from sllm_node.cluster.file_messages import (
     FILE,
     RANGE_BYTES,
@@ -24,12 +31,15 @@ from sllm_node.cluster.file_messages import (
     unpack_head,
 )
 from sllm_node.cluster.files import Sender as Chosen
+from sllm_node.cluster.frames import FrameWriter
+from sllm_node.cluster.giving import _Sending
 from sllm_node.cluster.transport import Client
-from sllm_node.cluster.trust import KeyTrust
+from sllm_node.cluster.trust import KeyTrust, Outgoing
 from sllm_node.core.errors import (
     MessageFormatError,
     ModelNotFoundError,
     PeerDeniedError,
+    PeerUnreachableError,
     RemoteError,
     RemoteUnreachableError,
 )
@@ -355,3 +365,153 @@ async def test_a_load_that_is_stopped_lets_the_sender_stop(pair):
     await node.fetching.close()
     with pytest.raises(RemoteUnreachableError, match="leaves the cluster"):
         await asyncio.to_thread(node.files.read_all, f"a/{INDEX_FILE}", 1 << 20)
+
+
+# --- who asks goes away ---------------------------------------------------------------------------
+
+
+class Asker:
+    """A reply whose peer takes nothing until it goes away: the handler is cancelled in `descriptor`, or later."""
+
+    silence_s = 5.0
+
+    def __init__(self, giving=None):
+        self.writer = FrameWriter(None)
+        self.response = SimpleNamespace(content_length=None)
+        self.peer, self.own = socket.socketpair()
+        self.peer.setblocking(False)
+        self.giving = giving
+        """All its threads are at work when the descriptor is asked for."""
+        self.release = threading.Event()
+        self.reached = asyncio.Event()
+
+    async def send(self, frame):
+        pass
+
+    async def descriptor(self):
+        self.reached.set()
+        if self.giving is None:
+            await asyncio.Event().wait()
+        for _ in range(2):
+            self.giving._threads.submit(self.release.wait)
+        return self.own.detach()
+
+    async def goes_away(self, giving):
+        asking = asyncio.create_task(giving.file(NodeId("b"), pack(GOOD), self))
+        await self.reached.wait()
+        await asyncio.sleep(0)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert giving.under_way == 0
+
+    def close(self):
+        self.release.set()
+        for one in (self.peer, self.own):
+            one.close()
+
+
+def open_files(path):
+    links = [link for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return [link for link in links if link.readlink() == path]
+
+
+@pytest.fixture
+def sender(tmp_path):
+    make_store(tmp_path / "a")
+    made = Sender("a", tmp_path / "a", key_trusts()[NodeId("a")])
+    yield made
+    made.giving.close()
+
+
+async def test_a_connection_that_no_thread_has_begun_to_write_to_is_closed(sender):
+    asker = Asker(sender.giving)
+    await asker.goes_away(sender.giving)
+    asker.release.set()
+    await asyncio.to_thread(sender.giving._threads.shutdown)
+    assert asker.peer.recv(1) == b"", "no descriptor of it is left"
+    assert open_files(sender.root / "a" / SHARD) == []
+    asker.close()
+
+
+async def test_a_file_is_closed_though_the_node_leaves_meanwhile(sender):
+    asker = Asker()
+    asking = asyncio.create_task(sender.giving.file(NodeId("b"), pack(GOOD), asker))
+    await asker.reached.wait()
+    sender.giving.close()
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    assert open_files(sender.root / "a" / SHARD) == []
+    asker.close()
+
+
+def test_nothing_is_opened_for_somebody_who_went_away(sender):
+    path = sender.root / "a" / SHARD
+    sending = _Sending(path, GOOD, FrameWriter(None))
+    sending.stop()
+    sending.close()
+    assert sending.open() == "absent"
+    assert open_files(path) == []
+
+
+# --- connections, names, time ---------------------------------------------------------------------
+
+
+async def test_only_so_many_connections_are_kept_for_addresses_that_come_and_go(monkeypatch):
+    monkeypatch.setattr("sllm_node.cluster.file_link._IDLE_MAX", 2)
+    links = Links(None, 5.0)
+    made = [
+        (f"10.0.0.{i}:80", SimpleNamespace(sock=1, is_closed=False, close=None)) for i in range(4)
+    ]
+    for address, connection in made:
+        connection.close = partial(setattr, connection, "is_closed", True)
+        links._keep(address, cast("Any", connection), is_whole=True)
+    assert [one.is_closed for _, one in made] == [True, True, False, False]
+    assert links._take("10.0.0.3:80") == cast("Any", (made[3][1], False))
+    links.close()
+    assert [one.is_closed for _, one in made] == [True, True, True, False]
+    links._keep("10.0.0.3:80", cast("Any", made[3][1]), is_whole=True)
+    assert made[3][1].is_closed
+
+
+async def test_a_peer_that_answers_nonsense_is_one_that_gives_nothing():
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 500 no\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    call = Call(NodeId("a"), f"127.0.0.1:{port}", Outgoing(b"", None))
+
+    def ask_it():
+        with Links(None, 5.0).ask(call):
+            pass
+
+    with pytest.raises(PeerUnreachableError):
+        await asyncio.to_thread(ask_it)
+    server.close()
+    await server.wait_closed()
+
+
+@pytest.mark.parametrize("name", ["../a", "/tmp/a", "x/a", ".remote", ""])
+async def test_a_peer_can_not_name_a_model_so_that_its_card_lies_elsewhere(pair, name):
+    sender, node, _ = pair
+    state = sender.state(version=2)
+    held = (replace(state.models[0], model=ModelId(name)),)
+    node.view.refresh(replace(state, models=held), 0.0)
+    sender.asked = 0
+    with pytest.raises(ModelNotFoundError):
+        await node.fetching.ensure(name)
+    assert sender.asked == 0
+
+
+async def test_an_event_loop_that_does_not_answer_is_an_error_of_its_own(pair, monkeypatch):
+    _, node, _ = pair
+    monkeypatch.setattr("sllm_node.cluster.files._LOOP_S", 0.0)
+    stands = SimpleNamespace(call_soon_threadsafe=lambda _: None)
+    node.files._loop, running = stands, node.files._loop
+    with pytest.raises(RemoteUnreachableError, match="event loop"):
+        await asyncio.to_thread(node.files.read_all, f"a/{INDEX_FILE}", 1 << 20)
+    node.files._loop = running

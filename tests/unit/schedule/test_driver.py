@@ -2,6 +2,7 @@ import asyncio
 import functools
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sllm_node.core.errors import (
     CheckpointChangedError,
     DrainingError,
     EngineError,
+    GivenBackError,
     InvalidRequestError,
     JournalError,
     LoadFailedError,
@@ -265,6 +267,24 @@ async def test_an_operator_ends_all_sessions_of_a_request(node):
     for stream in (running, waiting):
         with pytest.raises(CancelledByOperatorError):
             await anext(stream)
+
+
+@on_virtual_time
+async def test_who_waits_can_be_given_back_but_not_who_moves_here_or_runs(node):
+    n = node()
+    running = n.open("a")
+    await anext(running)
+    waiting, again = n.open("b"), n.open("b")
+    moving = n.service.open(replace(waiting.request, session=SessionId("m-0"), held=True))
+    error = GivenBackError("b", "there is a place")
+    assert [one.session for one in n.service.outlook.waiting()] == ["r-2-0", "r-3-0"]
+    given = [n.service.give_back(SessionId(name), error) for name in ("r-1-0", "r-2-0", "m-0")]
+    assert given == [False, True, False]
+    n.service.give_back_all(ModelId("b"), error)
+    for stream in (waiting, again, moving):
+        with pytest.raises(GivenBackError):
+            await anext(stream)
+    running.cancel()
 
 
 @on_virtual_time

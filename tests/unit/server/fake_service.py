@@ -113,6 +113,7 @@ class FakeWishes:
     def __init__(self):
         self.names = {}
         self.scales = {}
+        self.covered = {}
         self.error = None
 
     def resolve(self, name):
@@ -120,6 +121,9 @@ class FakeWishes:
 
     def aliases(self):
         return self.names
+
+    def hidden(self):
+        return self.covered
 
     def desired(self):
         return tuple(self.scales.values())
