@@ -179,6 +179,9 @@ def _show_cluster(report: dict[str, Any]) -> None:
         sessions = "" if node is None else str(node["sessions"])
         rows.append((name, "" if peer is None else peer["address"], state, heard, free, sessions))
     print_table(("node", "address", "state", ">state's age s", ">free", ">sessions"), rows)
+    for peer in report["peers"]:
+        if peer.get("problem"):
+            say(f"{peer['id']}: {peer['problem']} (its log and this node's say more)")
     places = [
         (model["id"], node["id"], _tier_of(model), format_size(model["bytes"]))
         for node in report["nodes"]

@@ -196,6 +196,7 @@ class Cluster(Generic[CodecT]):
 
     def _refused(self, error: MessageError) -> None:
         self._metrics.messages_refused.labels(error.code).inc()
+        self.peers.refused(error)
 
 
 def own_address(config: Config, file: ClusterFile) -> str:

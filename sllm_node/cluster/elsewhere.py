@@ -63,8 +63,11 @@ class Elsewhere(Generic[CodecT]):
         return None if held is None else shown.status_elsewhere(self._peers.view, held)
 
     def is_absent(self, model: ModelId) -> bool:
-        """Tell whether only peers have a model that can't be asked now: who wants it may wait for them."""
-        return not self._peers.view.is_known(model) and self.find(model)[0] is not None
+        """Tell whether only peers have a model that can't be asked now, or drain: who wants it may wait."""
+        nodes = self._peers.view.nodes.values()
+        if any(model in node.held and not node.state.is_draining for node in nodes):
+            return False
+        return self.find(model)[0] is not None
 
     def is_read(self, model: ModelId) -> bool:
         """Tell whether the tokenizer of a model of peers is here and read."""

@@ -147,7 +147,11 @@ class RoutedStream:
 
     def status(self) -> ModelStatus | None:
         """Return how the model stands where the session waits for it, else None."""
-        return None if self._is_running or self._is_ended else self._status
+        if self._is_running or self._is_ended:
+            return None
+        if self._status is None:  # no node has told
+            self._status = self._ways.standing(self.request.model)
+        return self._status
 
     def startup(self) -> Startup:
         """Return how it came to run, as far as that is known."""
@@ -228,7 +232,7 @@ class RoutedStream:
             elif isinstance(end, SllmError):
                 error = end
                 self._retries.failed(part.choice, error, len(self._tokens))
-                self._is_running = False
+                self._is_running, self._status = False, None
             else:
                 raise end
         finally:

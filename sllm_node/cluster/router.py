@@ -10,6 +10,7 @@ import logging
 from typing import Any, Generic
 
 from sllm_node.cluster import shown
+from sllm_node.cluster.acts import Acts
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.elsewhere import Elsewhere
 from sllm_node.cluster.fetching import Fetching
@@ -85,8 +86,8 @@ class Router(Generic[CodecT]):
         self.leave = self.vacating.asked
         self.placing = placing = Placing(peers, lambda: self.vacating.gain_s, clock, metrics)
         self.choose, self.ask, self.started = placing.choose, placing.ask, placing.started
-        self.unload = service.unload
-        self.pin, self.unpin = service.pin, service.unpin
+        self.acts = acts = Acts(service, self.elsewhere, self.ensure)
+        self.load, self.unload, self.pin, self.unpin = acts.load, acts.unload, acts.pin, acts.unpin
 
     # --- sessions -----------------------------------------------------------------------------
 
@@ -104,24 +105,26 @@ class Router(Generic[CodecT]):
 
         Raises:
             ModelNotFoundError: no node has such a checkpoint.
+            DrainingError: only peers have it, and this node drains.
         """
         try:
             return await self._service.prepare(model)
         except ModelNotFoundError as error:
+            if self.is_draining and self.elsewhere.find(ModelId(model))[0] is not None:
+                raise self._service.drain_refusal() from error
             codec = await self.elsewhere.codec(ModelId(model))
             if codec is None:
-                there = tuple(status.model for status in self.models())
-                raise ModelNotFoundError(model, there) from error
+                raise self.acts.unknown(model) from error
             return codec
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have."""
         try:
             return self._service.context_limit(model)
-        except ModelNotFoundError:
+        except ModelNotFoundError as error:
             limit = self.elsewhere.context_limit(ModelId(model))
             if limit is None:
-                raise
+                raise self.acts.unknown(model) from error
         return limit
 
     def session_limit(self, model: str) -> int:
@@ -137,7 +140,10 @@ class Router(Generic[CodecT]):
             SllmError: it is refused at once, with the reason.
         """
         if self._service.is_draining:
-            return self._service.open(request, keep_alive_s=keep_alive_s)  # which says so
+            try:
+                return self._service.open(request, keep_alive_s=keep_alive_s)  # which says so
+            except ModelNotFoundError as error:  # peers have it, or `prepare` had said so
+                raise self._service.drain_refusal() from error
         excluded: frozenset[NodeId] = frozenset()
         choice = self.choose(request, excluded)
         is_absent = choice is None and self.elsewhere.is_absent(request.model)
@@ -229,11 +235,6 @@ class Router(Generic[CodecT]):
         if self.fetching is not None:
             await self.fetching.ensure(model)
 
-    async def load(self, model: str) -> None:
-        """Bring `model` to this node's device, from a peer if only peers have it; as the service's."""
-        await self.ensure(model)
-        await self._service.load(model)
-
     def open_local(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
     ) -> Stream:
@@ -242,6 +243,13 @@ class Router(Generic[CodecT]):
             return self._service.open(request, keep_alive_s=keep_alive_s)
         ask = self.placing.ask_in_full(choice, request)
         return self.vacating.open(request, keep_alive_s, ask)
+
+    def standing(self, model: ModelId) -> ModelStatus | None:
+        """Return how a model stands that a session waits for; None: nobody tells of it any more."""
+        try:
+            return self.status(model)
+        except SllmError:
+            return None
 
     def learn(self, state: NodeState) -> None:
         """Take the state that came with a refusal."""
@@ -328,10 +336,10 @@ class Router(Generic[CodecT]):
         """
         try:
             return self._service.status(model)
-        except ModelNotFoundError:
+        except ModelNotFoundError as error:
             status = self.elsewhere.status(ModelId(model))
             if status is None:
-                raise
+                raise self.acts.unknown(model) from error
         return status
 
     # --- operators ----------------------------------------------------------------------------

@@ -53,6 +53,8 @@ class Snapshot:
         """How long sessions of a model take to resume here, as far as that was seen."""
         self.settle_s = 0.0
         """A session that came by a move is not moved again for another model for so long."""
+        self.cluster_file = ""
+        """A digest of the cluster file that this node follows."""
         self.shown: Callable[[NodeState, float], NodeState] = lambda state, _: state
         """Makes of a state what others are to see: less what is promised."""
 
@@ -80,6 +82,7 @@ class Snapshot:
             is_draining=self._outlook.is_draining,
             nvme_done_s=nvme_done_s,
             link_done_s=link_done_s,
+            cluster_file=self.cluster_file,
         )
         made = self.shown(made, now)
         if self._last is None or self._last != made:

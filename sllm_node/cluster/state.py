@@ -182,3 +182,5 @@ class NodeState:
     link_done_s: float = 0.0
     """The same of its network link: loads from peers and remotes."""
     format: int = FORMAT
+    cluster_file: str = ""
+    """A digest of the cluster file it follows (`cluster.agreement`); empty: an older release."""

@@ -11,6 +11,7 @@ tells the other side to stop, at once and without a message.
 
 import asyncio
 import os
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -20,6 +21,7 @@ from aiohttp import web
 
 from sllm_node.cluster.auth import ENVELOPE_BYTES
 from sllm_node.cluster.frames import FrameReader, FrameWriter, only
+from sllm_node.cluster.refusals import CERTIFICATE
 from sllm_node.cluster.trust import REQUEST_LIMIT, Trust
 from sllm_node.cluster.wire import VERSION
 from sllm_node.core.errors import (
@@ -39,6 +41,9 @@ _READ_S: Final = 30.0
 """For the body of a request to come."""
 _TURNS: Final = 4
 """Of the event loop, in which what was written on an idle connection has left."""
+_EXPIRED: Final = 10
+_NOT_FOR_ADDRESS: Final = (62, 64)
+"""What OpenSSL calls X509_V_ERR_CERT_HAS_EXPIRED, _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH."""
 _TOLD_MAX: Final = 4096
 """Bytes read of an answer that is no answer."""
 Addresses = Callable[[NodeId], str | None]
@@ -100,7 +105,9 @@ class Client:
                     if not response.content.is_eof():
                         response.close()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise PeerUnreachableError(peer, str(error) or type(error).__name__) from error
+            if (reason := _certificate_problem(error)) is not None:
+                raise PeerDeniedError(peer, CERTIFICATE + reason) from error
+            raise PeerUnreachableError(peer, _problem(error, address)) from error
 
 
 async def _frames(response: aiohttp.ClientResponse, reader: FrameReader) -> AsyncIterator[bytes]:
@@ -109,6 +116,40 @@ async def _frames(response: aiohttp.ClientResponse, reader: FrameReader) -> Asyn
             yield frame
     if not reader.is_between:
         raise MessageFormatError("an answer was cut off in the middle of a frame")
+
+
+def _certificate_problem(error: Exception) -> str | None:
+    """Return why certificates kept a connection from coming to be; None: something else did."""
+    cause: BaseException | None = error
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        cause = error.certificate_error
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        cause = error.os_error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        if cause.verify_code in _NOT_FOR_ADDRESS:
+            return "its certificate is for another address; see [[nodes]] and 'sllm-node cluster check'"
+        if cause.verify_code == _EXPIRED:
+            return "its certificate has expired; 'sllm-node cluster check' says more"
+        return "its certificate is of another authority; compare trust.ca_file of both nodes"
+    if isinstance(cause, OSError) and "ALERT" in str(cause) and "SSL" in str(cause):
+        return "it refuses our certificate; compare trust.ca_file of both nodes"
+    return None
+
+
+def _problem(error: Exception, address: str) -> str:
+    """Return what went wrong, without the peer's address: clients are told it, too."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if (
+        isinstance(cause, OSError)
+        and not isinstance(cause, ssl.SSLError)
+        and (cause.errno or 0) > 0
+    ):
+        return os.strerror(cause.errno or 0).lower()
+    text = str(cause)
+    host = address.rpartition(":")[0].strip("[]")
+    return text if text and host not in text else type(cause).__name__
 
 
 class Reply:

@@ -79,6 +79,24 @@ class ModelNotFoundError(SllmError):
         self.model = model
 
 
+class ModelElsewhereError(SllmError):
+    """This node has nothing of a model that other nodes have."""
+
+    fault = Fault.CALLER
+    code = "model_elsewhere"
+    param = "model"
+
+    def __init__(self, model: str, holders: tuple[str, ...], *, is_wanted: bool) -> None:
+        """`is_wanted`: it was to come here."""
+        there = ", ".join(holders)
+        how = (
+            f"it can't be had from {there} now" if is_wanted else f"ask a node that has it: {there}"
+        )
+        super().__init__(f"model {model!r} is not on this node; {how} (see 'status --cluster')")
+        self.model = model
+        self.holders = holders
+
+
 class NodeFullError(SllmError):
     """The queue is full; `retry_after_s` is when a place is expected."""
 

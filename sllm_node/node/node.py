@@ -11,7 +11,7 @@ import gc
 import logging
 import signal
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -248,8 +248,10 @@ class Node:
         if self._cluster is not None and not self._cluster.fetching.is_here(model):
             with suppress(ModelNotFoundError):  # a remote may have it since
                 await self._cluster.fetching.ensure(model)
-        if self._remote is not None:
-            await self._remote.pull(model)
+        acts = None if self._cluster is None else self._cluster.router.acts
+        with nullcontext() if acts is None else acts.telling(model, is_wanted=True):
+            if self._remote is not None:
+                await self._remote.pull(model)
 
     # --- what is shown ------------------------------------------------------------------------
 

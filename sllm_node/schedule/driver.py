@@ -320,6 +320,10 @@ class Service(Generic[CodecT]):
         """Whether new requests are refused because the node stops."""
         return self._scheduler.is_draining
 
+    def drain_refusal(self) -> DrainingError:
+        """Return what a request is told while this node drains."""
+        return DrainingError(self._config.node.drain_s)
+
     def health(self) -> dict[str, object]:
         """Return a few figures of the whole node."""
         return {

@@ -216,9 +216,11 @@ async def test_a_request_for_a_model_whose_node_stays_away_is_refused_in_the_end
 
 
 @in_world(a=(), b=("m",))
-async def test_what_a_node_had_that_left_is_forgotten(world):
+async def test_what_a_node_had_that_left_is_forgotten_after_a_while(world):
     await world["b"].stop()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(30.0)
+    assert [status.model for status in world["a"].router.models()] == ["m"]
+    await asyncio.sleep(10.0)
     assert world["a"].router.models() == []
     with pytest.raises(ModelNotFoundError):
         world.open("a", "m")

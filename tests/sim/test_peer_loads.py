@@ -6,7 +6,7 @@ import functools
 import pytest
 
 from sllm_node.cluster.choice import choose, request_for
-from sllm_node.core.errors import RemoteUnreachableError
+from sllm_node.core.errors import ModelElsewhereError, ModelNotFoundError, RemoteUnreachableError
 from sllm_node.core.types import ModelId, NodeId
 from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
@@ -104,3 +104,27 @@ WISH = "[models.m]\nmin_replicas = 2\nmax_replicas = 2\n"
 async def test_a_second_replica_is_started_where_the_model_is_not_yet(world):
     await asyncio.sleep(40.0)
     assert (loads(world, "a"), loads(world, "b")) == (["m"], ["m"])
+
+
+@with_peer_loads(a=("mine",), b=("m",))
+async def test_what_an_operator_does_to_a_model_of_peers_brings_it_or_tells_where_it_is(world):
+    router = world["a"].router
+    for act in (router.unload, router.unpin):
+        with pytest.raises(ModelElsewhereError, match="a node that has it: b"):
+            await act("m")
+        with pytest.raises(ModelNotFoundError, match="there are: m, mine"):
+            await act("none")
+    await router.pin("m")
+    await router.load("m")
+    assert loads(world, "a") == ["m"]
+    assert router.status("m").pinned
+    await router.unpin("m")
+    await router.unload("m")
+
+
+@with_peer_loads(a=("mine",), b=("m",))
+async def test_who_asks_for_a_model_that_no_node_has_is_told_of_those_of_all_nodes(world):
+    router = world["a"].router
+    for ask in (router.status, router.context_limit):
+        with pytest.raises(ModelNotFoundError, match="there are: m, mine"):
+            ask("none")

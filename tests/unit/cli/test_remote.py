@@ -108,7 +108,8 @@ CLUSTER = {
     "me": "a", "version": 3,
     "peers": [
         {"id": "b", "address": "10.0.0.2:8100", "state": "alive", "age_s": 0.5, "boot": 1, "version": 2},
-        {"id": "c", "address": "10.0.0.3:8100", "state": "dead", "age_s": None, "boot": 0, "version": 0},
+        {"id": "c", "address": "10.0.0.3:8100", "state": "dead", "age_s": None, "boot": 0, "version": 0,
+         "problem": "refuses our key"},
     ],
     "nodes": [
         {
@@ -146,7 +147,7 @@ def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
     shown = run("status", "--cluster", "--url", node.url).stdout
     for part in (
         "this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s",
-        "10.0.0.9:2379: following", "a to b", "placement", "42", "beta", "freed", "0.250",
+        "10.0.0.9:2379: following", "c: refuses our key", "a to b", "placement", "42", "beta", "freed", "0.250",
     ):  # fmt: skip
         assert part in shown
     whole = run("status", "--cluster", "--json", "--url", node.url).stdout

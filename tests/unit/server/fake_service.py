@@ -164,6 +164,7 @@ class FakeService:
         self.refuse = None
         self.pinned = False
         self.load_error = None
+        self.prepare_gate = None
         self.make_stream = lambda request: FakeStream(
             chunks_of("Hello", logprobs=request.logprobs is not None)
         )
@@ -172,6 +173,8 @@ class FakeService:
         self.expected.append((model, characters))
 
     async def prepare(self, model):
+        if self.prepare_gate is not None:
+            await self.prepare_gate.wait()
         self._check(model)
         return self.codec
 
