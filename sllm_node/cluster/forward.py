@@ -236,9 +236,9 @@ class RoutedStream:
             self.is_orphaned = False
         if self._part is not part and self._part is not None:
             return self._part
-        following = self._begin(
-            await self._retries.place_again(error, has_tokens=bool(self._tokens))
-        )
+        choice = await self._retries.place_again(error, has_tokens=bool(self._tokens))
+        self._retries.goes_on(part.choice, choice, len(self._tokens))
+        following = self._begin(choice)
         following.start(self.take)
         return following
 
@@ -373,6 +373,8 @@ class RoutedStream:
         self._epoch = part.epoch
         self._part, self.node = part, part.choice.node
         old.end(part)
+        if self._move is not None:
+            old.source.leaves(self._move.report.id)
         old.close()
         self._is_running = True
         if self._move is not None:

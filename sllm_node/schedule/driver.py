@@ -328,7 +328,9 @@ class Service(Generic[CodecT]):
         """Refuse new requests from now on; what runs has `node.drain_s`. A second call does nothing."""
         if self.is_draining:
             return
-        log.info("drain started", extra=self.health())
+        figures = self.health()
+        del figures["draining"]  # from here on
+        log.info("drain started", extra=figures)
         self._telemetry.draining()
         self._drain_end.set(self._clock.now() + self._config.node.drain_s)
         self._do(self._scheduler.on_drain(self._clock.now()))
