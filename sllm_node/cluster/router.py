@@ -140,6 +140,7 @@ class Router(Generic[CodecT]):
             return self._service.open(request, keep_alive_s=keep_alive_s)  # which says so
         excluded: frozenset[NodeId] = frozenset()
         choice = self.choose(request, excluded)
+        choice = choice and self.hints.followed(request, choice)
         is_absent = choice is None and self.elsewhere.is_absent(request.model)
         is_mine = choice is None or choice.node == self._peers.me
         if not is_absent and is_mine and not self._comes_from_peer(request.model, choice):

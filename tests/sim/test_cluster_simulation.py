@@ -541,6 +541,27 @@ async def test_a_move_of_a_session_that_ends_before_it_begins_is_told_as_ended(w
     assert [m["outcome"] for m in world["a"].router.moves()] == ["ended"]
 
 
+@pytest.mark.parametrize("holder", ["a", "b"])
+def test_a_load_that_a_requests_hint_began_is_told_as_its_own(tmp_path, holder):
+    @in_world(**{"a": (), "b": (), holder: ("m",)})
+    async def explain(world):
+        with logs.of_request("a-1"):
+            world["a"].router.hints.give("m")
+        await asyncio.sleep(0.05)  # of its load: the placement that follows sees it coming
+        first = world.open("a", "m")
+        await read(first)
+        told = first.startup()
+        assert (told.node, told.way) == (holder, "load")
+        assert told.expected_s > 0.05
+        second = world.open("a", "m")
+        await read(second)
+        told = second.startup()
+        assert told.way == "serve"
+        assert told.expected_s < 0.05
+
+    explain(tmp_path)
+
+
 @in_world(a=("m",), b=("m",))
 async def test_a_session_that_waits_for_its_load_moves_when_it_has_begun(world):
     stream = world.open("a", "m")
