@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Generic
 
@@ -571,7 +572,7 @@ class Service(Generic[CodecT]):
 
     def _model_status(self, checkpoint: Checkpoint) -> ModelStatus:
         model, hosted = checkpoint.model, self._replicas.get(checkpoint.model)
-        return model_status(
+        status = model_status(
             checkpoint,
             self._scheduler.view(model),
             self._store.residency(model),
@@ -579,6 +580,7 @@ class Service(Generic[CodecT]):
             self._clock.now(),
             None if hosted is None else hosted.replica.stalled_s,
         )
+        return replace(status, context_tokens=self._engines.context_limit(checkpoint))
 
     def _status_or_none(self, checkpoint: Checkpoint) -> ModelStatus | None:
         try:

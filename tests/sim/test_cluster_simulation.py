@@ -95,7 +95,8 @@ def test_where_a_session_goes_on_and_why_is_logged(tmp_path, caplog):
         await read(stream)
         line = logged(caplog, "session goes on")
         assert (line.session, line.after, line.node) == ("a-1-0", before, stream.node)
-        assert line.why and line.tokens
+        assert line.why
+        assert line.tokens
 
     crash(tmp_path)
 
@@ -117,9 +118,12 @@ def test_a_move_is_no_cancellation_to_the_node_that_it_leaves(tmp_path, caplog, 
         (left,) = [end for end in ends if end.outcome == "moved"]
         assert left.migration == told["migration"]
 
-    requests = []
-    spy = logging.Filter()
-    spy.filter = lambda record: requests.append((record.msg, logs.request_id.get())) or True
+    requests = {}
+
+    def spy(record):
+        requests[record.msg] = logs.request_id.get()
+        return True
+
     movers = [logging.getLogger(f"sllm_node.cluster.{name}") for name in ("move", "movers")]
     for logger in movers:
         logger.addFilter(spy)
@@ -128,7 +132,7 @@ def test_a_move_is_no_cancellation_to_the_node_that_it_leaves(tmp_path, caplog, 
     finally:
         for logger in movers:
             logger.removeFilter(spy)
-    assert dict(requests) == dict.fromkeys(("session moves", "session move ended"), f"{entry}-1")
+    assert requests == dict.fromkeys(("session moves", "session move ended"), f"{entry}-1")
 
 
 @in_world(a=(), b=("m",))
