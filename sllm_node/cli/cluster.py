@@ -211,7 +211,7 @@ def unalias(
 def _told(report: dict[str, Any], text: str) -> None:
     say(text)
     if missed := report["missed"]:
-        tell(f"sllm-node: not told: {', '.join(missed)}; do this again when they are back")
+        fail(f"not told: {', '.join(missed)}; do this again when they are back")
 
 
 def _folder() -> ModuleType:

@@ -41,6 +41,8 @@ class Choice:
     candidate: Candidate | None = None
     forward_s: float = 0.0
     """What passing the request on is expected to add."""
+    began: "Choice | None" = None
+    """What the request's hint began: this load is its own, however it stands now."""
 
     @property
     def startup_s(self) -> float | None:
@@ -57,6 +59,7 @@ def startup_of(choice: Choice | None, startup_s: float | None) -> Startup:
     """Return how a session came to run that was placed so."""
     if choice is None:
         return Startup(startup_s=startup_s)
+    choice = choice.began or choice
     return Startup(choice.node, choice.way, choice.reason, choice.startup_s, startup_s)
 
 

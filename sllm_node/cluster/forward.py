@@ -246,6 +246,7 @@ class RoutedStream:
             return self._part
         if choice is None:
             choice = await self._retries.place_again(error, has_tokens=bool(self._tokens))
+        self._retries.goes_on(part.choice, choice, len(self._tokens))
         following = self._begin(choice)
         following.start(self.take)
         return following
@@ -381,6 +382,8 @@ class RoutedStream:
         self._epoch = part.epoch
         self._part, self.node = part, part.choice.node
         old.end(part)
+        if self._move is not None:
+            old.source.leaves(self._move.report.id)
         old.close()
         self._is_running = True
         if self._move is not None:

@@ -17,11 +17,13 @@ from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.state import ResumeFit
+from sllm_node.core import log as logs
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import NodeId, SessionId
+from sllm_node.schedule.stream import request_of
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,11 @@ class Movers:
         return [asdict(report) for report in reversed(self._recent)]
 
     def _begin(self, session: Carried, choice: Choice, reason: str, vacate: str = "") -> str:
+        """Begin a move, logged under the session's request whoever wants it."""
+        with logs.of_request(request_of(session.request.session)):
+            return self._begin_logged(session, choice, reason, vacate)
+
+    def _begin_logged(self, session: Carried, choice: Choice, reason: str, vacate: str) -> str:
         fit = self._fit(session, choice.node)
         if isinstance(session, HomeStream) and session.routed is None:
             if session.is_moving:

@@ -60,6 +60,7 @@ class Placing:
 
     def started(self, choice: Choice, model: str, seconds: float) -> None:
         """Compare the estimate with what came."""
+        choice = choice.began or choice
         if choice.startup_s is None:
             return
         self.errors.observe(choice.startup_s, seconds)

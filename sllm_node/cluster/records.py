@@ -193,7 +193,8 @@ def check(record: Record) -> None:
 
 def _check_name(param: str, name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise InvalidRequestError(f"{name[:100]!r} is no name of a {param}", param=param)
+        a = "an" if param == "alias" else "a"
+        raise InvalidRequestError(f"{name[:100]!r} is no name of {a} {param}", param=param)
 
 
 def _check_address(node: str, address: str) -> None:

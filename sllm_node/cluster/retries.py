@@ -122,6 +122,13 @@ class Retries:
             await self._ways.changed(LOOK_S)
         return None
 
+    def goes_on(self, before: Choice, after: Choice, tokens: int) -> None:
+        """Tell where it goes on, and why there."""
+        log.info("session goes on", extra={
+            "session": self._request.session, "model": self._request.model, "node": after.node,
+            "after": before.node, "way": after.way, "why": after.reason, "tokens": tokens,
+        })  # fmt: skip
+
     async def place_again(self, error: SllmError, *, has_tokens: bool) -> Choice:
         """Return where it goes on; wait for a node if none is left and one may come back.
 

@@ -146,6 +146,7 @@ class Router(Generic[CodecT]):
                 raise self._service.drain_refusal() from error
         excluded: frozenset[NodeId] = frozenset()
         choice = self.choose(request, excluded)
+        choice = choice and self.hints.followed(request, choice)
         is_absent = choice is None and self.elsewhere.is_absent(request.model)
         is_mine = choice is None or choice.node == self._peers.me
         if not is_absent and is_mine and not self._comes_from_peer(request.model, choice):

@@ -31,6 +31,7 @@ from sllm_node.cluster.wire import (
     unpack_describe,
     unpack_extend,
     unpack_forward,
+    unpack_left,
 )
 from sllm_node.cluster.wire import Refusal as RefusalRecord
 from sllm_node.core import log as logs
@@ -50,6 +51,7 @@ log = logging.getLogger(__name__)
 
 GENERATE: Final = "generate"
 EXTEND: Final = "extend"
+LEFT: Final = "left"
 DESCRIBE: Final = "describe"
 _PIECE_BYTES: Final = 1 << 20
 
@@ -82,14 +84,14 @@ class Serving:
         self._ping_s = ping_s
         """A peer that waits hears something this often."""
         self._reservations = Reservations(ttl_s=ping_s)
-        self._held: dict[tuple[NodeId, str, int], Stream] = {}
-        """Sessions that move here, by entry, session and epoch."""
+        self._served: dict[tuple[NodeId, str, int], Stream] = {}
+        """Sessions of peers' clients, by entry, session and epoch."""
 
     def handlers(self) -> Mapping[str, Handler]:
         """Return what answers which request."""
         return {
             HEARTBEAT: self.heartbeat, GENERATE: self.generate, EXTEND: self.extend,
-            DESCRIBE: self.describe,
+            LEFT: self.left, DESCRIBE: self.describe,
         }  # fmt: skip
 
     async def heartbeat(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
@@ -124,26 +126,32 @@ class Serving:
             return
         log.info("forwarded session taken", extra={**fields, "resumed": len(request.resumed)})
         key = (sender, str(request.session), forward.epoch)
-        if request.held:
-            self._held[key] = stream
+        self._served[key] = stream
         try:
             self._vacating.begin(ask, stream)
             await self._pass_on(stream, _Heard(reply, sender, self._peers))
         finally:
-            if self._held.get(key) is stream:  # not a later try's, of the same epoch
-                del self._held[key]
+            if self._served.get(key) is stream:  # not a later try's, of the same epoch
+                del self._served[key]
             stream.cancel()  # the peer went away, or it has ended
             log.info("forwarded session left", extra={**fields, "tokens": stream.tokens})
 
     async def extend(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
         """Add tokens to a session that moves here; the last ones let it go."""
         told = unpack_extend(payload)
-        stream = self._held.get((sender, told.session, told.epoch))
-        if stream is None or told.position > stream.position:
+        stream = self._served.get((sender, told.session, told.epoch))
+        if stream is None or not stream.request.held or told.position > stream.position:
             await reply.send(pack(failed(MoveRefusedError(told.session, "it is not held here"))))
             return
         stream.extend(told.position, told.tokens, lets_go=told.lets_go)
         await reply.send(pack(Granted()))
+
+    async def left(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
+        """End a session that another node goes on with."""
+        told = unpack_left(payload)
+        await reply.send(pack(Granted()))
+        if (stream := self._served.get((sender, told.session, told.epoch))) is not None:
+            stream.leave(told.migration)
 
     async def _learn(self, model: ModelId, reply: Reply) -> SllmError | None:
         """Know a model that is to be loaded from a peer, with signs of life; return what is in the way."""

@@ -6,7 +6,7 @@ An error says what was wrong, where, and what to do. HTTP knows nothing here: `s
 
 import math
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class Fault(Enum):
@@ -39,6 +39,9 @@ class InvalidRequestError(SllmError):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+PROMPT_LIMIT: Final = "this node (the model's context, or what engine.kv_cache_bytes holds)"
 
 
 class PromptTooLongError(InvalidRequestError):

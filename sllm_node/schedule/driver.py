@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Generic
 
@@ -338,7 +339,9 @@ class Service(Generic[CodecT]):
         """Refuse new requests from now on; what runs has `node.drain_s`. A second call does nothing."""
         if self.is_draining:
             return
-        log.info("drain started", extra=self.health())
+        figures = self.health()
+        del figures["draining"]  # from here on
+        log.info("drain started", extra=figures)
         self._telemetry.draining()
         self._drain_end.set(self._clock.now() + self._config.node.drain_s)
         self._do(self._scheduler.on_drain(self._clock.now()))
@@ -588,7 +591,7 @@ class Service(Generic[CodecT]):
 
     def _model_status(self, checkpoint: Checkpoint) -> ModelStatus:
         model, hosted = checkpoint.model, self._replicas.get(checkpoint.model)
-        return model_status(
+        status = model_status(
             checkpoint,
             self._scheduler.view(model),
             self._store.residency(model),
@@ -596,6 +599,7 @@ class Service(Generic[CodecT]):
             self._clock.now(),
             None if hosted is None else hosted.replica.stalled_s,
         )
+        return replace(status, context_tokens=self._engines.context_limit(checkpoint))
 
     def _status_or_none(self, checkpoint: Checkpoint) -> ModelStatus | None:
         try:

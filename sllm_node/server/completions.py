@@ -17,6 +17,7 @@ from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import ServerConfig
 from sllm_node.core.errors import (
+    PROMPT_LIMIT,
     InternalError,
     InvalidRequestError,
     PromptTooLongError,
@@ -362,7 +363,7 @@ def _generation(
     left = limit - len(prompt)
     if wish.max_tokens is not None and wish.max_tokens > left:
         raise PromptTooLongError(
-            len(prompt) + wish.max_tokens, limit, "this node", param=limit_name(request)
+            len(prompt) + wish.max_tokens, limit, PROMPT_LIMIT, param=limit_name(request)
         )
     return GenerationRequest(
         session=session,

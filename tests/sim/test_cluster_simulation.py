@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import functools
+import logging
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from sllm_node.cluster.wire import Forward, pack, unpack_record
+from sllm_node.core import log as logs
 from sllm_node.core.errors import (
     EngineError,
     HopLimitError,
@@ -73,6 +75,64 @@ async def test_a_session_goes_on_when_its_node_crashes(world):
     await asyncio.sleep(2.0)
     await world[stream.node].crash()
     assert await read(stream) == list(range(len(stream._tokens) - 60 + 2, 61))
+
+
+def logged(caplog, event):
+    """Return the fields of the one line that says so."""
+    (line,) = [record for record in caplog.records if record.message == event]
+    return line
+
+
+def test_where_a_session_goes_on_and_why_is_logged(tmp_path, caplog):
+    caplog.set_level("INFO", "sllm_node.cluster.retries")
+
+    @in_world(a=(), b=("m",), c=("m",))
+    async def crash(world):
+        stream = world.open("a", "m", tokens=60)
+        await anext(stream)
+        before = stream.node
+        await world[before].crash()
+        await read(stream)
+        line = logged(caplog, "session goes on")
+        assert (line.session, line.after, line.node) == ("a-1-0", before, stream.node)
+        assert line.why
+        assert line.tokens
+
+    crash(tmp_path)
+
+
+@pytest.mark.parametrize("entry", ["a", "b"])
+def test_a_move_is_no_cancellation_to_the_node_that_it_leaves(tmp_path, caplog, entry):
+    caplog.set_level("INFO", "sllm_node")
+
+    @in_world(a=(), b=("m",), c=("m",))
+    async def move(world):
+        stream = world.open(entry, "m", tokens=60)
+        await anext(stream)
+        to = "c" if world["b"].service.sessions() else "b"
+        with logs.of_request("of-the-operator"):
+            told = world[entry].router.move(stream.request.session, to)
+        await read(stream)
+        ends = [r for r in caplog.records if r.message == "session ended"]
+        assert sorted(end.outcome for end in ends) == ["length", "moved"]
+        (left,) = [end for end in ends if end.outcome == "moved"]
+        assert left.migration == told["migration"]
+
+    requests = {}
+
+    def spy(record):
+        requests[record.msg] = logs.request_id.get()
+        return True
+
+    movers = [logging.getLogger(f"sllm_node.cluster.{name}") for name in ("move", "movers")]
+    for logger in movers:
+        logger.addFilter(spy)
+    try:
+        move(tmp_path)
+    finally:
+        for logger in movers:
+            logger.removeFilter(spy)
+    assert requests == dict.fromkeys(("session moves", "session move ended"), f"{entry}-1")
 
 
 @in_world(a=(), b=("m",))
@@ -510,6 +570,27 @@ async def test_a_move_of_a_session_that_ends_before_it_begins_is_told_as_ended(w
     world["a"].router.move(stream.request.session, "b")
     await reading
     assert [m["outcome"] for m in world["a"].router.moves()] == ["ended"]
+
+
+@pytest.mark.parametrize("holder", ["a", "b"])
+def test_a_load_that_a_requests_hint_began_is_told_as_its_own(tmp_path, holder):
+    @in_world(**{"a": (), "b": (), holder: ("m",)})
+    async def explain(world):
+        with logs.of_request("a-1"):
+            world["a"].router.hints.give("m")
+        await asyncio.sleep(0.05)  # of its load: the placement that follows sees it coming
+        first = world.open("a", "m")
+        await read(first)
+        told = first.startup()
+        assert (told.node, told.way) == (holder, "load")
+        assert told.expected_s > 0.05
+        second = world.open("a", "m")
+        await read(second)
+        told = second.startup()
+        assert told.way == "serve"
+        assert told.expected_s < 0.05
+
+    explain(tmp_path)
 
 
 @in_world(a=("m",), b=("m",))

@@ -178,7 +178,7 @@ def test_cancel_and_drain(node):
     node.answer = (200, {"cancelled": 2})
     assert "2 sessions" in run("cancel", "r-1", "--url", node.url).stdout
     assert run("drain", "--url", node.url).stdout == "draining\n"
-    run("cancel", "a?b#c", "--url", node.url)
+    assert run("cancel", "a?b#c", "--url", node.url).exit_code == 0
     assert node.seen[2][1] == "/admin/requests/a?b#c/cancel"
 
 
@@ -215,8 +215,18 @@ def test_a_node_that_is_not_there_is_one_sentence():
 
 
 def test_what_is_no_url_is_told():
-    done = run("status", "--url", "banana")
+    done = run("status", "--url", "ftp://banana")
     assert (done.exit_code, "no URL" in done.stderr) == (1, True)
+
+
+def test_an_address_without_a_scheme_is_http(node):
+    assert run("drain", "--url", f"127.0.0.1:{node.port}").stdout == "draining\n"
+
+
+def test_a_request_that_is_not_there_is_not_cancelled(node):
+    node.answer = (200, {"cancelled": 0})
+    done = run("cancel", "r-1", "--url", node.url)
+    assert (done.exit_code, "no session of request r-1" in done.stderr) == (1, True)
 
 
 # --- sllm-node cluster ----------------------------------------------------------------------------
@@ -241,7 +251,7 @@ def test_replicas_and_aliases_are_wished_for_on_a_running_node(node):
 def test_nodes_that_do_not_know_of_a_wish_yet_are_named(node):
     node.answer = (200, {"alias": "gpt", "model": "m", "missed": ["c"]})
     result = run("cluster", "alias", "gpt", "m", "--url", node.url)
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "not told: c" in result.stderr
 
 

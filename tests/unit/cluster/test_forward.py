@@ -584,6 +584,9 @@ class Served(LocalStream):
     request = REQUEST
     opened, is_granted = 0.0, True
 
+    def leave(self, migration):
+        self.cancel()
+
 
 async def test_a_session_of_this_node_is_carried_from_its_next_chunk_on():
     held, more = asyncio.Event(), replace_struct(tokens(3, finish="stop"), position=2)

@@ -77,6 +77,21 @@ async def test_a_session_of_a_cold_model_loads_it_and_streams(node):
     )
 
 
+def test_kv_memory_that_holds_less_than_the_models_context_is_told(tmp_path, caplog):
+    caplog.set_level("INFO", "sllm_node.schedule.replicas")
+
+    @on_virtual_time
+    async def tell(node):
+        n = node()
+        n.engines.capacity_tokens = 80
+        assert n.service.status("a").context_tokens == 80
+        await n.ask("a")
+
+    tell(tmp_path)
+    (line,) = [record for record in caplog.records if record.message == "load finished"]
+    assert (line.context_tokens, line.limited_by) == (80, "engine.kv_cache_bytes")
+
+
 @on_virtual_time
 async def test_many_sessions_share_one_load(node):
     n = node()
