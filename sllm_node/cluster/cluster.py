@@ -100,8 +100,8 @@ class Cluster(Generic[CodecT]):
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
         self.router.fetching = fetching
         vacating = self.router.vacating
-        ping_s = file.timing.heartbeat_s
-        serving = Serving(service, self.peers, vacating, clock, ping_s, fetching)
+        serving = Serving(service, self.peers, vacating, clock, file.timing.heartbeat_s, fetching)
+        self.router.movers.entry_of = serving.entry_of
         self.scaling = Scaling(service, self.peers, self._desired, clock, metrics, fetching)
         self._rebalancing = Rebalancing(service, self.peers, vacating.under_way, clock, metrics)
         reach = Reach(self.peers, self._listing, me)

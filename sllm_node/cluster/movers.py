@@ -23,7 +23,7 @@ from sllm_node.core.clock import Clock
 from sllm_node.core.errors import MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import NodeId, SessionId
-from sllm_node.schedule.stream import request_of
+from sllm_node.schedule.stream import client_id_of, request_of
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +48,8 @@ class Movers:
         self._failed_at: dict[str, float] = {}
         self.on_failed: Callable[[SessionId, NodeId, str], None] = lambda *_: None
         """Called with session, its node and why when a move for placement's sake fails."""
+        self.entry_of: Callable[[str], NodeId | None] = lambda _: None
+        """Tells which peer's client has a session that is served here."""
         self._again = Alarm(clock, self.evacuate)
 
     def has(self, session: str) -> bool:
@@ -68,10 +70,8 @@ class Movers:
         Raises:
             MoveRefusedError: it can't be.
         """
-        found = next((s for s in self._sessions() if s.request.session == session), None)
-        if found is None:
-            why = "no client of this node has it; ask the node that its client is connected to"
-            raise MoveRefusedError(session, why)
+        found = self._found(session)
+        session = found.request.session
         if to != self._peers.me and to not in self._peers.view.nodes:
             raise MoveRefusedError(
                 session, f"node {to!r} is not in the cluster or can't be reached"
@@ -87,6 +87,20 @@ class Movers:
             "to": to,
             "migration": self._begin(found, choice, reason, vacate),
         }
+
+    def _found(self, name: str) -> Carried:
+        """Return a session by its id, or by its request's, or by what its client called that."""
+        sessions = self._sessions()
+        for known_as in (lambda s: s, request_of, lambda s: client_id_of(request_of(s))):
+            found = [one for one in sessions if known_as(one.request.session) == name]
+            if len(found) > 1:
+                ids = ", ".join(sorted(one.request.session for one in found))
+                raise MoveRefusedError(name, f"it is not one session but several: {ids}")
+            if found:
+                return found[0]
+        entry = self.entry_of(name)
+        asked = "the node that its client is connected to" if entry is None else f"node {entry!r}"
+        raise MoveRefusedError(name, f"no client of this node has it; ask {asked}")
 
     def evacuate(self) -> None:
         """Begin to move sessions away from the nodes that drain, as far as there are others."""

@@ -80,7 +80,7 @@ class Router(Generic[CodecT]):
         self._watching: set[asyncio.Task[None]] = set()
         peers.on_change = self._on_change
         self.hints = Hinting(service, peers, client, clock)
-        self._movers = Movers(peers, metrics, clock, self._carried)
+        self.movers = self._movers = Movers(peers, metrics, clock, self._carried)
         self.vacating = Vacating(service, peers, self._movers, client, clock, metrics)
         service.on_change = self._on_service_change
         self.leave = self.vacating.asked

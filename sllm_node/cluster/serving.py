@@ -45,7 +45,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import ModelId, NodeId, SessionId
 from sllm_node.schedule.driver import Service
-from sllm_node.schedule.stream import Stream, request_of
+from sllm_node.schedule.stream import Stream, client_id_of, request_of
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +93,12 @@ class Serving:
             HEARTBEAT: self.heartbeat, GENERATE: self.generate, EXTEND: self.extend,
             LEFT: self.left, DESCRIBE: self.describe,
         }  # fmt: skip
+
+    def entry_of(self, name: str) -> NodeId | None:
+        """Return the node whose client has a session that is served here; None: there is none."""
+        keys = ((entry, SessionId(session)) for entry, session, _ in self._served)
+        found = (e for e, s in keys if name in (s, request_of(s), client_id_of(request_of(s))))
+        return next(found, None)
 
     async def heartbeat(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
         """Take a heartbeat."""

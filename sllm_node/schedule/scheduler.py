@@ -50,6 +50,8 @@ from sllm_node.schedule.actions import (
 from sllm_node.schedule.plan import Plan, make_plan, may_begin, shortage
 from sllm_node.schedule.record import ModelEvent, ModelRecord
 
+ELSEWHERE_S: Final = 1.0
+"""Whoever a drain turns away may ask another node so soon; this one takes nothing until it is restarted."""
 _LOADS: Final = (ModelState.QUEUED, ModelState.LOADING)
 
 
@@ -389,7 +391,7 @@ class Scheduler:
     def _refusal(self, record: ModelRecord, ticket: Ticket) -> SllmError | None:
         """Return why a new ticket is refused, or None."""
         if self._is_draining:
-            return DrainingError(self._drain_s)
+            return DrainingError(min(self._drain_s, ELSEWHERE_S))
         if (lack := shortage(ticket.shares, self._capacities)) is not None:
             return ModelTooLargeError(ticket.model, *lack)
         if self._is_open(record) or self.waiting < self._config.max_queue:

@@ -184,6 +184,7 @@ class WorldNode:
         self.router.fetching = self.fetching
         self.vacating = self.router.vacating
         self.serving = Serving(made.service, self.peers, self.vacating, clock, 1.0, self.fetching)
+        self.router.movers.entry_of = self.serving.entry_of
         desired = self.peers.desired
         self.scaling = Scaling(
             made.service, self.peers, desired, clock, made.metrics, self.fetching

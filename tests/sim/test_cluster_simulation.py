@@ -101,6 +101,18 @@ def test_where_a_session_goes_on_and_why_is_logged(tmp_path, caplog):
     crash(tmp_path)
 
 
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_move_takes_a_requests_id_and_names_the_entry_where_it_is_asked_elsewhere(world):
+    stream = world.open("a", "m", tokens=60)
+    await anext(stream)
+    to = "c" if stream.node == "b" else "b"
+    with pytest.raises(MoveRefusedError, match="ask node 'a'"):
+        world[stream.node].router.move("a-1", to)
+    assert world["a"].router.move("a-1", to)["session"] == "a-1-0"
+    await read(stream)
+    assert stream.node == to
+
+
 @pytest.mark.parametrize("entry", ["a", "b"])
 def test_a_move_is_no_cancellation_to_the_node_that_it_leaves(tmp_path, caplog, entry):
     caplog.set_level("INFO", "sllm_node")

@@ -616,6 +616,7 @@ def test_a_draining_node_refuses_new_requests():
     assert board.scheduler.on_drain(0.0) == []
     error = refused(board.request(A))[2]
     assert isinstance(error, DrainingError)
+    assert error.retry_after_s == 1.0
     assert board.scheduler.is_draining
 
 
