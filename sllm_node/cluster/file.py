@@ -37,6 +37,7 @@ from sllm_node.core.units import MIB, parse_size
 
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_ID_WORDS: Final = "letters, digits, '.', '_' and '-', 64 at most, the first a letter or digit"
 LARGEST_DOCUMENT: Final = 4 * MIB
 Positive = Annotated[float, Meta(gt=0, le=86400)]
 
@@ -44,7 +45,7 @@ Positive = Annotated[float, Meta(gt=0, le=86400)]
 class NodeEntry(Section, frozen=True):
     """One [[nodes]]."""
 
-    id: Annotated[str, Meta(pattern=_ID)]
+    id: Annotated[str, Meta(pattern=_ID, description=_ID_WORDS)]
     address: Name
     """host:port that peers reach it under."""
 

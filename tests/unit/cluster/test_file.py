@@ -58,6 +58,8 @@ def test_a_file_with_nodes_and_trust_is_enough():
         ("[timing]\ndead_s = 3.5\n", "timing.dead_s = 3.5"),
         ("[timing]\npublish_gap_s = 2\n", "timing.publish_gap_s = 2.0"),
         ("[timing]\ndead_s = inf\n", "timing.dead_s = inf"),
+        ("[trust]\nmode = 'kerberos'\n", "trust.mode = 'kerberos': must be 'key' or 'tls'"),
+        ("[[nodes]]\nid = 'g 1'\naddress = 'x:1'\n", "id = 'g 1': must be letters, digits"),
         ("[timing]\ndead_s = nan\n", "timing.dead_s = nan"),
         ("[limits]\nmax_nodes = 1\n", "2 are above limits.max_nodes"),
         ("[limits]\ndocument_bytes = '1GiB'\n", "limits.document_bytes"),
