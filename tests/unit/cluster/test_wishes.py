@@ -101,7 +101,7 @@ async def test_wishes_outlive_a_restart(tmp_path):
         ("new", "gpt", WishConflictError, "'gpt' is an alias of 'm'"),
         ("new", "none", ModelNotFoundError, "none"),
         ("m", "m", InvalidRequestError, "alias of itself"),
-        ("-", "m", InvalidRequestError, "no name of a alias"),
+        ("-", "m", InvalidRequestError, "no name of an alias"),
     ],
 )
 async def test_an_alias_that_makes_no_sense_is_refused(cluster, name, model, error, says):
