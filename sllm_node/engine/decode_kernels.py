@@ -11,7 +11,7 @@ A layer of Llama's kind takes six launches: `linear` (norm, q, k, v), `rotate_an
 residual). Beyond `ROWS_MAX` rows the products are torch's, and `rms_norm` and `gated` stand beside them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -67,6 +67,16 @@ class Kernels(Protocol):
         stream: int,
     ) -> None:
         """Enqueue a variant with one record of parameters."""
+
+    def prepared(
+        self,
+        variant: Variant,
+        grid: tuple[int, int, int],
+        threads: int,
+        parameters: npt.NDArray[np.void],
+        stream: int,
+    ) -> Callable[[], None]:
+        """Return what enqueues it with what the record holds by then, as often as it is called."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ captured. `ReferenceOps` is the oracle, and runs anywhere. Results go where the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -26,7 +26,7 @@ from sllm_node.engine.decode_kernels import (
 )
 from sllm_node.engine.joined import joined_columns, joined_rows
 from sllm_node.engine.kernel_tensors import HALVES
-from sllm_node.engine.paged_attention import KvTables, Scoring, Splits
+from sllm_node.engine.paged_attention import AttendLayer, KvTables, Scoring, Splits
 
 Linear = tuple[torch.Tensor, torch.Tensor | None]
 """Weight (outputs, inner) and bias."""
@@ -87,6 +87,11 @@ class DecodeOps(Protocol):
     ) -> None:
         """Set `output` to the attention of one token a session."""
 
+    def prepared(
+        self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
+    ) -> AttendLayer:
+        """Return what does so with keys and values of other layers that are like `cache`'s."""
+
 
 class ReferenceOps:
     """Plain torch, rounding where transformers rounds."""
@@ -137,7 +142,16 @@ class ReferenceOps:
     def attend(
         self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
     ) -> None:
-        output.copy_(reference.attention(query, cache, scoring))
+        self.prepared(query, cache, scoring, output)(cache.keys, cache.values)
+
+    def prepared(
+        self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
+    ) -> AttendLayer:
+        def attend_layer(keys: torch.Tensor, values: torch.Tensor) -> None:
+            layer = replace(cache, keys=keys, values=values)
+            output.copy_(reference.attention(query, layer, scoring))
+
+        return attend_layer
 
 
 class KernelOps:
@@ -212,7 +226,13 @@ class KernelOps:
     def attend(
         self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
     ) -> None:
-        paged.attend(self._kernels, query, cache, scoring, self._splits_of(query, cache), output)
+        self.prepared(query, cache, scoring, output)(cache.keys, cache.values)
+
+    def prepared(
+        self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
+    ) -> AttendLayer:
+        splits = self._splits_of(query, cache)
+        return paged.prepared(self._kernels, query, cache, scoring, splits, output)
 
     def _splits_of(self, query: torch.Tensor, cache: KvTables) -> Splits:
         """Return splits for that many sessions; one memory for all layers, as they run in turn."""

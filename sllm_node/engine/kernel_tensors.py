@@ -8,7 +8,7 @@ from sllm_node.core.errors import KernelError
 
 HALVES: Final = (torch.bfloat16, torch.float16)
 FLOATS: Final = (*HALVES, torch.float32)
-_ALIGNMENT: Final = 16
+ALIGNMENT: Final = 16
 
 
 def need(kernel: str, fits: bool, found: str) -> None:  # noqa: FBT001 - what is asserted
@@ -67,8 +67,8 @@ def check_integers(
 def aligned_address(kernel: str, label: str, tensor: torch.Tensor) -> int:
     """Return the address of a tensor all of whose rows are aligned to 16 bytes."""
     step = tensor.stride(0) * tensor.itemsize if tensor.ndim > 1 else 0
-    is_aligned = (tensor.data_ptr() | step) % _ALIGNMENT == 0
-    need(kernel, is_aligned, f"{label} whose rows are not aligned to {_ALIGNMENT} bytes")
+    is_aligned = (tensor.data_ptr() | step) % ALIGNMENT == 0
+    need(kernel, is_aligned, f"{label} whose rows are not aligned to {ALIGNMENT} bytes")
     return tensor.data_ptr()
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,7 +19,7 @@ from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import LayerShape
 from tests.gpu.test_fused import BLOCK_TOKENS, small_model
 from tests.gpu.test_loads import open_devices
-from tests.unit.engine.test_flash import oracle
+from tests.unit.engine.test_flash import ends_of, oracle
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda:0")
@@ -36,14 +37,14 @@ GPU = torch.device("cuda:0")
 def test_flash_pieces_are_right(pieces, window):
     torch.manual_seed(2)
     room, multiprocessors = sum(piece.length for piece in pieces), 0 if window else 132
-    slots = torch.split(torch.randperm(room), [piece.length for piece in pieces])
+    slots = np.split(torch.randperm(room).int().numpy(), ends_of(pieces))
     keys, values = torch.randn(2, room, 2, 128, device=GPU, dtype=torch.bfloat16)
     query = torch.randn(sum(p.count for p in pieces), 4, 128, device=GPU, dtype=torch.bfloat16)
     scoring = Scoring(128**-0.5, window)
     found, wanted = torch.empty_like(query), torch.empty_like(query, dtype=torch.float64)
     cuts = cuts_of(pieces, 4, multiprocessors)
-    FlashPieces(pieces, cuts, slots, GPU).attend(query, keys, values, scoring, found)
-    whole = FlashPieces(pieces, cuts_of(pieces, 4, 0), slots, GPU, oracle)
+    FlashPieces.of(pieces, cuts, slots, GPU).attend(query, keys, values, scoring, found)
+    whole = FlashPieces.of(pieces, cuts_of(pieces, 4, 0), slots, GPU, oracle)
     whole.attend(query.double(), keys.double(), values.double(), scoring, wanted)
     assert bool(any(one.segments for one in cuts)) == (window is None and room > 2048)
     torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=6e-3)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -37,15 +38,19 @@ def oracle(query, key, value, lengths, scoring):
     return torch.cat(outputs), torch.cat(logs, 1)
 
 
+def ends_of(pieces):
+    return np.cumsum([piece.length for piece in pieces])[:-1]
+
+
 def attend(pieces, multiprocessors, window=None):
     torch.manual_seed(1)
     room = sum(piece.length for piece in pieces)
-    slots = torch.split(torch.randperm(room), [piece.length for piece in pieces])
+    slots = np.split(torch.randperm(room).int().numpy(), ends_of(pieces))
     keys, values = torch.randn(2, room, KV_HEADS, SIZE, dtype=torch.float64)
     query = torch.randn(sum(p.count for p in pieces), HEADS, SIZE, dtype=torch.float64)
     output = torch.empty_like(query)
     cuts = cuts_of(pieces, HEADS, multiprocessors)
-    step = FlashPieces(pieces, cuts, slots, CPU, oracle)
+    step = FlashPieces.of(pieces, cuts, slots, CPU, oracle)
     step.attend(query, keys, values, Scoring(0.3, window), output)
     return cuts, output
 
