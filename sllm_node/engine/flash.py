@@ -109,7 +109,7 @@ class Numbers:
 
 def _starts(queries: Sequence[int] | Array, keys: Sequence[int] | Array) -> Array:
     starts = np.zeros((2, len(queries) + 1), np.int32)
-    np.cumsum([queries, keys], 1, out=starts[:, 1:])
+    starts[0, 1:], starts[1, 1:] = np.cumsum(queries), np.cumsum(keys)
     return starts
 
 

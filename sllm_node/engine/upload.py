@@ -24,5 +24,5 @@ def upload(values: torch.Tensor | Sequence[int], device: torch.device) -> torch.
 def upload_all(arrays: Sequence[Numbers], device: torch.device) -> list[torch.Tensor]:
     """Return arrays on `device`, brought there by one copy."""
     flat = np.concatenate([array.ravel() for array in arrays])
-    sent = upload(torch.from_numpy(flat), device).split([array.size for array in arrays])
+    sent = torch.split(upload(torch.from_numpy(flat), device), [array.size for array in arrays])
     return [one.view(array.shape) for one, array in zip(sent, arrays, strict=True)]
