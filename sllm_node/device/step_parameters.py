@@ -5,7 +5,7 @@ from typing import Final
 
 import numpy as np
 
-STEP_KERNELS: Final = ("gemv", "paged_attention", "rope_kv", "rms_norm", "gated")
+STEP_KERNELS: Final = ("gemv", "paged_attention", "rope_kv", "rms_norm", "gated", "join_segments")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +55,7 @@ NORM: Final = _structure(
     "epsilon norm_offset",
 )
 GATE: Final = _structure("gate up output", "size gate_stride up_stride output_stride is_gelu")
+JOIN: Final = _structure(
+    "near_part far_parts near_logs far_logs places output",
+    "heads size tokens near_stride output_stride near_logs_stride far_logs_stride",
+)

@@ -40,7 +40,6 @@ from typing import Final
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.session import Session, SessionEvent, SessionState
 
-
 _BESIDE_EACH: Final = 3
 """Tokens of prompts for each session that decodes. With 128 sessions that makes 512 tokens a step, the
 most for which `mixed` captures graphs; a step of 32 stays at the default of `prefill_beside_tokens`."""

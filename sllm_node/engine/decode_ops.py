@@ -14,6 +14,7 @@ from torch.nn import functional
 from sllm_node.engine import decode_kernels as launches
 from sllm_node.engine import decode_reference as reference
 from sllm_node.engine import paged_attention as paged
+from sllm_node.engine import segments
 from sllm_node.engine.decode_kernels import (
     ROWS_MAX,
     Angles,
@@ -27,6 +28,7 @@ from sllm_node.engine.decode_kernels import (
 from sllm_node.engine.joined import joined_columns, joined_rows
 from sllm_node.engine.kernel_tensors import HALVES
 from sllm_node.engine.paged_attention import AttendLayer, KvTables, Scoring, Splits
+from sllm_node.engine.segments import JoinLayer, Look
 
 Linear = tuple[torch.Tensor, torch.Tensor | None]
 """Weight (outputs, inner) and bias."""
@@ -92,6 +94,11 @@ class DecodeOps(Protocol):
     ) -> AttendLayer:
         """Return what does so with keys and values of other layers that are like `cache`'s."""
 
+    def joining(
+        self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
+    ) -> JoinLayer:
+        """Return what joins looks like these (`segments.prepared`)."""
+
 
 class ReferenceOps:
     """Plain torch, rounding where transformers rounds."""
@@ -152,6 +159,14 @@ class ReferenceOps:
             output.copy_(reference.attention(query, layer, scoring))
 
         return attend_layer
+
+    def joining(
+        self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
+    ) -> JoinLayer:
+        def join_layer(near: Look, far: Look, output: torch.Tensor) -> None:
+            output.copy_(reference.joined(near, far, places))
+
+        return join_layer
 
 
 class KernelOps:
@@ -233,6 +248,11 @@ class KernelOps:
     ) -> AttendLayer:
         splits = self._splits_of(query, cache)
         return paged.prepared(self._kernels, query, cache, scoring, splits, output)
+
+    def joining(
+        self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
+    ) -> JoinLayer:
+        return segments.prepared(self._kernels, near, far, places, output)
 
     def _splits_of(self, query: torch.Tensor, cache: KvTables) -> Splits:
         """Return splits for that many sessions; one memory for all layers, as they run in turn."""

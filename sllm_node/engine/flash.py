@@ -4,7 +4,7 @@ Theory of operation. A piece of n tokens that ends a context of m looks at all m
 128 queries of a head to one thread block, which walks through the whole context: a short piece behind a
 long context would keep a few multiprocessors busy and the rest idle. So the context is cut into segments
 of equal length that are attended to side by side, the last of which holds the piece itself and is causal;
-what they give is put together by the logarithms of their sums, as flash decoding does
+what they give is put together by the logarithms of their sums (`segments`), as flash decoding does
 (https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Two launches serve all pieces of a step.
 """
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from sllm_node.engine.paged_attention import Scoring
+from sllm_node.engine.segments import JoinLayer, Look
 from sllm_node.engine.upload import Numbers as Array
 from sllm_node.engine.upload import upload_all
 
@@ -67,6 +68,8 @@ Kernel = Callable[
     tuple[torch.Tensor, torch.Tensor],
 ]
 """Attends to sequences, like `flash`."""
+Joining = Callable[[Look, Look, torch.Tensor, torch.Tensor], JoinLayer]
+"""Makes what puts together results of segments: `DecodeOps.joining`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +78,12 @@ class Numbers:
 
     slots: Array
     """Where keys and values lie that are looked at: those in segments, then the others."""
-    near: (
-        Array  # (2, pieces + 1): where queries and keys of each piece begin that are in no segment
-    )
-    far: Array  # (2, segments + 1): the same of segments
+    near: Array  # (2, pieces + 1)
+    """Where queries and keys of each piece begin that are in no segment, and the end."""
+    far: Array  # (2, segments + 1)
+    """The same of segments."""
     rows: Array  # of the queries of segments, among all
+    places: Array  # (3, tokens): where results of segments lie, as `segments` wants to know
 
     @classmethod
     def of(cls, pieces: Sequence[Piece], cuts: Sequence[Cut], slots: Sequence[Array]) -> "Numbers":
@@ -100,17 +104,29 @@ class Numbers:
             _starts(counts, near),
             _starts(np.repeat(counts, times), np.repeat([one.size for one in cuts], times)),
             np.concatenate(rows).astype(np.int32),
+            _places(counts, times),
         )
 
     def arrays(self) -> list[Array]:
         """Return them in the order in which `FlashPieces` wants them on the device."""
-        return [self.slots, self.near, self.far, self.rows]
+        return [self.slots, self.near, self.far, self.rows, self.places]
 
 
 def _starts(queries: Sequence[int] | Array, keys: Sequence[int] | Array) -> Array:
     starts = np.zeros((2, len(queries) + 1), np.int32)
     starts[0, 1:], starts[1, 1:] = np.cumsum(queries), np.cumsum(keys)
     return starts
+
+
+def _places(counts: Sequence[int], segments: Sequence[int]) -> Array:
+    """Return where the results of each token's segments lie: the first, how many, how far apart."""
+    each = np.array(
+        [(0, *np.cumsum(np.multiply(counts, segments))[:-1]), segments, counts], np.int32
+    )
+    places = np.repeat(each, counts, axis=1)
+    within = [np.arange(count, dtype=np.int32) for count in counts]
+    places[0] += np.concatenate(within)
+    return places
 
 
 class FlashPieces:
@@ -121,11 +137,13 @@ class FlashPieces:
         pieces: Sequence[Piece],
         cuts: Sequence[Cut],
         numbers: Sequence[torch.Tensor],
-        kernel: "Kernel | None" = None,
+        joining: Joining,
+        kernel: Kernel | None = None,
     ) -> None:
         """`numbers`: `Numbers.arrays` on the device; `kernel` None: torch's."""
         self._kernel = kernel or flash
-        self._slots, near, far, self._rows = numbers
+        self._joining = joining
+        self._slots, near, far, self._rows, self._places = numbers
         ends = [one.segments * one.size for one in cuts]
         self._far = sum(ends)
         """Tokens in segments; they are gathered before the others."""
@@ -135,11 +153,7 @@ class FlashPieces:
         cut = [piece.count for piece, one in zip(pieces, cuts, strict=True) if one.segments]
         size = max(one.size for one in cuts)
         self._segments = Lengths(far[0], far[1], max(cut, default=0), size, is_causal=False)
-        self._joints: list[_Joint] = []
-        first = begin = 0
-        for piece, one in zip(pieces, cuts, strict=True):
-            self._joints.append(_Joint(first, piece.count, one.segments, begin))
-            first, begin = first + piece.count, begin + piece.count * one.segments
+        self._join: JoinLayer | None = None
 
     @classmethod
     def of(
@@ -148,11 +162,12 @@ class FlashPieces:
         cuts: Sequence[Cut],
         slots: Sequence[Array],
         device: torch.device,
-        kernel: "Kernel | None" = None,
+        joining: Joining,
+        kernel: Kernel | None = None,
     ) -> "FlashPieces":
         """Return pieces whose context lies in `slots` of the cache, all of each."""
         numbers = upload_all(Numbers.of(pieces, cuts, slots).arrays(), device)
-        return cls(pieces, cuts, numbers, kernel)
+        return cls(pieces, cuts, numbers, joining, kernel)
 
     def attend(
         self,
@@ -173,8 +188,9 @@ class FlashPieces:
             query.index_select(0, self._rows), key[: self._far], value[: self._far],
             self._segments, scoring,
         )  # fmt: skip
-        for joint in self._joints:
-            joint.put(output, near, far)
+        if self._join is None:  # what all layers share is checked and put together once
+            self._join = self._joining(near, far, self._places, output)
+        self._join(near, far, output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,37 +203,6 @@ class Lengths:
     longest_key: int
     is_causal: bool
     """The last query of a sequence sees its last key, the one before it all but that."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Joint:
-    """Where a piece's results lie that are put together."""
-
-    first: int
-    count: int
-    segments: int
-    far: int
-
-    def put(
-        self,
-        output: torch.Tensor,
-        near: tuple[torch.Tensor, torch.Tensor],
-        far: tuple[torch.Tensor, torch.Tensor],
-    ) -> None:
-        """Write what they give together; of each: results and logarithms of sums."""
-        part = near[0].narrow(0, self.first, self.count)
-        here = output.narrow(0, self.first, self.count)
-        if not self.segments:
-            here.copy_(part)
-            return
-        parts = far[0].narrow(0, self.far, self.segments * self.count)
-        logs = far[1].narrow(1, self.far, self.segments * self.count)
-        heads = len(logs)
-        # (heads, segments + 1, tokens), the nearest last
-        logs = torch.cat((logs, near[1].narrow(1, self.first, self.count)), 1)
-        shares = logs.view(heads, -1, self.count).softmax(1).permute(1, 2, 0).unsqueeze(3)
-        parts = parts.view(self.segments, *part.shape) * shares[:-1]
-        torch.addcmul(parts.sum(0), part, shares[-1], out=here)
 
 
 def flash(

@@ -130,7 +130,9 @@ class _Attention:
         self._pieces: Pieces | None = None
         if rest:
             plain = PlainPieces(cache, rest, block_tokens)
-            self._pieces = FlashPieces(pieces, cuts, others) if is_flash else plain
+            self._pieces = (
+                FlashPieces(pieces, cuts, others, self._ops.joining) if is_flash else plain
+            )
 
     def attend(
         self, number: int, layer: FusedLayer, query: torch.Tensor, attended: torch.Tensor

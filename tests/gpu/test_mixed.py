@@ -43,11 +43,17 @@ def test_flash_pieces_are_right(pieces, window):
     scoring = Scoring(128**-0.5, window)
     found, wanted = torch.empty_like(query), torch.empty_like(query, dtype=torch.float64)
     cuts = cuts_of(pieces, 4, multiprocessors)
-    FlashPieces.of(pieces, cuts, slots, GPU).attend(query, keys, values, scoring, found)
-    whole = FlashPieces.of(pieces, cuts_of(pieces, 4, 0), slots, GPU, oracle)
+    (device,) = open_devices(1, 64 * MIB)
+    kernels = step_kernels(device)
+    assert kernels is not None
+    joining = KernelOps(kernels, 512).joining
+    FlashPieces.of(pieces, cuts, slots, GPU, joining).attend(query, keys, values, scoring, found)
+    whole = FlashPieces.of(pieces, cuts_of(pieces, 4, 0), slots, GPU, joining, oracle)
     whole.attend(query.double(), keys.double(), values.double(), scoring, wanted)
     assert bool(any(one.segments for one in cuts)) == (window is None and room > 2048)
     torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=6e-3)
+    kernels.close()
+    device.close()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllm_node.engine.decode_ops import ReferenceOps
 from sllm_node.engine.flash import FlashPieces, Piece, cuts_of
 from sllm_node.engine.paged_attention import Scoring
 
@@ -50,7 +51,7 @@ def attend(pieces, multiprocessors, window=None):
     query = torch.randn(sum(p.count for p in pieces), HEADS, SIZE, dtype=torch.float64)
     output = torch.empty_like(query)
     cuts = cuts_of(pieces, HEADS, multiprocessors)
-    step = FlashPieces.of(pieces, cuts, slots, CPU, oracle)
+    step = FlashPieces.of(pieces, cuts, slots, CPU, ReferenceOps().joining, oracle)
     step.attend(query, keys, values, Scoring(0.3, window), output)
     return cuts, output
 
