@@ -199,10 +199,10 @@ def slot_numbers(part: KvPart, block_tokens: int, first: int = 0) -> Numbers:
     """Return the slots of a session's tokens from `first` up to the end of its part."""
     length, passed = part.start + part.count, first // block_tokens
     blocks = np.array(part.table[passed : -(-length // block_tokens)], np.int32)
-    slots: Numbers = blocks[:, None] * np.int32(block_tokens) + np.arange(
-        block_tokens, dtype=np.int32
-    )
-    return slots.ravel()[first - passed * block_tokens : length - passed * block_tokens]
+    slots = blocks[:, None] * block_tokens + np.arange(block_tokens)
+    return slots.astype(np.int32).ravel()[
+        first - passed * block_tokens : length - passed * block_tokens
+    ]
 
 
 def _similar(

@@ -26,6 +26,10 @@ def looks(dtype=torch.bfloat16, seed=0):
     return (packed[:, :HEADS], logs[0]), (far, logs[1])
 
 
+def doubled(look):
+    return look[0].double(), look[1].double()
+
+
 @pytest.mark.skipif(not is_possible(), reason="needs g++")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_looks_are_joined_layer_by_layer(dtype):
@@ -35,8 +39,8 @@ def test_looks_are_joined_layer_by_layer(dtype):
     for seed in range(2):
         near, far = looks(dtype, seed)
         join(near, far, output)
-        doubled = [(part.double(), logs.double()) for part, logs in (near, far)]
-        cases.check(output, reference.joined(*doubled, PLACES))
+        truth = reference.joined(doubled(near), doubled(far), PLACES)
+        cases.check(output, truth)
         assert torch.equal(output[2], near[0][2])  # nothing to join
 
 
@@ -52,8 +56,9 @@ def test_looks_are_joined_layer_by_layer(dtype):
 def test_what_does_not_fit_is_refused(change, words):
     near, far = looks()
     output = torch.empty_like(near[0])
+    changed_near, changed_far = change(near, far)
     with pytest.raises(KernelError, match=words):
-        segments.prepared(RIG.kernels, *change(near, far), PLACES, output)
+        segments.prepared(RIG.kernels, changed_near, changed_far, PLACES, output)
 
 
 def test_a_layer_unlike_the_first_is_refused():
