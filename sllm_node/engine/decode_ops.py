@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from sllm_node.engine import decode_kernels as launches
 from sllm_node.engine import decode_reference as reference
+from sllm_node.engine import gathered, segments
 from sllm_node.engine import paged_attention as paged
-from sllm_node.engine import segments
 from sllm_node.engine.decode_kernels import (
     ROWS_MAX,
     Angles,
@@ -25,6 +25,7 @@ from sllm_node.engine.decode_kernels import (
     Matrix,
     RmsNorm,
 )
+from sllm_node.engine.gathered import Gathered, GatherLayer
 from sllm_node.engine.joined import joined_columns, joined_rows
 from sllm_node.engine.kernel_tensors import HALVES
 from sllm_node.engine.paged_attention import AttendLayer, KvTables, Scoring, Splits
@@ -94,6 +95,15 @@ class DecodeOps(Protocol):
     ) -> AttendLayer:
         """Return what does so with keys and values of other layers that are like `cache`'s."""
 
+    def gathering(
+        self,
+        query: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> GatherLayer:
+        """Return what gathers from tensors like these (`gathered.prepared`)."""
+
     def joining(
         self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
     ) -> JoinLayer:
@@ -159,6 +169,18 @@ class ReferenceOps:
             output.copy_(reference.attention(query, layer, scoring))
 
         return attend_layer
+
+    def gathering(
+        self,
+        query: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> GatherLayer:
+        def gather_layer(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Gathered:
+            return keys[slots], values[slots], query[rows]
+
+        return gather_layer
 
     def joining(
         self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
@@ -248,6 +270,15 @@ class KernelOps:
     ) -> AttendLayer:
         splits = self._splits_of(query, cache)
         return paged.prepared(self._kernels, query, cache, scoring, splits, output)
+
+    def gathering(
+        self,
+        query: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> GatherLayer:
+        return gathered.prepared(self._kernels, query, *cached, slots, rows)
 
     def joining(
         self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor

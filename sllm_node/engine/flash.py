@@ -10,11 +10,12 @@ what they give is put together by the logarithms of their sums (`segments`), as 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 
+from sllm_node.engine.gathered import GatherLayer
 from sllm_node.engine.paged_attention import Scoring
 from sllm_node.engine.segments import JoinLayer, Look
 from sllm_node.engine.upload import Numbers as Array
@@ -68,8 +69,24 @@ Kernel = Callable[
     tuple[torch.Tensor, torch.Tensor],
 ]
 """Attends to sequences, like `flash`."""
-Joining = Callable[[Look, Look, torch.Tensor, torch.Tensor], JoinLayer]
-"""Makes what puts together results of segments: `DecodeOps.joining`."""
+
+
+class Ops(Protocol):
+    """What stands around the kernel: of `DecodeOps`."""
+
+    def gathering(
+        self,
+        query: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> GatherLayer:
+        """Return what brings together keys, values and queries of a layer."""
+
+    def joining(
+        self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
+    ) -> JoinLayer:
+        """Return what puts together results of segments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,12 +154,12 @@ class FlashPieces:
         pieces: Sequence[Piece],
         cuts: Sequence[Cut],
         numbers: Sequence[torch.Tensor],
-        joining: Joining,
+        ops: Ops,
         kernel: Kernel | None = None,
     ) -> None:
         """`numbers`: `Numbers.arrays` on the device; `kernel` None: torch's."""
         self._kernel = kernel or flash
-        self._joining = joining
+        self._ops = ops
         self._slots, near, far, self._rows, self._places = numbers
         ends = [one.segments * one.size for one in cuts]
         self._far = sum(ends)
@@ -153,6 +170,7 @@ class FlashPieces:
         cut = [piece.count for piece, one in zip(pieces, cuts, strict=True) if one.segments]
         size = max(one.size for one in cuts)
         self._segments = Lengths(far[0], far[1], max(cut, default=0), size, is_causal=False)
+        self._gather: GatherLayer | None = None
         self._join: JoinLayer | None = None
 
     @classmethod
@@ -162,12 +180,12 @@ class FlashPieces:
         cuts: Sequence[Cut],
         slots: Sequence[Array],
         device: torch.device,
-        joining: Joining,
+        ops: Ops,
         kernel: Kernel | None = None,
     ) -> "FlashPieces":
         """Return pieces whose context lies in `slots` of the cache, all of each."""
         numbers = upload_all(Numbers.of(pieces, cuts, slots).arrays(), device)
-        return cls(pieces, cuts, numbers, joining, kernel)
+        return cls(pieces, cuts, numbers, ops, kernel)
 
     def attend(
         self,
@@ -178,18 +196,18 @@ class FlashPieces:
         output: torch.Tensor,
     ) -> None:
         """Set `output` to the attention of all pieces' tokens, packed; (tokens, heads, size) both."""
-        key, value = keys.index_select(0, self._slots), values.index_select(0, self._slots)
+        if self._gather is None:  # what all layers share is checked and put together once
+            cached = keys, values
+            self._gather = self._ops.gathering(query, cached, self._slots, self._rows)
+        key, value, queries = self._gather(query, keys, values)
         if not self._far:
             output.copy_(self._kernel(query, key, value, self._near, scoring)[0])
             return
         assert scoring.window is None, "a window over segments"
         near = self._kernel(query, key[self._far :], value[self._far :], self._near, scoring)
-        far = self._kernel(
-            query.index_select(0, self._rows), key[: self._far], value[: self._far],
-            self._segments, scoring,
-        )  # fmt: skip
-        if self._join is None:  # what all layers share is checked and put together once
-            self._join = self._joining(near, far, self._places, output)
+        far = self._kernel(queries, key[: self._far], value[: self._far], self._segments, scoring)
+        if self._join is None:
+            self._join = self._ops.joining(near, far, self._places, output)
         self._join(near, far, output)
 
 

@@ -72,6 +72,12 @@ def aligned_address(kernel: str, label: str, tensor: torch.Tensor) -> int:
     return tensor.data_ptr()
 
 
+def form_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what tensors that a prepared launch takes in turn have in common."""
+    is_aligned = tensor.data_ptr() % ALIGNMENT == 0
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, is_aligned
+
+
 def kind_of(tensor: torch.Tensor) -> tuple[str, int]:
     """Return the macro for a tensor's floats of 16 bits."""
     return "F16", int(tensor.dtype == torch.float16)

@@ -130,9 +130,7 @@ class _Attention:
         self._pieces: Pieces | None = None
         if rest:
             plain = PlainPieces(cache, rest, block_tokens)
-            self._pieces = (
-                FlashPieces(pieces, cuts, others, self._ops.joining) if is_flash else plain
-            )
+            self._pieces = FlashPieces(pieces, cuts, others, self._ops) if is_flash else plain
 
     def attend(
         self, number: int, layer: FusedLayer, query: torch.Tensor, attended: torch.Tensor

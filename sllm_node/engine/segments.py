@@ -14,10 +14,10 @@ import torch
 from sllm_node.device.step_parameters import JOIN, Variant
 from sllm_node.engine.decode_kernels import Kernels
 from sllm_node.engine.kernel_tensors import (
-    ALIGNMENT,
     aligned_address,
     check_heads,
     check_integers,
+    form_of,
     kind_of,
     need,
     stream_of,
@@ -58,21 +58,16 @@ def prepared(
     )
     labels = ("near_part", "near_logs", "far_parts", "far_logs", "output")
     addresses = [record[label] for label in labels]
-    wanted = [_form(tensor) for tensor in (*near, *far, output)]
+    wanted = [form_of(tensor) for tensor in (*near, *far, output)]
 
     def join_layer(near: Look, far: Look, output: torch.Tensor) -> None:
         given = (*near, *far, output)
         for tensor, form, address in zip(given, wanted, addresses, strict=True):
-            fits = _form(tensor) == form and tensor.data_ptr() % ALIGNMENT == 0
-            need(_NAME, fits, "tensors unlike those of the first layer")
+            need(_NAME, form_of(tensor) == form, "tensors unlike those of the first layer")
             address[0] = tensor.data_ptr()
         launch()
 
     return join_layer
-
-
-def _form(tensor: torch.Tensor) -> tuple[object, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
 
 
 def _check(near: Look, far: Look, output: torch.Tensor) -> None:

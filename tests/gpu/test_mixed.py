@@ -46,9 +46,9 @@ def test_flash_pieces_are_right(pieces, window):
     (device,) = open_devices(1, 64 * MIB)
     kernels = step_kernels(device)
     assert kernels is not None
-    joining = KernelOps(kernels, 512).joining
-    FlashPieces.of(pieces, cuts, slots, GPU, joining).attend(query, keys, values, scoring, found)
-    whole = FlashPieces.of(pieces, cuts_of(pieces, 4, 0), slots, GPU, joining, oracle)
+    ops = KernelOps(kernels, 512)
+    FlashPieces.of(pieces, cuts, slots, GPU, ops).attend(query, keys, values, scoring, found)
+    whole = FlashPieces.of(pieces, cuts_of(pieces, 4, 0), slots, GPU, ReferenceOps(), oracle)
     whole.attend(query.double(), keys.double(), values.double(), scoring, wanted)
     assert bool(any(one.segments for one in cuts)) == (window is None and room > 2048)
     torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=6e-3)

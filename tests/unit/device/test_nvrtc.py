@@ -33,7 +33,7 @@ VARIANTS = [
     *(("paged_attention", defines) for defines in ATTENTIONS),
     *(
         (name, defines)
-        for name in ("rope_kv", "rms_norm", "gated", "join_segments")
+        for name in ("rope_kv", "rms_norm", "gated", "gather_context", "join_segments")
         for defines in SMALL
     ),
 ]

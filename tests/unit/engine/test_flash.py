@@ -51,7 +51,7 @@ def attend(pieces, multiprocessors, window=None):
     query = torch.randn(sum(p.count for p in pieces), HEADS, SIZE, dtype=torch.float64)
     output = torch.empty_like(query)
     cuts = cuts_of(pieces, HEADS, multiprocessors)
-    step = FlashPieces.of(pieces, cuts, slots, CPU, ReferenceOps().joining, oracle)
+    step = FlashPieces.of(pieces, cuts, slots, CPU, ReferenceOps(), oracle)
     step.attend(query, keys, values, Scoring(0.3, window), output)
     return cuts, output
 
