@@ -6,8 +6,8 @@ Sessions that decode and a piece of a long prompt go through the runner with as 
 of 8B has, but few and narrow heads: torch's operations run on the CPU and have next to nothing to do.
 Graphs replay nothing, our kernels go to a driver that takes everything, torch's flash kernel is a
 function that returns memory. What is left is Python and torch's dispatch; the driver's own time, 2 to
-6 us a launch, is not there, so `operations` and `launches` of a layer tell what a GPU adds. With
-`--behind 16000` the copies of keys and values, real ones, outweigh the rest.
+6 us a launch, is not there, so the operations and launches of a layer tell what a GPU adds, besides one
+replay and two calls of the flash kernel.
 """
 
 import argparse
@@ -53,6 +53,10 @@ VIEWS = {
 }
 
 
+Put = Callable[[Any, str, Any], None]
+"""Puts something in the place of the real thing."""
+
+
 class _Context:
     def __enter__(self) -> None:
         return None
@@ -77,7 +81,7 @@ class _Graphs:
         return lambda: made
 
 
-class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts operations that would launch something."""
 
     def __init__(self) -> None:
@@ -92,7 +96,7 @@ class _Counted(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def null_kernels() -> StepKernels:
+def null_kernels(put: Put = setattr) -> StepKernels:
     """Return the real thing on a driver that takes everything."""
     good = driver.CUresult.CUDA_SUCCESS
     launches = SimpleNamespace(count=0)
@@ -111,13 +115,13 @@ def null_kernels() -> StepKernels:
         "cuLaunchKernelEx": launch,
     }  # fmt: skip
     for name, answer in answers.items():
-        setattr(driver, name, answer)
+        put(driver, name, answer)
     kernels = StepKernels(_Context(), 0)
     kernels.launches = launches  # type: ignore[attr-defined]
     return kernels
 
 
-def null_flash() -> None:
+def null_flash(put: Put = setattr) -> None:
     """Put a function that computes nothing in the place of torch's flash kernel."""
     known: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -127,7 +131,7 @@ def null_flash() -> None:
             known[query.shape] = torch.zeros_like(query), torch.zeros(heads, tokens)
         return known[query.shape]
 
-    setattr(flash, "flash", attend)  # noqa: B010 - in the place of the real one
+    put(flash, "flash", attend)
 
 
 def made_runner(kernels: StepKernels, slots: int) -> Runner:
@@ -149,12 +153,12 @@ def made_runner(kernels: StepKernels, slots: int) -> Runner:
     return Runner(model, cache, BLOCK_TOKENS, decode)
 
 
-def made_step(options: argparse.Namespace) -> list[StepPart]:
+def made_step(sessions: int, behind: int, piece: int) -> list[StepPart]:
     """Return the parts: sessions of 500 tokens that decode, and a piece of a prompt."""
     parts, first = [], 0
-    for number in range(options.sessions + 1):
-        is_piece = number == options.sessions
-        start, count = (options.behind, options.piece) if is_piece else (500, 1)
+    for number in range(sessions + 1):
+        is_piece = number == sessions
+        start, count = (behind, piece) if is_piece else (500, 1)
         blocks = -(-(start + count + 1) // BLOCK_TOKENS)
         table = tuple(range(first, first + blocks))
         first += blocks
@@ -163,25 +167,31 @@ def made_step(options: argparse.Namespace) -> list[StepPart]:
     return parts
 
 
+def counted(
+    runner: Runner, step: list[StepPart], kernels: StepKernels
+) -> tuple[dict[str, int], int]:
+    """Return which operations of torch a step launches, and how many launches of our kernels."""
+    counts, launches = Counted(), kernels.launches  # type: ignore[attr-defined]
+    launches.count = 0
+    with counts:
+        runner.advance([step])
+    return dict(sorted(counts.names.items())), launches.count
+
+
 def measure(options: argparse.Namespace) -> None:
     """Measure and print."""
     null_flash()
     kernels = null_kernels()
     slots = options.sessions * 512 + options.behind + options.piece + 64
-    runner, step = made_runner(kernels, slots), made_step(options)
+    runner = made_runner(kernels, slots)
+    step = made_step(options.sessions, options.behind, options.piece)
     for _ in range(3):  # the second captures
         runner.advance([step])
-    counted, launches = _Counted(), kernels.launches  # type: ignore[attr-defined]
-    launches.count = 0
-    with counted:
-        runner.advance([step])
-    operations = sum(count // LAYERS for count in counted.names.values())
-    per_layer = {k: n // LAYERS for k, n in sorted(counted.names.items()) if n >= LAYERS}
-    per_step = {k: n % LAYERS for k, n in sorted(counted.names.items()) if n % LAYERS}
-    print(
-        f"of a layer: {operations} operations, {launches.count / LAYERS:.1f} launches; {per_layer}"
-    )
-    print(f"of a step, besides: {sum(per_step.values())} operations; {per_step}")
+    names, launches = counted(runner, step, kernels)
+    per_layer = {name: count // LAYERS for name, count in names.items() if count >= LAYERS}
+    per_step = {name: count % LAYERS for name, count in names.items() if count % LAYERS}
+    print(f"of a layer: {launches / LAYERS:.1f} launches of our kernels, operations {per_layer}")
+    print(f"of a step, besides: operations {per_step}")
     profile, seconds = cProfile.Profile(), []
     for _ in range(options.rounds):
         begun = time.perf_counter()
