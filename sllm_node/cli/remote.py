@@ -1,4 +1,4 @@
-"""Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, drain."""
+"""Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, move, drain."""
 
 import asyncio
 from pathlib import Path
@@ -26,7 +26,7 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, load, unload, pull, pin, unpin, cancel, drain):
+    for command in (status, load, unload, pull, pin, unpin, cancel, move, drain):
         app.command()(command)
 
 
@@ -73,7 +73,7 @@ def pull(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFi
 
 
 def pin(model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
-    """Load a model and never evict it until it is unpinned or the node restarts."""
+    """Load a model and never evict it until it is unpinned; a restart keeps the pin."""
     _act("pin", model, (url, key, config))
 
 
@@ -93,8 +93,22 @@ def cancel(
     say(f"cancelled {report.get('cancelled', 0)} sessions of request {request}")
 
 
+def move(
+    session: Annotated[str, typer.Argument(help="its id, as in status")],
+    to: Annotated[str, typer.Option(help="the node that is to serve it", metavar="NODE")],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    config: ConfigFile = None,
+) -> None:
+    """Move a running session to another node; its reader notices nothing. Ask its reader's node."""
+    report = _call(
+        "POST", f"/admin/sessions/{_quoted(session)}/move", (url, key, config), {"to": to}
+    )
+    say(f"session {session} moves to {to}: migration {report.get('migration', '')}")
+
+
 def drain(url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
-    """Take no new requests; the running ones finish. The process goes on until it is stopped."""
+    """Take no new requests; what runs moves to peers, or finishes. The process goes on until stopped."""
     _call("POST", "/admin/drain", (url, key, config))
     say("draining")
 
@@ -169,12 +183,35 @@ def _show_cluster(report: dict[str, Any]) -> None:
         for model in node["models"]
     ]
     print_table(("model", "node", "tier", ">stored"), sorted(places))
+    _show_scaling(report["scaling"])
+    if (directory := report["directory"]) is not None:
+        problem = f": {directory['problem']}" if directory["problem"] else ""
+        is_listed = (
+            "this node is registered" if directory["registered"] else "this node is not registered"
+        )
+        say(
+            f"directory {directory['endpoint']}: {directory['state']}, {is_listed}, "
+            f"{len(directory['nodes'])} other nodes{problem}"
+        )
     estimates = report["estimates"]
     if estimates["count"]:
         say(
             f"startup estimates: {estimates['count']}, off by {estimates['mean_error_s']:.3f} s on "
             f"average, {estimates['worst_s']:.3f} s at most"
         )
+
+
+def _show_scaling(scaled: list[dict[str, Any]]) -> None:
+    rows = [
+        (
+            one["model"], one["home"] or "", f"{one['minimum']} to {one['maximum']}",
+            *(str(one[state]) for state in ("wanted", "ready", "starting", "leaving")), one["reason"],
+        )
+        for one in scaled
+    ]  # fmt: skip
+    if rows:
+        columns = (">wanted", ">ready", ">starting", ">leaving", "why")
+        print_table(("scaled model", "home", "replicas", *columns), rows)
 
 
 def _tier_of(model: dict[str, Any]) -> str:
@@ -214,7 +251,7 @@ def _show_status(report: dict[str, Any]) -> None:
             say(f"loads from {tier}: {format_rate(rate)} observed")
     if report["sessions"]:
         print_table(
-            ("session", "model", "state", ">prompt", ">generated", ">age s"),
+            ("session", "model", "state", ">prompt", ">generated", ">age s", "node"),
             [
                 (
                     s["session"],
@@ -223,6 +260,7 @@ def _show_status(report: dict[str, Any]) -> None:
                     str(s["prompt_tokens"]),
                     str(s["generated_tokens"]),
                     f"{s['age_s']:.1f}",
+                    (s.get("node") or "") + (", moves" if s.get("migration") else ""),
                 )
                 for s in report["sessions"]
             ],

@@ -36,11 +36,13 @@ class Choice:
     """The kind of the candidate in lower case, or `queue`."""
     reason: str
     candidate: Candidate | None = None
+    forward_s: float = 0.0
+    """What passing the request on is expected to add."""
 
     @property
     def startup_s(self) -> float | None:
         """Return the estimate; None: it queues."""
-        return None if self.candidate is None else self.candidate.startup_s
+        return None if self.candidate is None else self.candidate.startup_s + self.forward_s
 
 
 def request_for(view: ClusterView, model: ModelId, priority: int = 0) -> PlacementRequest:

@@ -6,10 +6,14 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any, Generic
 
-from sllm_node.cluster.file import load_cluster
+from sllm_node.cluster.file import ClusterFile, load_cluster
+from sllm_node.cluster.journal import Journal
+from sllm_node.cluster.listing import Listing
 from sllm_node.cluster.messages import make_boot
 from sllm_node.cluster.peers import Peers, Place
+from sllm_node.cluster.records import Desired
 from sllm_node.cluster.router import Router
+from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import BootId
@@ -18,7 +22,7 @@ from sllm_node.cluster.transport import Client, Listener
 from sllm_node.cluster.trust import open_trust
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
-from sllm_node.core.errors import MessageError
+from sllm_node.core.errors import ConfigError, MessageError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import NodeId
 from sllm_node.schedule.driver import Service
@@ -33,6 +37,7 @@ class Cluster(Generic[CodecT]):
         config: Config,
         service: Service[CodecT],
         load_codec: Callable[[Path], Awaitable[CodecT]],
+        journal: Journal,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -46,16 +51,23 @@ class Cluster(Generic[CodecT]):
         file = load_cluster(path, me)
         boot = make_boot(int(clock.wall() * 1000), secrets.randbits(20))
         self._metrics = metrics
-        self._listen = config.cluster.listen or file.address(me)
+        address = own_address(config, file)
+        self._listen = config.cluster.listen or address
         trust = open_trust(file, path, me, lambda: self.peers.boot)
         snapshot = Snapshot(me, BootId(str(boot)), service.outlook)
-        self.peers = Peers(Place(me, boot, path, file), trust, snapshot, clock, metrics)
+        place = Place(me, boot, path, file)
+        self.peers = Peers(place, trust, snapshot, clock, metrics)
+        self._listing: Listing | None = None
+        if file.has_directory:
+            self._listing = Listing(place, address, self.peers, journal, clock, metrics)
         self._client = Client(trust, self.peers.address)
         silence_s = file.timing.dead_s
         folder = Path(config.store.path) / ".cluster" / me
         self._texts = Texts(folder, self._client, load_codec, silence_s)
         serving = Serving(service, self.peers, clock, ping_s=file.timing.heartbeat_s)
-        self._listener = Listener(trust, serving.handlers(), silence_s, self._refused)
+        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
+        handlers = {**serving.handlers(), **self.scaling.handlers()}
+        self._listener = Listener(trust, handlers, silence_s, self._refused)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
         self._closing = AsyncExitStack()
 
@@ -71,11 +83,12 @@ class Cluster(Generic[CodecT]):
         self._closing.push_async_callback(self._listener.close)
         self.peers.start(self._client)
         self._closing.push_async_callback(self.peers.close)
+        if self._listing is not None:
+            await self._listing.start()
+            self._closing.push_async_callback(self._listing.close)
         self._closing.push_async_callback(self.router.close)
-
-    def drain(self) -> None:
-        """Tell peers to place nothing here any more."""
-        self.peers.drain()
+        self.scaling.start(self._client)
+        self._closing.push_async_callback(self.scaling.close)
 
     async def close(self) -> None:
         """Leave the cluster."""
@@ -108,12 +121,41 @@ class Cluster(Generic[CodecT]):
             "me": self.peers.me,
             "version": state.version,
             "peers": self.peers.status(),
+            "migrations": self.router.moves(),
             "nodes": nodes,
+            "scaling": self.scaling.status(),
+            "directory": None if self._listing is None else self._listing.status(),
             "estimates": {
                 "count": errors.count, "mean_error_s": errors.mean_s, "bias_s": errors.bias_s,
                 "worst_s": errors.worst_s,
             },
         }  # fmt: skip
 
+    def _desired(self) -> tuple[Desired, ...]:
+        """Return the replicas that are desired: where file and directory both say, the directory counts."""
+        wishes = {wish.model: wish for wish in self.peers.desired()}
+        if self._listing is not None:
+            wishes.update((wish.model, wish) for wish in self._listing.desired())
+        return tuple(wish for _, wish in sorted(wishes.items()))
+
     def _refused(self, error: MessageError) -> None:
         self._metrics.messages_refused.labels(error.code).inc()
+
+
+def own_address(config: Config, file: ClusterFile) -> str:
+    """Return where peers reach this node.
+
+    Raises:
+        ConfigError: nothing says it, or two say different things.
+    """
+    named, own = file.address(NodeId(config.node.id)), config.cluster.address
+    if named and own not in ("", named):
+        problem = f"cluster.address = {own!r}: [[nodes]] has {named!r}, and that counts; remove one"
+        raise ConfigError(config.cluster.file, (problem,))
+    if not (named or own):
+        problem = (
+            f"[[nodes]] does not have {config.node.id!r}: set cluster.address in this node's config "
+            "to the host:port by which peers reach it"
+        )
+        raise ConfigError(config.cluster.file, (problem,))
+    return named or own

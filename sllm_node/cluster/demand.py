@@ -1,12 +1,13 @@
 """What the autoscaler is told of a model, taken from the cluster's view and the placement's estimates."""
 
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from sllm_node.cluster.autoscale import Demand, ReplicaSeen, Start
-from sllm_node.cluster.placement import Kind, PlacementRequest, explain
+from sllm_node.cluster.placement import Candidate, Kind, PlacementRequest, explain
 from sllm_node.cluster.state import ReplicaState
 from sllm_node.cluster.view import ClusterView
-from sllm_node.core.types import NodeId
+from sllm_node.core.types import ModelId, NodeId
 
 _STARTS = (Kind.LOAD, Kind.EVICT)
 """Ways to another replica that take nothing from sessions that run."""
@@ -14,17 +15,31 @@ _STARTS = (Kind.LOAD, Kind.EVICT)
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What the states of nodes do not tell: summed over the nodes where requests come in."""
+    """Sessions without a replica, and arrivals: summed over the nodes where requests come in."""
 
     waiting: int = 0
     arrivals_per_s: float = 0.0
     service_s: float = 0.0
 
 
+def load_of(view: ClusterView, model: ModelId) -> Load:
+    """Return what nodes tell of sessions that wait where no replica is."""
+    told = (node.held.get(model) for node in view.nodes.values())
+    return Load(waiting=sum(held.waiting for held in told if held is not None))
+
+
 def demand_of(
-    view: ClusterView, request: PlacementRequest, load: Load, slots: int, now: float
+    view: ClusterView,
+    request: PlacementRequest,
+    load: Load,
+    slots: int,
+    now: float,
+    kept: AbstractSet[ModelId] = frozenset(),
 ) -> Demand:
-    """Return the demand for a model; `slots`: of a replica, where there is none to be asked."""
+    """Return the demand for a model; `slots`: of a replica, where there is none to be asked.
+
+    No replica of the models in `kept` makes room for another one of this model.
+    """
     model = request.model
     replicas = [
         (node, replica)
@@ -34,7 +49,7 @@ def demand_of(
     starts = {
         candidate.node: candidate.startup_s
         for candidate in reversed(explain(view, request, now))
-        if candidate.kind in _STARTS
+        if candidate.kind in _STARTS and not _evicted(view, candidate) & kept
     }
     return Demand(
         model=model,
@@ -47,12 +62,18 @@ def demand_of(
     )
 
 
+def _evicted(view: ClusterView, candidate: Candidate) -> set[ModelId]:
+    gone = set(candidate.evicts)
+    return {r.model for r in view.nodes[candidate.node].state.replicas if r.replica in gone}
+
+
 def _seen(node: NodeId, replica: ReplicaState) -> ReplicaSeen:
     return ReplicaSeen(
         replica=replica.replica,
         node=node,
         sessions=len(replica.sessions),
         is_ready=replica.ready_s <= 0,
+        is_leaving=replica.is_leaving,
         is_pinned=replica.is_pinned,
         idle_s=replica.idle_s,
     )

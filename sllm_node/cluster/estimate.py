@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
-from sllm_node.cluster.state import Bandwidths, HeldModel, ResumeFit
+from sllm_node.cluster.state import Bandwidths, HeldModel, NodeId, ResumeFit
 from sllm_node.schedule.estimate import MovingAverage, path_s
 
 RESUME_GUESS: Final = ResumeFit(2e-4, 0.05)
@@ -110,6 +110,23 @@ class ErrorTrack:
     def bias_s(self) -> float:
         """Return the mean of fact less estimate: above 0, estimates are too short."""
         return self._signed.value
+
+
+class ForwardEstimator:
+    """What passing a request on adds to its startup, for each peer: as long as a ready replica takes."""
+
+    def __init__(self, guess_s: float) -> None:
+        self._guess_s = guess_s
+        self._peers: dict[NodeId, MovingAverage] = {}
+
+    def seconds(self, peer: NodeId) -> float:
+        """Return what is expected."""
+        known = self._peers.get(peer)
+        return self._guess_s if known is None else known.value
+
+    def observe(self, peer: NodeId, elapsed_s: float) -> None:
+        """Learn from a session that a peer could begin at once."""
+        self._peers.setdefault(peer, MovingAverage(self._guess_s)).observe(elapsed_s)
 
 
 class ResumeEstimator:

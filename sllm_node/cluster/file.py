@@ -8,7 +8,6 @@ a wrong file raises, so the caller's old one stays.
 
 import re
 import stat
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -18,17 +17,22 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from sllm_node.cluster.records import Desired, check
 from sllm_node.core.config import (
     ByteSize,
     Count,
     Name,
+    NotNegative,
+    Seconds,
     Section,
     decode_value,
     find_problems,
+    parse_toml,
+    read_text,
     sound_part,
 )
-from sllm_node.core.errors import ConfigError
-from sllm_node.core.types import NodeId
+from sllm_node.core.errors import ConfigError, InvalidRequestError
+from sllm_node.core.types import ModelId, NodeId
 from sllm_node.core.units import MIB, parse_size
 
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
@@ -72,6 +76,28 @@ class LimitsConfig(Section, frozen=True):
     replay_window_messages: Annotated[int, Meta(ge=1, le=65536)] = 1024
 
 
+class ScaledModel(Section, frozen=True):
+    """Table [models.NAME]: between how many replicas the model has, by demand."""
+
+    min_replicas: NotNegative = 0
+    max_replicas: NotNegative = 1
+    keep_alive_s: Seconds = 300.0
+
+
+class DirectoryConfig(Section, frozen=True):
+    """Table [directory]: etcd, where nodes find each other beside those of [[nodes]]."""
+
+    endpoints: tuple[Annotated[str, Meta(pattern=r"^https?://[^/\s]+$")], ...] = ()
+    prefix: Annotated[str, Meta(pattern=r"^/\S*/$|^/$")] = "/sllm/"
+    user: Name | None = None
+    password_file: Name | None = None
+    ca_file: Name | None = None
+    certificate_file: Name | None = None
+    private_key_file: Name | None = None
+    lease_s: Annotated[int, Meta(ge=1, le=3600)] = 15
+    timeout_s: Positive = 5.0
+
+
 class ClusterFile(Section, frozen=True):
     """The whole file."""
 
@@ -79,13 +105,28 @@ class ClusterFile(Section, frozen=True):
     trust: TrustConfig = msgspec.field(default_factory=TrustConfig)
     timing: TimingConfig = msgspec.field(default_factory=TimingConfig)
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+    directory: DirectoryConfig = msgspec.field(default_factory=DirectoryConfig)
+    models: dict[str, ScaledModel] = msgspec.field(default_factory=dict)
 
     def peers(self, me: NodeId) -> dict[NodeId, str]:
         """Return the addresses of all nodes but `me`."""
         return {NodeId(node.id): node.address for node in self.nodes if node.id != me}
 
+    def desired(self) -> tuple[Desired, ...]:
+        """Return the replicas that [models.NAME] wish for."""
+        return tuple(
+            Desired(ModelId(name), model.min_replicas, model.max_replicas, model.keep_alive_s)
+            for name, model in self.models.items()
+        )
+
     def address(self, me: NodeId) -> str:
-        return next(node.address for node in self.nodes if node.id == me)
+        """Return the address of a node; empty: the file does not have it."""
+        return next((node.address for node in self.nodes if node.id == me), "")
+
+    @property
+    def has_directory(self) -> bool:
+        """Whether nodes may come that the file does not name."""
+        return bool(self.directory.endpoints)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +149,17 @@ _NEEDED: Final = {
 }
 
 
+_DIRECTORY_FILES: Final = ("password_file", "ca_file", "certificate_file", "private_key_file")
+_DIRECTORY_SECRETS: Final = {"directory.password_file", "directory.private_key_file"}
+
+
 def load_cluster(path: Path, me: NodeId | None = None) -> ClusterFile:
     """Read and check the cluster file and, for the node `me`, the files of its trust.
 
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(str(path), (f"can't be read: {error.strerror}",)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(str(path), (f"is not UTF-8: {error}",)) from error
-    cluster = parse_cluster(text, str(path), me)
+    cluster = parse_cluster(read_text(path), str(path), me)
     if me is not None and (problems := tuple(secret_problems(cluster, path, me))):
         raise ConfigError(str(path), problems)
     return cluster
@@ -132,16 +171,19 @@ def parse_cluster(text: str, origin: str = "cluster file", me: NodeId | None = N
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(origin, (f"is no TOML: {error}",)) from error
+    tree = parse_toml(text, origin)
     nodes = tree.pop("nodes", [])
     problems = [*find_problems(ClusterFile, tree, ""), *_node_problems(nodes)]
     sound = {**sound_part(ClusterFile, tree), "nodes": _sound_nodes(nodes)}
     cluster = msgspec.convert(sound, ClusterFile, dec_hook=decode_value)
     problems += _contradictions(cluster)
-    if not problems and me is not None and me not in {node.id for node in cluster.nodes}:
+    is_open = cluster.has_directory
+    if (
+        not problems
+        and not is_open
+        and me is not None
+        and me not in {node.id for node in cluster.nodes}
+    ):
         known = ", ".join(node.id for node in cluster.nodes)
         problems.append(f"nodes: {me!r} (node.id of this node's config) is missing; known: {known}")
     if problems:
@@ -170,31 +212,44 @@ def trust_path(cluster: ClusterFile, file: Path, me: NodeId, key: str) -> Path:
     """Return the path that `trust.<key>` names for the node `me`."""
     named: str | None = getattr(cluster.trust, key)
     assert named is not None, "checked by parse_cluster"
+    return named_path(file, me, named)
+
+
+def named_path(file: Path, me: NodeId, named: str) -> Path:
+    """Return the path that a cluster file at `file` calls `named` for the node `me`."""
     return file.parent / named.replace("{id}", me)
 
 
 def secret_problems(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[str]:
     """Yield which files of [trust] are missing, or readable by others than their owner."""
-    for key in _NEEDED[cluster.trust.mode]:
-        path = trust_path(cluster, file, me, key)
+    secrets = {f"trust.{key}" for key in _SECRETS[cluster.trust.mode]} | _DIRECTORY_SECRETS
+    for key, path in _named_files(cluster, file, me):
         try:
             mode = path.stat().st_mode
         except OSError as error:
-            yield f"trust.{key} = {str(path)!r}: can't be read: {error.strerror}"
+            yield f"{key} = {str(path)!r}: can't be read: {error.strerror}"
             continue
         if not stat.S_ISREG(mode):
-            yield f"trust.{key} = {str(path)!r}: is no file"
-        elif key in _SECRETS[cluster.trust.mode] and mode & 0o077:
+            yield f"{key} = {str(path)!r}: is no file"
+        elif key in secrets and mode & 0o077:
             yield (
-                f"trust.{key} = {str(path)!r}: others can read or write it "
+                f"{key} = {str(path)!r}: others can read or write it "
                 f"(mode {stat.S_IMODE(mode):04o}); run 'chmod 600 {path}', and make a new one if "
                 "somebody may have read it"
             )
 
 
+def _named_files(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[tuple[str, Path]]:
+    for key in _NEEDED[cluster.trust.mode]:
+        yield f"trust.{key}", trust_path(cluster, file, me, key)
+    for key in _DIRECTORY_FILES:
+        if (named := getattr(cluster.directory, key)) is not None:
+            yield f"directory.{key}", named_path(file, me, named)
+
+
 def _needs_restart(old: ClusterFile, new: ClusterFile, me: NodeId) -> tuple[str, ...]:
     changed = [] if old.address(me) == new.address(me) else ["nodes.address of this node"]
-    for table in ("trust", "timing", "limits"):
+    for table in ("trust", "timing", "limits", "directory"):
         before, after = getattr(old, table), getattr(new, table)
         changed += [
             f"{table}.{field}"
@@ -222,11 +277,11 @@ def _sound_nodes(nodes: object) -> list[dict[str, Any]]:
 
 def _contradictions(cluster: ClusterFile) -> Iterator[str]:
     for i, node in enumerate(cluster.nodes):
-        if (problem := _address_problem(node.address)) is not None:
+        if (problem := address_problem(node.address)) is not None:
             yield f"nodes[{i}].address = {node.address!r}: {problem}"
     yield from _duplicates("id", [node.id for node in cluster.nodes])
     yield from _duplicates("address", [node.address.lower() for node in cluster.nodes])
-    if not cluster.nodes:
+    if not cluster.nodes and not cluster.has_directory:
         yield "nodes: none is named in order; a node is a table [[nodes]] with id and address"
     if len(cluster.nodes) > cluster.limits.max_nodes:
         yield f"nodes: {len(cluster.nodes)} are above limits.max_nodes = {cluster.limits.max_nodes}"
@@ -234,10 +289,17 @@ def _contradictions(cluster: ClusterFile) -> Iterator[str]:
         size = int(cluster.limits.document_bytes)
         yield f"limits.document_bytes = {size}: must be from 1024 to {LARGEST_DOCUMENT}"
     yield from _timing_problems(cluster.timing)
+    yield from _directory_problems(cluster.directory)
+    for wish in cluster.desired():
+        try:
+            check(wish)
+        except InvalidRequestError as error:
+            yield f"models.{wish.model}: {error}"
     yield from _trust_problems(cluster.trust)
 
 
-def _address_problem(address: str) -> str | None:
+def address_problem(address: str) -> str | None:
+    """Return why peers can't call a node at `address`, if so."""
     match = _ADDRESS.fullmatch(address)
     if match is None:
         return 'must be host:port, as in "10.0.0.1:8100" or "[fd00::1]:8100"'
@@ -272,6 +334,21 @@ def _timing_problems(timing: TimingConfig) -> Iterator[str]:
             f"timing.publish_gap_s = {timing.publish_gap_s}: must not be above "
             f"timing.heartbeat_s ({timing.heartbeat_s})"
         )
+
+
+def _directory_problems(directory: DirectoryConfig) -> Iterator[str]:
+    if not directory.endpoints and directory != DirectoryConfig():
+        yield 'directory.endpoints: is missing, as in ["https://10.0.0.1:2379"]'
+    for key, other in (
+        ("password_file", "user"), ("user", "password_file"),
+        ("certificate_file", "private_key_file"), ("private_key_file", "certificate_file"),
+    ):  # fmt: skip
+        if getattr(directory, key) is not None and getattr(directory, other) is None:
+            yield f"directory.{other}: is missing, and directory.{key} needs it"
+    for key in ("ca_file", "certificate_file"):
+        is_https = all(one.startswith("https:") for one in directory.endpoints)
+        if getattr(directory, key) is not None and not is_https:
+            yield f"directory.{key}: has no use with an http:// endpoint"
 
 
 def _trust_problems(trust: TrustConfig) -> Iterator[str]:

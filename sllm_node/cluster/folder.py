@@ -169,6 +169,8 @@ def _check_key(cluster: ClusterFile, file: Path, node: NodeId) -> Iterator[str]:
 def _check_certificates(
     cluster: ClusterFile, file: Path, nodes: list[NodeId], now: datetime
 ) -> Iterator[tuple[str, Findings]]:
+    if not nodes:
+        return  # all of them come by the directory
     ca_path = trust_path(cluster, file, nodes[0], "ca_file")
     ca = _read(ca_path)
     if ca is None:

@@ -1,4 +1,4 @@
-"""One session that another node serves for this one, as its reader sees it: a stream that outlives nodes.
+"""One session that may change its node, as its reader sees it: a stream that outlives nodes.
 
     placed -> waiting -> running -> ended, and back to placed when its node fails or refuses
 
@@ -11,16 +11,17 @@ lost. One task drives a session; what its reader has not taken is joined.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
-from typing import Final, Protocol, Self
+from dataclasses import replace
+from functools import partial
+from typing import Self
 
 from sllm_node.cluster.choice import Choice
-from sllm_node.cluster.document import decode_state
-from sllm_node.cluster.reservations import Ask
-from sllm_node.cluster.serving import GENERATE
-from sllm_node.cluster.state import NodeState
+from sllm_node.cluster.move import Move, MoveReport
+from sllm_node.cluster.pace import Pace
+from sllm_node.cluster.part import LocalSource, Part, PeerSource
+from sllm_node.cluster.retries import RefusedError, Retries
+from sllm_node.cluster.state import ResumeFit
+from sllm_node.cluster.ways import Begun, Tools, Ways
 from sllm_node.cluster.wire import (
     HOPS_MAX,
     Failed,
@@ -28,22 +29,16 @@ from sllm_node.cluster.wire import (
     Granted,
     Record,
     Refusal,
+    Standing,
     Tokens,
     Waiting,
     error_of,
-    pack,
-    unpack_record,
 )
-from sllm_node.core.clock import Clock
 from sllm_node.core.errors import (
-    CancelledByOperatorError,
-    Fault,
     InternalError,
-    MessageError,
-    ModelNotFoundError,
+    MessageFormatError,
+    MoveRefusedError,
     NoPlaceError,
-    PeerDeniedError,
-    PeerUnreachableError,
     SllmError,
 )
 from sllm_node.core.types import (
@@ -52,81 +47,10 @@ from sllm_node.core.types import (
     ModelStatus,
     NodeId,
     SessionStatus,
+    TokenIds,
 )
-from sllm_node.schedule.stream import Stream
 
 log = logging.getLogger(__name__)
-
-REFUSALS_MAX: Final = 3
-"""By one node in a row: then it is not asked again for this session."""
-_UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
-
-
-class Ways(Protocol):
-    """What a session asks of the router."""
-
-    def choose(self, request: GenerationRequest, excluded: frozenset[NodeId]) -> Choice | None:
-        """Place it anew."""
-
-    def ask(self, choice: Choice, request: GenerationRequest) -> Ask:
-        """Return what the choice counts on."""
-
-    def open_local(self, request: GenerationRequest, keep_alive_s: float | None) -> Stream:
-        """Begin it here."""
-
-    def learn(self, state: NodeState) -> None:
-        """Take the state that came with a refusal."""
-
-    def lost(self, node: NodeId, error: SllmError) -> None:
-        """Take note that a node can't be reached."""
-
-    def started(self, choice: Choice, model: str, seconds: float) -> None:
-        """Take note that a session runs, so long after it was placed."""
-
-    def left(self, choice: Choice, model: str, outcome: str) -> None:
-        """Take note of how a node's part in a session ended."""
-
-    def ended(self, stream: "RoutedStream") -> None:
-        """Take note that a session has ended."""
-
-    async def changed(self, timeout_s: float) -> bool:
-        """Wait until something is heard of the cluster; False: nothing for so long."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """How patient a session is, in seconds."""
-
-    silence_s: float
-    """A node that says nothing for so long is given up."""
-    patience_s: float
-    """How long a session waits for any node that can take it, after one was lost."""
-
-
-class Asking(Protocol):
-    """The way to peers; `transport.Client` satisfies it."""
-
-    def stream(
-        self, peer: NodeId, what: str, payload: bytes, silence_s: float
-    ) -> AbstractAsyncContextManager[AsyncIterator[bytes]]:
-        """Ask, and give the frames of the answer as they come; leaving early ends it there."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tools:
-    """What all routed sessions of a node share."""
-
-    client: Asking
-    clock: Clock
-    limits: Limits
-
-
-class _RefusedError(Exception):
-    """A node took no session, and told its state."""
-
-    def __init__(self, record: Refusal) -> None:
-        super().__init__(record.reason)
-        self.record = record
 
 
 class RoutedStream:
@@ -139,8 +63,12 @@ class RoutedStream:
         first: Choice | None,
         ways: Ways,
         tools: Tools,
+        begun: Begun | None = None,
     ) -> None:
-        """`first`: None if no node that has the model can be asked now; it waits for one."""
+        """`first`: None if no node that has the model can be asked now; it waits for one.
+
+        `begun`: it runs here already, and has given these tokens.
+        """
         self.request = request
         self.node = NodeId("") if first is None else first.node
         """Where it is now, or was last."""
@@ -149,19 +77,34 @@ class RoutedStream:
         self._client = tools.client
         self._clock = tools.clock
         self._limits = tools.limits
+        self._retries = Retries(request, ways, tools)
         self._opened = self._placed = tools.clock.now()
         self._tokens: list[int] = []
         """All output so far, resumed tokens of the request not included."""
         self._cached: int | None = None
+        self._epoch = 0
+        """Of who owns it now: of anybody else no token is taken."""
+        self._part: Part | None = None
+        self._move: Move | None = None
+        self._moved: MoveReport | None = None
+        """A move whose destination has given no token yet."""
+        self._last_at: float | None = None
+        """When its last token came."""
+        self.pace = Pace()
+        self.is_orphaned = False
+        """Its node failed while it moves: it only waits for the destination."""
         self._unread: list[GenerationChunk] = []
         self._news = asyncio.Event()
         self._status: ModelStatus | None = None
         self._is_running = False
         self._error: SllmError | None = None
         self._is_ended = False
-        self._excluded: set[NodeId] = set()
-        self._refusals = 0
-        self._waits_until: float | None = None
+        if begun is not None and first is not None:
+            self._tokens += begun.tokens
+            self._cached, self._opened, self._epoch = begun.cached, begun.stream.opened, 1
+            self._part = Part(first, 1, LocalSource(stream=begun.stream))
+            self._is_running = begun.stream.is_granted
+            self._last_at = self._clock.now() if begun.tokens else None
         self._task = asyncio.create_task(self._live(first), name=f"route {request.session}")
 
     # --- for its reader -----------------------------------------------------------------------
@@ -185,13 +128,18 @@ class RoutedStream:
         if not self._is_ended:
             self._unread.clear()
             self._end(None)
-            self._task.cancel()
+            self._let_go()
 
     def stop(self, error: SllmError) -> None:
         """End the session; its reader gets `error`."""
         if not self._is_ended:
             self._end(error)
-            self._task.cancel()
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._task.cancel()
+        if self._part is not None:
+            self._part.close()
 
     def status(self) -> ModelStatus | None:
         """Return how the model stands where the session waits for it, else None."""
@@ -203,17 +151,23 @@ class RoutedStream:
             self.request.session, self.request.model,
             "running" if self._is_running else "waiting",
             len(self.request.prompt), len(self._tokens), self._clock.now() - self._opened,
+            self.node or None, self.migration,
         )  # fmt: skip
 
     # --- the session --------------------------------------------------------------------------
 
     async def _live(self, first: Choice | None) -> None:
         try:
-            if first is None:
+            part = self._part
+            if part is None and first is None:
                 reason = "the nodes that have it can't be reached"
                 error = NoPlaceError(self.request.model, reason, self._limits.silence_s)
-                first = await self._place_again(error)
-            await self._run(first)
+                first = await self._retries.place_again(error, has_tokens=bool(self._tokens))
+            if part is None:
+                assert first is not None
+                part = self._begin(first)
+            part.start(self.take)
+            await self._run(part)
             end: SllmError | None = None
         except SllmError as found:
             end = found
@@ -223,75 +177,103 @@ class RoutedStream:
         if not self._is_ended:
             self._end(end)
 
-    async def _run(self, choice: Choice) -> None:
-        """Serve it somewhere, and elsewhere when that fails."""
+    async def _run(self, part: Part) -> None:
+        """Have it served somewhere, and elsewhere when that fails or it moves."""
         while True:
-            self.node = choice.node
-            self._placed = self._clock.now()
-            outcome = "failed"
+            self._part, self.node = part, part.choice.node
             try:
-                await self._serve(choice)
-                outcome = "ok"
-            except _RefusedError as refusal:
-                outcome = "refused"
-                self._refused(choice, refusal.record)
-                error: SllmError = NoPlaceError(self.request.model, refusal.record.reason, 1.0)
-            except SllmError as found:
-                error = found
-                self._give_up_node(choice, error)
+                end = await part.ended
             except asyncio.CancelledError:
-                outcome = "cancelled"
+                self._ways.left(part.choice, self.request.model, "cancelled")
                 raise
-            else:
-                return
             finally:
-                self._ways.left(choice, self.request.model, outcome)
-            choice = await self._place_again(error)
+                part.close()
+            following = await self._after(part, end)
+            if following is None:
+                return
+            part = following
 
-    async def _serve(self, choice: Choice) -> None:
-        ask = self._ways.ask(choice, self.request)
-        request = self._as_it_stands()
-        if not ask.boot:  # here
-            await self._serve_here(choice, request)
-            return
-        forward = Forward(request, ask, HOPS_MAX, choice.reason, self._keep_alive_s)
-        async with self._client.stream(
-            choice.node, GENERATE, pack(forward), self._limits.silence_s
-        ) as frames:
-            async for frame in frames:
-                if self._take(choice, unpack_record(frame)):
-                    return
-        raise PeerUnreachableError(choice.node, "its answer ended in the middle")
-
-    async def _serve_here(self, choice: Choice, request: GenerationRequest) -> None:
-        stream = self._ways.open_local(request, self._keep_alive_s)
+    async def _after(self, part: Part, end: Exception | Part | None) -> Part | None:
+        """Return what follows a part that ended so; None: the session is over."""
+        outcome = "failed"
         try:
-            await stream.started.wait()
-            self._granted(choice)
-            async for chunk in stream:
-                self._give(chunk)
+            if end is None:
+                outcome = "ok"
+                return None
+            if self._part is not part:
+                outcome = "moved"
+                return self._part
+            assert isinstance(end, Exception)
+            error: SllmError
+            if isinstance(end, RefusedError):
+                outcome = "refused"
+                self._retries.refused(part.choice, end.record)
+                error = NoPlaceError(self.request.model, end.record.reason, 1.0)
+            elif isinstance(end, SllmError):
+                error = end
+                self._retries.failed(part.choice, error, len(self._tokens))
+                self._is_running = False
+            else:
+                raise end
         finally:
-            stream.cancel()
+            self._ways.left(part.choice, self.request.model, outcome)
+        if self._move is not None:  # the destination may be ready soon
+            self.is_orphaned = True
+            await asyncio.gather(self._move.task, return_exceptions=True)
+            self.is_orphaned = False
+        if self._part is not part and self._part is not None:
+            return self._part
+        following = self._begin(
+            await self._retries.place_again(error, has_tokens=bool(self._tokens))
+        )
+        following.start(self.take)
+        return following
+
+    def _begin(self, choice: Choice) -> Part:
+        """Make the part that a node is to take next, not started."""
+        self._placed = self._clock.now()
+        self._epoch += 1
+        return self._make(choice, self._epoch, "", is_held=False)
+
+    def _make(self, choice: Choice, epoch: int, migration: str, *, is_held: bool) -> Part:
+        ask = self._ways.ask(choice, self.request)
+        request = replace(self._as_it_stands(), held=is_held)
+        if not ask.boot:  # here
+            opening = partial(self._ways.open_local, request, self._keep_alive_s)
+            return Part(choice, epoch, LocalSource(opening))
+        why, keep_alive_s = choice.reason, self._keep_alive_s
+        forward = Forward(request, ask, HOPS_MAX, why, keep_alive_s, epoch, migration)
+        source = PeerSource(self._client, choice, forward, self._limits.silence_s)
+        return Part(choice, epoch, source)
 
     def _as_it_stands(self) -> GenerationRequest:
         if not self._tokens:
             return self.request
         return replace(self.request, resumed=(*self.request.resumed, *self._tokens))
 
-    def _take(self, choice: Choice, record: Record) -> bool:
-        """Take a record; return whether it was the last."""
+    def take(self, part: Part, record: Record) -> bool:
+        """Take a record of a node that serves it, or is to; return whether it was the last."""
+        if isinstance(record, Refusal):
+            raise RefusedError(record)
+        if isinstance(record, Failed):
+            raise error_of(record)
+        if part.epoch != self._epoch:
+            if isinstance(record, Standing) and self._move is not None and self._move.part is part:
+                self._move.standing(record.position)
+            return False  # an owner that was, or is not yet: its tokens are nobody's
         match record:
             case Waiting(status):
                 self._status = status or self._status
             case Granted():
-                self._granted(choice)
-            case Tokens(chunk):
+                self._granted(part.choice)
+            case Tokens(chunk, position):
+                if position != self.position:
+                    what = f"tokens at {position} of a session that is at {self.position}"
+                    raise MessageFormatError(what)
                 self._give(chunk)
                 return chunk.finish is not None
-            case Refusal():
-                raise _RefusedError(record)
-            case Failed():
-                raise error_of(record)
+            case Standing():
+                pass
         return False
 
     def _granted(self, choice: Choice) -> None:
@@ -299,67 +281,103 @@ class RoutedStream:
         self._ways.started(choice, self.request.model, self._clock.now() - self._placed)
 
     def _give(self, chunk: GenerationChunk) -> None:
+        now = self._clock.now()
         if self._cached is None:
             self._cached = chunk.cached_tokens
-        self._refusals, self._waits_until = 0, None
+        self._retries.forget()
         self._tokens += chunk.tokens
+        if self._moved is not None:
+            self._tell_move(None if self._last_at is None else now - self._last_at)
+        elif self._last_at is not None:
+            self.pace.came(len(chunk.tokens), now - self._last_at)
+        self._last_at = now
         # What a resumed part found cached is of its own making: a prompt counts as it was first met.
         self._unread.append(replace(chunk, cached_tokens=self._cached))
         if chunk.finish is not None:
             self._end(None)
         self._news.set()
 
+    # --- moves --------------------------------------------------------------------------------
+
+    @property
+    def position(self) -> int:
+        """Output tokens so far, resumed tokens of the request included."""
+        return len(self.request.resumed) + len(self._tokens)
+
+    @property
+    def migration(self) -> str | None:
+        """The id of the move that is under way."""
+        return None if self._move is None else self._move.report.id
+
+    def tokens_from(self, position: int) -> TokenIds:
+        """Return the output tokens from `position` on."""
+        return self._as_it_stands().resumed[position:]
+
+    @property
+    def _has_node(self) -> bool:
+        """Whether a node generates it: not while it is placed anew, which takes the next epoch."""
+        return not self._is_ended and self._part is not None and not self._part.ended.done()
+
+    @property
+    def can_move(self) -> bool:
+        """Whether it has a node, and no move is under way."""
+        return self._has_node and self._move is None and self._moved is None
+
+    def move(self, choice: Choice, reason: str, fit: ResumeFit | None = None) -> MoveReport:
+        """Begin to move it; return what will be known of the move.
+
+        Raises:
+            MoveRefusedError: it is moving already, or has ended.
+            SllmError: it is to move here, and is refused.
+        """
+        session = self.request.session
+        if not self._has_node:
+            raise MoveRefusedError(session, "it has ended or waits for a node")
+        if self._move is not None or self._moved is not None:
+            raise MoveRefusedError(session, "it is moving already")
+        number = f"{session}.{self._epoch + 1}"
+        prompt = len(self.request.prompt)
+        report = MoveReport(number, session, self.node, choice.node, reason, prompt)
+        self.pace.aim(fit, is_replayed=self.request.resume == "replay")
+        part = self._make(choice, self._epoch + 1, number, is_held=True)
+        self._move = Move(self, part, report, self._clock)
+        return report
+
+    def hand_over(self, part: Part) -> bool:
+        """Take nothing more from the owner, and the rest from `part`; False: it has ended."""
+        old = self._part
+        if self._is_ended or old is None:
+            return False
+        self._epoch = part.epoch
+        self._part, self.node = part, part.choice.node
+        old.end(part)
+        old.close()
+        self._is_running = True
+        if self._move is not None:
+            self._moved = self._move.report
+        return True
+
+    def settled(self, move: Move) -> None:
+        """Take note that a move has come to an end, either way."""
+        self._move = None
+        if move.report.outcome != "moved":
+            self._ways.moved(move.report)
+
+    def _tell_move(self, gap_s: float | None) -> None:
+        if self._moved is not None:
+            report, self._moved = self._moved, None
+            report.gap_s = gap_s
+            report.bytes_sent = self._part.source.bytes_sent if self._part else 0
+            self._ways.moved(report)
+
     def _end(self, error: SllmError | None) -> None:
         self._error = error
         self._is_ended = True
+        if self._move is not None:
+            self._move.stop("ended")
+        self._tell_move(None)
         self._news.set()
         self._ways.ended(self)
-
-    # --- when a node fails --------------------------------------------------------------------
-
-    def _refused(self, choice: Choice, record: Refusal) -> None:
-        self._refusals += 1
-        log.info("placement refused", extra={
-            "session": self.request.session, "node": choice.node, "reason": record.reason,
-        })  # fmt: skip
-        if self._refusals >= REFUSALS_MAX:
-            self._excluded.add(choice.node)
-        try:
-            self._ways.learn(decode_state(record.document))
-        except MessageError:
-            self._excluded.add(choice.node)
-
-    def _give_up_node(self, choice: Choice, error: SllmError) -> None:
-        """Take note of who failed, or raise the error if nobody else can do better."""
-        is_final = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
-        if is_final or isinstance(error, CancelledByOperatorError):
-            raise error
-        log.warning("session lost its node", extra={
-            "session": self.request.session, "model": self.request.model, "node": choice.node,
-            "tokens": len(self._tokens), "error": str(error),
-        })  # fmt: skip
-        self._is_running = False
-        self._excluded.add(choice.node)
-        if isinstance(error, _UNREACHABLE):
-            self._ways.lost(choice.node, error)
-
-    async def _place_again(self, error: SllmError) -> Choice:
-        """Return where it goes on; wait for a node if none is left and one may come back.
-
-        Raises:
-            SllmError: `error`, as no node can take it.
-        """
-        while (choice := self._ways.choose(self.request, frozenset(self._excluded))) is None:
-            if not (self._tokens or isinstance(error, (*_UNREACHABLE, NoPlaceError))):
-                raise error
-            now = self._clock.now()
-            if self._waits_until is None:
-                self._waits_until = now + self._limits.patience_s
-            self._excluded.clear()
-            left_s = self._waits_until - now
-            if left_s <= 0 or not await self._ways.changed(left_s):
-                raise error
-        return choice
 
 
 def _joined(chunks: list[GenerationChunk]) -> GenerationChunk:

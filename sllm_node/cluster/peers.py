@@ -30,7 +30,8 @@ from sllm_node.cluster.membership import (
     Timing,
 )
 from sllm_node.cluster.messages import decode, encode
-from sllm_node.cluster.peer import PeerState
+from sllm_node.cluster.peer import REACHABLE, PeerState
+from sllm_node.cluster.records import Desired
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.transport import Client
@@ -45,6 +46,8 @@ from sllm_node.core.types import NodeId
 log = logging.getLogger(__name__)
 
 HEARTBEAT: Final = "heartbeat"
+LISTENS_DEAD_S: Final = 6
+"""Times `dead_s`: about as long as a node takes to start."""
 _USABLE: Final = (PeerState.ALIVE, PeerState.DRAINING)
 _WORDS: Final[dict[type[Event], str]] = {
     PeerAlive: "peer alive", PeerDraining: "peer draining", PeerSuspect: "peer silent",
@@ -87,11 +90,19 @@ class Peers:
         self._limit = int(place.cluster.limits.document_bytes)
         self._states: dict[NodeId, tuple[NodeState, float]] = {}
         """The last that each peer published, and when it came; of dead ones too: they may come back."""
+        self._known = place.cluster.peers(place.me)
+        """Where each peer is: those of the file, and those that are listed."""
+        self._listed: dict[NodeId, str] = {}
+        self._lingering: set[NodeId] = set()
+        """Peers that are listed no more and still speak."""
         self._sending: dict[NodeId, asyncio.Task[None]] = {}
         self._failed: set[NodeId] = set()
         """Peers that took no request since they were heard last."""
         self._alarm = Alarm(clock, self._on_timer)
         self._news = Alarm(clock, self._tell_news)
+        self._is_closed = False
+        self.listens_until = clock.now() + LISTENS_DEAD_S * timing.dead_s
+        """Until then, a peer that has not said what it has is waited for."""
         self._client: Client
         self._stamp = _stamp(place.path)
 
@@ -103,8 +114,12 @@ class Peers:
         return self._membership.edition.boot
 
     def address(self, peer: NodeId) -> str | None:
-        """Return host:port of a peer; None: the cluster file does not have it."""
-        return self.cluster.peers(self.me).get(peer)
+        """Return host:port of a peer; None: neither the cluster file nor the directory has it."""
+        return self._known.get(peer)
+
+    def desired(self) -> tuple[Desired, ...]:
+        """Return the replicas that the cluster file wishes for."""
+        return self.cluster.desired()
 
     def refresh(self) -> NodeState:
         """Bring this node's own state in the view up to date and return it."""
@@ -116,6 +131,15 @@ class Peers:
     def has_peers(self) -> bool:
         """Tell whether anybody else can be asked now."""
         return len(self.view.nodes) > (self.me in self.view.nodes)
+
+    def is_listening(self) -> bool:
+        """Tell whether a peer may still say for the first time what it has: this node started not long ago."""
+        if self._clock.now() >= self.listens_until:
+            return False
+        return any(
+            peer.state is not PeerState.GONE and peer.id not in self._states
+            for peer in self._membership.peers()
+        )
 
     def absent(self) -> list[NodeState]:
         """Return the last states of peers that can't be asked now, and have not said that they leave."""
@@ -161,6 +185,7 @@ class Peers:
 
     async def close(self) -> None:
         """Tell everybody who listens that this node leaves, once; then say nothing more."""
+        self._is_closed = True
         self._membership.leave()
         self._membership.on_timer(max(self._clock.now(), self._membership.next_timer()))
         self._alarm.set(None)
@@ -174,7 +199,7 @@ class Peers:
 
     def changed(self) -> None:
         """Take note that something has changed here, which peers are told soon."""
-        if not self._news.is_set:
+        if not self._news.is_set and not self._is_closed:
             self._news.set(self._clock.now() + self.cluster.timing.publish_gap_s)
 
     def _tell_news(self) -> None:
@@ -211,7 +236,8 @@ class Peers:
         self._arm()
 
     def _arm(self) -> None:
-        self._alarm.set(self._membership.next_timer())
+        if not self._is_closed:
+            self._alarm.set(self._membership.next_timer())
 
     def _publish(self) -> None:
         try:
@@ -252,6 +278,11 @@ class Peers:
         if events:
             self._metrics.peers_alive.set(len(self.view.nodes) - (self.me in self.view.nodes))
             self.on_change()
+        if (
+            silent := {e.peer for e in events if isinstance(e, PeerDead | PeerGone)}
+            & self._lingering
+        ):
+            self._forget(silent)
 
     def _handle(self, event: Event) -> None:
         match event:
@@ -294,6 +325,39 @@ class Peers:
             state = replace(state, is_draining=True)
         self.view.refresh(state, seen_at)
 
+    # --- who there is -------------------------------------------------------------------------
+
+    def list_peer(self, peer: NodeId, address: str) -> None:
+        """Take a peer that the directory has; where the file names it, the file counts."""
+        self._lingering.discard(peer)
+        if peer != self.me and self._listed.get(peer) != address:
+            self._listed[peer] = address
+            self._follow()
+            self._arm()
+
+    def unlist(self, peer: NodeId, *, has_left: bool) -> None:
+        """Take that the directory has a peer no more; one that has not left stays while it speaks."""
+        if peer not in self._listed:
+            return
+        found = next((one for one in self._membership.peers() if one.id == peer), None)
+        if not has_left and found is not None and found.state in REACHABLE:
+            self._lingering.add(peer)
+            return
+        self._forget({peer})
+
+    def _forget(self, peers: set[NodeId]) -> None:
+        self._lingering -= peers
+        for peer in peers:
+            self._listed.pop(peer, None)
+        self._follow()
+
+    def _follow(self) -> None:
+        """Tell trust and membership who there is."""
+        self._known = {**self._listed, **self.cluster.peers(self.me)}
+        self._trust.set_peers(self._known)
+        self._membership.set_peers(self._known, self._clock.now())
+        self._handle_events()
+
     # --- the file -----------------------------------------------------------------------------
 
     def _watch_file(self) -> None:
@@ -314,15 +378,12 @@ class Peers:
             )
             return False
         self.cluster = found.cluster
-        peers = found.cluster.peers(self.me)
-        self._trust.set_peers(peers)
-        self._membership.set_peers(peers, self._clock.now())
+        self._follow()
         self._metrics.cluster_reloads.labels("ok").inc()
         log.info("cluster file read", extra={
             "added": list(found.added), "removed": list(found.removed),
             "moved": list(found.moved), "needs_restart": list(found.needs_restart),
         })  # fmt: skip
-        self._handle_events()
         return True
 
 

@@ -7,17 +7,23 @@ nodes. What an operator does to models (load, pin, unload) is this node's alone.
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any, Generic
 
-from sllm_node.cluster.choice import Choice, ask_for, choose, request_for
-from sllm_node.cluster.estimate import ErrorTrack
-from sllm_node.cluster.forward import Limits, RoutedStream, Tools
+from sllm_node.cluster import shown
+from sllm_node.cluster.choice import FORWARD_S, Choice, ask_for, choose, request_for
+from sllm_node.cluster.estimate import ErrorTrack, ForwardEstimator
+from sllm_node.cluster.forward import RoutedStream
+from sllm_node.cluster.home import HomeStream
+from sllm_node.cluster.move import MoveReport
+from sllm_node.cluster.movers import Movers
 from sllm_node.cluster.peers import Peers
-from sllm_node.cluster.placement import explain
 from sllm_node.cluster.reservations import Ask, ReservationId
+from sllm_node.cluster.retries import UNREACHABLE
 from sllm_node.cluster.state import BootId, HeldModel, NodeState
 from sllm_node.cluster.texts import Texts
 from sllm_node.cluster.transport import Client
+from sllm_node.cluster.ways import Begun, Limits, Tools
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import (
     CancelledByOperatorError,
@@ -30,11 +36,9 @@ from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import (
     GenerationRequest,
     ModelId,
-    ModelState,
     ModelStatus,
     NodeId,
     SessionStatus,
-    Tier,
 )
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.ports import CodecT
@@ -65,15 +69,17 @@ class Router(Generic[CodecT]):
         timing = peers.cluster.timing
         self._tools = Tools(client, clock, Limits(timing.dead_s, 6 * timing.dead_s))
         self._routed: set[RoutedStream] = set()
+        self._homes: set[HomeStream] = set()
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._news = asyncio.Event()
         self._watching: set[asyncio.Task[None]] = set()
         self.errors = ErrorTrack()
         """Of estimated startup times."""
+        self._forwarding = ForwardEstimator(FORWARD_S)
         peers.on_change = self._on_change
         service.on_change = peers.changed
-        self.drain = service.drain
+        self._movers = Movers(peers, metrics, clock, self._carried)
         self.load, self.unload = service.load, service.unload
         self.pin, self.unpin = service.pin, service.unpin
 
@@ -87,11 +93,8 @@ class Router(Generic[CodecT]):
         """
         try:
             return await self._service.prepare(model)
-        except ModelNotFoundError:
-            held, holders = self._elsewhere(ModelId(model))
-            if held is None:
-                raise
-        return (await self._texts.get(held, holders)).codec
+        except ModelNotFoundError as error:
+            return await self._codec_elsewhere(ModelId(model), error)
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have."""
@@ -110,7 +113,7 @@ class Router(Generic[CodecT]):
 
     def open(
         self, request: GenerationRequest, *, keep_alive_s: float | None = None
-    ) -> Stream | RoutedStream:
+    ) -> Stream | HomeStream | RoutedStream:
         """Take a request: it runs where it starts soonest.
 
         Raises:
@@ -133,21 +136,42 @@ class Router(Generic[CodecT]):
                     raise
         if choice is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
-        stream = RoutedStream(request, keep_alive_s, choice, self, self._tools)
+        return self._route(request, keep_alive_s, choice)
+
+    def _route(
+        self,
+        request: GenerationRequest,
+        keep_alive_s: float | None,
+        choice: Choice | None,
+        begun: Begun | None = None,
+    ) -> RoutedStream:
+        stream = RoutedStream(request, keep_alive_s, choice, self, self._tools, begun)
         self._routed.add(stream)
         self._quiet.clear()
         return stream
 
+    def _carry(self, home: HomeStream, begun: Begun | None) -> RoutedStream:
+        """Carry a session that this node has served by itself until now, or does not take any more."""
+        self._homes.discard(home)
+        me = self._peers.me
+        if begun is not None:
+            here = Choice(me, "here", "it runs here")
+            return self._route(home.request, home.keep_alive_s, here, begun)
+        choice = self.choose(home.request, frozenset({me}))
+        return self._route(home.request, home.keep_alive_s, choice)
+
     def _open_here(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
-    ) -> Stream:
+    ) -> HomeStream:
         stream = self._service.open(request, keep_alive_s=keep_alive_s)
+        home = HomeStream(stream, keep_alive_s, self._carry, self._homes.discard)
+        self._homes.add(home)
         if choice is not None and choice.startup_s is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
             task = asyncio.create_task(self._watch(stream, choice), name="startup")
             self._watching.add(task)
             task.add_done_callback(self._watching.discard)
-        return stream
+        return home
 
     async def _watch(self, stream: Stream, choice: Choice) -> None:
         await stream.started.wait()
@@ -168,6 +192,8 @@ class Router(Generic[CodecT]):
         view = self._peers.view
         asked = request_for(view, request.model, request.priority)
         found = choose(view, asked, self._peers.me, self._clock.now(), excluded)
+        if found is not None and found.node != self._peers.me:
+            found = replace(found, forward_s=self._forwarding.seconds(found.node))
         where = "here" if found and found.node == self._peers.me else "peer"
         self._metrics.placements.labels(found.way if found else "none", where).inc()
         return found
@@ -199,6 +225,8 @@ class Router(Generic[CodecT]):
             return
         self.errors.observe(choice.startup_s, seconds)
         where = "here" if choice.node == self._peers.me else "peer"
+        if where == "peer" and choice.way == "serve":
+            self._forwarding.observe(choice.node, seconds)
         error_s = abs(seconds - choice.startup_s)
         self._metrics.estimate_error_seconds.labels(where).observe(error_s)
         log.debug("session started", extra={
@@ -212,6 +240,10 @@ class Router(Generic[CodecT]):
         if outcome == "failed":
             self._metrics.resumptions.labels(model).inc()
 
+    def moved(self, report: MoveReport) -> None:
+        """Count how a move ended."""
+        self._movers.told(report)
+
     async def changed(self, timeout_s: float) -> bool:
         """Wait until something is heard of the cluster."""
         try:
@@ -224,6 +256,31 @@ class Router(Generic[CodecT]):
     def _on_change(self) -> None:
         self._news.set()
         self._news = asyncio.Event()
+        self._movers.evacuate()
+
+    # --- moves --------------------------------------------------------------------------------
+
+    def _carried(self) -> list[HomeStream | RoutedStream]:
+        return [*self._homes, *self._routed]
+
+    def move(self, session: str, to: str) -> dict[str, str]:
+        """Begin to move a session of a client of this node to the node `to`; tell the move's id.
+
+        Raises:
+            MoveRefusedError: there is no such session, or it can't go there now.
+        """
+        return self._movers.move(session, NodeId(to), "operator")
+
+    def moves(self) -> list[dict[str, Any]]:
+        """Return the last moves, the newest first."""
+        return self._movers.recent()
+
+    def drain(self) -> None:
+        """Take no new requests, and move what runs here to peers; what can't move has its time."""
+        self._service.drain()
+        self._peers.drain()
+        self._peers.refresh()
+        self._movers.evacuate()
 
     # --- models -------------------------------------------------------------------------------
 
@@ -235,7 +292,7 @@ class Router(Generic[CodecT]):
         for name in names - here.keys():
             held, _ = self._elsewhere(name)
             if held is not None:
-                here[name] = self._status_elsewhere(held)
+                here[name] = shown.status_elsewhere(self._peers.view, held)
         return [here[name] for name in sorted(here)]
 
     def status(self, model: str) -> ModelStatus:
@@ -250,7 +307,7 @@ class Router(Generic[CodecT]):
             held, _ = self._elsewhere(ModelId(model))
             if held is None:
                 raise
-        return self._status_elsewhere(held)
+        return shown.status_elsewhere(self._peers.view, held)
 
     def _elsewhere(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
         """Return the newest checkpoint of a model that peers have, and who has it.
@@ -273,39 +330,33 @@ class Router(Generic[CodecT]):
         mine = [(held, name) for held, name in told if held.created == newest]
         return mine[0][0], [name for _, name in mine]
 
+    async def _heard(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
+        """Return the same, once peers had time to say what they have: a node that starts knows nobody."""
+        while (found := self._elsewhere(model))[0] is None and self._peers.is_listening():
+            await self.changed(self._peers.listens_until - self._clock.now())
+        return found
+
+    async def _codec_elsewhere(self, model: ModelId, missing: ModelNotFoundError) -> CodecT:
+        """Return the codec of a peer's model, as patiently as a session waits for a node to run on."""
+        until = self._clock.now() + self._tools.limits.patience_s
+        while True:
+            held, holders = await self._heard(model)
+            if held is None:
+                there = tuple(status.model for status in self.models())
+                raise ModelNotFoundError(model, there) from missing
+            try:
+                return (await self._texts.get(held, holders)).codec
+            except UNREACHABLE:
+                left_s = until - self._clock.now()
+                if left_s <= 0 or not await self.changed(left_s):
+                    raise
+
     def _is_absent(self, model: ModelId) -> bool:
         """Tell whether only peers have a model that can't be asked now: who wants it may wait for them."""
         if self._peers.view.is_known(model):
             return False
         held, _ = self._elsewhere(model)
         return held is not None
-
-    def _status_elsewhere(self, held: HeldModel) -> ModelStatus:
-        replicas = [
-            replica
-            for node in self._peers.view.nodes.values()
-            for replica in node.by_model.get(held.model, ())
-        ]
-        is_ready = any(replica.ready_s <= 0 for replica in replicas)
-        coming = ModelState.LOADING if replicas else ModelState.IDLE
-        return ModelStatus(
-            model=held.model,
-            state=ModelState.READY if is_ready else coming,
-            tier=Tier.REMOTE,
-            bytes_total=held.bytes_decoded,
-            bytes_by_tier={},
-            dtype="", architecture="",
-            context_tokens=held.context_tokens,
-            pinned=any(replica.is_pinned for replica in replicas), priority=0,
-            running=sum(len(replica.sessions) for replica in replicas), waiting=0,
-            keep_alive_until_s=None, progress=None, created=held.created,
-            devices=tuple(
-                f"{name}/{share.device}"
-                for name, node in sorted(self._peers.view.nodes.items())
-                for replica in node.by_model.get(held.model, ())
-                for share in replica.shares
-            ),
-        )  # fmt: skip
 
     # --- operators ----------------------------------------------------------------------------
 
@@ -333,24 +384,9 @@ class Router(Generic[CodecT]):
     def explain(self, model: str) -> dict[str, Any]:
         """Return where a request for `model` would go now, and what all ways were estimated at."""
         self._peers.refresh()
-        view, now = self._peers.view, self._clock.now()
-        asked = request_for(view, ModelId(model))
-        choice = choose(view, asked, self._peers.me, now)
-        return {
-            "model": model,
-            "node": None if choice is None else choice.node,
-            "reason": "no node has this model" if choice is None else choice.reason,
-            "candidates": [
-                {
-                    "node": c.node, "devices": list(c.devices), "way": c.kind.name.lower(),
-                    "startup_s": c.startup_s, "wait_s": c.wait_s, "load_s": c.load_s,
-                    "source": None if c.source is None else c.source.value,
-                    "crowding": c.crowding, "evicts": list(c.evicts), "moves": len(c.moves),
-                    "reason": c.reason,
-                }
-                for c in explain(view, asked, now)
-            ],
-        }  # fmt: skip
+        return shown.explanation(
+            self._peers.view, ModelId(model), self._peers.me, self._clock.now()
+        )
 
     async def drained(self, limit_s: float) -> int:
         """Wait until no session of this node's clients is left anywhere; return how many were ended."""

@@ -1,4 +1,4 @@
-"""What this node does for its peers: takes heartbeats, serves sessions, describes models.
+"""What this node does for its peers: takes heartbeats, serves sessions, holds some, describes models.
 
 A forwarded session is checked against this node's own state, as it is now, and begun in the same turn of
 the event loop; so what the asker counted on is either still true, or it gets a refusal with the newer
@@ -20,17 +20,19 @@ from sllm_node.cluster.wire import (
     Described,
     Forward,
     Granted,
+    Standing,
     Tokens,
     Waiting,
     failed,
     pack,
     unpack_describe,
+    unpack_extend,
     unpack_forward,
 )
 from sllm_node.cluster.wire import Refusal as RefusalRecord
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
-from sllm_node.core.errors import EngineError, HopLimitError, SllmError
+from sllm_node.core.errors import EngineError, HopLimitError, MoveRefusedError, SllmError
 from sllm_node.core.types import ModelId, NodeId
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.stream import Stream, request_of
@@ -38,6 +40,7 @@ from sllm_node.schedule.stream import Stream, request_of
 log = logging.getLogger(__name__)
 
 GENERATE: Final = "generate"
+EXTEND: Final = "extend"
 DESCRIBE: Final = "describe"
 _PIECE_BYTES: Final = 1 << 20
 
@@ -52,10 +55,15 @@ class Serving:
         self._ping_s = ping_s
         """A peer that waits hears something this often."""
         self._reservations = Reservations(ttl_s=ping_s)
+        self._held: dict[tuple[NodeId, str, int], Stream] = {}
+        """Sessions that move here, by entry, session and epoch."""
 
     def handlers(self) -> Mapping[str, Handler]:
         """Return what answers which request."""
-        return {HEARTBEAT: self.heartbeat, GENERATE: self.generate, DESCRIBE: self.describe}
+        return {
+            HEARTBEAT: self.heartbeat, GENERATE: self.generate, EXTEND: self.extend,
+            DESCRIBE: self.describe,
+        }  # fmt: skip
 
     async def heartbeat(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
         """Take a heartbeat."""
@@ -71,6 +79,8 @@ class Serving:
         logs.request_id.set(request_of(request.session))
         logs.model_id.set(request.model)
         fields = {"session": request.session, "entry": sender, "why": forward.why}
+        if forward.migration:
+            fields["migration"] = forward.migration
         if (refused := self._refusal(forward)) is not None:
             log.info("forwarded session refused", extra={**fields, "reason": refused.reason})
             await reply.send(pack(refused))
@@ -82,10 +92,26 @@ class Serving:
             await reply.send(pack(failed(error)))
             return
         log.info("forwarded session taken", extra={**fields, "resumed": len(request.resumed)})
+        key = (sender, str(request.session), forward.epoch)
+        if request.held:
+            self._held[key] = stream
         try:
             await self._pass_on(stream, reply)
         finally:
+            if self._held.get(key) is stream:  # not a later try's, of the same epoch
+                del self._held[key]
             stream.cancel()  # the peer went away, or it has ended
+            log.info("forwarded session left", extra={**fields, "tokens": stream.tokens})
+
+    async def extend(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
+        """Add tokens to a session that moves here; the last ones let it go."""
+        told = unpack_extend(payload)
+        stream = self._held.get((sender, told.session, told.epoch))
+        if stream is None or told.position > stream.position:
+            await reply.send(pack(failed(MoveRefusedError(told.session, "it is not held here"))))
+            return
+        stream.extend(told.position, told.tokens, lets_go=told.lets_go)
+        await reply.send(pack(Granted()))
 
     def _refusal(self, forward: Forward) -> RefusalRecord | None:
         state = self._peers.refresh()
@@ -109,6 +135,7 @@ class Serving:
         if stream.is_granted:
             await reply.send(pack(Granted()))
         try:
+            await self._pass_standing(stream, reply)
             while not await self._pass_chunk(stream, reply):
                 pass
         except StopAsyncIteration:
@@ -119,6 +146,19 @@ class Serving:
             return
         await reply.send(pack(failed(error)))
 
+    async def _pass_standing(self, stream: Stream, reply: Reply) -> None:
+        """Tell how far a session is that holds, until it does not any more."""
+        told: int | None = -1
+        while told is not None:
+            try:
+                async with asyncio.timeout(self._ping_s):
+                    told = await stream.standing(told)
+            except TimeoutError:
+                await reply.send(pack(Waiting()))
+            else:
+                if told is not None:
+                    await reply.send(pack(Standing(told)))
+
     async def _pass_chunk(self, stream: Stream, reply: Reply) -> bool:
         """Send what comes next, or a sign of life; return whether it was the last."""
         try:
@@ -127,7 +167,7 @@ class Serving:
         except TimeoutError:
             await reply.send(pack(Waiting()))
             return False
-        await reply.send(pack(Tokens(chunk)))
+        await reply.send(pack(Tokens(chunk, stream.position - len(chunk.tokens))))
         return chunk.finish is not None
 
     async def describe(self, sender: NodeId, payload: bytes, reply: Reply) -> None:

@@ -45,6 +45,7 @@ class Snapshot:
     def state(self, now: float) -> NodeState:
         """Return the state as it is now; the same object if nothing has changed."""
         replicas = self._outlook.replicas()
+        nvme_done_s, link_done_s = self._queues(replicas, now)
         made = NodeState(
             node=self._me,
             boot=self._boot,
@@ -58,6 +59,8 @@ class Snapshot:
                 if view.state is not ModelState.EVICTING
             ),
             is_draining=self._outlook.is_draining,
+            nvme_done_s=nvme_done_s,
+            link_done_s=link_done_s,
         )
         if self._last is None or self._last != made:
             self._version += 1
@@ -77,6 +80,21 @@ class Snapshot:
                     loads.append(max(0.0, view.ready_at - now))
             found.append(DeviceState(name, total, max(0, total - taken), tuple(sorted(loads))))
         return tuple(found)
+
+    def _queues(self, replicas: tuple[ReplicaView, ...], now: float) -> tuple[float, float]:
+        """Return when the loads that read NVMe, and those that come from afar, are expected to be done."""
+        held = {one.model: one for one in self._models}
+        nvme_s = link_s = 0.0
+        for view in replicas:
+            model = held.get(view.model)
+            if model is None or view.state is not ModelState.LOADING:
+                continue
+            done_s = max(0.0, view.ready_at - now)
+            if model.bytes_nvme > model.bytes_dram:
+                nvme_s = max(nvme_s, done_s)
+            if model.bytes_stored > max(model.bytes_nvme, model.bytes_dram):
+                link_s = max(link_s, done_s)
+        return nvme_s, link_s
 
     def _replica(self, view: ReplicaView, now: float) -> ReplicaState:
         tickets = (*view.running, *view.waiting)
@@ -98,6 +116,7 @@ class Snapshot:
             next_free_s=_turn_s(view, slots) if is_full else None,
             idle_s=idle_s // _IDLE_GRAIN_S * _IDLE_GRAIN_S,
             is_pinned=view.pinned,
+            is_leaving=view.is_leaving,
         )
 
     def _bandwidths(self) -> Bandwidths:
@@ -128,4 +147,5 @@ def _held(facts: ModelFacts) -> HeldModel:
         replica_shares=len(facts.shares),
         context_tokens=facts.context_tokens,
         created=facts.created,
+        waiting=facts.waiting,
     )

@@ -81,6 +81,8 @@ class HeldModel:
     context_tokens: int = 0
     created: int = 0
     """Unix time of the conversion."""
+    waiting: int = 0
+    """Sessions that wait here while no replica of it is here, or coming."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,8 @@ class ReplicaState:
     idle_s: float = 0.0
     """How long nobody has used it."""
     is_pinned: bool = False
+    is_leaving: bool = False
+    """It takes no new sessions and goes when those it has have ended."""
 
     @property
     def free_slots(self) -> int:

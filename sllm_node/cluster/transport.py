@@ -25,6 +25,7 @@ from sllm_node.core.errors import (
     ListenError,
     MessageError,
     MessageFormatError,
+    MessageTooLargeError,
     PeerDeniedError,
     PeerUnreachableError,
     SllmError,
@@ -178,23 +179,31 @@ class Listener:
         async def answer(http: web.Request) -> web.StreamResponse:
             try:
                 async with asyncio.timeout(_READ_S):
-                    body = await http.read()
+                    body = await _body(http)
                 found = self._trust.receive(
                     body, http.headers.get(RECEIVER, ""), _certificate(http)
                 )
                 reply = Reply(http, found.secret, self._silence_s)
                 await handler(found.sender, found.payload, reply)
-            except TimeoutError:
+                await reply.end()
+            except (TimeoutError, ConnectionResetError):  # it is slow, or has gone away
                 return _abort(http)
             except MessageError as error:
                 self._on_refused(error)
                 return web.Response(status=403, text=f"{error.code}: {error}")
             except SllmError as error:
                 return web.Response(status=500, text=f"{error.code}: {error}")
-            await reply.end()
             return reply.response
 
         return answer
+
+
+async def _body(http: web.Request) -> bytes:
+    try:
+        return await http.read()
+    except web.HTTPRequestEntityTooLarge as error:
+        limit = REQUEST_LIMIT + ENVELOPE_BYTES
+        raise MessageTooLargeError(http.content_length or limit + 1, limit) from error
 
 
 def _certificate(http: web.Request) -> Any:

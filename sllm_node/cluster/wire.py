@@ -3,6 +3,10 @@
 `Forward` asks for a session: the request in tokens, what its placement counts on (`Ask`), and how often
 it was passed on. It is answered by records: `Waiting` as often as a sign of life is due, `Granted` once,
 `Tokens` as they come; the last is `Tokens` with a finish, `Failed`, or `Refusal`, before anything began.
+
+A session that moves is asked for with `held` set: then `Standing` says how many of its output tokens are
+computed, each `Extend` brings more of them, and the last one lets it go. All of these name the epoch,
+which grows with each node that serves the session.
 """
 
 from typing import Any, Final, TypeVar
@@ -28,6 +32,22 @@ class Forward(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_field
     why: str
     """The placement's reason, for the log of who serves."""
     keep_alive_s: float | None = None
+    epoch: int = 1
+    """Which node of the session's this makes: one and only one epoch may give tokens at a time."""
+    migration: str = ""
+    """The id of the move that it belongs to, for the logs of both nodes."""
+
+
+class Extend(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Add tokens to a session that holds; they may be known, and a second copy changes nothing."""
+
+    session: str
+    epoch: int
+    position: int
+    """Output tokens of the session before these."""
+    tokens: tuple[int, ...]
+    lets_go: bool
+    """It owns the session now: go on behind these."""
 
 
 class Describe(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -58,6 +78,14 @@ class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
     """What the session has new."""
 
     chunk: GenerationChunk
+    position: int
+    """Output tokens of the session before these."""
+
+
+class Standing(msgspec.Struct, frozen=True, array_like=True, tag="standing"):
+    """A session that holds: so many of its output tokens are there and computed."""
+
+    position: int
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
@@ -77,7 +105,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 
 
 MessageT = TypeVar("MessageT")
-Record = Waiting | Granted | Tokens | Refusal | Failed
+Record = Waiting | Granted | Standing | Tokens | Refusal | Failed
 _record_decoder: Final[msgspec.msgpack.Decoder[Record]] = msgspec.msgpack.Decoder(Record)
 _PLAIN: Final = {
     kind.code: kind
@@ -95,6 +123,11 @@ def pack(message: Any) -> bytes:
 def unpack_forward(data: bytes) -> Forward:
     """Return a request for a session, or raise MessageFormatError."""
     return _decode(msgspec.msgpack.Decoder(Forward), data)
+
+
+def unpack_extend(data: bytes) -> Extend:
+    """Return tokens for a session that holds, or raise MessageFormatError."""
+    return _decode(msgspec.msgpack.Decoder(Extend), data)
 
 
 def unpack_describe(data: bytes) -> Describe:

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable
+from contextvars import Context
 
 from sllm_node.core.clock import Clock
 
@@ -29,7 +30,10 @@ class Alarm:
         self._handle, self._at = None, at
         if at is not None:
             delay_s = max(0.0, at - self._clock.now())
-            self._handle = asyncio.get_running_loop().call_later(delay_s, self._fire)
+            # A context of its own: what it does is not part of the request that happened to set it.
+            self._handle = asyncio.get_running_loop().call_later(
+                delay_s, self._fire, context=Context()
+            )
 
     def _fire(self) -> None:
         # The loop's clock may be a little ahead of ours: whoever rings sets the alarm again.

@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -48,6 +48,7 @@ class NodeConfig(Section, frozen=True):
 
     id: Name = "node-0"
     drain_s: Seconds = 30.0
+    journal: str = ""
 
 
 class StoreConfig(Section, frozen=True):
@@ -122,6 +123,7 @@ class ClusterConfig(Section, frozen=True):
 
     file: str = ""
     listen: str = ""
+    address: str = ""
 
 
 class LogConfig(Section, frozen=True):
@@ -170,8 +172,30 @@ class Config(Section, frozen=True):
     remotes: dict[str, RemoteConfig] = {}
 
 
-_NAMED: dict[str, type[msgspec.Struct]] = {"models": ModelConfig, "remotes": RemoteConfig}
-"""Tables of tables, one for each name."""
+def read_text(path: Path) -> str:
+    """Return what the file at `path` says.
+
+    Raises:
+        ConfigError: it can't be read.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(str(path), (f"can't be read: {error.strerror}",)) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), (f"is not UTF-8: {error}",)) from error
+
+
+def parse_toml(text: str, origin: str) -> dict[str, Any]:
+    """Return TOML `text` as a tree; `origin` names it in errors.
+
+    Raises:
+        ConfigError: it is no TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(origin, (f"is no TOML: {error}",)) from error
 
 
 def load_config(path: Path) -> Config:
@@ -180,13 +204,7 @@ def load_config(path: Path) -> Config:
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(str(path), (f"can't be read: {error.strerror}",)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(str(path), (f"is not UTF-8: {error}",)) from error
-    return parse_config(text, str(path))
+    return parse_config(read_text(path), str(path))
 
 
 def parse_config(text: str, origin: str = "config") -> Config:
@@ -195,10 +213,7 @@ def parse_config(text: str, origin: str = "config") -> Config:
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(origin, (f"is no TOML: {error}",)) from error
+    tree = parse_toml(text, origin)
     problems = list(find_problems(Config, tree, ""))
     # What is right of a file with mistakes is checked as well, so that all of them are told at once.
     config = msgspec.convert(sound_part(Config, tree), Config, dec_hook=decode_value)
@@ -232,8 +247,8 @@ def find_problems(kind: type[msgspec.Struct], tree: object, at: str) -> Iterator
         where = f"{at}.{key}" if at else key
         if key not in fields:
             yield f"{where}: unknown key{_suggest(key, fields)}"
-        elif key in _NAMED:
-            yield from _named_problems(key, value)
+        elif (named := _named(fields[key])) is not None:
+            yield from _named_problems(named, key, value)
         elif isinstance(fields[key], type) and issubclass(fields[key], Section):
             yield from find_problems(fields[key], value, where)
         else:
@@ -245,8 +260,8 @@ def sound_part(kind: type[msgspec.Struct], tree: object) -> dict[str, Any]:
     fields = {field.name: field.type for field in msgspec.structs.fields(kind)}
     kept: dict[str, Any] = {}
     for key, value in tree.items() if isinstance(tree, dict) else ():
-        if key in _NAMED and isinstance(value, dict):
-            kept[key] = _sound_tables(_NAMED[key], value)
+        if (named := _named(fields.get(key))) is not None and isinstance(value, dict):
+            kept[key] = _sound_tables(named, value)
         elif isinstance(fields.get(key), type) and issubclass(fields[key], Section):
             kept[key] = sound_part(fields[key], value)
         elif key in fields and not list(_value_problems(fields[key], value, key)):
@@ -260,8 +275,13 @@ def _sound_tables(kind: type[msgspec.Struct], tree: dict[str, Any]) -> dict[str,
     return {name: table for name, table in kept.items() if required <= table.keys()}
 
 
-def _named_problems(key: str, tree: object) -> Iterator[str]:
-    kind = _NAMED[key]
+def _named(declared: Any) -> type[msgspec.Struct] | None:
+    """Return what each table of a table of tables is; None: the field is no such thing."""
+    kind = (*get_args(declared), None, None)[1] if get_origin(declared) is dict else None
+    return kind if isinstance(kind, type) and issubclass(kind, Section) else None
+
+
+def _named_problems(kind: type[msgspec.Struct], key: str, tree: object) -> Iterator[str]:
     if not isinstance(tree, dict):
         yield f"{key} must be a table of tables, as in [{key}.NAME]"
         return
@@ -375,11 +395,12 @@ def _check_remotes(config: Config) -> str | None:
 
 
 def _check_cluster(config: Config) -> str | None:
-    listen = config.cluster.listen
-    if listen and not config.cluster.file:
-        return f"cluster.listen = {listen!r}: means nothing without cluster.file"
-    if listen and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", listen):
-        return f'cluster.listen = {listen!r}: must be host:port, as in "0.0.0.0:8100"'
+    for key in ("listen", "address"):
+        value = getattr(config.cluster, key)
+        if value and not config.cluster.file:
+            return f"cluster.{key} = {value!r}: means nothing without cluster.file"
+        if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", value):
+            return f'cluster.{key} = {value!r}: must be host:port, as in "0.0.0.0:8100"'
     return None
 
 

@@ -132,6 +132,11 @@ class Metrics:
             "How late the event loop runs a timer",
             buckets=(0.0005, *LATENCY_BUCKETS_S),
         )
+        self.journals_set_aside = Counter(
+            "sllm_journals_set_aside",
+            "Journals found damaged at start: pins and the like are to be set again",
+            registry=self.registry,
+        )
         self.ready = gauge("sllm_ready", "1 while the node takes requests")
 
     def _cluster(self) -> None:
@@ -165,6 +170,48 @@ class Metrics:
         )
         self.resumptions = counter(
             "sllm_resumptions", "Sessions that went on elsewhere after their node failed", ["model"]
+        )
+        self.replicas = Gauge(
+            "sllm_replicas",
+            "Replicas of a scaled model by state (wanted, ready, starting, leaving), as this node sees them",
+            ["model", "state"],
+            registry=self.registry,
+        )
+        self.directory_followed = Gauge(
+            "sllm_directory_followed",
+            "1 while the directory answers; 0: what is known of it last counts, or there is none",
+            registry=self.registry,
+        )
+        self.directory_nodes = Gauge(
+            "sllm_directory_nodes", "Other nodes that the directory lists", registry=self.registry
+        )
+        self.scalings = counter(
+            "sllm_scalings",
+            "Replicas that this node, as their model's home, started and retired, by result",
+            ["action", "result"],
+        )
+        self.migrations = counter(
+            "sllm_migrations",
+            "Moves of running sessions by outcome and reason",
+            ["outcome", "reason"],
+        )
+        self.migration_rounds = histogram(
+            "sllm_migration_rounds",
+            "Rounds of tokens until a session was handed over, the last one included",
+            buckets=(1, 2, 3, 4, 6, 9),
+        )
+        self.migration_round_tokens = histogram(
+            "sllm_migration_last_round_tokens",
+            "Tokens that the destination lacked when it was handed a session",
+            buckets=(0, 1, 2, 4, 8, 16, 32, 64, 128, 512),
+        )
+        self.migration_gap_seconds = histogram(
+            "sllm_migration_gap_seconds",
+            "Last token of the old node to first token of the new one, as the reader's node sees it",
+            buckets=LATENCY_BUCKETS_S,
+        )
+        self.migration_bytes = counter(
+            "sllm_migration_bytes", "Bytes sent to destinations of sessions that moved"
         )
         self.estimate_error_seconds = histogram(
             "sllm_startup_estimate_error_seconds",

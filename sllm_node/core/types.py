@@ -153,6 +153,9 @@ class GenerationRequest:
     """Higher goes first."""
     cache_salt: str = ""
     """Sessions find cached prefixes only of sessions with the same salt."""
+    held: bool = False
+    """Compute what is known and draw nothing until let go: another node decodes meanwhile, and its
+    tokens are added. How a session moves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,3 +234,7 @@ class SessionStatus:
     prompt_tokens: int
     generated_tokens: int
     age_s: float
+    node: NodeId | None = None
+    """Who serves it; None: this node, or nobody yet."""
+    migration: str | None = None
+    """The id of the move that is under way."""

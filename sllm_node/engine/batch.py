@@ -30,6 +30,9 @@ a block that is let go meanwhile is only written to by a later step. Blocks beco
 the tokens in them are part of the session. Who has penalties is planned when its last token is known
 and so sits out the step between; where that would be half of the sessions, all wait instead. Nobody
 is preempted while a step is under way: without blocks, the next is planned when that one has ended.
+
+A session that holds (it moves here, and another node still decodes) computes all its tokens but the
+last, and rests until more come or it is let go.
 """
 
 from bisect import insort
@@ -117,7 +120,7 @@ class Batch:
         """Return the next step; empty when there is nothing to do before another one has ended."""
         budget = self._max_step_tokens
         counts: dict[Session, int] = {}
-        going = [session for session in self._running if not session.is_ending]
+        going = [s for s in self._running if not s.is_ending and not s.is_resting]
         ready = [session for session in going if not session.is_held]
         if len(ready) < len(going) and 2 * len(ready) <= len(going):
             return []  # better one step with all of them
@@ -133,8 +136,9 @@ class Batch:
                     return []
         budget = self._left(budget, counts)
         while budget > 0 and (admitted := self._admit()) is not None:
-            counts[admitted] = min(admitted.due, budget)
-            budget -= counts[admitted]
+            if not admitted.is_resting:  # it found all of it
+                counts[admitted] = min(admitted.due, budget)
+                budget -= counts[admitted]
         self._under_way += bool(counts)
         return [_begun(session, count) for session, count in counts.items()]
 
@@ -198,14 +202,14 @@ class Batch:
             session.passed_blocks = passed
 
     def _admit(self) -> Session | None:
-        if not self._waiting or len(self._running) >= self._max_sessions:
+        session = next((s for s in self._waiting if not s.is_resting), None)
+        if session is None or len(self._running) >= self._max_sessions:
             return None
-        session = self._waiting[0]
         size = self.blocks.block_tokens
         found = self._find(session)
         if not self.blocks.begin(session.table, found, session.length + 1):
             return None
-        self._waiting.pop(0)
+        self._waiting.remove(session)
         session.computed = session.planned = len(found) * size
         if session.found is None:
             session.found = session.computed

@@ -157,15 +157,14 @@ class Engine:
         self._last_number += 1
         session = Session(request, self._last_number, self._resume)
         text = TextState.begin(parts.codec.decode, request.stop, request.resumed, request.prompt)
-        generation = Generation(session, text, self._on_cancel)
+        generation = Generation(session, text, self._on_cancel, self._on_work)
         if text.scanner.found is not None or self._ends_with_eos(request):
             generation.end_at_once()
             return generation
         self._generations[session.number] = generation
         self._batch.add(session)
-        self.watch.work()
         self._prompted.inc(len(request.prompt))
-        self._wake.set()
+        self._on_work()
         return generation
 
     def _ends_with_eos(self, request: GenerationRequest) -> bool:
@@ -229,7 +228,7 @@ class Engine:
                 self._arrived()
             planned = self._plan()
             if not self._flight:
-                if not self._generations:
+                if all(g.session.is_resting for g in self._generations.values()):
                     self.watch.rest()
                 self._wake.clear()
                 await self._wake.wait()
@@ -265,6 +264,9 @@ class Engine:
             self._flight.append(plan)
             planned += 1
         self._count()
+        for generation in self._generations.values():
+            if generation.session.is_holding:
+                generation.look()
         return planned
 
     def _launches(self, count: int) -> list[list[StepPart]]:
@@ -329,6 +331,10 @@ class Engine:
         return TokenLogprob(drawn.token, name(drawn.token), drawn.logprob, top, offset)
 
     # --- ends ---------------------------------------------------------------------------------
+
+    def _on_work(self) -> None:
+        self.watch.work()
+        self._wake.set()
 
     def _on_cancel(self, generation: Generation) -> None:
         self._end(generation)

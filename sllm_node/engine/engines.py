@@ -308,7 +308,8 @@ class Engines:
         torch_device = cache.keys[0].device
         memory = self._scratch.setdefault(name, ScratchMemory(torch_device))
         graphs = None
-        if torch_device.type == "cuda":
+        # torch captures on one stream of one device: what others launch meanwhile is not in the graph.
+        if torch_device.type == "cuda" and not torch_device.index:
             graphs = self._graphs.setdefault(name, CudaGraphs())
         blocks = -(-longest // block_tokens)
         return DecodeBatch(decoder, cache, block_tokens, blocks, memory, graphs)

@@ -1,4 +1,7 @@
-"""One session's way out of the engine: chunks for its reader, joined when the reader lags."""
+"""One session's way out of the engine: chunks for its reader, joined when the reader lags.
+
+One that holds gives no chunks: tokens of another node are added (`extend`), until it is let go.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -17,12 +20,20 @@ class Generation:
     """
 
     def __init__(
-        self, session: Session, text: TextState, on_cancel: Callable[["Generation"], None]
+        self,
+        session: Session,
+        text: TextState,
+        on_cancel: Callable[["Generation"], None],
+        on_work: Callable[[], None] = lambda: None,
     ) -> None:
         self.session = session
         self.text = text
         self.last_token_at: float | None = None
         self._on_cancel = on_cancel
+        self._on_work = on_work
+        self._held_at = -1
+        """Output tokens that all before the last of are computed of, while it holds."""
+        self._looked = asyncio.Event()
         self._unread: list[GenerationChunk] = []
         self._error: SllmError | None = None
         self._is_ended = False
@@ -59,6 +70,46 @@ class Generation:
             self._unread.clear()
             self._on_cancel(self)
 
+    # --- while it holds -----------------------------------------------------------------------
+
+    async def standing(self, told: int) -> int | None:
+        """Wait until more output tokens than `told` are computed, but for the last; return how many.
+
+        None: it does not hold any more.
+        """
+        while self.session.is_holding and not self._is_ended:
+            if self._held_at > told:
+                return self._held_at
+            self._looked.clear()
+            await self._looked.wait()
+        return None
+
+    def extend(self, position: int, tokens: TokenIds, *, lets_go: bool) -> None:
+        """Take output tokens from `position` on that were generated elsewhere; known ones change nothing.
+
+        `lets_go`: go on behind them.
+        """
+        session = self.session
+        if not session.is_holding or self._is_ended:
+            return
+        assert position <= len(session.output)
+        for token in tokens[len(session.output) - position :]:
+            session.output.append(token)
+            self.text.add(token)
+        session.is_holding = not lets_go
+        self._looked.set()
+        self._on_work()
+
+    def look(self) -> None:
+        """See how far it is, after a step or new tokens."""
+        session = self.session
+        is_done = session.computed >= session.length - 1 or (
+            session.is_resting and not session.output
+        )
+        if session.is_holding and is_done and self._held_at < len(session.output):
+            self._held_at = len(session.output)
+            self._looked.set()
+
     # --- for the engine -----------------------------------------------------------------------
 
     def give(
@@ -92,6 +143,7 @@ class Generation:
     def _end(self) -> None:
         self._is_ended = True
         self._news.set()
+        self._looked.set()
 
 
 def _joined(chunks: list[GenerationChunk]) -> GenerationChunk:

@@ -58,6 +58,8 @@ class Session:
         """Order of arrival."""
         self.state = SessionState.WAITING
         self.output = list(request.resumed)
+        self.is_holding = request.held
+        """The last known token is not computed, so that none is drawn; more come from elsewhere."""
         self.computed = 0
         """Tokens whose keys and values are in KV memory."""
         self.planned = 0
@@ -91,7 +93,15 @@ class Session:
     @property
     def pending(self) -> int:
         """Tokens that are known or coming and not planned; 1 while it decodes."""
-        return self.length + self.coming - self.planned
+        return self.length + self.coming - self.planned - self.is_holding
+
+    @property
+    def is_resting(self) -> bool:
+        """Whether it holds and has nothing to compute.
+
+        A replayed one begins with its first output token, so that its prompt is computed as it was.
+        """
+        return self.is_holding and (self.pending <= 0 or (self.is_replayed and not self.output))
 
     @property
     def is_ending(self) -> bool:
@@ -108,7 +118,7 @@ class Session:
         """Tokens that may go into one step: all pending ones, but one of a replay's output."""
         if not self.is_replayed:
             return self.pending
-        return max(1, len(self.request.prompt) - self.planned)
+        return min(self.pending, max(1, len(self.request.prompt) - self.planned))
 
     def origin(self, index: int, block_tokens: int) -> int | None:
         """Return how the values of its block `index` come to be; None: anyhow.

@@ -12,6 +12,7 @@ import logging
 import signal
 from collections.abc import Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import uvloop
 from sllm_node import __version__
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.cluster.cluster import Cluster
+from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.router import Router
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock, MonotonicClock
@@ -31,6 +33,7 @@ from sllm_node.core.units import format_size
 from sllm_node.device.base import Device
 from sllm_node.engine.engines import Engines
 from sllm_node.node.devices import open_devices
+from sllm_node.node.kept import KeptPins, journal_path
 from sllm_node.node.monitor import Monitor
 from sllm_node.node.systemd import Notifier
 from sllm_node.schedule.driver import Service
@@ -61,6 +64,8 @@ class Node:
         self._store: Store
         self._engines: Engines
         self._closing = AsyncExitStack()
+        self._journal: Journal
+        self._pins: KeptPins
         self._service: Service[Any]
         self._cluster: Cluster[Any] | None = None
         self.url = ""
@@ -69,9 +74,10 @@ class Node:
         """Take memory, listen, tell systemd.
 
         Raises:
-            SllmError: the store folder, the pool or the address can't be had.
+            SllmError: the store folder, the journal, the pool or the address can't be had.
         """
         self._open_store_folder()
+        await self._open_journal()
         self._open_devices()
         if self._remote is not None:
             self._closing.push_async_callback(self._remote.close)
@@ -81,6 +87,7 @@ class Node:
             self._config, self._catalog, self._store, self._engines, self._clock, self._metrics
         )
         self._closing.push_async_callback(self._service.close)
+        self._service.pins = self._pins
         limit = self._config.store.relay_max_sessions
         self._store.lend_links(lambda device: self._service.running_on(device) > limit)
         await self._warm()
@@ -112,9 +119,7 @@ class Node:
         limit_s = self._config.node.drain_s
         self._metrics.ready.set(0)
         self._notifier.stopping("draining", limit_s + STOP_SLACK_S)
-        self._service.drain()
-        if self._cluster is not None:
-            self._cluster.drain()
+        self._front.drain()
         hurrying = asyncio.create_task(hurry.wait())
         draining = asyncio.create_task(self._front.drained(limit_s))
         hurrying.add_done_callback(lambda _: draining.cancel())
@@ -156,6 +161,13 @@ class Node:
         for name, problem in self._catalog.problems.items():
             log.warning("checkpoint not usable", extra={"model": name, "problem": str(problem)})
 
+    async def _open_journal(self) -> None:
+        self._journal = await Journal.open(journal_path(self._config))
+        self._closing.push_async_callback(self._journal.close)
+        self._pins = KeptPins(self._journal)
+        if self._journal.damage is not None:
+            self._metrics.journals_set_aside.inc()
+
     def _open_devices(self) -> None:
         config, clock, metrics = self._config, self._clock, self._metrics
         self._devices = open_devices(config.device, self._notifier)
@@ -175,7 +187,12 @@ class Node:
     async def _join_cluster(self) -> None:
         if self._config.cluster.file:
             self._cluster = Cluster(
-                self._config, self._service, self._engines.load_codec, self._clock, self._metrics
+                self._config,
+                self._service,
+                self._engines.load_codec,
+                self._journal,
+                self._clock,
+                self._metrics,
             )
             self._closing.push_async_callback(self._cluster.close)
             await self._cluster.start()
@@ -189,13 +206,15 @@ class Node:
         await self._engines.warm(checkpoints)
 
     def _preload(self) -> None:
-        """Ask for the models of the config; after the first look at the remotes if one is there."""
-        wanted = {name for name, model in self._config.models.items() if model.preload}
+        """Ask for the config's models and pinned ones; after a look at the remotes if one is there."""
+        pins = self._pins.models()
+        wanted = {*pins, *(name for name, model in self._config.models.items() if model.preload)}
         is_here = wanted.issubset(self._catalog.models())
+        preload = partial(self._service.preload, pins)
         if is_here or self._remote is None:
-            self._service.preload()
+            preload()
         if self._remote is not None:
-            then = (lambda: None) if is_here else self._service.preload
+            then = (lambda: None) if is_here else preload
             self._run_beside(self._remote.keep_fresh(then), "remotes")
 
     def _watch(self) -> None:

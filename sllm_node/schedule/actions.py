@@ -57,7 +57,7 @@ class Evict:
 
     model: ModelId
     reason: str
-    """`room`, `keep_alive`, `operator`, `failed` or `replaced`."""
+    """`room`, `keep_alive`, `operator`, `failed`, `replaced` or `retired`."""
 
 
 @dataclass(frozen=True, slots=True)

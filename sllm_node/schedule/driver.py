@@ -9,7 +9,8 @@ engine refuses when it is granted) only adds actions behind them.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from functools import partial
 from typing import Generic
@@ -22,6 +23,7 @@ from sllm_node.core.errors import (
     DrainingError,
     EngineError,
     ModelNotFoundError,
+    MoveRefusedError,
     NotServableError,
     SllmError,
 )
@@ -48,7 +50,7 @@ from sllm_node.schedule.actions import (
 from sllm_node.schedule.early import EarlySessions
 from sllm_node.schedule.estimate import LoadEstimator
 from sllm_node.schedule.outlook import Outlook, Sources
-from sllm_node.schedule.ports import CodecT, Engines, Replica, WeightStore
+from sllm_node.schedule.ports import CodecT, Engines, Pins, Replica, WeightStore
 from sllm_node.schedule.replicas import Hosted, Replicas
 from sllm_node.schedule.scheduler import Scheduler
 from sllm_node.schedule.sessions import Sessions
@@ -102,6 +104,8 @@ class Service(Generic[CodecT]):
         self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
         self.on_change: Callable[[], None] = lambda: None
         """Called when something may have changed that other nodes place requests by."""
+        self.pins: Pins | None = None
+        """Where pins outlive this process, if anywhere."""
         self.outlook = Outlook(
             Sources(catalog, store, engines),
             self._scheduler,
@@ -167,6 +171,10 @@ class Service(Generic[CodecT]):
         """End the sessions of a request, by its id or its client's own; return how many there were."""
         return self._sessions.stop_request(request_id)
 
+    def move(self, session: str, to: str) -> dict[str, str]:
+        """Refuse: a node in no cluster has nowhere to move a session to."""
+        raise MoveRefusedError(session, f"this node is in no cluster, so node {to!r} is unknown")
+
     def running_on(self, device: str) -> int:
         """Return how many sessions run on `device` now."""
         return self._scheduler.running_on(device)
@@ -192,14 +200,15 @@ class Service(Generic[CodecT]):
         """
         return self._model_status(self._checkpoint(ModelId(model)))
 
-    def preload(self) -> None:
-        """Ask for the models that the config wants on the device from the start."""
-        for name, config in self._config.models.items():
-            if config.preload:
-                try:
-                    self._want(ModelId(name)).add_done_callback(_log_preload(name))
-                except SllmError as error:
-                    log.warning("preload failed", extra={"model": name, "error": str(error)})
+    def preload(self, pinned: Iterable[ModelId] = ()) -> None:
+        """Ask for the models that the config wants on the device from the start, and those pinned before."""
+        for model in (pins := set(pinned)):
+            self._do(self._scheduler.on_pin(model, self._clock.now()))
+        for name in {name for name, c in self._config.models.items() if c.preload} | pins:
+            try:
+                self._want(ModelId(name)).add_done_callback(_log_preload(name))
+            except SllmError as error:
+                log.warning("preload failed", extra={"model": name, "error": str(error)})
 
     async def load(self, model: str) -> None:
         """Bring `model` to the device; returns when it can serve.
@@ -229,19 +238,39 @@ class Service(Generic[CodecT]):
             self._store.evict(name, Tier.DEVICE, "operator")  # what it left as a cache, too
 
     async def pin(self, model: str) -> None:
-        """Keep `model` on the device from when it is there.
+        """Keep `model` on the device from when it is there, and after a restart.
 
         Raises:
             ModelNotFoundError: there is no such checkpoint.
+            SllmError: it can't be kept for after a restart.
         """
-        self._do(self._scheduler.on_pin(self._checkpoint(ModelId(model)).model, self._clock.now()))
+        name = self._checkpoint(ModelId(model)).model
+        if self.pins is not None:
+            await self.pins.keep(name)
+        self._do(self._scheduler.on_pin(name, self._clock.now()))
 
     async def unpin(self, model: str) -> None:
         """Let `model` be evicted again."""
         name = ModelId(model)
         if not self._scheduler.view(name).pinned:
             self._checkpoint(name)
+        if self.pins is not None:
+            await self.pins.drop(name)
         self._do(self._scheduler.on_unpin(name, self._clock.now()))
+
+    # --- the cluster --------------------------------------------------------------------------
+
+    def scaled(self, models: AbstractSet[ModelId]) -> None:
+        """Take which models leave when the cluster says so, and not when they have been idle."""
+        self._do(self._scheduler.on_scaled(models, self._clock.now()))
+
+    def retire(self, model: ModelId) -> None:
+        """Take no new sessions of `model`; it leaves the device when those that run have ended.
+
+        Raises:
+            ModelBusyError: it is pinned.
+        """
+        self._do(self._scheduler.on_retire(model, self._clock.now()))
 
     # --- the node -----------------------------------------------------------------------------
 

@@ -43,6 +43,8 @@ class ModelFacts:
     """Memory that a replica takes of each of its devices."""
     context_tokens: int
     created: int
+    waiting: int
+    """Tickets that wait while it takes no device memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,10 @@ class Outlook:
         """Whether new requests are refused."""
         return self._scheduler.is_draining
 
+    def _waiting(self, model: ModelId) -> int:
+        view = self._scheduler.view(model)
+        return 0 if view.devices else view.waiting
+
     def _facts(self, model: ModelId) -> ModelFacts | None:
         checkpoint = self._catalog.get(model)
         index = checkpoint.index
@@ -127,5 +133,5 @@ class Outlook:
         return ModelFacts(
             model, index.size, index.file_size, self._store.residency(model),
             tuple(share.size for share in self._engines.shares(checkpoint)),
-            self._engines.context_limit(checkpoint), index.created,
+            self._engines.context_limit(checkpoint), index.created, self._waiting(model),
         )  # fmt: skip

@@ -14,6 +14,7 @@ from sllm_node.core.types import (
     Placement,
     Share,
     Tier,
+    TokenIds,
 )
 
 CodecT = TypeVar("CodecT")
@@ -74,8 +75,22 @@ class Generation(Protocol):
 
     async def __anext__(self) -> GenerationChunk: ...
 
+    async def standing(self, told: int) -> int | None:
+        """Wait until more output tokens than `told` are computed while it holds; None: it does not."""
+
+    def extend(self, position: int, tokens: TokenIds, *, lets_go: bool) -> None:
+        """Add output tokens of another node while it holds; `lets_go`: go on behind them."""
+
     def cancel(self) -> None:
         """End it at once; a second call does nothing."""
+
+
+class Pins(Protocol):
+    """Where an operator's pins outlive this process; what can't be written is not done."""
+
+    async def keep(self, model: ModelId) -> None: ...
+
+    async def drop(self, model: ModelId) -> None: ...
 
 
 class Replica(Protocol):

@@ -89,6 +89,10 @@ class ModelRecord:
         """New sessions queue, because another model's turn has come."""
         self.is_stale = False
         """Its checkpoint was replaced or removed: no new sessions, evicted when idle."""
+        self.is_retired = False
+        """So it is because the cluster needs it no more."""
+        self.is_scaled = False
+        """The cluster says when it leaves for idleness; its keep-alive does not count."""
         self.last_used = 0.0
         self.deadline: float | None = None
         """When it is evicted for idleness; None while it runs or is kept for ever."""
@@ -130,6 +134,11 @@ class ModelRecord:
     def is_idle(self) -> bool:
         """Whether it is on the device for nobody; a pinned one counts too."""
         return self.state is ModelState.READY and not self.running
+
+    @property
+    def leaves_at(self) -> float | None:
+        """When it is evicted for idleness; None: not as things are."""
+        return self.deadline if self.is_idle and not (self.pinned or self.is_scaled) else None
 
     # --- the queue ----------------------------------------------------------------------------
 
@@ -187,6 +196,7 @@ class ModelRecord:
         """Forget what held for the replica; those who wait know the checkpoint as it is now."""
         self.is_closed = False
         self.is_stale = False
+        self.is_retired = False
         self.deadline = None
         if self._arrivals:
             self._take_size(next(reversed(self._arrivals.values())).ticket)
@@ -228,7 +238,7 @@ class ModelRecord:
         """Return what status and metrics show."""
         return ModelView(
             self.state, self.pinned, self.priority, len(self.running), self.waiting,
-            self.deadline if self.is_idle and not self.pinned else None,
+            self.leaves_at,
             self.devices if self.is_on_device else (),
         )  # fmt: skip
 

@@ -17,6 +17,7 @@ Every `on_x` takes an event and the time, changes the state, and returns actions
 """
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from sllm_node.core.config import ModelConfig, ScheduleConfig
@@ -69,6 +70,7 @@ class Scheduler:
         self._drain_s = drain_s
         self._records: dict[ModelId, ModelRecord] = {}
         self._tickets: dict[TicketId, ModelRecord] = {}
+        self._scaled: AbstractSet[ModelId] = frozenset()
         self._is_draining = False
         self._now = 0.0
 
@@ -191,6 +193,30 @@ class Scheduler:
         record.is_stale = record.state in (ModelState.LOADING, ModelState.READY)
         return self._dispatch(now)
 
+    # --- the cluster ------------------------------------------------------------------------------
+
+    def on_scaled(self, models: AbstractSet[ModelId], now: float) -> list[Action]:
+        """Take which models the cluster scales; of those that it does no more, keep-alives begin anew."""
+        self._scaled = models
+        for record in self._records.values():
+            was_scaled, record.is_scaled = record.is_scaled, record.model in models
+            if was_scaled and not record.is_scaled and record.is_idle:
+                record.count_down(now)
+        return self._dispatch(now)
+
+    def on_retire(self, model: ModelId, now: float) -> list[Action]:
+        """Let `model` leave once its sessions have ended; who asks for it meanwhile loads it anew.
+
+        Raises:
+            ModelBusyError: it is pinned.
+        """
+        record = self._record(model)
+        if record.is_held:
+            raise ModelBusyError(model, "is pinned; unpin it first")
+        record.is_retired = record.state in (ModelState.LOADING, ModelState.READY)
+        record.is_stale = record.is_stale or record.is_retired
+        return self._dispatch(now)
+
     # --- the operator -------------------------------------------------------------------------
 
     def on_pin(self, model: ModelId, now: float) -> list[Action]:
@@ -266,12 +292,9 @@ class Scheduler:
             record.happen(ModelEvent.LOAD_ABORTED)
             yield AbortLoad(record.model)
         elif record.is_idle and record.is_stale:
-            yield self._evict(record, "replaced")
-        elif record.is_idle and not record.pinned and self._is_expired(record):
+            yield self._evict(record, "retired" if record.is_retired else "replaced")
+        elif (leaves_at := record.leaves_at) is not None and leaves_at <= self._now:
             yield self._evict(record, "keep_alive")
-
-    def _is_expired(self, record: ModelRecord) -> bool:
-        return record.deadline is not None and record.deadline <= self._now
 
     def _grants(self, record: ModelRecord) -> Iterator[Action]:
         """Grant tickets of a model that serves, while slots are free."""
@@ -376,7 +399,9 @@ class Scheduler:
         config = self._models.get(model, ModelConfig())
         wished = config.keep_alive_s
         keep_alive_s = self._config.keep_alive_s if wished is None else wished
-        return ModelRecord(model, config.priority, keep_alive_s, pinned=config.pinned)
+        record = ModelRecord(model, config.priority, keep_alive_s, pinned=config.pinned)
+        record.is_scaled = model in self._scaled
+        return record
 
     def _timers(self, record: ModelRecord) -> Iterator[float]:
         if record.waiting:
@@ -385,8 +410,8 @@ class Scheduler:
             overdue = arrived + self._config.max_wait_s
             if record.state is ModelState.QUEUED and overdue > self._now:
                 yield overdue
-        if record.is_idle and not record.pinned and record.deadline is not None:
-            yield record.deadline
+        if (leaves_at := record.leaves_at) is not None:
+            yield leaves_at
 
     def _expected_wait_s(self, record: ModelRecord, size: int, load_s: float) -> float:
         """Return about how long a request of this model would wait now: q + n / b, and its turns.

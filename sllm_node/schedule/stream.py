@@ -22,6 +22,7 @@ from sllm_node.core.types import (
     RequestId,
     SessionId,
     SessionStatus,
+    TokenIds,
 )
 from sllm_node.schedule.actions import TicketId
 from sllm_node.schedule.ports import Generation
@@ -65,6 +66,8 @@ class Stream:
         self.first_token: float | None = None
         self.tokens = 0
         """Output tokens passed on."""
+        self.position = len(request.resumed)
+        """Output tokens of the session that its reader knows, those made elsewhere included."""
         self.error: SllmError | None = None
         self.started = asyncio.Event()
         """Set when the wait is over: the session was granted, or it has ended."""
@@ -115,6 +118,18 @@ class Stream:
             self._clock.now() - self.opened,
         )
 
+    # --- while it holds -----------------------------------------------------------------------
+
+    async def standing(self, told: int) -> int | None:
+        """Wait until more output tokens than `told` are computed while it holds; None: it does not."""
+        return None if self._generation is None else await self._generation.standing(told)
+
+    def extend(self, position: int, tokens: TokenIds, *, lets_go: bool) -> None:
+        """Add output tokens of another node to a session that holds; `lets_go`: go on behind them."""
+        if self._generation is not None and not self._is_ended:
+            self._generation.extend(position, tokens, lets_go=lets_go)
+            self.position = max(self.position, position + len(tokens))
+
     # --- for the driver -----------------------------------------------------------------------
 
     @property
@@ -139,6 +154,7 @@ class Stream:
 
     def _count(self, chunk: GenerationChunk) -> None:
         self.tokens += len(chunk.tokens)
+        self.position += len(chunk.tokens)
         if chunk.tokens and self.first_token is None:
             self.first_token = self._clock.now()
         if chunk.finish is not None:

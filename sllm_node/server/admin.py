@@ -21,6 +21,13 @@ class UnloadRequest(msgspec.Struct, forbid_unknown_fields=True):
     force: bool = False
 
 
+class MoveRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of move."""
+
+    to: str
+    """A node of the cluster."""
+
+
 class NoFields(msgspec.Struct, forbid_unknown_fields=True):
     """Body of the acts that take nothing."""
 
@@ -94,8 +101,13 @@ class Admin:
         await _body(http, NoFields)
         return json_response({"cancelled": self._service.cancel_request(http.match_info["id"])})
 
+    async def move(self, http: web.Request) -> web.Response:
+        """Begin to move a session to another node; status tells how it goes."""
+        body = await _body(http, MoveRequest)
+        return json_response(self._service.move(http.match_info["id"], body.to))
+
     async def drain(self, http: web.Request) -> web.Response:
-        """Take no new requests; what runs is ended after `node.drain_s`."""
+        """Take no new requests; what runs moves to peers, or is ended after `node.drain_s`."""
         await _body(http, NoFields)
         self._service.drain()
         return json_response({"draining": True})

@@ -81,6 +81,7 @@ ROUTES: Final = (
     Route("POST", "/admin/models/{id}/pin", "admin"),
     Route("POST", "/admin/models/{id}/unpin", "admin"),
     Route("POST", "/admin/requests/{id}/cancel", "admin"),
+    Route("POST", "/admin/sessions/{id}/move", "admin"),
     Route("POST", "/admin/drain", "admin"),
     Route("POST", "/admin/models/{id}/pull", "admin"),
     Route("GET", "/peer/v1/checkpoints", "admin"),
@@ -187,7 +188,7 @@ def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Han
     found: Sequence[Handler] = (
         completions.chat, completions.complete, models.list, models.retrieve,
         probes.livez, probes.readyz, probes.health, probes.metrics,
-        admin.status, admin.placement, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.drain,
+        admin.status, admin.placement, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.move, admin.drain,
         admin.pull, peer.list, peer.file,
     )  # fmt: skip
     keys = ((route.method, route.path) for route in ROUTES)

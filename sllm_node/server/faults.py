@@ -11,6 +11,7 @@ _STATUS: Final[dict[type[SllmError], int]] = {
     errors.ForbiddenOriginError: 403,
     errors.ModelBusyError: 409,
     errors.ModelNotFoundError: 404,
+    errors.MoveRefusedError: 409,
     errors.PeerDeniedError: 502,
     errors.PeerUnreachableError: 503,
     errors.RemoteDeniedError: 502,

@@ -84,6 +84,13 @@ class GenerationService(Protocol):
     def cancel_request(self, request_id: str) -> int:
         """End the sessions of a request, by its id or its client's own; return how many there were."""
 
+    def move(self, session: str, to: str) -> dict[str, str]:
+        """Begin to move a session to the node `to`; tell the move's id.
+
+        Raises:
+            MoveRefusedError: it can't be moved.
+        """
+
     async def load(self, model: str) -> None: ...
 
     async def unload(self, model: str, *, force: bool = False) -> None: ...

@@ -4,7 +4,6 @@ Unknown keys are refused and every problem is told at once, as in the node's con
 GB (10^9 bytes) a second, sizes are written with their unit.
 """
 
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -12,7 +11,16 @@ from typing import Annotated, Any, Final
 import msgspec
 from msgspec import Meta
 
-from sllm_node.core.config import ByteSize, Name, Section, decode_value, find_problems, sound_part
+from sllm_node.core.config import (
+    ByteSize,
+    Name,
+    Section,
+    decode_value,
+    find_problems,
+    parse_toml,
+    read_text,
+    sound_part,
+)
 from sllm_node.core.errors import ConfigError
 
 Rate = Annotated[float, Meta(gt=0, le=1e6)]
@@ -139,13 +147,7 @@ def load_description(path: Path) -> Description:
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(str(path), (f"can't be read: {error.strerror}",)) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(str(path), (f"is not UTF-8: {error}",)) from error
-    return parse_description(text, str(path))
+    return parse_description(read_text(path), str(path))
 
 
 def parse_description(text: str, origin: str = "simulation") -> Description:
@@ -154,10 +156,7 @@ def parse_description(text: str, origin: str = "simulation") -> Description:
     Raises:
         ConfigError: with every problem found, each naming its key.
     """
-    try:
-        tree = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(origin, (f"is no TOML: {error}",)) from error
+    tree = parse_toml(text, origin)
     lists = {key: tree.pop(key, []) for key in _LISTS}
     problems = list(find_problems(Description, tree, ""))
     for key, entries in lists.items():

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from typing_extensions import override
+
 from sllm_node.core.units import MIB
 from sllm_node.sim.hardware import Device, Model, Node, Replica, Session
 from sllm_node.sim.plain import Rooms, open_replica
@@ -93,8 +95,8 @@ class LoadTimes:
         return best
 
 
-class ServerlessLLM:
-    """Startup-time-optimised placement with live migration."""
+class _ByStartup:
+    """Joins what has a place; else takes the device where a load, or making room for it, ends first."""
 
     def __init__(self, simulation: "Simulation") -> None:
         self._simulation = simulation
@@ -117,10 +119,21 @@ class ServerlessLLM:
                 break
             for device in node.devices if session.model.shares == 1 else ():
                 limit_s = math.inf if best is None else best.end_s
-                best = self._after_moves(session.model, node, device, limit_s) or best
+                best = self._after_room(session.model, node, device, limit_s) or best
         return best.load if best else None
 
-    def _after_moves(
+    def _after_room(
+        self, model: Model, node: Node, device: Device, limit_s: float
+    ) -> Estimate | None:
+        """Return the load on a device once there is room, if it ends before the limit."""
+        raise NotImplementedError
+
+
+class ServerlessLLM(_ByStartup):
+    """Startup-time-optimised placement with live migration."""
+
+    @override
+    def _after_room(
         self, model: Model, node: Node, device: Device, limit_s: float
     ) -> Estimate | None:
         """Return the load on a device once sessions have moved, if it ends before the limit."""
@@ -158,34 +171,11 @@ class ServerlessLLM:
         return found.end_s + resume_s, go
 
 
-class Shepherd:
+class Shepherd(_ByStartup):
     """The same estimates; sessions in the way are stopped."""
 
-    def __init__(self, simulation: "Simulation") -> None:
-        self._simulation = simulation
-        self._times = LoadTimes(simulation)
-
-    def on_tick(self) -> None:
-        """Decides on what is so now."""
-
-    def on_changed(self, node: Node) -> None:
-        """Decides on what is so now."""
-
-    def place(self, session: Session) -> Choice:
-        replica = open_replica(self._simulation, session.model)
-        if replica is not None:
-            return Join(replica)
-        best = self._times.soonest(session.model)
-        for node in self._times.near(session.model):
-            load_s = self._times.load_s(node, session.model)
-            if best is not None and load_s >= best.end_s:
-                break
-            for device in node.devices if session.model.shares == 1 else ():
-                limit_s = math.inf if best is None else best.end_s
-                best = self._after_stops(session.model, node, device, limit_s) or best
-        return best.load if best else None
-
-    def _after_stops(
+    @override
+    def _after_room(
         self, model: Model, node: Node, device: Device, limit_s: float
     ) -> Estimate | None:
         end_s = self._times.end_s(node, model, (device,))

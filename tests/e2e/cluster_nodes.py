@@ -40,11 +40,20 @@ def make_cluster(place: Path, names, trust="key") -> Path:
     return file
 
 
-def made(place: Path, name: str, store: Path, file: Path, **settings) -> NodeProcess:
+def make_listed_cluster(place: Path, endpoint: str) -> Path:
+    """Make a cluster file that names no node but a directory; return it."""
+    folder.init(place, "key", datetime.now(UTC))
+    file = place / folder.FILE
+    table = f'[directory]\nendpoints = ["{endpoint}"]\nlease_s = 2\ntimeout_s = 2.0\n'
+    file.write_text(file.read_text() + TIMING + table)
+    return file
+
+
+def made(place: Path, name: str, store: Path, file: Path, address="", **settings) -> NodeProcess:
     """Return a node of the cluster, not started yet."""
     own = place / name
     own.mkdir(exist_ok=True)
-    extra = f'\n[cluster]\nfile = "{file}"\n'
+    extra = f'\n[cluster]\nfile = "{file}"\naddress = "{address}"\n'
     given = {"memory_bytes": 16 << 20, "kv_cache_bytes": KV_BYTES, **settings}
     return NodeProcess(own, store, extra, id=name, **given)
 
@@ -122,12 +131,12 @@ class Streamed:
                 assert response.status == 200, await response.text()
                 async for line in response.content:
                     if line.startswith(b"data: {"):
-                        self._take(json.loads(line[6:]))
+                        self.take(json.loads(line[6:]))
                         count += 1
                         on_event(count)
         return self
 
-    def _take(self, event) -> None:
+    def take(self, event) -> None:
         assert "error" not in event, event
         self.usage = event.get("usage") or self.usage
         for choice in event["choices"]:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Self
 
 START_LIMIT_S = 120.0
 STOP_LIMIT_S = 60.0
@@ -52,7 +53,7 @@ class NodeProcess:
         self.config.write_text(CONFIG.format(store=str(store), **{**DEFAULTS, **settings}) + extra)
         self.messages: list[str] = []
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = f"\0sllm-e2e-{os.getpid()}-{id(self)}"
         self._socket.bind(address)
@@ -105,7 +106,7 @@ class NodeProcess:
     def wait(self) -> int:
         return self.process.wait(timeout=STOP_LIMIT_S)
 
-    def __exit__(self, kind, error, trace):
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
         if self.process.poll() is None:
             self.terminate()
         try:

@@ -2,6 +2,7 @@
 
 import asyncio
 
+import aiohttp
 import openai
 import pytest
 
@@ -110,3 +111,39 @@ def test_a_port_in_use_is_one_clear_sentence(tmp_path, store):
             node.__enter__()
     assert f"{port}" in node.log.read_text()
     assert "Traceback" not in node.log.read_text()
+
+
+async def pinned(node, verb=None):
+    """Return which models are pinned, after `pin` or `unpin` of good."""
+    async with aiohttp.ClientSession() as http:
+        if verb is not None:
+            async with http.post(f"{node.url}/admin/models/good/{verb}") as response:
+                assert response.status == 200, await response.text()
+        async with http.get(f"{node.url}/admin/status") as response:
+            report = await response.json()
+    return {model["id"] for model in report["models"] if model["pinned"]}
+
+
+async def test_a_pin_survives_a_kill_until_it_is_taken_back(tmp_path, store):
+    node = NodeProcess(tmp_path, store)
+    with node:
+        assert await pinned(node, "pin") == {"good"}
+        node.process.kill()
+    with node:
+        assert await pinned(node) == {"good"}
+        assert await pinned(node, "unpin") == set()
+    with node:
+        assert await pinned(node) == set()
+
+
+async def test_a_damaged_journal_is_set_aside_and_told_and_the_node_serves(tmp_path, store):
+    journal = store / ".journal" / "test.sqlite"
+    journal.parent.mkdir()
+    journal.write_bytes(b"no database" * 1000)
+    with NodeProcess(tmp_path, store) as node:
+        async with connect(node) as client:
+            assert (await client.completions.create(**ask("good"))).choices[0].text
+        assert "journal set aside" in node.log.read_text()
+        async with aiohttp.ClientSession() as http, http.get(f"{node.url}/metrics") as response:
+            assert "sllm_journals_set_aside_total 1.0" in await response.text()
+    assert (journal.parent / "test.sqlite.damaged-1").exists()

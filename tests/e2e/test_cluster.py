@@ -196,3 +196,26 @@ async def test_no_stream_loses_a_token_while_nodes_are_killed_and_started_again(
         is_done.set()
         assert await killing > 0
         assert nodes.events(entry, "session lost its node")
+
+
+SCALED = "[models.beta]\nmin_replicas = 1\nmax_replicas = 2\n"
+
+
+def is_up(report):
+    return [(one["model"], one["ready"]) for one in report["cluster"]["scaling"]] == [("beta", 1)]
+
+
+async def test_a_minimum_in_the_cluster_file_brings_a_model_up_without_a_request(tmp_path):
+    file = nodes.make_cluster(tmp_path / "shared", ["a", "b"])
+    file.write_text(file.read_text().replace("dead_s = 5.0", "dead_s = 1.2") + SCALED)
+    stores = {name: tmp_path / f"store-{name}" for name in ("a", "b")}
+    for store in stores.values():
+        store.mkdir()
+    make_checkpoint(stores["b"], "beta", family="gpt2", chunk_bytes=65536)
+    made = [nodes.made(tmp_path, name, store, file) for name, store in stores.items()]
+    with nodes.running(*made):
+        for node in made:
+            report = await nodes.until(node.url, "/admin/status", is_up)
+            assert [(model["id"], model["state"]) for model in report["models"]] == [
+                ("beta", "ready")
+            ]

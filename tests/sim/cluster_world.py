@@ -11,6 +11,7 @@ from pathlib import Path
 from sllm_node.cluster.file import parse_cluster
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.router import Router
+from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import BootId
@@ -79,7 +80,7 @@ class MemoryClient:
         if node is None or not node.is_up:
             raise PeerUnreachableError(peer, "refused")
         connection = Connection(world, self.me, peer)
-        handler = node.serving.handlers()[what]
+        handler = node.handlers[what]
         connection.task = asyncio.create_task(connection.serve(handler, payload))
         world.connections[connection] = None
         try:
@@ -135,8 +136,11 @@ class WorldNode:
         client = MemoryClient(self.world, self.name)
         self.serving = Serving(made.service, self.peers, clock, 1.0)
         self.router = Router(made.service, self.peers, client, None, clock, made.metrics)  # type: ignore[arg-type]
+        self.scaling = Scaling(made.service, self.peers, self.peers.desired, clock, made.metrics)
+        self.handlers = {**self.serving.handlers(), **self.scaling.handlers()}
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
+        self.scaling.start(client)  # type: ignore[arg-type]
 
     async def crash(self):
         """End at once: whoever is connected hears it, nobody is told anything."""
@@ -147,6 +151,7 @@ class WorldNode:
         await self.stop(is_told=False)
 
     async def stop(self, *, is_told=True):
+        await self.scaling.close()
         if is_told:
             await self.router.close()
             await self.peers.close()

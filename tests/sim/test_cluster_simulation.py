@@ -3,12 +3,19 @@
 import asyncio
 import functools
 import random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from sllm_node.cluster.wire import Forward, pack, unpack_record
-from sllm_node.core.errors import HopLimitError, MisdirectedError, ModelNotFoundError, SllmError
+from sllm_node.core.errors import (
+    HopLimitError,
+    MisdirectedError,
+    ModelNotFoundError,
+    PeerUnreachableError,
+    SllmError,
+)
 from sllm_node.core.types import ModelState
 from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
@@ -111,6 +118,90 @@ async def test_a_request_waits_for_a_model_whose_node_is_away(world):
     await asyncio.sleep(10.0)
     world["b"].start()
     assert await read(stream) == list(range(1, 21))
+
+
+class HoldersAsTexts:
+    """Stands for tokenizers that are fetched: who would be asked."""
+
+    async def get(self, held, holders):
+        return SimpleNamespace(codec=(held.model, holders))
+
+
+@in_world(a=(), b=("m",))
+async def test_a_node_that_has_just_started_listens_before_it_says_that_there_is_no_model(world):
+    await world["a"].crash()
+    await asyncio.sleep(1.0)
+    world["a"].start()
+    router = world["a"].router
+    router._texts = HoldersAsTexts()
+    assert not world["a"].peers.has_peers()
+    assert await router.prepare("m") == ("m", ["b"])
+    now = asyncio.get_running_loop().time()
+    with pytest.raises(ModelNotFoundError):
+        await router.prepare("none")
+    assert asyncio.get_running_loop().time() == now
+
+
+class FirstUnreachable(HoldersAsTexts):
+    """As above, once the holder can be reached."""
+
+    def __init__(self, world):
+        self.world, self.asked = world, 0
+
+    async def get(self, held, holders):
+        self.asked += 1
+        if not self.world.is_open("a", holders[0]):
+            raise PeerUnreachableError(holders[0], "nothing comes")
+        return await super().get(held, holders)
+
+
+@in_world(a=(), b=("m",))
+async def test_a_request_waits_for_a_tokenizer_whose_node_is_cut_off(world):
+    world["a"].router._texts = texts = FirstUnreachable(world)
+    world.part("b")
+    asked = asyncio.create_task(world["a"].router.prepare("m"))
+    await asyncio.sleep(8.0)
+    world.heal()
+    assert await asked == ("m", ["b"])
+    assert 1 < texts.asked < 100
+
+
+@in_world(a=(), b=("m",))
+async def test_a_tokenizer_whose_node_stays_away_is_told_as_that(world):
+    world["a"].router._texts = FirstUnreachable(world)
+    world.part("b")
+    with pytest.raises(PeerUnreachableError):
+        await world["a"].router.prepare("m")
+    world.heal()
+
+
+@in_world(a=(), b=("m",))
+async def test_a_node_that_has_left_says_nothing_more(world):
+    peers = world["a"].peers
+    await peers.close()
+    peers.changed()
+    await asyncio.sleep(5.0)
+    assert peers._sending == {}
+    assert not peers._alarm.is_set
+
+
+@in_world(a=(), b=("m",))
+async def test_a_node_that_starts_beside_dead_ones_waits_for_them_but_not_for_ever(world):
+    await world["a"].crash()
+    await world["b"].crash()
+    world["a"].start()
+    await asyncio.sleep(10.0)
+    router = world["a"].router
+    router._texts = HoldersAsTexts()
+    asked = asyncio.create_task(router.prepare("m"))
+    await asyncio.sleep(5.0)
+    world["b"].start()
+    assert await asked == ("m", ["b"])
+    await world["a"].crash()
+    await world["b"].crash()
+    world["a"].start()
+    with pytest.raises(ModelNotFoundError):
+        await world["a"].router.prepare("m")
 
 
 @in_world(a=(), b=("m",))

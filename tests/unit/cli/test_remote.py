@@ -120,6 +120,11 @@ CLUSTER = {
         }
         for name, dram in (("a", 0), ("b", 1 << 20))
     ],
+    "scaling": [],
+    "directory": {
+        "endpoint": "http://10.0.0.9:2379", "state": "following", "registered": True,
+        "nodes": ["b"], "problem": None,
+    },
     "estimates": {"count": 7, "mean_error_s": 0.25, "bias_s": 0.1, "worst_s": 0.5},
 }  # fmt: skip
 
@@ -127,7 +132,10 @@ CLUSTER = {
 def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
     node.answer = (200, {**REPORT, "cluster": CLUSTER})
     shown = run("status", "--cluster", "--url", node.url).stdout
-    for part in ("this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s"):
+    for part in (
+        "this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s",
+        "10.0.0.9:2379: following",
+    ):  # fmt: skip
         assert part in shown
     whole = run("status", "--cluster", "--json", "--url", node.url).stdout
     assert json.loads(whole) == CLUSTER

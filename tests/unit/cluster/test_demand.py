@@ -1,5 +1,7 @@
+from dataclasses import replace
+
 from sllm_node.cluster.autoscale import ReplicaSeen, Start
-from sllm_node.cluster.demand import Load, demand_of
+from sllm_node.cluster.demand import Load, demand_of, load_of
 from sllm_node.cluster.placement import PlacementRequest
 from sllm_node.cluster.state import (
     Bandwidths,
@@ -67,3 +69,20 @@ def test_replicas_are_known_as_their_nodes_tell_of_them():
 def test_of_a_model_that_nobody_knows_there_is_only_the_load():
     demand = demand_of(seen(), REQUEST, Load(waiting=1), 5, 0.0)
     assert (demand.slots, demand.waiting, demand.replicas, demand.starts) == (5, 1, (), ())
+
+
+def test_what_nodes_tell_of_waiting_sessions_is_added_up():
+    states = [node(name, free=8, in_dram=True) for name in "ab"]
+    held = replace(states[0].models[0], waiting=3)
+    view = seen(replace(states[0], models=(held,)), states[1])
+    assert load_of(view, M) == Load(waiting=3)
+
+
+def test_a_replica_that_is_kept_makes_no_room_and_one_that_leaves_is_told():
+    other = ReplicaState(ReplicaId("o"), ModelId("o"), (DeviceShare("d0", 16),), 7, is_leaving=True)
+    view = seen(node("a", free=0, in_dram=True, replicas=(other,)))
+    assert [start.node for start in demand_of(view, REQUEST, Load(), 5, 0.0).starts] == [A]
+    kept = demand_of(view, REQUEST, Load(), 5, 0.0, frozenset({ModelId("o")}))
+    assert kept.starts == ()
+    (told,) = demand_of(view, PlacementRequest(ModelId("o"), 16), Load(), 5, 0.0).replicas
+    assert told.is_leaving

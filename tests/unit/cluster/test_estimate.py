@@ -5,6 +5,7 @@ import pytest
 from sllm_node.cluster.estimate import (
     RESUME_GUESS,
     ErrorTrack,
+    ForwardEstimator,
     ResumeEstimator,
     Source,
     load_path,
@@ -12,7 +13,7 @@ from sllm_node.cluster.estimate import (
     send_rate,
 )  # fmt: skip
 from sllm_node.cluster.state import Bandwidths, HeldModel, ResumeFit
-from sllm_node.core.types import ModelId
+from sllm_node.core.types import ModelId, NodeId
 
 RATES = Bandwidths(clone=100, decode=80, dram=50, nvme=10, peer=5, remote=1)
 
@@ -124,3 +125,12 @@ def test_errors_are_kept_with_their_sign_and_their_worst():
 def test_nothing_observed_means_the_guess():
     assert resume_s(None, 1000) == resume_s(RESUME_GUESS, 1000)
     assert resume_s(ResumeFit(0.0, 1.0), 1000) == 1.0
+
+
+def test_what_forwarding_adds_is_learned_for_each_peer():
+    forwarding = ForwardEstimator(0.002)
+    assert forwarding.seconds(NodeId("b")) == 0.002
+    for _ in range(20):
+        forwarding.observe(NodeId("b"), 0.010)
+    assert forwarding.seconds(NodeId("b")) == pytest.approx(0.010)
+    assert forwarding.seconds(NodeId("c")) == 0.002

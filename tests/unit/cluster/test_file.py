@@ -3,8 +3,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_node.cluster.file import load_cluster, parse_cluster, reload, trust_path
+from sllm_node.cluster.records import Desired
 from sllm_node.core.errors import ConfigError
-from sllm_node.core.types import NodeId
+from sllm_node.core.types import ModelId, NodeId
 
 A = NodeId("a")
 NODES = """
@@ -167,3 +168,63 @@ def test_a_wrong_file_is_refused_at_reload():
     old = parse_cluster(NODES + KEY, me=A)
     with pytest.raises(ConfigError, match="is missing"):
         reload(old, NODES.replace('"a"', '"z"') + KEY, "cluster.toml", A)
+
+
+# --- scaled models and the directory ---------------------------------------------------------------
+
+DIRECTORY = '[directory]\nendpoints = ["http://10.0.0.9:2379"]\n'
+
+
+def test_models_say_between_how_many_replicas_they_have():
+    text = NODES + KEY + "[models.m]\nmin_replicas = 1\nmax_replicas = 3\n[models.n]\n"
+    assert parse_cluster(text).desired() == (
+        Desired(ModelId("m"), 1, 3, 300.0),
+        Desired(ModelId("n"), 0, 1, 300.0),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("[models.m]\nmin_replicas = 2\n", "models.m: from 2 to 1 replicas"),
+        (
+            "[models.m]\nmin_replica = 2\n",
+            "models.m.min_replica: unknown key; did you mean 'min_replicas'?",
+        ),
+        ("[models.m]\nkeep_alive_s = -1\n", "models.m.keep_alive_s = -1"),
+        ("models = 3\n", "models must be a table of tables"),
+        ("[directory]\nlease_s = 3\n", "directory.endpoints: is missing"),
+        ('[directory]\nendpoints = ["etcd:2379"]\n', "directory.endpoints = ['etcd:2379']"),
+        (DIRECTORY + 'prefix = "sllm"\n', "directory.prefix = 'sllm'"),
+        (DIRECTORY + 'user = "u"\n', "directory.password_file: is missing"),
+        (DIRECTORY + 'password_file = "p"\n', "directory.user: is missing"),
+        (DIRECTORY + 'ca_file = "ca"\n', "directory.ca_file: has no use"),
+    ],
+)
+def test_a_wrong_table_of_models_or_the_directory_is_named(text, place):
+    found = problems((text + NODES + KEY) if text.startswith("models =") else NODES + KEY + text)
+    assert any(problem.startswith(place) for problem in found), found
+
+
+def test_a_file_with_a_directory_needs_to_name_no_node():
+    cluster = parse_cluster(KEY + DIRECTORY, me=A)
+    assert (cluster.has_directory, cluster.peers(A), cluster.address(A)) == (True, {}, "")
+
+
+def test_files_of_the_directory_are_looked_at_and_its_secrets_guarded(tmp_path):
+    (tmp_path / "cluster.key").write_text("00" * 32)
+    (tmp_path / "cluster.key").chmod(0o600)
+    (tmp_path / "password").write_text("secret")
+    (tmp_path / "password").chmod(0o644)
+    file = tmp_path / "cluster.toml"
+    file.write_text(KEY + DIRECTORY + 'user = "u"\npassword_file = "password"\n')
+    with pytest.raises(ConfigError, match=r"directory.password_file.*others can read"):
+        load_cluster(file, A)
+    (tmp_path / "password").chmod(0o600)
+    load_cluster(file, A)
+
+
+def test_a_changed_directory_needs_a_restart_and_changed_models_do_not():
+    old = parse_cluster(NODES + KEY)
+    new = reload(old, NODES + KEY + DIRECTORY + "[models.m]\n", "cluster.toml", A)
+    assert new.needs_restart == ("directory.endpoints",)

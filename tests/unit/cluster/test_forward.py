@@ -3,21 +3,29 @@
 import asyncio
 import contextlib
 from dataclasses import replace
+from typing import cast
 
 import pytest
+from msgspec.structs import replace as replace_struct
 
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
-from sllm_node.cluster.forward import REFUSALS_MAX, Limits, RoutedStream, Tools
+from sllm_node.cluster.forward import RoutedStream
+from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.reservations import Ask, ReservationId
+from sllm_node.cluster.retries import REFUSALS_MAX
+from sllm_node.cluster.serving import EXTEND
 from sllm_node.cluster.state import BootId
+from sllm_node.cluster.ways import Limits, Tools
 from sllm_node.cluster.wire import (
     Granted,
     Refusal,
+    Standing,
     Tokens,
     Waiting,
     failed,
     pack,
+    unpack_extend,
     unpack_forward,
 )
 from sllm_node.core.clock import ManualClock
@@ -27,6 +35,7 @@ from sllm_node.core.errors import (
     EngineError,
     InvalidRequestError,
     ModelNotFoundError,
+    MoveRefusedError,
     PeerUnreachableError,
 )
 from sllm_node.core.types import (
@@ -37,6 +46,7 @@ from sllm_node.core.types import (
     SamplingParameters,
     SessionId,
 )
+from sllm_node.schedule.stream import Stream
 from tests.unit.cluster.test_choice import node as state_of
 from tests.unit.server.fake_service import FakeStream, status_of
 
@@ -45,22 +55,35 @@ REQUEST = GenerationRequest(SessionId("r-0"), ModelId("m"), (1, 2), SamplingPara
 
 def tokens(*numbers, finish=None, cached=0):
     text = "".join(chr(96 + number) for number in numbers)
-    return Tokens(GenerationChunk(text, numbers, (), finish, cached_tokens=cached))
+    return Tokens(GenerationChunk(text, numbers, (), finish, cached_tokens=cached), -1)
 
 
 REFUSED = Refusal("no room", encode_state(state_of("a"), 1 << 16))
 
 
+LET_GO = object()
+"""In a script: waits until the session is handed over."""
+
+
 class LocalStream(FakeStream):
     """A session that this node serves itself."""
 
-    def __init__(self, chunks):
+    def __init__(self, chunks, position=0):
         super().__init__(chunks)
+        self.position = position
         self.started = asyncio.Event()
         self.started.set()
 
     def __aiter__(self):
         return self
+
+    async def __anext__(self):
+        chunk = await super().__anext__()
+        self.position += len(chunk.tokens)
+        return chunk
+
+    async def standing(self, told):
+        return None
 
 
 class World:
@@ -77,26 +100,40 @@ class World:
         self.ended_streams = []
         self.clock = ManualClock()
         self.here, self.local = [], []
+        self.moves = []
+        self.extends, self.extend_script = [], []
+        self.let_go = asyncio.Event()
 
     # --- the client
 
     @contextlib.asynccontextmanager
     async def stream(self, peer, what, payload, silence_s):
+        if what == EXTEND:
+            self.extends.append((peer, unpack_extend(payload)))
+            if self.extends[-1][1].lets_go:
+                self.let_go.set()
+            yield self._play(self.extend_script.pop(0) if self.extend_script else [Granted()], 0)
+            return
         self.asked.append((peer, unpack_forward(payload)))
         script = (
             self.scripts[peer].pop(0) if self.scripts[peer] else [PeerUnreachableError(peer, "-")]
         )
         try:
-            yield self._play(script)
+            yield self._play(script, len(self.asked[-1][1].request.resumed))
         finally:
             self.closed.append(peer)
 
-    async def _play(self, script):
+    async def _play(self, script, position):
         for item in script:
             if isinstance(item, Exception):
                 raise item
             if isinstance(item, asyncio.Event):
                 await item.wait()
+            elif item is LET_GO:
+                await self.let_go.wait()
+            elif isinstance(item, Tokens):
+                yield pack(replace_struct(item, position=max(position, item.position)))
+                position += len(item.chunk.tokens)
             else:
                 yield pack(item)
 
@@ -124,14 +161,19 @@ class World:
     def ended(self, stream):
         self.ended_streams.append(stream)
 
+    def moved(self, report):
+        self.moves.append(report)
+
     async def changed(self, timeout_s):
         if self.is_heard:
             await self.news.wait()
             self.news.clear()
+        else:
+            self.clock.advance(timeout_s)
         return self.is_heard
 
     def open_local(self, request, keep_alive_s):
-        stream = LocalStream(self.here)
+        stream = LocalStream(self.here, len(request.resumed))
         self.local.append((request, stream))
         return stream
 
@@ -143,6 +185,7 @@ class World:
 
 async def read(stream):
     chunks = [chunk async for chunk in stream]
+    await stream._task
     numbers = tuple(token for chunk in chunks for token in chunk.tokens)
     return numbers, "".join(chunk.text for chunk in chunks), chunks
 
@@ -221,9 +264,24 @@ async def test_a_session_that_nobody_takes_any_more_ends_with_the_last_error():
     world = World(a=[[tokens(1), failed(EngineError("m", "broke"))]])
     world.is_heard = False
     stream = world.open()
-    with pytest.raises(EngineError):
+    with pytest.raises(PeerUnreachableError):
         await read(stream)
     assert world.ended_streams == [stream]
+
+
+async def test_a_node_that_is_too_small_for_a_session_that_runs_is_passed_over():
+    world = World(
+        a=[[tokens(1), PeerUnreachableError("a", "killed")]],
+        b=[[failed(InvalidRequestError("too long"))]],
+        c=[[tokens(2, finish="stop")]],
+    )
+    assert (await read(world.open()))[0] == (1, 2)
+
+
+async def test_a_session_looks_again_although_nothing_is_heard():
+    world = World(a=[[tokens(1), failed(EngineError("m", "broke"))], [tokens(2, finish="stop")]])
+    world.is_heard = False
+    assert (await read(world.open()))[0] == (1, 2)
 
 
 async def test_patience_ends_although_nodes_come_and_go():
@@ -253,7 +311,7 @@ async def test_cancel_closes_the_connection_and_ends_the_stream():
     stream.cancel()
     with pytest.raises(StopAsyncIteration):
         await anext(stream)
-    while not world.closed:
+    while not (world.closed and world.outcomes):
         await asyncio.sleep(0)
     assert (world.outcomes, world.ended_streams) == ([("a", "cancelled")], [stream])
 
@@ -298,3 +356,143 @@ async def test_a_session_that_lost_its_node_can_go_on_here():
     ((request, _),) = world.local
     assert request.resumed == (1,)
     assert world.outcomes == [("a", "failed"), ("here", "ok")]
+
+
+# --- moves --------------------------------------------------------------------------------------
+
+
+def to(node):
+    return Choice(NodeId(node), "serve", "a test")
+
+
+async def until(holds):
+    while not holds():
+        await asyncio.sleep(0)
+
+
+async def test_a_session_is_handed_over_behind_the_tokens_that_came_meanwhile():
+    go, there, never = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    more = replace_struct(tokens(4, finish="length"), position=3)
+    world = World(
+        a=[[Granted(), tokens(1, 2), go, tokens(3), never, tokens(9, finish="stop")]],
+        b=[[Granted(), there, Standing(2), LET_GO, more]],
+    )
+    stream = world.open()
+    await until(lambda: stream.position == 2)
+    report = stream.move(to("b"), "operator")
+    with pytest.raises(MoveRefusedError, match="moving already"):
+        stream.move(to("c"), "operator")
+    assert stream.session_status().migration == report.id == "r-0.2"
+    go.set()
+    await until(lambda: stream.position == 3)
+    there.set()
+    assert (await read(stream))[:2] == ((1, 2, 3, 4), "abcd")
+    ((_, first), (_, held)) = world.asked
+    assert (first.epoch, first.request.held) == (1, False)
+    assert (held.epoch, held.request.held, held.request.resumed) == (2, True, (1, 2))
+    extends = [(e.position, e.tokens, e.lets_go, e.epoch) for _, e in world.extends]
+    assert extends[-1][2:] == (True, 2)
+    assert [token for _, sent, *_ in extends for token in sent] == [3]
+    assert (report.outcome, report.tokens, report.gap_s) == ("moved", 3, 0.0)
+    assert world.moves == [report]
+    assert world.outcomes == [("a", "moved"), ("b", "ok")]
+    assert set(world.closed) == {"a", "b"}
+
+
+@pytest.mark.parametrize(
+    "end", [PeerUnreachableError("b", "gone"), REFUSED, failed(DrainingError(1.0))]
+)
+async def test_a_destination_that_fails_before_the_handover_changes_nothing(end):
+    go = asyncio.Event()
+    world = World(a=[[Granted(), tokens(1), go, tokens(2, finish="stop")]], b=[[Granted(), end]])
+    stream = world.open()
+    await until(lambda: stream.position == 1)
+    report = stream.move(to("b"), "operator")
+    await until(lambda: world.moves)
+    assert (report.outcome, stream.node, stream.can_move) == ("failed", "a", True)
+    go.set()
+    assert (await read(stream))[0] == (1, 2)
+
+
+async def test_a_source_that_fails_during_a_move_is_followed_by_the_destination():
+    die, there = asyncio.Event(), asyncio.Event()
+    more = replace_struct(tokens(2, finish="stop"), position=1)
+    world = World(
+        a=[[Granted(), tokens(1), die, PeerUnreachableError("a", "killed")]],
+        b=[[Granted(), there, Standing(1), LET_GO, more]],
+    )
+    stream = world.open()
+    await until(lambda: stream.position == 1)
+    report = stream.move(to("b"), "operator")
+    die.set()
+    await until(lambda: world.lost_nodes)
+    there.set()
+    assert (await read(stream))[0] == (1, 2)
+    assert report.outcome == "moved"
+    assert [peer for peer, _ in world.asked] == ["a", "b"]
+
+
+async def test_a_destination_that_dies_with_the_grant_is_replaced_from_the_tokens():
+    never = asyncio.Event()
+    world = World(
+        a=[[Granted(), tokens(1), never], [Granted(), tokens(2, finish="stop")]],
+        b=[[Granted(), Standing(1), never]],
+    )
+    world.extend_script = [[PeerUnreachableError("b", "killed")]]
+    stream = world.open()
+    await until(lambda: stream.position == 1)
+    report = stream.move(to("b"), "drain")
+    assert (await read(stream))[0] == (1, 2)
+    assert (report.outcome, [f.epoch for _, f in world.asked]) == ("moved", [1, 2, 3])
+
+
+async def test_a_cancel_during_a_move_closes_both_ends():
+    world = World(a=[[tokens(1), asyncio.Event()]], b=[[Granted(), asyncio.Event()]])
+    stream = world.open()
+    await until(lambda: stream.position == 1)
+    report = stream.move(to("b"), "operator")
+    await until(lambda: len(world.asked) == 2)
+    stream.cancel()
+    await until(lambda: len(world.closed) == 2)
+    assert (report.outcome, world.moves) == ("ended", [report])
+    with pytest.raises(MoveRefusedError, match="ended"):
+        stream.move(to("b"), "operator")
+
+
+async def test_tokens_of_another_position_are_not_taken():
+    wrong = replace_struct(tokens(7), position=5)
+    world = World(a=[[tokens(1), wrong]], b=[[tokens(2, finish="stop")]])
+    assert (await read(world.open()))[0] == (1, 2)
+
+
+class Served(LocalStream):
+    """A session of this node that `HomeStream` wraps."""
+
+    request = REQUEST
+    opened, is_granted = 0.0, True
+
+
+async def test_a_session_of_this_node_is_carried_from_its_next_chunk_on():
+    held, more = asyncio.Event(), replace_struct(tokens(3, finish="stop"), position=2)
+    world = World(here=[], b=[[Granted(), Standing(2), LET_GO, more]])
+    stream, gone = Served([tokens(1).chunk, held, tokens(2).chunk, asyncio.Event()]), []
+
+    def route(home, begun):
+        limits = Limits(1.0, 10.0)
+        tools = Tools(world, world.clock, limits)
+        return RoutedStream(home.request, 5.0, to("here"), world, tools, begun)
+
+    home = HomeStream(cast("Stream", stream), 5.0, route, gone.append)
+    assert (await anext(home)).tokens == (1,)
+    reading = asyncio.create_task(anext(home))
+    await asyncio.sleep(0)
+    home.when_routed(lambda routed: routed.move(to("b"), "drain"))
+    assert (home.routed, home.is_moving) == (None, True)
+    held.set()
+    assert (await reading).tokens == (2,)
+    assert home.routed is not None
+    assert (await anext(home)).tokens == (3,)
+    with pytest.raises(StopAsyncIteration):
+        await anext(home)
+    assert stream.cancelled.is_set()
+    assert world.asked[0][1].request.resumed == (1, 2)

@@ -44,6 +44,16 @@ def test_a_changed_bit_never_comes_through(place, change):
     assert not reader.is_between
 
 
+@given(st.lists(st.binary(max_size=60), max_size=5), st.sampled_from([None, SECRET]))
+def test_noise_is_refused_with_a_typed_error_or_waits_for_more(pieces, secret):
+    reader = FrameReader(secret, "b")
+    try:
+        found = [payload for piece in pieces for payload in reader.feed(piece)]
+    except MessageError:
+        return
+    assert secret is None or not found
+
+
 @pytest.mark.parametrize("order", [(1, 0), (1,), (0, 0)])
 def test_frames_in_another_order_left_out_or_repeated_are_refused(order):
     frames = framed([b"one", b"two"])

@@ -2,16 +2,19 @@
 
 import asyncio
 import contextlib
+import io
 import ssl
 from datetime import UTC, datetime
 
 import aiohttp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sllm_node.cluster import folder
 from sllm_node.cluster.file import load_cluster
 from sllm_node.cluster.transport import PREFIX, Client, Listener
-from sllm_node.cluster.trust import KeyTrust, open_trust
+from sllm_node.cluster.trust import REQUEST_LIMIT, KeyTrust, open_trust
 from sllm_node.core.errors import (
     ListenError,
     MessageFormatError,
@@ -41,6 +44,7 @@ class Rig:
             "many": self._many,
             "endless": self._endless,
             "silent": self._silent,
+            "left": self._left,
         }
         self.listener = Listener(server, handlers, 5.0, self.refused.append)
         self.client = Client(client, lambda peer: self.address if peer == B else None)
@@ -58,6 +62,9 @@ class Rig:
 
     async def _silent(self, sender, payload, reply):
         await asyncio.Event().wait()
+
+    async def _left(self, sender, payload, reply):
+        raise ConnectionResetError("Cannot write to closing transport")
 
 
 @contextlib.asynccontextmanager
@@ -160,6 +167,78 @@ async def test_noise_is_refused(body):
         async with http.post(f"http://{rig.address}{PREFIX}echo", data=body) as response:
             assert response.status == 403
         assert await rig.client.ask(B, "echo", b"still here", 5.0) == b"a:still here"
+
+
+async def post(http, rig, body):
+    async with http.post(f"http://{rig.address}{PREFIX}echo", data=body) as response:
+        return response.status, (await response.text()).partition(":")[0]
+
+
+def damaged(sealed, place, change, cut, more):
+    """Return a sealed message with one byte changed, a part cut off, and bytes added behind it."""
+    at = place % len(sealed)
+    data = sealed[:at] + bytes([sealed[at] ^ change]) + sealed[at + 1 :]
+    return data[: len(data) - cut % len(data)] + more
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.integers(0), st.integers(0, 255), st.integers(0, 400) | st.just(0), st.binary(max_size=40)
+        ),
+        min_size=1, max_size=8,
+    )
+)  # fmt: skip
+async def test_damaged_messages_are_refused_by_a_listener_with_a_typed_error(damages):
+    """Cut off, changed, of another version, continued: none is taken, and the next good one is."""
+    known = {"wrong_key", "message_format", "protocol_version", "unknown_sender", "misdirected"}
+    async with rigged(key_trust(B), key_trust(A)) as rig, aiohttp.ClientSession() as http:
+        other = key_trust(A, boot=8)
+        for damage in damages:
+            sealed = other.send(b"hello", B).body
+            if (data := damaged(sealed, *damage)) != sealed:
+                status, code = await post(http, rig, data)
+                assert status == 403
+                assert code in known
+                assert rig.refused.pop().code == code
+        assert await rig.client.ask(B, "echo", b"still here", 5.0) == b"a:still here"
+
+
+async def test_a_message_of_another_version_is_refused():
+    async with rigged(key_trust(B), key_trust(A)) as rig, aiohttp.ClientSession() as http:
+        sealed = bytearray(key_trust(A).send(b"hello", B).body)
+        sealed[4] += 1
+        assert await post(http, rig, bytes(sealed)) == (403, "protocol_version")
+
+
+async def test_a_message_for_another_node_is_refused():
+    async with rigged(key_trust(B), key_trust(A)) as rig, aiohttp.ClientSession() as http:
+        body = key_trust(A).send(b"hello", NodeId("c")).body
+        assert await post(http, rig, body) == (403, "misdirected")
+
+
+@pytest.mark.parametrize("says_its_length", [True, False])
+async def test_a_message_above_the_limit_is_refused_and_counted(says_its_length):
+    async def pieces():
+        for _ in range(10):
+            yield bytes(1 << 20)
+
+    async with rigged(key_trust(B), key_trust(A)) as rig, aiohttp.ClientSession() as http:
+        body = io.BytesIO(bytes(REQUEST_LIMIT + (1 << 20))) if says_its_length else pieces()
+        with contextlib.suppress(aiohttp.ClientError):  # closed before all was sent
+            assert await post(http, rig, body) == (403, "message_too_large")
+        async with asyncio.timeout(30):
+            while not rig.refused:
+                await asyncio.sleep(0)
+        assert [error.code for error in rig.refused] == ["message_too_large"]
+        assert await rig.client.ask(B, "echo", b"still here", 5.0) == b"a:still here"
+
+
+async def test_a_peer_that_leaves_in_the_middle_of_an_answer_is_no_error_of_ours(rig, caplog):
+    with pytest.raises(PeerUnreachableError):
+        await rig.client.ask(B, "left", b"", 5.0)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 async def test_an_answer_with_another_secret_is_not_believed():

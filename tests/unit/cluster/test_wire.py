@@ -29,10 +29,13 @@ CHUNK = GenerationChunk(
     "é", (1, 2), (TokenLogprob(1, "a", -0.5, ((1, "a", -0.5),), 3),), "stop", "a"
 )
 RECORDS = [
-    wire.Waiting(), wire.Waiting(model_status()), wire.Granted(), wire.Tokens(CHUNK),
+    wire.Waiting(), wire.Waiting(model_status()), wire.Granted(), wire.Tokens(CHUNK, 3), wire.Standing(4),
     wire.Refusal("why", b"doc"), wire.Failed("code", "words", 1.5, "n"),
 ]  # fmt: skip
-READERS = [wire.unpack_forward, wire.unpack_describe, wire.unpack_described, wire.unpack_record]
+READERS = [
+    wire.unpack_forward, wire.unpack_describe, wire.unpack_described, wire.unpack_extend,
+    wire.unpack_record,
+]  # fmt: skip
 
 
 def test_what_is_asked_comes_back_as_it_was():

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from sllm_node.engine.decode_kernels import ROWS_MAX, GatedUnit, Matrix, RmsNorm
-from sllm_node.engine.decode_ops import DecodeOps, KernelOps, ReferenceOps
+from sllm_node.engine.decode_kernels import GatedUnit, Matrix, RmsNorm
+from sllm_node.engine.decode_ops import OURS_MAX, DecodeOps, KernelOps, ReferenceOps
 from tests.emulation.cpu_kernels import CpuKernels, is_possible
 
 pytestmark = pytest.mark.skipif(not is_possible(), reason="needs g++")
-ROWS, INNER = ROWS_MAX + 1, 64
+ROWS, INNER = OURS_MAX + 1, 64
 HEIGHTS = [32, 16, 16]
 OPS: tuple[DecodeOps, ...] = (KernelOps(CpuKernels(), 100), ReferenceOps())
 

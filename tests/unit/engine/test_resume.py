@@ -105,3 +105,39 @@ async def test_preempted_sessions_replay_and_no_stream_has_a_token_twice(checkpo
             )
             assert one._preempted._value.get()
         assert [(text, tokens) for text, tokens, *_ in got] == alone
+
+
+@pytest.mark.parametrize("caching", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+async def test_a_session_that_holds_takes_rounds_of_tokens_and_goes_on_when_let_go(
+    checkpoint, mode, caching
+):
+    async with engine_of(checkpoint, block_tokens=4, prefix_cache=caching) as engine:
+        _, tokens, *_ = await collect(engine.submit(ask(PROMPT, 30, SAMPLED)))
+        for first, rounds in [(0, (3, 9)), (5, ()), (5, (5, 6, 7)), (0, ()), (1, (20, 28))]:
+            request = ask(PROMPT, 30, SAMPLED, resumed=tokens[:first], resume=mode, held=True)
+            moved = engine.submit(request)
+            at = await moved.standing(-1)
+            assert at == first
+            for end in rounds:
+                moved.extend(max(0, at - 1), tokens[max(0, at - 1) : end], lets_go=False)
+                at = end if end == at else await moved.standing(at)
+                assert at == end
+            moved.extend(at, tokens[at : at + 1], lets_go=True)
+            moved.extend(at, tokens[at : at + 5], lets_go=True)  # late copies change nothing
+            _, rest, _, finish = await collect(moved)
+            assert tokens[: at + 1] + rest == tokens
+            assert finish == "length"
+            assert await moved.standing(-1) is None
+
+
+async def test_a_session_that_holds_is_no_stall_and_leaves_nothing_when_cancelled(checkpoint):
+    async with engine_of(checkpoint, block_tokens=4) as engine:
+        tokens = (await collect(engine.submit(ask(PROMPT, 20))))[1]
+        moved = engine.submit(ask(PROMPT, 20, resumed=tokens[:7], held=True))
+        assert await moved.standing(-1) == 7
+        assert engine.watch._since is None
+        assert (await collect(engine.submit(ask(PROMPT, 20))))[1] == tokens
+        moved.cancel()
+        assert await moved.standing(7) is None
+        assert (engine.running, engine.waiting) == (0, 0)

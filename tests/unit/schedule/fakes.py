@@ -148,15 +148,34 @@ class FakeStore:
 
 
 class FakeGeneration:
-    """`max_tokens` tokens, one a step."""
+    """`max_tokens` tokens, one a step; one that holds has computed at once what it knows."""
 
     def __init__(self, replica: "FakeReplica", request: GenerationRequest):
         self.replica = replica
         self.request = request
         self.made = len(request.resumed)
         self.is_cancelled = asyncio.Event()
+        self.is_holding = request.held
+        self.looked = asyncio.Event()
+
+    async def standing(self, told):
+        while self.is_holding and not self.is_cancelled.is_set():
+            if self.made > told:
+                return self.made
+            self.looked.clear()
+            await self.looked.wait()
+        return None
+
+    def extend(self, position, tokens, *, lets_go):
+        assert position <= self.made
+        self.made = max(self.made, position + len(tokens))
+        self.is_holding = not lets_go
+        self.looked.set()
 
     async def __anext__(self):
+        while self.is_holding and not self.is_cancelled.is_set():
+            self.looked.clear()
+            await self.looked.wait()
         step = asyncio.ensure_future(asyncio.sleep(STEP_S * self.replica.engines.pace))
         cancelled = asyncio.ensure_future(self.is_cancelled.wait())
         await asyncio.wait([step, cancelled], return_when=asyncio.FIRST_COMPLETED)
@@ -174,6 +193,7 @@ class FakeGeneration:
 
     def cancel(self):
         self.is_cancelled.set()
+        self.looked.set()
         self.replica.running.discard(self.request.session)
 
 

@@ -13,6 +13,7 @@ from sllm_node.core.errors import (
     DrainingError,
     EngineError,
     InvalidRequestError,
+    JournalError,
     LoadFailedError,
     ModelBusyError,
     ModelNotFoundError,
@@ -21,7 +22,7 @@ from sllm_node.core.errors import (
     QueueTimeoutError,
     StorageReadError,
 )
-from sllm_node.core.types import ModelState, SessionId, Tier
+from sllm_node.core.types import ModelId, ModelState, SessionId, Tier
 from sllm_node.library.dicts import save as save_dict
 from sllm_node.schedule.stream import request_of
 from tests.sim.loop import run
@@ -759,3 +760,45 @@ async def test_closing_in_the_middle_of_everything_leaves_nothing(node):
     await departing
     with pytest.raises((CancelledByOperatorError, DrainingError)):
         await loading
+
+
+# --- pins that outlive the process ----------------------------------------------------------------
+
+
+class Pins:
+    def __init__(self, problem=None):
+        self.problem = problem
+        self.kept = set()
+
+    async def keep(self, model):
+        if self.problem:
+            raise self.problem
+        self.kept.add(model)
+
+    async def drop(self, model):
+        if self.problem:
+            raise self.problem
+        self.kept.discard(model)
+
+
+@on_virtual_time
+async def test_a_pin_is_kept_before_it_counts_and_dropped_before_it_ends(node):
+    n = node()
+    n.service.pins = Pins()
+    await n.service.pin("a")
+    assert (n.service.pins.kept, n.service.status("a").pinned) == ({"a"}, True)
+    n.service.pins.problem = JournalError("j", "the disk is full")
+    with pytest.raises(JournalError):
+        await n.service.unpin("a")
+    with pytest.raises(JournalError):
+        await n.service.pin("b")
+    assert (n.service.status("a").pinned, n.service.status("b").pinned) == (True, False)
+
+
+@on_virtual_time
+async def test_models_pinned_before_a_restart_are_loaded_and_held(node):
+    n = node()
+    n.service.preload([ModelId("a"), ModelId("gone")])
+    await asyncio.sleep(LOAD_S + 1)
+    assert n.service.status("a").pinned
+    assert n.service.status("a").state is ModelState.READY

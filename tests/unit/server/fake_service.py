@@ -150,6 +150,10 @@ class FakeService:
         self.acts.append(("cancel", request_id))
         return 2
 
+    def move(self, session, to):
+        self.acts.append(("move", session, to))
+        return {"session": session, "to": to, "migration": session + ".2"}
+
     async def load(self, model):
         self._check(model)
         self.acts.append(("load", model))

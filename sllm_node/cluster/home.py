@@ -1,0 +1,101 @@
+"""A session of this node's reader that this node serves: the service's own stream, until it has to move.
+
+Nothing but a count of its tokens is added to its path. The first move, and a drain that refuses it before
+it began, make a `RoutedStream` of it, which takes the stream over as it is. A reader that waits for the
+next chunk gets it first: so the two never read at once.
+"""
+
+from collections.abc import Callable
+from typing import Self
+
+from sllm_node.cluster.forward import RoutedStream
+from sllm_node.cluster.ways import Begun
+from sllm_node.core.errors import DrainingError
+from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus
+from sllm_node.schedule.stream import Stream
+
+Routing = Callable[["HomeStream", Begun | None], RoutedStream]
+"""Makes the routed stream: of one that runs here, or None: to be placed anew."""
+
+
+class HomeStream:
+    """The chunks of one session; iterate once, and `cancel` if not to the end."""
+
+    def __init__(
+        self, stream: Stream, keep_alive_s: float | None, route: Routing,
+        on_ended: Callable[["HomeStream"], None],
+    ) -> None:  # fmt: skip
+        self.request = stream.request
+        self.keep_alive_s = keep_alive_s
+        self.routed: RoutedStream | None = None
+        """Who carries it since it moved."""
+        self._stream = stream
+        self._route = route
+        self._on_ended = on_ended
+        self._tokens: list[int] = []
+        self._cached: int | None = None
+        self._is_reading = False
+        self._wishes: list[Callable[[RoutedStream], object]] = []
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> GenerationChunk:
+        if self.routed is not None:
+            return await self.routed.__anext__()
+        self._is_reading = True
+        try:
+            chunk = await self._stream.__anext__()
+        except DrainingError:
+            if self._stream.is_granted:
+                self._on_ended(self)
+                raise
+            self.routed = self._route(self, None)
+            return await self.routed.__anext__()
+        except BaseException as error:
+            if isinstance(error, Exception):
+                self._on_ended(self)
+            raise
+        finally:
+            self._is_reading = False
+        self._tokens += chunk.tokens
+        self._cached = chunk.cached_tokens
+        if chunk.finish is not None:
+            self._on_ended(self)
+        elif self._wishes:
+            self._carry()
+        return chunk
+
+    def cancel(self) -> None:
+        """End the session for a reader that went away; a second call does nothing."""
+        if self.routed is not None:
+            self.routed.cancel()
+        else:
+            self._stream.cancel()
+            self._on_ended(self)
+
+    def status(self) -> ModelStatus | None:
+        """Return how the model stands while the session waits for it, else None."""
+        return self._stream.status() if self.routed is None else self.routed.status()
+
+    def session_status(self) -> SessionStatus:
+        """Return what `status` shows of the session."""
+        return (self.routed or self._stream).session_status()
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether a move was asked for that has not begun."""
+        return bool(self._wishes)
+
+    def when_routed(self, wish: Callable[[RoutedStream], object]) -> None:
+        """Have `wish` come true as soon as a routed stream carries it: now, or with its next chunk."""
+        self._wishes.append(wish)
+        if not self._is_reading:
+            self._carry()
+
+    def _carry(self) -> None:
+        wishes, self._wishes = self._wishes, []
+        begun = Begun(self._stream, tuple(self._tokens), self._cached)
+        self.routed = self._route(self, begun)
+        for wish in wishes:
+            wish(self.routed)

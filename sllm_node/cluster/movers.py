@@ -1,0 +1,154 @@
+"""Which sessions of this node's readers move where: as an operator says, and away from nodes that drain.
+
+The node with the reader decides; whoever drains only says that it does (its state), here or at a peer.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Final
+
+from sllm_node.cluster.choice import Choice, choose, request_for
+from sllm_node.cluster.forward import RoutedStream
+from sllm_node.cluster.home import HomeStream
+from sllm_node.cluster.move import MoveReport
+from sllm_node.cluster.peers import Peers
+from sllm_node.cluster.state import ResumeFit
+from sllm_node.core.clock import Clock
+from sllm_node.core.errors import MoveRefusedError, SllmError
+from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import NodeId
+
+log = logging.getLogger(__name__)
+
+RECENT: Final = 100
+"""Moves that the status tells of."""
+AGAIN_S: Final = 1.0
+"""After a move that failed, the same session is left alone for so long."""
+Carried = HomeStream | RoutedStream
+
+
+class Movers:
+    """Begins moves, and counts them."""
+
+    def __init__(
+        self, peers: Peers, metrics: Metrics, clock: Clock, sessions: Callable[[], list[Carried]]
+    ) -> None:
+        self._peers = peers
+        self._metrics = metrics
+        self._clock = clock
+        self._sessions = sessions
+        self._recent: deque[MoveReport] = deque(maxlen=RECENT)
+        self._failed_at: dict[str, float] = {}
+
+    def move(self, session: str, to: NodeId, reason: str) -> dict[str, str]:
+        """Begin a move.
+
+        Raises:
+            MoveRefusedError: it can't be.
+        """
+        found = next((s for s in self._sessions() if s.request.session == session), None)
+        if found is None:
+            why = "no client of this node has it; ask the node that its client is connected to"
+            raise MoveRefusedError(session, why)
+        if to != self._peers.me and to not in self._peers.view.nodes:
+            raise MoveRefusedError(
+                session, f"node {to!r} is not in the cluster or can't be reached"
+            )
+        if to == self._at(found):
+            raise MoveRefusedError(session, f"it is at node {to!r} already")
+        self._peers.refresh()
+        choice = self._choose(found, frozenset(self._peers.view.nodes) - {to})
+        if choice is None:
+            raise MoveRefusedError(session, f"node {to!r} can't take it: not the model, or no room")
+        return {"session": session, "to": to, "migration": self._begin(found, choice, reason)}
+
+    def evacuate(self) -> None:
+        """Begin to move sessions away from the nodes that drain, as far as there are others."""
+        nodes = self._peers.view.nodes
+        draining = {name for name, node in nodes.items() if node.state.is_draining}
+        if not draining:
+            return
+        for session in self._sessions():
+            at, name = self._at(session), session.request.session
+            too_soon = self._clock.now() - self._failed_at.get(name, float("-inf")) < AGAIN_S
+            if at not in draining or too_soon or self._is_moving(session):
+                continue
+            choice = self._choose(session, frozenset(draining))
+            if choice is None:
+                continue
+            try:
+                self._begin(session, choice, "drain")
+            except SllmError as error:
+                log.info("session not moved", extra={"session": name, "error": str(error)})
+
+    def told(self, report: MoveReport) -> None:
+        """Take note of how a move ended."""
+        metrics = self._metrics
+        metrics.migrations.labels(report.outcome, report.reason).inc()
+        if report.outcome == "moved":
+            metrics.migration_rounds.observe(report.rounds + 1)
+            metrics.migration_round_tokens.observe(report.last)
+            metrics.migration_bytes.inc(report.bytes_sent)
+            if report.gap_s is not None:
+                metrics.migration_gap_seconds.observe(report.gap_s)
+            self._failed_at.pop(report.session, None)
+        elif report.outcome == "failed":
+            now = self._clock.now()
+            recent = {name: at for name, at in self._failed_at.items() if now - at < AGAIN_S}
+            self._failed_at = {**recent, report.session: now}
+        else:
+            self._failed_at.pop(report.session, None)
+        gap_s = None if report.gap_s is None else round(report.gap_s, 4)
+        fields = {**report.fields(), "outcome": report.outcome, "gap_s": gap_s}
+        if report.error:
+            fields["error"] = report.error
+        log.info("session move ended", extra=fields)
+
+    def recent(self) -> list[dict[str, Any]]:
+        """Return the last moves, the newest first."""
+        return [asdict(report) for report in reversed(self._recent)]
+
+    def _begin(self, session: Carried, choice: Choice, reason: str) -> str:
+        fit = self._fit(session, choice.node)
+        if isinstance(session, HomeStream) and session.routed is None:
+            if session.is_moving:
+                raise MoveRefusedError(session.request.session, "it is moving already")
+            number = f"{session.request.session}.2"
+            session.when_routed(lambda routed: self._start(routed, choice, reason, fit))
+            return number
+        routed = session.routed if isinstance(session, HomeStream) else session
+        assert routed is not None
+        report = routed.move(choice, reason, fit)
+        self._recent.append(report)
+        return report.id
+
+    def _start(
+        self, routed: RoutedStream, choice: Choice, reason: str, fit: ResumeFit | None
+    ) -> None:
+        try:
+            self._recent.append(routed.move(choice, reason, fit))
+        except SllmError as error:
+            fields = {"session": routed.request.session, "error": str(error)}
+            log.info("session not moved", extra=fields)
+
+    def _choose(self, session: Carried, excluded: frozenset[NodeId]) -> Choice | None:
+        view = self._peers.view
+        asked = request_for(view, session.request.model, session.request.priority)
+        return choose(view, asked, self._peers.me, self._clock.now(), excluded)
+
+    def _at(self, session: Carried) -> NodeId:
+        if isinstance(session, HomeStream):
+            return self._peers.me if session.routed is None else session.routed.node
+        return session.node
+
+    def _is_moving(self, session: Carried) -> bool:
+        if isinstance(session, HomeStream):
+            return session.is_moving
+        return not session.can_move
+
+    def _fit(self, session: Carried, node: NodeId) -> ResumeFit | None:
+        found = self._peers.view.nodes.get(node)
+        held = None if found is None else found.held.get(session.request.model)
+        return None if held is None else held.resume

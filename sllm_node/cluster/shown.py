@@ -1,0 +1,57 @@
+"""What a node shows of the cluster: models that only peers have, and why a request would go where. Pure."""
+
+from typing import Any
+
+from sllm_node.cluster.choice import choose, request_for
+from sllm_node.cluster.placement import explain
+from sllm_node.cluster.state import HeldModel
+from sllm_node.cluster.view import ClusterView
+from sllm_node.core.types import ModelId, ModelState, ModelStatus, NodeId, Tier
+
+
+def status_elsewhere(view: ClusterView, held: HeldModel) -> ModelStatus:
+    """Return how a model stands that this node does not have."""
+    replicas = [
+        replica for node in view.nodes.values() for replica in node.by_model.get(held.model, ())
+    ]
+    is_ready = any(replica.ready_s <= 0 for replica in replicas)
+    coming = ModelState.LOADING if replicas else ModelState.IDLE
+    return ModelStatus(
+        model=held.model,
+        state=ModelState.READY if is_ready else coming,
+        tier=Tier.REMOTE,
+        bytes_total=held.bytes_decoded,
+        bytes_by_tier={},
+        dtype="", architecture="",
+        context_tokens=held.context_tokens,
+        pinned=any(replica.is_pinned for replica in replicas), priority=0,
+        running=sum(len(replica.sessions) for replica in replicas), waiting=0,
+        keep_alive_until_s=None, progress=None, created=held.created,
+        devices=tuple(
+            f"{name}/{share.device}"
+            for name, node in sorted(view.nodes.items())
+            for replica in node.by_model.get(held.model, ())
+            for share in replica.shares
+        ),
+    )  # fmt: skip
+
+
+def explanation(view: ClusterView, model: ModelId, me: NodeId, now: float) -> dict[str, Any]:
+    """Return where a request for `model` would go now, and what all ways were estimated at."""
+    asked = request_for(view, model)
+    choice = choose(view, asked, me, now)
+    return {
+        "model": model,
+        "node": None if choice is None else choice.node,
+        "reason": "no node has this model" if choice is None else choice.reason,
+        "candidates": [
+            {
+                "node": c.node, "devices": list(c.devices), "way": c.kind.name.lower(),
+                "startup_s": c.startup_s, "wait_s": c.wait_s, "load_s": c.load_s,
+                "source": None if c.source is None else c.source.value,
+                "crowding": c.crowding, "evicts": list(c.evicts), "moves": len(c.moves),
+                "reason": c.reason,
+            }
+            for c in explain(view, asked, now)
+        ],
+    }  # fmt: skip

@@ -1,0 +1,79 @@
+"""What a session of this node's readers asks of the node: placement, peers, clock, and who takes note."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from sllm_node.cluster.choice import Choice
+from sllm_node.cluster.move import MoveReport
+from sllm_node.cluster.part import Asking
+from sllm_node.cluster.reservations import Ask
+from sllm_node.cluster.state import NodeState
+from sllm_node.core.clock import Clock
+from sllm_node.core.errors import SllmError
+from sllm_node.core.types import GenerationRequest, NodeId, TokenIds
+from sllm_node.schedule.stream import Stream
+
+if TYPE_CHECKING:
+    from sllm_node.cluster.forward import RoutedStream
+
+
+class Ways(Protocol):
+    """What a session asks of the router."""
+
+    def choose(self, request: GenerationRequest, excluded: frozenset[NodeId]) -> Choice | None:
+        """Place it anew."""
+
+    def ask(self, choice: Choice, request: GenerationRequest) -> Ask:
+        """Return what the choice counts on."""
+
+    def open_local(self, request: GenerationRequest, keep_alive_s: float | None) -> Stream:
+        """Begin it here."""
+
+    def learn(self, state: NodeState) -> None:
+        """Take the state that came with a refusal."""
+
+    def lost(self, node: NodeId, error: SllmError) -> None:
+        """Take note that a node can't be reached."""
+
+    def started(self, choice: Choice, model: str, seconds: float) -> None:
+        """Take note that a session runs, so long after it was placed."""
+
+    def left(self, choice: Choice, model: str, outcome: str) -> None:
+        """Take note of how a node's part in a session ended."""
+
+    def ended(self, stream: "RoutedStream") -> None:
+        """Take note that a session has ended."""
+
+    def moved(self, report: MoveReport) -> None:
+        """Take note of how a move ended."""
+
+    async def changed(self, timeout_s: float) -> bool:
+        """Wait until something is heard of the cluster; False: nothing for so long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How patient a session is, in seconds."""
+
+    silence_s: float
+    """A node that says nothing for so long is given up."""
+    patience_s: float
+    """How long a session waits for any node that can take it, after one was lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What all routed sessions of a node share."""
+
+    client: Asking
+    clock: Clock
+    limits: Limits
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """A session that this node has served until now, without a `RoutedStream`."""
+
+    stream: Stream
+    tokens: TokenIds
+    cached: int | None
