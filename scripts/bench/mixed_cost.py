@@ -17,7 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,8 +37,10 @@ from sllm_node.engine.runner import Runner, StepPart
 from sllm_node.engine.sampling import SamplingRow
 from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import LayerShape
+from sllm_node.engine.step_graphs import StepGraphs
 
 LAYERS, HEADS, KV_HEADS, SIZE, BLOCK_TOKENS = 32, 4, 1, 64, 16
+T = TypeVar("T")
 MULTIPROCESSORS = 132
 VIEWS = {
     "view",
@@ -76,7 +78,7 @@ class _Ops(KernelOps):
 class _Graphs:
     """Graphs that replay nothing."""
 
-    def capture(self, compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    def capture(self, compute: Callable[[], T]) -> Callable[[], T]:
         made = compute()
         return lambda: made
 
@@ -149,7 +151,7 @@ def made_runner(kernels: StepKernels, slots: int) -> Runner:
     decoder = FusedDecoder.of(model, shapes, _Ops(kernels, 32768))
     assert decoder is not None
     memory = ScratchMemory(torch.device("cpu"))
-    decode = DecodeBatch(decoder, cache, BLOCK_TOKENS, 2048, memory, _Graphs())
+    decode = DecodeBatch(decoder, cache, BLOCK_TOKENS, 2048, memory, StepGraphs(_Graphs(), 1000))
     return Runner(model, cache, BLOCK_TOKENS, decode)
 
 

@@ -24,6 +24,7 @@ from sllm_node.engine.fused import FusedDecoder, Scratch, Tokens
 from sllm_node.engine.kv import KvCache, KvPart, PagedStep, slot_numbers
 from sllm_node.engine.paged_attention import AttendLayer, KvTables, Scoring
 from sllm_node.engine.scratch import ScratchMemory
+from sllm_node.engine.step_graphs import StepGraphs
 from sllm_node.engine.upload import Numbers as Array
 from sllm_node.engine.upload import upload_all
 
@@ -32,13 +33,6 @@ _CAPTURED_MAX: Final = 512
 """Tokens: steps of up to so many are filled up to multiples, and captured."""
 _TABLE_STEP: Final = 16
 """Tables are sent in multiples of so many blocks."""
-
-
-class Graphs(Protocol):
-    """What captures steps: `graphs.CudaGraphs`."""
-
-    def capture(self, compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Return a function that does what `compute` does."""
 
 
 class Pieces(Protocol):
@@ -185,8 +179,7 @@ class _Size:
     numbers: torch.Tensor  # (3, T) int32: ids, positions, slots
     memory: Scratch
     pieces: list[Callable[[], object]]
-    is_used: bool = False
-    is_captured: bool = False
+    """They keep the rotary angles, which graphs of them read."""
 
 
 class MixedSteps:
@@ -199,7 +192,7 @@ class MixedSteps:
         block_tokens: int,
         sizes: Sequence[int],
         memory: ScratchMemory,
-        graphs: Graphs | None,
+        graphs: StepGraphs | None,
     ) -> None:
         """`sizes`: numbers of decoding sessions, rising; `graphs` None: nothing is captured."""
         self._decoder = decoder
@@ -233,12 +226,14 @@ class MixedSteps:
 
     def close(self) -> None:
         """Drop graphs and memory."""
+        if self._graphs is not None:
+            self._graphs.drop(self)
         self._kept.clear()
 
     @property
     def graphs(self) -> int:
         """How many graphs there are."""
-        return sum(len(size.pieces) for size in self._kept.values() if size.is_captured)
+        return 0 if self._graphs is None else self._graphs.count(self)
 
     def _size_for(self, extent: _Extent) -> _Size:
         tokens = -(-extent.tokens // _CAPTURED_STEP) * _CAPTURED_STEP
@@ -267,20 +262,11 @@ class MixedSteps:
         )
         return first.view(torch.int32).view(3, tokens), Scratch(*views)
 
-    def _pieces_of(self, size: _Size) -> list[Callable[[], object]]:
-        if self._graphs is not None and size.is_used and not size.is_captured:
-            size.pieces = [self._captured(self._graphs, piece, size) for piece in size.pieces]
-            size.is_captured = True
-        size.is_used = True
-        return size.pieces
-
-    @staticmethod
-    def _captured(graphs: Graphs, piece: Callable[[], object], size: _Size) -> Callable[[], object]:
-        def compute() -> torch.Tensor:
-            piece()
-            return size.memory.hidden
-
-        return graphs.capture(compute)
+    def _pieces_of(self, size: _Size) -> Sequence[Callable[[], object]]:
+        tokens = size.numbers.shape[1]
+        if self._graphs is None or self._kept.get(tokens) is not size:
+            return size.pieces
+        return self._graphs.of(self, ("mixed", tokens), size.pieces)
 
 
 def _leading(parts: Sequence[KvPart], most: int) -> int:

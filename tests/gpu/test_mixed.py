@@ -17,6 +17,7 @@ from sllm_node.engine.mixed import MixedSteps
 from sllm_node.engine.paged_attention import Scoring
 from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import LayerShape
+from sllm_node.engine.step_graphs import StepGraphs
 from tests.gpu.test_fused import BLOCK_TOKENS, small_model
 from tests.gpu.test_loads import open_devices
 from tests.unit.engine.test_flash import ends_of, oracle
@@ -62,7 +63,9 @@ def test_logits_are_as_near_to_the_truth_as_torchs(family):
     (device,) = open_devices(1, 600 * MIB)
     kernels = step_kernels(device)
     assert kernels is not None
-    found, again, captured = logits_of(model, KernelOps(kernels, 512), device, CudaGraphs())
+    found, again, captured = logits_of(
+        model, KernelOps(kernels, 512), device, StepGraphs(CudaGraphs(GPU), 100)
+    )
     assert torch.equal(again, found)
     assert torch.equal(captured, found)
     torchs = logits_of(model, ReferenceOps(), device)[0].double()
