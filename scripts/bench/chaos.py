@@ -173,6 +173,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=24)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--memory-mib", type=int, default=0, help="of the device")
     parser.add_argument("--growth-mib", type=float, default=96.0)
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
@@ -183,7 +184,8 @@ def main() -> int:
         is_cpu = arguments.device == "cpu"
         settings = {
             "kv_cache_bytes": 8 << 20,
-            "memory_bytes": (28 << 20) + sum(sizes) // 2 if is_cpu else 160 << 20,
+            "memory_bytes": (arguments.memory_mib << 20)
+            or ((28 << 20) + sum(sizes) // 2 if is_cpu else 160 << 20),
             "device": arguments.device,
         }
         with NodeProcess(Path(name), store, **settings) as node:

@@ -115,6 +115,9 @@ def same_bytes(run: Run, lease: Lease) -> bool:
 COMPARED_AT_ONCE = 128
 COPIED_BYTES = 4 * GIB
 SMALL_POOL_BYTES = GIB // 2
+HELD_SHARE = 2
+"""Of the raw bytes: what the pool of `codec` and the copy's memory take, not more, as both checkpoints
+come on top of it."""
 
 
 async def store_of(run: Run, **config: Any) -> Store:
@@ -391,7 +394,8 @@ def main() -> None:
     )
     parser.add_argument(
         "--hold", action="store_true",
-        help="codec: take the pool's memory before checkpoints on tmpfs take theirs, and give it back",
+        help="codec: take the pool's memory before checkpoints on tmpfs take theirs, and give it back;\n"
+        "twice the raw bytes, and the checkpoints beside it",
     )  # fmt: skip
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -409,7 +413,7 @@ def main() -> None:
     for scenario in scenarios:
         encoded, kind = None, TWICE.get(scenario, random_checkpoint.FINITE)
         if scenario in TWICE:
-            with _held(3 * _raw_bytes(options.shape) if options.hold else 0):
+            with _held(HELD_SHARE * _raw_bytes(options.shape) if options.hold else 0):
                 checkpoint, encoded = _both(options.store, options.shape, kind)
         assert checkpoint is not None
         devices = _devices(options.devices.split(","), checkpoint.index.size)
@@ -458,12 +462,17 @@ def _held(size: int) -> Iterator[None]:
     from the GPUs (27 GB/s were seen, not 55). Checkpoints on tmpfs take theirs before the pool does; a
     node that starts with its machine finds it the other way round, and so does the pool behind this.
     """
-    region = map_memory(size, huge_pages=True) if size else None
-    if region is not None:
+    if not size:
+        yield
+        return
+    start = time.perf_counter()
+    region = map_memory(size, huge_pages=True)
+    try:
         with memoryview(region) as view:
             touch(view, huge_pages=True)
-    yield
-    if region is not None:
+        print(f"held {size / 1e9:.1f} GB after {time.perf_counter() - start:.1f} s", flush=True)
+        yield
+    finally:
         region.close()
 
 

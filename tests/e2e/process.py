@@ -52,12 +52,15 @@ class NodeProcess:
         self.log = folder / "node.log"
         self.config.write_text(CONFIG.format(store=str(store), **{**DEFAULTS, **settings}) + extra)
         self.messages: list[str] = []
+        self.environment: dict[str, str] = {}
+        """Besides this process's own."""
 
     def __enter__(self) -> Self:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = f"\0sllm-e2e-{os.getpid()}-{id(self)}"
         self._socket.bind(address)
         environment = {**os.environ, "NOTIFY_SOCKET": "@" + address[1:], "HF_HUB_OFFLINE": "1"}
+        environment |= self.environment
         command = [sys.executable, "-m", "sllm_node", "serve", "--config", str(self.config)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
