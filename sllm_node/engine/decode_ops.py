@@ -19,14 +19,13 @@ from sllm_node.engine.decode_kernels import (
     Angles,
     GatedUnit,
     Heads,
-    Kernels,
     KvSlots,
     Matrix,
     RmsNorm,
 )
 from sllm_node.engine.gathered import Gathered, GatherLayer
 from sllm_node.engine.joined import joined_columns, joined_rows
-from sllm_node.engine.kernel_tensors import HALVES
+from sllm_node.engine.kernel_tensors import HALVES, Kernels
 from sllm_node.engine.paged_attention import AttendLayer, KvTables, Scoring, Splits
 from sllm_node.engine.segments import JoinLayer, Look
 

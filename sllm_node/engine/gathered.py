@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from sllm_node.device.step_parameters import GATHER, Variant
-from sllm_node.engine.decode_kernels import Kernels
 from sllm_node.engine.kernel_tensors import (
+    Kernels,
     aligned_address,
     check_heads,
     check_integers,

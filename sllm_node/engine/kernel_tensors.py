@@ -1,18 +1,53 @@
-"""What kernels ask of tensors: checked before a launch, because a kernel can't say what is wrong.
+"""What kernels ask of tensors, checked before a launch, and what launches them.
+
+A kernel can't say what is wrong with what it is given.
 
 Checks of tensors come with each launch and put words together only when something is wrong: a dtype's
 name alone takes longer than all that is compared.
 """
 
-from typing import Final
+from collections.abc import Callable
+from typing import Final, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sllm_node.core.errors import KernelError
+from sllm_node.device.step_parameters import Variant
 
 HALVES: Final = (torch.bfloat16, torch.float16)
 FLOATS: Final = (*HALVES, torch.float32)
 ALIGNMENT: Final = 16
+
+
+class Kernels(Protocol):
+    """What launches kernels: `device.step_kernels.StepKernels`."""
+
+    multiprocessors: int
+
+    def blocks(self, variant: Variant, threads: int) -> int:
+        """Return how many thread blocks fit on a multiprocessor at once."""
+
+    def launch(
+        self,
+        variant: Variant,
+        grid: tuple[int, int, int],
+        threads: int,
+        parameters: npt.NDArray[np.void],
+        stream: int,
+    ) -> None:
+        """Enqueue a variant with one record of parameters."""
+
+    def prepared(
+        self,
+        variant: Variant,
+        grid: tuple[int, int, int],
+        threads: int,
+        parameters: npt.NDArray[np.void],
+        stream: int,
+    ) -> Callable[[], None]:
+        """Return what enqueues it with what the record holds by then, as often as it is called."""
 
 
 def need(kernel: str, fits: bool, found: str) -> None:  # noqa: FBT001 - what is asserted

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from sllm_node.device.step_parameters import ATTENTION, Variant
-from sllm_node.engine.decode_kernels import Kernels
 from sllm_node.engine.kernel_tensors import (
     ALIGNMENT,
+    Kernels,
     aligned_address,
     check_heads,
     check_integers,

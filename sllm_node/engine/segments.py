@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from sllm_node.device.step_parameters import JOIN, Variant
-from sllm_node.engine.decode_kernels import Kernels
 from sllm_node.engine.kernel_tensors import (
+    Kernels,
     aligned_address,
     check_heads,
     check_integers,
@@ -30,6 +30,8 @@ JoinLayer = Callable[[Look, Look, torch.Tensor], None]
 _NAME: Final = "join_segments"
 _THREADS: Final = 256
 _ELEMENTS: Final = 8 * _THREADS
+_TOKENS_MAX: Final = 65535
+"""Of a grid's second dimension."""
 
 
 def prepared(
@@ -46,6 +48,7 @@ def prepared(
     need(_NAME, size % 8 == 0, f"heads of {size} elements, which is no multiple of 8")
     check_integers(_NAME, "places", places, output, (3, tokens))
     need(_NAME, places.is_contiguous(), "places that are not contiguous")
+    need(_NAME, tokens <= _TOKENS_MAX, f"{tokens} tokens, more than {_TOKENS_MAX}")
     _check(near, far, output)
     record = np.zeros(1, JOIN)
     record["places"], record["tokens"] = places.data_ptr(), tokens
