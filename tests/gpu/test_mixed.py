@@ -20,7 +20,7 @@ from sllm_node.engine.skeleton import LayerShape
 from sllm_node.engine.step_graphs import StepGraphs
 from tests.gpu.test_fused import BLOCK_TOKENS, small_model
 from tests.gpu.test_loads import open_devices
-from tests.unit.engine.test_flash import ends_of, oracle
+from tests.unit.engine.flash_oracle import ends_of, oracle
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda:0")
