@@ -31,7 +31,7 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[1]
 NEEDED: Final = (
-    "aiohttp", "cryptography", "cuda.bindings", "hypothesis", "jinja2", "msgspec", "numpy", "orjson",
+    "aiohttp", "cuda.bindings", "hypothesis", "jinja2", "msgspec", "numpy", "orjson",
     "prometheus_client", "psutil", "pytest", "pytest_asyncio", "safetensors", "tokenizers", "torch",
     "transformers", "typer", "uvloop", "xxhash",
 )  # fmt: skip

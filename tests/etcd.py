@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -10,16 +9,12 @@ from typing import Any
 
 import pytest
 
+from tests.ports import free_port
+
 FETCHED = Path(__file__).parent.parent / ".etcd" / "usr" / "bin" / "etcd"
 BINARY = shutil.which("etcd") or (str(FETCHED) if FETCHED.exists() else None)
 needs_etcd = pytest.mark.skipif(BINARY is None, reason="no etcd server here: run scripts/etcd")
 START_S = 60.0
-
-
-def free_port():
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 class Etcd:

@@ -52,6 +52,7 @@ from scripts.bench.figures import commit, describe_machine
 from tests.e2e import cluster_nodes
 from tests.e2e.process import NodeProcess
 from tests.models import make_checkpoint
+from tests.ports import free_port
 
 NAMES: Final = ("a", "b", "c", "d")
 FAMILIES: Final = ("llama", "qwen3", "mistral", "gpt2", "phi", "olmo2")
@@ -90,7 +91,7 @@ class Rig:
         self.holders = {model: draw.sample(NAMES, draw.randint(1, 3)) for model in self.models}
         for name in NAMES:
             self._store(name)
-        self.file = cluster_nodes.make_cluster(place / "shared", NAMES)
+        self.file = cluster_nodes.make_cluster(place / "shared", NAMES, timing=cluster_nodes.QUICK)
         self.relayed: dict[str, Path] = {}
         self.network = self._relay()
         self.nodes: dict[str, NodeProcess] = {}
@@ -121,7 +122,7 @@ class Rig:
         addresses = dict(re.findall(r'id = "(.)"\naddress = "([^"]+)"', text))
         assert len(addresses) == len(NAMES), text
         pairs = itertools.permutations(NAMES, 2)
-        ports = {pair: cluster_nodes.free_port() for pair in pairs}
+        ports = {pair: free_port() for pair in pairs}
         for me in NAMES:
             own = text
             for name in set(NAMES) - {me}:

@@ -30,6 +30,7 @@ from sllm_node.checkpoint.sinks import ENCODED_CHUNK_BYTES
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec import exponent
 from sllm_node.codec.names import EXPONENT
+from sllm_node.core.allocator import keep_freed_memory
 from sllm_node.core.units import GIB, MIB, PAGE, align_up
 
 CHUNK = 2 * MIB
@@ -163,6 +164,7 @@ def checkpoint_ratio() -> tuple[float, float]:
 
 def main() -> None:
     """Compare and print a table."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser()
     parser.add_argument("--trained", type=Path, nargs="*", default=[])
     parser.add_argument("--threads", type=int, default=2)

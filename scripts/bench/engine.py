@@ -34,6 +34,7 @@ from sllm_node.bench.devices import open_device
 from sllm_node.checkpoint.catalog import Catalog, open_checkpoint
 from sllm_node.checkpoint.recode import recode
 from sllm_node.codec.names import EXPONENT
+from sllm_node.core.allocator import keep_freed_memory
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, EngineConfig, StoreConfig
 from sllm_node.core.metrics import Metrics
@@ -411,6 +412,7 @@ async def measure(bench: Bench) -> None:
 
 def main() -> None:
     """Measure and print."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -34,6 +34,7 @@ from sllm_node.bench.shapes import ELEMENT_BYTES, SHAPE_NAMES, find_shape
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint, open_checkpoint
 from sllm_node.checkpoint.recode import recode
 from sllm_node.codec.names import EXPONENT
+from sllm_node.core.allocator import keep_freed_memory
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, StoreConfig
 from sllm_node.core.metrics import Metrics
@@ -379,6 +380,7 @@ def summary(run: Run) -> dict[str, Any]:
 
 def main() -> None:
     """Measure and print."""
+    keep_freed_memory()
     parser = argparse.ArgumentParser()
     parser.add_argument("--shape", default="8b", choices=SHAPE_NAMES)
     parser.add_argument("--store", type=Path, required=True)

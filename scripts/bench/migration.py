@@ -216,7 +216,7 @@ class Bench:
     async def ended(self, entry: str, number: str) -> None:
         """Wait until the log tells how a move ended."""
         async with asyncio.timeout(30):
-            while not any(e["migration"] == number for e in nodes.events(self.nodes[entry], ENDED)):
+            while not any(e["migration"] == number for e in self.nodes[entry].events(ENDED)):
                 await nodes.get(self.nodes[entry].url, "/livez")
 
     async def rest(self) -> None:
@@ -265,17 +265,17 @@ def summary(moves: list[dict[str, Any]]) -> dict[str, Any]:
 
 async def measure(asked: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Run it all; return the report."""
-    file = nodes.make_cluster(place / "shared", NAMES)
+    file = nodes.make_cluster(place / "shared", NAMES, timing=nodes.QUICK)
     (place / "store").mkdir()
     make_checkpoint(place / "store", MODEL, seed=3, chunk_bytes=65536)
-    made = [nodes.made(place, name, place / "store", file) for name in NAMES]
+    made = [nodes.made(place, name, place / "store", file, braked=False) for name in NAMES]
     with nodes.running(*made) as trio:
         for node in trio:
             await nodes.sees(node, *NAMES)
         bench = Bench(trio, random.Random(asked.seed), time.monotonic() + 60 * asked.minutes)
         await bench.references()
         await bench.sessions(asked.sessions, asked.at_once)
-        moves = [move for node in trio for move in nodes.events(node, ENDED)]
+        moves = [move for node in trio for move in node.events(ENDED)]
         rows = await bench.matrix(asked.kills)
         await bench.rest()
     return {

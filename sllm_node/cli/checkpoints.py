@@ -10,6 +10,7 @@ import typer
 
 from sllm_node.cli.output import print_json, print_table, say, tell
 from sllm_node.codec.names import AUTO, CHOICES, EXPONENT, RAW
+from sllm_node.core.allocator import keep_freed_memory
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import SllmError, StoreFolderError
 from sllm_node.core.types import ModelId
@@ -77,6 +78,7 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     from sllm_node.convert.convert import ConvertOptions
     from sllm_node.convert.convert import convert as run
 
+    keep_freed_memory()
     chosen = _chosen(codec)
     options = ConvertOptions(dtype=dtype, chunk_bytes=chunk_size, force=force, codec=chosen)
     with _progress(f"converting {name}") as advance:
@@ -104,6 +106,7 @@ def recode(
     from sllm_node.checkpoint.describe import describe
     from sllm_node.checkpoint.recode import recode as run
 
+    keep_freed_memory()
     before = _catalog(store).get(ModelId(name))
     with _progress(f"recoding {name}") as advance:
         checkpoint = run(before, _chosen(codec), chunk_size, progress=advance)
@@ -197,6 +200,7 @@ def verify(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = 
     """Read every byte again; exit status 1 and the place of each damaged chunk if one is wrong."""
     from sllm_node.checkpoint.verify import verify as run
 
+    keep_freed_memory()
     checkpoint = _open_damaged(store, name)
     with _progress(f"verifying {name}") as advance:
         damages = run(checkpoint, progress=advance)

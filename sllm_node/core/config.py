@@ -87,6 +87,7 @@ class EngineConfig(Section, frozen=True):
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
     prefill_beside_tokens: Count = 128
+    inter_token_target_s: Seconds = 0.05
     resume: ResumeMode = "fast"
     launch_ahead: Literal["auto", "always", "never"] = "auto"
     torch_threads: NotNegative = 0

@@ -85,6 +85,12 @@ class Metrics:
             ["model"],
             buckets=LATENCY_BUCKETS_S,
         )
+        self.step_wait_seconds = histogram(
+            "sllm_step_wait_seconds",
+            "Step ready to begun: the time in which steps of other models went before it",
+            ["model"],
+            buckets=(0.0005, *LATENCY_BUCKETS_S),
+        )
         self.queue_seconds = histogram(
             "sllm_queue_seconds",
             "Request accepted to granted",

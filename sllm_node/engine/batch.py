@@ -5,7 +5,8 @@ that nobody's stream stalls behind a prompt; what is left of the budget goes to 
 priority and arrival, long ones in pieces over several steps. Where more sessions decode than wait for
 their first token, prompts get no more than `prefill_beside_tokens`, or three tokens for each that decodes
 where that is more: a step's time grows with its tokens, and readers wait for it, but a step of many
-sessions takes longer anyway, and takes more beside it in the same proportion. A waiting session is admitted when
+sessions takes longer anyway, and takes more beside it in the same proportion. While readers of other
+models wait, `turns` sets a limit too. A waiting session is admitted when
 there are blocks for all its tokens and one more; nobody behind it overtakes it, or a long one would
 never start. It begins behind the blocks that it finds cached, so that these are not computed again;
 one token at least is, because the next is drawn from its logits. When a running session needs a
@@ -36,7 +37,7 @@ last, and rests until more come or it is let go.
 """
 
 from bisect import insort
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -59,6 +60,11 @@ class Part:
     """The next token is drawn after it."""
     is_ahead: bool
     """Its token is the one that the step before draws."""
+
+
+def prompt_tokens(parts: Sequence[Part]) -> int:
+    """Return how many tokens of a step are of prompts."""
+    return sum(part.count for part in parts if part.count > 1)
 
 
 class Batch:
@@ -116,9 +122,13 @@ class Batch:
         if not session.in_flight:
             self.blocks.give_back(session.table)
 
-    def plan(self) -> list[Part]:
-        """Return the next step; empty when there is nothing to do before another one has ended."""
+    def plan(self, prompt_tokens: int | None = None) -> list[Part]:
+        """Return the next step; empty when there is nothing to do before another one has ended.
+
+        `prompt_tokens`: the most of prompts that others' readers can wait for; None: any number.
+        """
         budget = self._max_step_tokens
+        most = budget if prompt_tokens is None else prompt_tokens
         counts: dict[Session, int] = {}
         going = [s for s in self._running if not s.is_ending and not s.is_resting]
         ready = [session for session in going if not session.is_held]
@@ -126,7 +136,7 @@ class Batch:
             return []  # better one step with all of them
         for session in sorted(ready, key=lambda s: (s.due > 1, *s.sort_key())):
             if session.due > 1:
-                budget = self._left(budget, counts)
+                budget = self._left(budget, counts, most)
             if session.state is SessionState.RUNNING and budget > 0:
                 count = min(session.due, budget)
                 if self._grow(session, count, counts):
@@ -134,7 +144,7 @@ class Batch:
                     budget -= count
                 elif self._under_way:
                     return []
-        budget = self._left(budget, counts)
+        budget = self._left(budget, counts, most)
         while budget > 0 and (admitted := self._admit()) is not None:
             if not admitted.is_resting:  # it found all of it
                 counts[admitted] = min(admitted.due, budget)
@@ -142,15 +152,14 @@ class Batch:
         self._under_way += bool(counts)
         return [_begun(session, count) for session, count in counts.items()]
 
-    def _left(self, budget: int, counts: dict[Session, int]) -> int:
-        """Return what is left for prompts, after what is planned for others."""
+    def _left(self, budget: int, counts: dict[Session, int], most: int) -> int:
+        """Return what is left for prompts, at most `most`, after what is planned for others."""
         decoding = sum(count == 1 for count in counts.values())
         starting = len(self._waiting) + sum(s.due > 1 for s in self._running)
-        if decoding <= starting:
-            return budget
+        if decoding > starting:
+            most = min(most, max(self._prefill_beside_tokens, _BESIDE_EACH * decoding))
         prompts = sum(count for count in counts.values() if count > 1)
-        allowed = max(self._prefill_beside_tokens, _BESIDE_EACH * decoding)
-        return max(0, min(budget, allowed - prompts))
+        return max(0, min(budget, most - prompts))
 
     def stepped(self, parts: list[Part]) -> None:
         """Take note that the oldest step has ended, before its tokens are added."""

@@ -1,7 +1,7 @@
 """A replica: sessions in, chunks out. The asyncio shell around batch, runner and text.
 
-One task steps as long as there is something to do: `batch.plan` says what goes together, the step
-thread computes it, `_take` hands out the tokens. Where the device computes by itself, a step is
+One task steps as long as there is something to do: `turns` says when it is this model's turn on its
+device, `batch.plan` what goes together, the step thread computes it, `_take` hands out the tokens. Where the device computes by itself, a step is
 planned and launched while the one before it is under way, so that the device has work while tokens
 are handed out; there are never more than two. All state lives on the event loop; a cancelled
 session's blocks are free at once, or right after the steps that work on it. A step that fails ends
@@ -11,8 +11,7 @@ the sessions that were in it or in the one launched after it, and no other.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import pairwise
 
 from sllm_node.core.clock import Clock
@@ -23,49 +22,22 @@ from sllm_node.core.errors import (
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import FinishReason, GenerationRequest, ModelId, TokenLogprob
-from sllm_node.device.base import DeviceBuffer
-from sllm_node.engine.arriving import Arriving, WeightsMissingError
-from sllm_node.engine.batch import Batch, Part
-from sllm_node.engine.blocks import Blocks
-from sllm_node.engine.decode_batch import DecodeBatch
-from sllm_node.engine.generation import Generation
-from sllm_node.engine.kv import KvCache
+from sllm_node.core.types import FinishReason, GenerationRequest
+from sllm_node.engine.arriving import WeightsMissingError
+from sllm_node.engine.batch import Batch, Part, prompt_tokens
+from sllm_node.engine.generation import Generation, logprob_of
+from sllm_node.engine.interleave import Job
+from sllm_node.engine.parts import Parts
 from sllm_node.engine.refusals import check_capacity, check_request
 from sllm_node.engine.runner import Runner, StepPart, step_parts
 from sllm_node.engine.sampling import Drawn
 from sllm_node.engine.session import Session
-from sllm_node.engine.skeleton import Model
 from sllm_node.engine.stall import StallWatch
 from sllm_node.engine.steps import StepThread
-from sllm_node.engine.text import TextCodec, TextState
+from sllm_node.engine.text import TextState
+from sllm_node.engine.turns import Need
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What an engine is made of; it owns all of it and gives it up in `close`."""
-
-    name: ModelId
-    model: Model
-    cache: KvCache
-    buffers: tuple[DeviceBuffer, ...]
-    blocks: Blocks
-    decode: DecodeBatch | None
-    """Fast steps for sessions that decode; None: the module's forward pass does them."""
-    context_tokens: int
-    window: int | None
-    """How far back any layer looks, in tokens; None: to the beginning."""
-    codec: TextCodec
-    check: Callable[[], None]
-    """Makes sure that the devices still work."""
-    let_go: Callable[[bool], None]
-    """Gives KV memory back, on the step thread; the argument: whether the rest may serve again."""
-    keep: Callable[[], None]
-    """Called when the module is free for the next replica."""
-    arriving: Arriving | None = None
-    """What steps wait through while the weights are on their way; None: they are all there."""
 
 
 class Engine:
@@ -88,6 +60,7 @@ class Engine:
         self._asked = metrics.prefix_cache_queries.labels(parts.name)
         self._found = metrics.prefix_cache_hits.labels(parts.name)
         self._preempted = metrics.preemptions.labels(parts.name)
+        self._step_wait = metrics.step_wait_seconds.labels(parts.name)
         self._batch = Batch(
             parts.blocks, config.max_sessions, config.max_step_tokens, parts.window,
             config.prefill_beside_tokens,
@@ -221,22 +194,21 @@ class Engine:
             self._generations.clear()
         finally:
             self.watch.rest()
+            self._parts.seat.leave()
 
     async def _run(self, runner: Runner) -> None:
         while self._runner is not None or self._flight:
             if self._arriving is not None and (self._is_loaded or self._arriving.is_complete):
                 self._arrived()
-            planned = self._plan()
-            if not self._flight:
+            job = await self._job(runner)
+            if job is None:
                 if all(g.session.is_resting for g in self._generations.values()):
                     self.watch.rest()
-                self._wake.clear()
-                await self._wake.wait()
+                if self._runner is not None:
+                    await self._wake.wait()
                 continue
             try:
-                oldest = self._flight[0]
-                self.watch.began(len(oldest), sum(part.count for part in oldest))
-                drawn = await self._stepping.run(runner.advance, self._launches(planned))
+                drawn = await job.future
             except WeightsMissingError as missing:
                 await self._miss(runner, missing.error)
             except Exception as error:  # noqa: BLE001 - told to the sessions, and logged
@@ -244,6 +216,37 @@ class Engine:
             else:
                 self._take(self._flight.popleft(), drawn)
             self.watch.ended()
+
+    async def _job(self, runner: Runner) -> Job | None:
+        """Begin a job when it is our turn; None: there is nothing to do."""
+        if self._arriving is not None:
+            return self._begin(runner)
+        seat, asked = self._parts.seat, self._clock.now()
+        generations = () if seat.is_alone else self._generations.values()
+        times = [since for g in generations if (since := g.due_since) is not None]
+
+        def begin() -> Job | None:
+            job = self._begin(runner)
+            if job is not None:
+                self._step_wait.observe(self._clock.now() - asked)
+            return job
+
+        return await seat.turn(Need(len(times), min(times, default=0.0)), begin)
+
+    def _begin(self, runner: Runner) -> Job | None:
+        """Plan, and put on the thread what is to be launched and read; None: nothing is."""
+        self._wake.clear()
+        planned = self._plan()
+        if not self._flight:
+            return None
+        oldest = self._flight[0]
+        self.watch.began(len(oldest), sum(part.count for part in oldest))
+        try:
+            future = self._stepping.submit(runner.advance, self._launches(planned))
+        except Exception as error:  # noqa: BLE001 - told like one of the step itself
+            future = asyncio.get_running_loop().create_future()
+            future.set_exception(error)
+        return Job(future, prompt_tokens(oldest))
 
     @property
     def _stepping(self) -> StepThread:
@@ -260,7 +263,13 @@ class Engine:
         is_open = runner is not None and not runner.has_failed
         # A step that waits for weights has none behind it: who comes meanwhile is in the next.
         depth = self._depth if self._arriving is None else 1
-        while is_open and len(self._flight) < depth and (plan := batch.plan()):
+        # While layers wait for their bytes, there is time for others between them.
+        most = self._parts.seat.prompt_tokens() if self._arriving is None else None
+        while is_open and len(self._flight) < depth:
+            if most is not None and any(map(prompt_tokens, self._flight)):
+                break  # others' readers wait for one piece of a prompt, and not for two
+            if not (plan := batch.plan(most)):
+                break
             self._flight.append(plan)
             planned += 1
         self._count()
@@ -310,7 +319,8 @@ class Engine:
             if generation.text.scanner.found is not None:
                 finish = "stop"
             self._end(generation)
-        generation.give(text, drawn.token, self._logprob(session.request, drawn, offset), finish)
+        logprob = logprob_of(session.request, drawn, offset, self._parts.codec.token_text)
+        generation.give(text, drawn.token, logprob, finish)
 
     def _finish(self, generation: Generation, *, is_eos: bool) -> FinishReason | None:
         session = generation.session
@@ -320,15 +330,6 @@ class Engine:
         if is_full or len(session.output) >= session.request.max_tokens:
             return "length"
         return None
-
-    def _logprob(
-        self, request: GenerationRequest, drawn: Drawn, offset: int
-    ) -> TokenLogprob | None:
-        if request.logprobs is None:
-            return None
-        name = self._parts.codec.token_text
-        top = tuple((token, name(token), value) for token, value in drawn.top)
-        return TokenLogprob(drawn.token, name(drawn.token), drawn.logprob, top, offset)
 
     # --- ends ---------------------------------------------------------------------------------
 

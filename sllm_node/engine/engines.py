@@ -25,11 +25,13 @@ from sllm_node.engine.arriving import Arrival, Arriving, EarlyThreads, needs_of
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.decode_batch import DecodeBatch
 from sllm_node.engine.decode_ops import DecodeOps, KernelOps
-from sllm_node.engine.engine import Engine, Parts
+from sllm_node.engine.engine import Engine
 from sllm_node.engine.fused import FusedDecoder
 from sllm_node.engine.graphs import CudaGraphs
+from sllm_node.engine.interleave import Interleaving, Order
 from sllm_node.engine.kept import KvPlace, Skeleton, build
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
+from sllm_node.engine.parts import Parts
 from sllm_node.engine.refusals import check_capacity, check_request
 from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import (
@@ -42,6 +44,7 @@ from sllm_node.engine.skeleton import (
 from sllm_node.engine.step_graphs import StepGraphs
 from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.text import TextCodec, load_codec
+from sllm_node.engine.turns import Turns
 from sllm_node.engine.weights import WeightPart
 
 KEPT_MODULES_MAX: Final = 64
@@ -98,6 +101,7 @@ class Engines:
         self._metrics = metrics
         gate = Gate()
         self._steps = {d.name: StepThread(clock, gate, config.torch_threads) for d in devices}
+        self._turns = {d.name: Interleaving(self.order(), clock) for d in devices}
         self._early = EarlyThreads(lambda: StepThread(clock, gate, config.torch_threads))
         self._builder = StepThread(clock, gate, config.torch_threads)
         self._readers = ThreadPoolExecutor(2, "sllm-codec")
@@ -106,6 +110,10 @@ class Engines:
         self._kept: OrderedDict[Path, tuple[Checkpoint, Skeleton]] = OrderedDict()
         """Modules of models that left their device, used longest ago first."""
         self._opened: WeakSet[Engine] = WeakSet()
+
+    def order(self) -> Order:
+        """Return what decides about turns on one device."""
+        return Turns(self._config.inter_token_target_s, self._config.prefill_beside_tokens)
 
     def shares(self, checkpoint: Checkpoint) -> tuple[Share, ...]:
         """Return what a replica takes of each device: weights and KV memory.
@@ -177,6 +185,9 @@ class Engines:
 
     def give_back(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
         """Keep a module that nobody uses any more for the next load of its model."""
+        before = self._kept.pop(checkpoint.path, None)
+        if before is not None and before[1] is not skeleton:
+            before[1].take_kv(())
         self._kept[checkpoint.path] = (checkpoint, skeleton)
         while len(self._kept) > KEPT_MODULES_MAX:
             _, (_, oldest) = self._kept.popitem(last=False)
@@ -210,7 +221,8 @@ class Engines:
             )
         config = self._config
         blocks = Blocks(count, config.block_tokens, is_caching=config.prefix_cache)
-        steps = self._steps[lease.parts[0].part.device]
+        device = lease.parts[0].part.device
+        steps = self._steps[device]
         buffers = tuple(part.buffer for part in lease.parts)
         if skeleton.bound_to not in ((), buffers):  # somewhere else
             skeleton.take_kv(())
@@ -231,7 +243,7 @@ class Engines:
             lease.checkpoint.model, skeleton.model, place.cache,
             tuple(one.buffer for one in place.memory), blocks, place.decode, index.context_tokens,
             common_window(skeleton.shapes), codec, self._check, let_go, keep,
-            self._arriving(lease, skeleton.model),
+            self._turns[device].join(), self._arriving(lease, skeleton.model),
         )  # fmt: skip
         engine = Engine(parts, self._config, steps, self._clock, self._metrics)
         self._opened.add(engine)

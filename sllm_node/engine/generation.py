@@ -8,8 +8,15 @@ from collections.abc import Callable
 from typing import Self
 
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import FinishReason, GenerationChunk, TokenIds, TokenLogprob
-from sllm_node.engine.session import Session
+from sllm_node.core.types import (
+    FinishReason,
+    GenerationChunk,
+    GenerationRequest,
+    TokenIds,
+    TokenLogprob,
+)
+from sllm_node.engine.sampling import Drawn
+from sllm_node.engine.session import Session, SessionState
 from sllm_node.engine.text import TextState
 
 
@@ -43,6 +50,13 @@ class Generation:
     def tokens(self) -> TokenIds:
         """All output tokens so far, resumed ones included."""
         return tuple(self.session.output)
+
+    @property
+    def due_since(self) -> float | None:
+        """When it had its last token, if its next one is due; None: it computes tokens known before."""
+        session = self.session
+        is_decoding = session.state is SessionState.RUNNING and session.due <= 1
+        return self.last_token_at if is_decoding and not session.is_resting else None
 
     @property
     def is_ended(self) -> bool:
@@ -144,6 +158,16 @@ class Generation:
         self._is_ended = True
         self._news.set()
         self._looked.set()
+
+
+def logprob_of(
+    request: GenerationRequest, drawn: Drawn, offset: int, name: Callable[[int], str]
+) -> TokenLogprob | None:
+    """Return what `request` wants to know of a token, named by `name`; None: nothing."""
+    if request.logprobs is None:
+        return None
+    top = tuple((token, name(token), value) for token, value in drawn.top)
+    return TokenLogprob(drawn.token, name(drawn.token), drawn.logprob, top, offset)
 
 
 def _joined(chunks: list[GenerationChunk]) -> GenerationChunk:

@@ -73,7 +73,7 @@ class Gate:
 
 
 class StepThread:
-    """Runs jobs one after another; each engine has one job at a time, so they take turns."""
+    """Runs jobs one after another; whose step is next is decided before it comes here: `turns`."""
 
     def __init__(self, clock: Clock, gate: Gate, torch_threads: int) -> None:
         self._clock = clock
@@ -94,11 +94,15 @@ class StepThread:
         """Run `job` beside no other job of any step thread."""
         return await self._submit(self._gate.alone, job, values)
 
-    async def _submit(
+    def submit(self, job: Callable[..., ResultT], *values: Any) -> asyncio.Future[ResultT]:
+        """Put `job` behind what was submitted before; now, and not when the result is awaited."""
+        return self._submit(self._gate.shared, job, values)
+
+    def _submit(
         self, enter: _Enter, job: Callable[..., ResultT], values: tuple[Any, ...]
-    ) -> ResultT:
+    ) -> asyncio.Future[ResultT]:
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._timed, enter, job, values)
+        return loop.run_in_executor(self._thread, self._timed, enter, job, values)
 
     def _timed(
         self, enter: _Enter, job: Callable[..., ResultT], values: tuple[Any, ...]

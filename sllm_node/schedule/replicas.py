@@ -143,7 +143,11 @@ class Replicas(Generic[CodecT]):
         parts = await self._parts(checkpoint, self._placement(checkpoint, devices))
         lease, replica = parts.lease, None
         try:
-            _check_same(checkpoint, lease.checkpoint)
+            try:
+                _check_same(checkpoint, lease.checkpoint)
+            except CheckpointChangedError:
+                self._engines.give_back(checkpoint, parts.skeleton)  # with the addresses it keeps
+                raise
             replica = await self._engines.open(lease, parts.skeleton, parts.codec)
             opened = self._clock.now()
             if lease.arrival is not None:

@@ -3,58 +3,66 @@
 import asyncio
 import contextlib
 import json
-import socket
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 
 import aiohttp
 
-from sllm_node.cluster import folder
 from tests.e2e.process import NodeProcess
+from tests.ports import free_port
 
 TIMING = """
+[timing]
+heartbeat_s = 0.2
+suspect_s = 3.0
+dead_s = 10.0
+publish_gap_s = 0.02
+"""
+"""Nobody is held suspect because the machine is busy."""
+QUICK = """
 [timing]
 heartbeat_s = 0.2
 suspect_s = 1.0
 dead_s = 5.0
 publish_gap_s = 0.02
 """
+"""For benchmarks, and where a silence is waited for."""
 KV_BYTES = 1 << 20
+LOOK_S = 0.02
+"""Between two looks at a node, which may need the processor for what is looked for."""
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
-def make_cluster(place: Path, names, trust="key") -> Path:
+def make_cluster(place: Path, names, trust="key", timing=TIMING) -> Path:
     """Make a cluster file with these nodes; return it."""
+    from sllm_node.cluster import folder  # which wants cryptography
+
     now = datetime.now(UTC)
     folder.init(place, trust, now)
     for name in names:
         folder.join(place, name, f"127.0.0.1:{free_port()}", now)
     file = place / folder.FILE
-    file.write_text(file.read_text() + TIMING)
+    file.write_text(file.read_text() + timing)
     return file
 
 
 def make_listed_cluster(place: Path, endpoint: str) -> Path:
     """Make a cluster file that names no node but a directory; return it."""
+    from sllm_node.cluster import folder
+
     folder.init(place, "key", datetime.now(UTC))
     file = place / folder.FILE
-    table = f'[directory]\nendpoints = ["{endpoint}"]\nlease_s = 2\ntimeout_s = 2.0\n'
+    table = f'[directory]\nendpoints = ["{endpoint}"]\nlease_s = 5\ntimeout_s = 2.0\n'
     file.write_text(file.read_text() + TIMING + table)
     return file
 
 
 def made(place: Path, name: str, store: Path, file: Path, address="", **settings) -> NodeProcess:
-    """Return a node of the cluster, not started yet."""
+    """Return a node of the cluster, not started yet; it has a brake, unless told otherwise."""
     own = place / name
     own.mkdir(exist_ok=True)
     extra = f'\n[cluster]\nfile = "{file}"\naddress = "{address}"\n'
-    given = {"memory_bytes": 16 << 20, "kv_cache_bytes": KV_BYTES, **settings}
+    given = {"memory_bytes": 16 << 20, "kv_cache_bytes": KV_BYTES, "braked": True, **settings}
     return NodeProcess(own, store, extra, id=name, **given)
 
 
@@ -81,13 +89,14 @@ async def post(url: str, path: str, body):
 
 async def until(url: str, path: str, holds):
     """Ask until `holds` of the answer; return it."""
-    async with asyncio.timeout(60), aiohttp.ClientSession() as http:
+    async with asyncio.timeout(120), aiohttp.ClientSession() as http:
         while True:
             with contextlib.suppress(aiohttp.ClientError):
                 async with http.get(url + path) as response:
                     found = await response.json()
                     if holds(found):
                         return found
+            await asyncio.sleep(LOOK_S)
 
 
 async def sees(node: NodeProcess, *peers: str):
@@ -100,16 +109,31 @@ async def sees(node: NodeProcess, *peers: str):
     return await until(node.url, "/admin/status", holds)
 
 
-def events(node: NodeProcess, event: str) -> list[dict]:
-    """Return the log lines of a node with this event."""
-    lines = node.log.read_text().splitlines()
-    found = [json.loads(line) for line in lines if line.startswith("{")]
-    return [line for line in found if line["event"] == event]
+async def logged(node: NodeProcess, event: str, holds=lambda line: True):
+    """Wait for a log line with this event of which `holds`; return it."""
+    async with asyncio.timeout(120):
+        while True:
+            for line in node.events(event):
+                if holds(line):
+                    return line
+            await asyncio.sleep(LOOK_S)
+
+
+def brake(*them: NodeProcess) -> None:
+    """Let sessions decode slowly at all of these nodes."""
+    for node in them:
+        node.brake()
+
+
+def release(*them: NodeProcess) -> None:
+    """Let sessions decode as fast as they can."""
+    for node in them:
+        node.release()
 
 
 def serving(node: NodeProcess, *others: NodeProcess) -> NodeProcess:
     """Return which of `others` serves the session that `node` placed last."""
-    placed = events(node, "request placed")[-1]["node"]
+    placed = node.events("request placed")[-1]["node"]
     return next(other for other in others if other.config.parent.name == placed)
 
 

@@ -1,5 +1,6 @@
 """A real node as a child process, ready when it says so, its log kept for the failure report."""
 
+import json
 import os
 import re
 import select
@@ -10,9 +11,10 @@ import sys
 from pathlib import Path
 from typing import Self
 
-START_LIMIT_S = 120.0
-STOP_LIMIT_S = 60.0
-ROOT = Path(__file__).parents[2]
+from tests.e2e.braked import BRAKE, ROOT, Forked
+
+START_LIMIT_S = 300.0
+STOP_LIMIT_S = 120.0
 
 CONFIG = """
 [node]
@@ -44,28 +46,56 @@ DEFAULTS = {
 
 
 class NodeProcess:
-    """`with NodeProcess(folder, store, extra="…", memory_bytes=…) as node: node.url`."""
+    """`with NodeProcess(folder, store, extra="…", memory_bytes=…) as node: node.url`.
 
-    def __init__(self, folder: Path, store: Path, extra: str = "", **settings):
+    One that is `braked` can be made to decode slowly, and starts faster: by a fork.
+    """
+
+    def __init__(
+        self, folder: Path, store: Path, extra: str = "", *, braked: bool = False, **settings
+    ):
         self.folder = folder
+        self._is_braked = braked
+        self._brake = folder / BRAKE
         self.config = folder / "node.toml"
         self.log = folder / "node.log"
         self.config.write_text(CONFIG.format(store=str(store), **{**DEFAULTS, **settings}) + extra)
         self.messages: list[str] = []
         self.environment: dict[str, str] = {}
         """Besides this process's own."""
+        self.process: Forked | subprocess.Popen[bytes]
+        self._marked = 0
+
+    def brake(self) -> None:
+        """From now on sessions decode so slowly that none ends before `release`."""
+        assert self._is_braked, "this node was started without a brake"
+        self._brake.touch()
+
+    def release(self) -> None:
+        """Let sessions decode as fast as they can."""
+        self._brake.unlink(missing_ok=True)
+
+    def mark(self) -> None:
+        """Let `events` leave out what has been logged so far."""
+        self._marked = self.log.stat().st_size
+
+    def events(self, event: str) -> list[dict]:
+        """Return the log lines with this event, since the start or the last mark."""
+        with self.log.open("rb") as log:
+            log.seek(self._marked)
+            lines = [line for line in log if event.encode() in line]
+        found = [json.loads(line) for line in lines if line[:1] == b"{" and line[-1:] == b"\n"]
+        return [line for line in found if line["event"] == event]
 
     def __enter__(self) -> Self:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         address = f"\0sllm-e2e-{os.getpid()}-{id(self)}"
         self._socket.bind(address)
-        environment = {**os.environ, "NOTIFY_SOCKET": "@" + address[1:], "HF_HUB_OFFLINE": "1"}
-        environment |= self.environment
-        command = [sys.executable, "-m", "sllm_node", "serve", "--config", str(self.config)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, env=environment, cwd=ROOT
-            )
+        self._marked = 0
+        own = {
+            "NOTIFY_SOCKET": "@" + address[1:], "HF_HUB_OFFLINE": "1", **self.environment,
+        }  # fmt: skip
+        self.process = Forked(self.config, self.log, own) if self._is_braked else self._begun(own)
         try:
             self.url = self._wait_ready()
         except BaseException:
@@ -74,6 +104,18 @@ class NodeProcess:
             self._socket.close()
             raise
         return self
+
+    def _begun(self, own: dict[str, str]) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "-m", "sllm_node", "serve", "--config", str(self.config)]
+        with self.log.open("wb") as log:
+            return subprocess.Popen(
+                command, stdout=log, stderr=log, env={**os.environ, **own}, cwd=ROOT
+            )
+
+    def start_again(self) -> None:
+        """Start anew what was killed or has ended."""
+        self.__exit__(None, None, None)
+        self.__enter__()
 
     def _wait_ready(self) -> str:
         ended = os.pidfd_open(self.process.pid)
@@ -94,14 +136,11 @@ class NodeProcess:
     def tail(self, lines: int = 40) -> str:
         return "\n".join(self.log.read_text().splitlines()[-lines:])
 
-    def drained_messages(self) -> list[str]:
-        """What the service manager was told since the start."""
-        self._socket.setblocking(False)
-        try:
-            while True:
-                self.messages.append(self._socket.recv(4096).decode())
-        except BlockingIOError:
-            return self.messages
+    def wait_for(self, text: str) -> None:
+        """Wait until the service manager is told this."""
+        self._socket.settimeout(STOP_LIMIT_S)
+        while not any(text in message for message in self.messages):
+            self.messages.append(self._socket.recv(4096).decode())
 
     def terminate(self) -> None:
         self.process.send_signal(signal.SIGTERM)

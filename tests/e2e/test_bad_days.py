@@ -38,7 +38,7 @@ def flip_bit(path, offset):
 async def test_a_flipped_bit_is_an_error_never_a_token_and_the_node_goes_on(tmp_path, store):
     shard = store / "bad" / "shard-00000.bin"
     flip_bit(shard, 5000)
-    with NodeProcess(tmp_path, store) as node:
+    with NodeProcess(tmp_path, store, braked=True) as node:
         async with connect(node) as client:
             with pytest.raises(openai.APIStatusError) as caught:
                 await client.completions.create(**ask("bad"))
@@ -52,7 +52,7 @@ async def test_a_flipped_bit_is_an_error_never_a_token_and_the_node_goes_on(tmp_
 
 async def test_a_truncated_shard_is_an_error_and_the_next_model_is_served(tmp_path, store):
     shard = store / "bad" / "shard-00000.bin"
-    with NodeProcess(tmp_path, store) as node:
+    with NodeProcess(tmp_path, store, braked=True) as node:
         with shard.open("r+b") as file:
             file.truncate(8192)
         async with connect(node) as client:
@@ -62,22 +62,25 @@ async def test_a_truncated_shard_is_an_error_and_the_next_model_is_served(tmp_pa
 
 
 async def test_sigterm_lets_a_running_stream_finish_and_exits_with_zero(tmp_path, store):
-    with NodeProcess(tmp_path, store) as node:
+    with NodeProcess(tmp_path, store, braked=True) as node:
         async with connect(node) as client:
             body = ask("good", max_tokens=200, stream=True, extra_body={"ignore_eos": True})
+            node.brake()
             stream = await client.completions.create(**body)
             chunks = [await anext(aiter(stream))]
             node.terminate()
+            await asyncio.to_thread(node.wait_for, "STOPPING=1")
+            node.release()
             chunks += [chunk async for chunk in stream]
             assert chunks[-1].choices[0].finish_reason == "length"
         assert await asyncio.to_thread(node.wait) == 0
-        assert "STOPPING=1" in "".join(node.drained_messages())
 
 
 async def test_a_drain_ends_sessions_at_its_limit_and_still_exits_with_zero(tmp_path, store):
-    with NodeProcess(tmp_path, store, drain_s=0.0) as node:
+    with NodeProcess(tmp_path, store, braked=True, drain_s=0.0) as node:
         async with connect(node) as client:
             body = ask("good", max_tokens=450, stream=True, extra_body={"ignore_eos": True})
+            node.brake()
             stream = await client.completions.create(**body)
             await anext(aiter(stream))
             node.terminate()
@@ -89,7 +92,7 @@ async def test_a_drain_ends_sessions_at_its_limit_and_still_exits_with_zero(tmp_
 async def test_a_removed_checkpoint_is_not_found_and_a_new_one_is_served(tmp_path, store):
     import shutil
 
-    with NodeProcess(tmp_path, store) as node:
+    with NodeProcess(tmp_path, store, braked=True) as node:
         shutil.rmtree(store / "bad")
         make_checkpoint(store, "new", chunk_bytes=65536)
         async with connect(node) as client:
@@ -125,7 +128,7 @@ async def pinned(node, verb=None):
 
 
 async def test_a_pin_survives_a_kill_until_it_is_taken_back(tmp_path, store):
-    node = NodeProcess(tmp_path, store)
+    node = NodeProcess(tmp_path, store, braked=True)
     with node:
         assert await pinned(node, "pin") == {"good"}
         node.process.kill()
@@ -140,7 +143,7 @@ async def test_a_damaged_journal_is_set_aside_and_told_and_the_node_serves(tmp_p
     journal = store / ".journal" / "test.sqlite"
     journal.parent.mkdir()
     journal.write_bytes(b"no database" * 1000)
-    with NodeProcess(tmp_path, store) as node:
+    with NodeProcess(tmp_path, store, braked=True) as node:
         async with connect(node) as client:
             assert (await client.completions.create(**ask("good"))).choices[0].text
         assert "journal set aside" in node.log.read_text()

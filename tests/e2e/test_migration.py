@@ -19,79 +19,68 @@ def ask(prompt, tokens, **more):
     return {**body, "ignore_eos": True, "logprobs": 1, **more}
 
 
-@pytest.fixture
-def trio(tmp_path):
+@pytest.fixture(scope="module")
+def started_trio(tmp_path_factory):
     """Three nodes with the same model; readers come to a."""
-    file = nodes.make_cluster(tmp_path / "shared", ["a", "b", "c"])
-    store = tmp_path / "store"
+    place = tmp_path_factory.mktemp("migration")
+    file = nodes.make_cluster(place / "shared", ["a", "b", "c"])
+    store = place / "store"
     store.mkdir()
     make_checkpoint(store, "alpha", family="llama", seed=3, chunk_bytes=65536)
-    made = [nodes.made(tmp_path, name, store, file) for name in "abc"]
+    made = [nodes.made(place, name, store, file, drain_s=120.0) for name in "abc"]
     with nodes.running(*made) as trio:
         yield trio
+
+
+@pytest.fixture
+async def trio(started_trio):
+    """The nodes, all of them up, without sessions, their logs as if they began here."""
+    for node in started_trio:
+        if node.process.poll() is not None:
+            await asyncio.to_thread(node.start_again)
+    for node in (
+        *started_trio,
+        *started_trio,
+    ):  # the second time it is no earlier life that is seen
+        await nodes.sees(node, "a", "b", "c")
+    for node in started_trio:
+        await nodes.until(node.url, "/admin/status", quiet)
+        node.mark()
+    yield started_trio
+    nodes.release(*started_trio)
+
+
+def at_node(session, node):
+    """Return where a session that `node` tells of is served."""
+    return session["node"] or node.folder.name
 
 
 async def only_session(node):
     """Return the id of the one session that `node` has, and where it runs."""
 
     def holds(report):
-        return [s for s in report["sessions"] if s["state"] == "running"]
+        return [s["state"] for s in report["sessions"]] == ["running"]
 
     (found,) = (await nodes.until(node.url, "/admin/status", holds))["sessions"]
-    return found["session"], found["node"] or node.folder.name
+    return found["session"], at_node(found, node)
 
 
 async def move(node, session, to):
     return await nodes.post(node.url, f"/admin/sessions/{session}/move", {"to": to})
 
 
-async def elsewhere(node, rng, names="abc"):
-    """Move the one session of `node` to another node; wait until it is there."""
-    session, at = await only_session(node)
-    to = rng.choice([name for name in names if name != at])
+async def moved(node, session, to):
+    """Move a session of `node`; wait until it is there, and return the name of the migration."""
     status, told = await move(node, session, to)
     assert status == 200, told
-    ended = "session move ended"
-    async with asyncio.timeout(30):
-        while not any(e["migration"] == told["migration"] for e in nodes.events(node, ended)):
-            await nodes.get(node.url, "/livez")
-    return told["migration"]
+    name = told["migration"]
+    ended = await nodes.logged(node, "session move ended", lambda e: e["migration"] == name)
+    assert ended["outcome"] == "moved", ended
+    return name
 
 
 def quiet(report):
     return not report["sessions"] and not any(model["running"] for model in report["models"])
-
-
-@pytest.mark.parametrize("more", [{}, SAMPLED], ids=["greedy", "sampled"])
-async def test_a_session_that_moves_again_and_again_gives_the_tokens_of_the_unmoved(trio, more):
-    a, b, c = trio
-    await nodes.sees(a, "b", "c")
-    body = ask("Hello there", 470, **more)
-    unmoved = await nodes.Streamed().read(b.url, body)
-    rng = random.Random(5)
-    moving = []
-
-    def at(count):
-        if count == 5:
-            moving.append(asyncio.create_task(several()))
-
-    async def several():
-        return [await elsewhere(a, rng) for _ in range(3)]
-
-    moved = await nodes.Streamed().read(a.url, body, at)
-    ids = await moving[0]
-    assert (moved.text, moved.tokens, moved.finish) == (unmoved.text, unmoved.tokens, "length")
-    assert moved.usage["completion_tokens"] == 470
-    ended = {e["migration"]: e for e in nodes.events(a, "session move ended")}
-    assert [ended[name]["outcome"] for name in ids] == ["moved"] * 3
-    taken = [e["migration"] for n in (b, c) for e in nodes.events(n, "forwarded session taken")
-             if "migration" in e]  # fmt: skip
-    assert set(taken) <= set(ids)
-    assert taken
-    for node in trio:
-        await nodes.until(node.url, "/admin/status", quiet)
-    told = (await nodes.get(a.url, "/admin/status"))["cluster"]["migrations"]
-    assert {m["id"] for m in told} >= set(ids)
 
 
 async def started(node, body, count=8):
@@ -108,32 +97,39 @@ async def started(node, body, count=8):
     waiting.cancel()
     if reading.done():
         reading.result()
+        raise AssertionError("the session has ended already")
     return reading
 
 
-async def test_a_drained_node_gives_its_sessions_away_and_no_stream_is_dropped(trio):
-    a, b, _ = trio
+@pytest.mark.parametrize("more", [{}, SAMPLED], ids=["greedy", "sampled"])
+async def test_a_session_that_moves_again_and_again_gives_the_tokens_of_the_unmoved(trio, more):
+    a, b, c = trio
+    body = ask("Hello there", 470, **more)
+    unmoved = await nodes.Streamed().read(b.url, body)
+    nodes.brake(*trio)
+    reading = await started(a, body)
+    session, at = await only_session(a)
+    rng, ids = random.Random(5), []
+    for _ in range(3):
+        at = rng.choice([name for name in "abc" if name != at])
+        ids.append(await moved(a, session, at))
+    nodes.release(*trio)
+    found = await reading
+    assert (found.text, found.tokens, found.finish) == (unmoved.text, unmoved.tokens, "length")
+    assert found.usage["completion_tokens"] == 470
+    taken = [e["migration"] for n in (b, c) for e in n.events("forwarded session taken")
+             if "migration" in e]  # fmt: skip
+    assert set(taken) <= set(ids)
+    assert taken
     for node in trio:
-        await nodes.sees(node, "a", "b", "c")
-    bodies = [ask(f"Question {i}", 440 + i, **SAMPLED) for i in range(6)]
-    wanted = [await nodes.Streamed().read(b.url, body) for body in bodies]
-    tasks = [await started((a, b)[i % 2], body) for i, body in enumerate(bodies)]
-    b.terminate()
-    for task, body, unmoved in zip(tasks, bodies, wanted, strict=True):
-        found = await task
-        assert (found.text, found.tokens) == (unmoved.text, unmoved.tokens)
-        assert found.usage["completion_tokens"] == body["max_tokens"]
-    assert await asyncio.to_thread(b.wait) == 0
-    assert nodes.events(b, "drained")[0]["sessions_ended"] == 0
-    for node in (a, b):  # a has readers of sessions that b served, and b has some of its own
-        ended = nodes.events(node, "session move ended")
-        assert {(e["reason"], e["node"]) for e in ended} == {("drain", "b")}
-        assert "moved" in {e["outcome"] for e in ended}
+        await nodes.until(node.url, "/admin/status", quiet)
+    told = (await nodes.get(a.url, "/admin/status"))["cluster"]["migrations"]
+    assert {m["id"] for m in told} >= set(ids)
 
 
 async def test_moves_that_can_not_be_are_refused_with_a_reason(trio):
     a, _, _ = trio
-    await nodes.sees(a, "b", "c")
+    nodes.brake(*trio)
     reading = await started(a, ask("Hello there", 450))
     session, at = await only_session(a)
     for who, to in [(session, "nowhere"), (session, at), ("none-0", "b")]:
@@ -141,12 +137,13 @@ async def test_moves_that_can_not_be_are_refused_with_a_reason(trio):
         assert (status, told["error"]["code"]) == (409, "move_refused"), told
     other = next(name for name in "bc" if name != at)
     assert (await move(a, session, other))[0] == 200
+    nodes.release(*trio)
     assert (await reading).usage["completion_tokens"] == 450
 
 
 async def test_a_reader_that_goes_away_during_a_move_leaves_nothing_behind(trio):
     a, _, _ = trio
-    await nodes.sees(a, "b", "c")
+    nodes.brake(*trio)
     body = ask("Hello there", 450, stream=True)
     async with (
         aiohttp.ClientSession() as http,
@@ -162,18 +159,46 @@ async def test_a_reader_that_goes_away_during_a_move_leaves_nothing_behind(trio)
 @pytest.mark.parametrize("victim", ["source", "destination"])
 async def test_a_node_killed_during_a_move_costs_no_token(trio, victim):
     a, b, c = trio
-    await nodes.sees(a, "b", "c")
     body = ask("Hello there", 460, **SAMPLED)
     unmoved = await nodes.Streamed().read(b.url, body)
+    nodes.brake(*trio)
     reading = await started(a, body)
     session, at = await only_session(a)
-    to = "b"
     if at != "c":  # so that neither end is the reader's node
-        await elsewhere(a, random.Random(1), [at, "c"])
-    by_name = {"b": b, "c": c}
-    assert (await move(a, session, to))[0] == 200
-    by_name["c" if victim == "source" else to].process.kill()
+        await moved(a, session, "c")
+    assert (await move(a, session, "b"))[0] == 200
+    (c if victim == "source" else b).process.kill()
+    nodes.release(*trio)
     found = await reading
     assert (found.text, found.tokens) == (unmoved.text, unmoved.tokens)
     assert found.usage["completion_tokens"] == 460
     await nodes.until(a.url, "/admin/status", quiet)
+
+
+async def test_a_drained_node_gives_its_sessions_away_and_no_stream_is_dropped(trio):
+    a, b, _ = trio
+    bodies = [ask(f"Question {i}", 440 + i, **SAMPLED) for i in range(6)]
+    wanted = [await nodes.Streamed().read(b.url, body) for body in bodies]
+    nodes.brake(*trio)
+    tasks, known = [], set()
+    for node, asked in ((b, bodies[:3]), (a, bodies[3:])):
+        tasks += [await started(node, body) for body in asked]
+        sessions = (await nodes.get(node.url, "/admin/status"))["sessions"]
+        own = [session for session in sessions if session["session"] not in known]
+        known |= {session["session"] for session in own}
+        if not any(at_node(session, node) == "b" for session in own):
+            await moved(node, own[0]["session"], "b")
+    b.terminate()
+    for node in (a, b):
+        ended = await nodes.logged(node, "session move ended", lambda e: e["reason"] == "drain")
+        assert (ended["outcome"], ended["node"]) == ("moved", "b")
+    nodes.release(*trio)
+    for task, body, unmoved in zip(tasks, bodies, wanted, strict=True):
+        found = await task
+        assert (found.text, found.tokens) == (unmoved.text, unmoved.tokens)
+        assert found.usage["completion_tokens"] == body["max_tokens"]
+    assert await asyncio.to_thread(b.wait) == 0
+    assert b.events("drained")[0]["sessions_ended"] == 0
+    for node in (a, b):
+        drained = [e for e in node.events("session move ended") if e["reason"] == "drain"]
+        assert {e["node"] for e in drained} == {"b"}

@@ -40,7 +40,9 @@ def test_a_node_serves_what_its_peer_has(tmp_path):
     with NodeProcess(tmp_path / "there", tmp_path / "there" / "store") as there:
         wanted = {name: answer(there, name) for name in ("alpha", "beta")}
         extra = f'[remotes.peer]\nurl = "{there.url}/peer/v1/checkpoints"\n'
-        with NodeProcess(tmp_path / "here", tmp_path / "here" / "store", extra) as here:
+        with NodeProcess(
+            tmp_path / "here", tmp_path / "here" / "store", extra, braked=True
+        ) as here:
             post(f"{here.url}/admin/models/beta/pull", {})
             status = get(f"{here.url}/admin/status")
             assert status["remotes"][0]["state"] == "ok"

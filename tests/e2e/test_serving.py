@@ -30,7 +30,7 @@ def node(store, tmp_path_factory):
     room = sum(sizes) - min(sizes) // 2 + 2 * KV_BYTES  # two models with their KV memory, not three
     pool = -(-sum(sizes) * 2 // 3 // 65536) * 65536
     settings = {"memory_bytes": room, "pool_bytes": pool, "kv_cache_bytes": KV_BYTES}
-    with NodeProcess(tmp_path_factory.mktemp("node"), folder, **settings) as running:
+    with NodeProcess(tmp_path_factory.mktemp("node"), folder, braked=True, **settings) as running:
         yield running
 
 
@@ -143,12 +143,17 @@ async def test_a_wrong_request_is_refused_with_its_parameter(client, change, kin
 
 async def test_a_client_that_goes_away_frees_its_session(client, node):
     body = {**ask("alpha", "Hi"), "max_tokens": 400, "extra_body": {"ignore_eos": True}}
+    cancelled = 'sllm_sessions_total{model="alpha",outcome="cancelled"}'
+    before = metric(node, cancelled)
+    node.brake()
     stream = await client.chat.completions.create(**body, stream=True)
     await anext(aiter(stream))
     await stream.close()
-    for _ in range(2000):
-        if metric(node, 'sllm_sessions_total{model="alpha",outcome="cancelled"}') >= 1:
-            break
+    async with asyncio.timeout(120):
+        while metric(node, cancelled) == before:
+            await asyncio.sleep(0.02)
+    node.release()
+    assert metric(node, cancelled) == before + 1
     assert metric(node, 'sllm_num_requests_running{model="alpha"}') == 0
 
 

@@ -22,7 +22,8 @@ from sllm_node.cluster.records import Desired, KnownPeer, Registration
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.errors import InvalidRequestError
 from sllm_node.core.types import ModelId, NodeId
-from tests.etcd import Etcd, free_port, make_members, needs_etcd
+from tests.etcd import Etcd, make_members, needs_etcd
+from tests.ports import free_port
 
 LONG_S = 90.0
 MODEL = Registration(ModelId("m"), "s3://bucket/m")
@@ -36,7 +37,7 @@ def record(name, boot=1):
 class Node:
     """A node's directory and its link, and what it was told."""
 
-    def __init__(self, client, me, known=(), lease_s=3, grace_s=600.0):
+    def __init__(self, client, me, known=(), lease_s=30, grace_s=600.0):
         self.client = client
         self.directory = Directory(me, known, grace_s)
         self.told = []
@@ -76,7 +77,7 @@ class Node:
 
 
 @asynccontextmanager
-async def node(urls, name, *, prefix="/sllm/", timeout_s=1.0, boot=1, **changes):
+async def node(urls, name, *, prefix="/sllm/", timeout_s=15.0, boot=1, **changes):
     async with EtcdClient(EtcdOptions(tuple(urls), prefix, timeout_s=timeout_s)) as client:
         made = Node(client, record(name, boot), **changes)
         try:
@@ -128,7 +129,7 @@ async def test_a_node_that_dies_goes_when_its_lease_ends(server, request):
 async def test_a_key_or_lease_that_somebody_took_away_is_put_again(server, request):
     prefix = f"/{request.node.name}/"
     url = [server.client_url]
-    async with node(url, "a", prefix=prefix) as a, node(url, "b", prefix=prefix) as b:
+    async with node(url, "a", prefix=prefix) as a, node(url, "b", prefix=prefix, lease_s=3) as b:
         await a.until(NodeListed(record("b")))
         await a.client.delete("nodes/b")
         await a.until(NodeUnlisted(NodeId("b"), Farewell.EXPIRED))
@@ -166,8 +167,8 @@ async def test_models_and_replicas_are_shared(server, request):
 
 @needs_etcd
 async def test_etcd_restarts_and_nobody_is_lost(own):
-    async with node([own.client_url], "a", lease_s=30) as a:
-        async with node([own.client_url], "b", lease_s=30) as b:
+    async with node([own.client_url], "a") as a:
+        async with node([own.client_url], "b") as b:
             await a.until(NodeListed(record("b")))
             await b.until(NodeListed(record("a")))
             own.kill()
@@ -185,7 +186,7 @@ async def test_etcd_restarts_and_nobody_is_lost(own):
 
 @needs_etcd
 async def test_etcd_that_hangs_is_noticed_and_taken_up_again(own):
-    async with node([own.client_url], "a") as a:
+    async with node([own.client_url], "a", timeout_s=1.0, lease_s=3) as a:
         await a.until(BackAgain())
         own.pause()
         await a.until_cut_off()
@@ -316,8 +317,8 @@ async def test_one_of_three_servers_dies_and_nodes_go_on_with_the_others(tmp_pat
             await asyncio.to_thread(member.wait)
         urls = [member.client_url for member in members]
         async with (
-            node(urls, "a", timeout_s=10.0, lease_s=30) as a,
-            node(urls[1:], "b", timeout_s=10.0, lease_s=30) as b,
+            node(urls, "a") as a,
+            node(urls[1:], "b") as b,
         ):
             await a.until(NodeListed(record("b")))
             members[0].kill()

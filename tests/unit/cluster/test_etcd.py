@@ -18,7 +18,8 @@ from sllm_node.core.errors import (
     EtcdUnreachableError,
 )
 from sllm_node.core.types import NodeId
-from tests.etcd import Etcd, free_port, needs_etcd
+from tests.etcd import Etcd, needs_etcd
+from tests.ports import free_port
 
 LONG_S = 60.0
 
@@ -164,7 +165,7 @@ async def test_an_endpoint_that_is_not_there_is_passed_over(server, prefix):
 async def test_a_server_that_hangs_is_left_and_its_watch_with_it(tmp_path, server, prefix):
     hanging = await asyncio.to_thread(Etcd(tmp_path / "data").start)
     try:
-        options = EtcdOptions((hanging.client_url, server.client_url), prefix, timeout_s=0.5)
+        options = EtcdOptions((hanging.client_url, server.client_url), prefix, timeout_s=2.0)
         async with EtcdClient(options) as client, aclosing(client.watch(0)) as changes:
             await anext(changes)
             hanging.pause()

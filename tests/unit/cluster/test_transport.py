@@ -22,7 +22,7 @@ from sllm_node.core.errors import (
     PeerUnreachableError,
 )
 from sllm_node.core.types import NodeId
-from tests.e2e.cluster_nodes import free_port
+from tests.ports import free_port
 
 A, B = NodeId("a"), NodeId("b")
 KEY, OTHER_KEY = bytes(32), bytes([1]) * 32

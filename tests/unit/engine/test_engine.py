@@ -1,4 +1,5 @@
 import asyncio
+import functools
 import random
 import threading
 
@@ -18,6 +19,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import SamplingParameters
 from sllm_node.device.cpu import CpuDevice
+from sllm_node.engine.kept import build
 from sllm_node.engine.skeleton import build_skeleton, forward_order
 from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.weights import bind, unbind
@@ -244,6 +246,24 @@ async def test_a_module_that_is_given_back_is_kept_until_its_checkpoint_is_forgo
         engines.give_back(checkpoint, skeleton)
         engines.forget(checkpoint.model)
         assert await engines.skeleton(checkpoint) is not skeleton
+        engines.close()
+
+
+async def test_a_module_that_another_replaces_gives_its_addresses_up(checkpoint):
+    with CpuDevice(1 << 30) as device:
+        engines = engines_of(device, EngineConfig(kv_cache_bytes=ByteSize(8 << 20)))
+        weights, codec = Weights(checkpoint, device), await engines.load_codec(checkpoint.path)
+        old = await engines.skeleton(checkpoint)
+        await (await engines.open(weights, old, codec)).close()
+        closed, place = [], old.kv
+        for one in place.memory:
+            one.buffer.close = functools.partial(closed.append, one)
+        engines.give_back(checkpoint, old)  # once more
+        assert old.kv is place
+        engines.give_back(checkpoint, await engines._builder.run_alone(build, checkpoint.path))
+        assert old.kv is None
+        assert closed == list(place.memory)
+        weights.buffer.close()
         engines.close()
 
 

@@ -515,6 +515,7 @@ async def test_weights_of_another_conversion_than_the_skeleton_are_refused(node)
     write_checkpoint(n.root, "a", pages=1)
     with pytest.raises(CheckpointChangedError):
         await anext(stream)
+    assert n.engines.given_back == ["a"]
 
 
 @on_virtual_time

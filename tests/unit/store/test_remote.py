@@ -364,7 +364,7 @@ async def test_the_last_who_leaves_a_pull_stops_it(tmp_path, remote):
             await never.wait()
         return
 
-    async with Node(tmp_path / "n", only(remote, timeout_s=0.3)) as node:
+    async with Node(tmp_path / "n", only(remote, timeout_s=1.5)) as node:
         remote.before = before
         pulls = [asyncio.create_task(node.tier.pull("a")) for _ in range(2)]
         await asked.wait()

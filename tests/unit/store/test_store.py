@@ -434,9 +434,11 @@ async def test_closing_the_store_ends_loads_with_a_typed_error(tmp_path):
 
 async def test_a_device_that_fails_to_copy_fails_the_load(tmp_path):
     async with Rig(tmp_path) as rig:
+        gate = Gate(rig)
         task = asyncio.create_task(rig.store.acquire(A))
-        await asyncio.sleep(0)
+        await gate.reached.wait()
         rig.store._loads[A].targets[0].buffer._array = None
+        gate.open()
         with pytest.raises(LoadFailedError):
             await task
 

@@ -1,0 +1,142 @@
+"""Which model's step goes next on a device, and how much of its prompts that may take. Pure.
+
+Engines of one device take turns: a turn is one job of the step thread, and while it lasts the device
+works for that model. An engine with something to do asks for a turn and says for what: for sessions
+that decode, or for prompts only.
+
+A turn in which sessions decode is due at the last token of the one that has waited longest, plus
+`engine.inter_token_target_s`; one for prompts only as long after it became ready, so that pieces of
+several models' prompts alternate, and a short prompt does not wait for all of a long one. Earliest
+deadline first, with one rule above it: between two turns for prompts only, each engine that decodes
+and is ready goes once. So readers of one model wait for one piece of one other model's prompt, however
+many models have some; and prompts are not put off by models that decode without a pause.
+
+Nobody starves. Turns of engines that decode go in rounds, each once in a round, so one of D such
+waits for at most 2 (D - 1) others and one for prompts; one of P with prompts only for at most P - 1
+such and P rounds of D.
+
+How long that one piece may take is what the target says: while others decode, a step gets as many
+tokens of prompts as fit beside their steps, by what steps have taken lately, and at least
+`prefill_beside_tokens`. When nobody else decodes, nothing limits it.
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+_WEIGHT: Final = 0.5
+"""Of the newest step in what is known of a model's steps."""
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What an engine asks a turn for."""
+
+    decoding: int = 0
+    """Sessions whose next token is due."""
+    oldest: float = 0.0
+    """When the one of them that has waited longest had its last token."""
+
+
+@dataclass(slots=True)
+class _Seat:
+    """One engine, as far as turns go."""
+
+    need: Need
+    since: float = 0.0
+    """When it became ready."""
+    number: int = 0
+    """Order in which engines became ready; that of two at the same time, too."""
+    is_ready: bool = False
+    began: float = 0.0
+    """When its turn began."""
+    step_s: float = 0.0
+    """What a step without prompts takes."""
+    token_s: float | None = None
+    """What each token of prompts adds; None: not known yet."""
+
+
+class Turns:
+    """Gives turns to the engines of one device, one at a time."""
+
+    def __init__(self, target_s: float, least_tokens: int) -> None:
+        """`least_tokens`: of prompts, that a step may always have."""
+        self._target_s = target_s
+        self._least_tokens = least_tokens
+        self._seats: dict[int, _Seat] = {}
+        self._last_seat = self._last_number = 0
+        self._taken: int | None = None
+        """Whose turn it is."""
+        self._gone: set[int] = set()
+        """Engines that decode and had a turn since the last one for prompts, or in this round."""
+
+    def join(self) -> int:
+        """Return the seat of a new engine."""
+        self._last_seat += 1
+        self._seats[self._last_seat] = _Seat(Need())
+        return self._last_seat
+
+    def leave(self, seat: int) -> None:
+        """Forget an engine that is closed."""
+        self._seats.pop(seat, None)
+        self._gone.discard(seat)
+        if self._taken == seat:
+            self._taken = None
+
+    def ready(self, seat: int, need: Need, now: float) -> None:
+        """Take note that an engine waits for a turn."""
+        one = self._seats[seat]
+        assert not one.is_ready
+        self._last_number += 1
+        one.is_ready, one.need, one.since, one.number = True, need, now, self._last_number
+
+    def rest(self, seat: int) -> None:
+        """Take note that an engine wants no turn, or makes no use of its own: it has nothing to do."""
+        one = self._seats[seat]
+        one.is_ready, one.need = False, Need()
+        if self._taken == seat:
+            self._taken = None
+
+    def begin(self, now: float) -> int | None:
+        """Return whose turn begins; None: it is somebody's turn already, or nobody waits."""
+        ready = {seat: one for seat, one in self._seats.items() if one.is_ready}
+        if self._taken is not None or not ready:
+            return None
+        due = [seat for seat, one in ready.items() if one.need.decoding and seat not in self._gone]
+        if not due:
+            self._gone.clear()
+            due = [seat for seat, one in ready.items() if not one.need.decoding] or list(ready)
+        seat = min(due, key=lambda seat: (self._deadline(ready[seat]), ready[seat].number))
+        one = ready[seat]
+        if one.need.decoding:
+            self._gone.add(seat)
+        one.is_ready, one.began, self._taken = False, now, seat
+        return seat
+
+    def ended(self, seat: int, prompt_tokens: int, now: float) -> None:
+        """Take note that a turn has ended, and with it a step with so many tokens of prompts."""
+        if self._taken != seat:
+            return
+        self._taken = None
+        one = self._seats[seat]
+        took_s = now - one.began
+        if not prompt_tokens:
+            one.step_s += _WEIGHT * (took_s - one.step_s)
+        elif 2 * prompt_tokens >= self._least_tokens:  # a shorter piece costs what any step costs
+            token_s = took_s / prompt_tokens
+            known_s = token_s if one.token_s is None else one.token_s
+            one.token_s = known_s + _WEIGHT * (token_s - known_s)
+
+    def prompt_tokens(self, seat: int) -> int | None:
+        """Return how many tokens of prompts its next step may have; None: any number."""
+        others = [one for other, one in self._seats.items() if other != seat and one.need.decoding]
+        if not others:
+            return None
+        own = self._seats[seat]
+        left_s = self._target_s - sum(one.step_s for one in others)
+        left_s -= own.step_s if own.need.decoding else 0.0
+        if not own.token_s or left_s <= 0:
+            return self._least_tokens
+        return max(self._least_tokens, int(left_s / own.token_s))
+
+    def _deadline(self, one: _Seat) -> float:
+        return (one.need.oldest if one.need.decoding else one.since) + self._target_s
