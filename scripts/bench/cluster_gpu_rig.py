@@ -18,6 +18,7 @@ from sllm_node.cluster.auth import KEY_BYTES
 from sllm_node.core.units import GIB, MIB
 from tests.e2e import cluster_nodes, process
 from tests.e2e.process import NodeProcess
+from tests.ports import free_port
 
 NAMES: Final = ("a", "b", "c", "d", "e", "f", "g", "h")
 ROOM: Final = 2
@@ -104,7 +105,7 @@ class Rig:
         key.touch(mode=0o600)
         key.write_text(secrets.token_hex(KEY_BYTES) + "\n")
         nodes = [
-            f'\n[[nodes]]\nid = "{name}"\naddress = "127.0.0.1:{cluster_nodes.free_port()}"\n'
+            f'\n[[nodes]]\nid = "{name}"\naddress = "127.0.0.1:{free_port()}"\n'
             for name in self.names
         ]
         file = folder / "cluster.toml"
