@@ -314,24 +314,20 @@ class Engines:
         device = next(device for device in self._devices if device.name == name)
         longest = min(lease.checkpoint.index.context_tokens, slots)
         ops = self._ops_of(device, longest)
-        if ops is None:
-            return None
-        decoder = FusedDecoder.of(skeleton.model, skeleton.shapes, ops)
+        decoder = None if ops is None else FusedDecoder.of(skeleton.model, skeleton.shapes, ops)
         if decoder is None:
             return None
-        block_tokens = self._config.block_tokens
+        size = self._config.block_tokens
         torch_device = cache.keys[0].device
         memory = self._scratch.setdefault(name, ScratchMemory(torch_device))
         graphs = self._step_graphs(name, torch_device) if torch_device.type == "cuda" else None
-        blocks = -(-longest // block_tokens)
-        return DecodeBatch(decoder, cache, block_tokens, blocks, memory, graphs)
+        return DecodeBatch(decoder, cache, size, -(-longest // size), memory, graphs)
 
     def _step_graphs(self, name: str, device: torch.device) -> StepGraphs:
         """Return the graphs of a device's steps."""
         if name not in self._graphs:
-            failures = self._metrics.graph_failures.labels(name)
-            most = self._config.graphs_max
-            self._graphs[name] = StepGraphs(CudaGraphs(device), most, name, failures.inc)
+            most, failed = self._config.graphs_max, self._metrics.graph_failures.labels(name)
+            self._graphs[name] = StepGraphs(CudaGraphs(device), most, name, failed.inc)
         return self._graphs[name]
 
     def _kernel_ops(self, device: Device, longest: int) -> DecodeOps | None:

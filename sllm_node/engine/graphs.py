@@ -107,6 +107,6 @@ class CudaGraphs:
         """
         pool, self._pool, self._stream = self._pool, None, None
         stop: Any = getattr(torch._C, "_cuda_endAllocateToPool", None)  # noqa: SLF001 - no public way
-        with suppress(RuntimeError):
+        with suppress(RuntimeError, TypeError):
             if stop is not None:
                 stop(self._device.index, pool)
