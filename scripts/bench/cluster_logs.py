@@ -61,14 +61,19 @@ class Logs:
     ) -> dict[str, Any]:
         """Return how long after it was sent a request's load began, by way.
 
-        A node that has not had a request for a model reads its tokenizer first.
+        A node that has not had a request for a model reads its tokenizer meanwhile. A load that begins when
+        a request ends is another's, although it has the same id in the log.
         """
         by_way: dict[str, list[float]] = defaultdict(list)
         known: set[tuple[int, str]] = set()
         for line in self.lines:
             told = placed.get(line["asked"])
             is_begin = line["event"] == "load started" and line["asked"] in sent_at
-            if is_begin and told is not None and told["node"] == line["on"]:
+            is_own = told is not None and (told["node"], told["model"]) == (
+                line["on"],
+                line.get("model"),
+            )
+            if is_begin and told is not None and is_own:
                 where = "here" if told["on"] == line["on"] else "peer"
                 before = "known" if (told["life"], told["model"]) in known else "new"
                 taken_ms = 1e3 * (line["at"] - sent_at[line["asked"]])

@@ -1,8 +1,9 @@
 r"""What long prompts of other models do to a model's readers: turns by deadline beside first come, first served.
 
     python -m scripts.bench.interleave --store DIR [--device cpu|cuda:0] [--shape small|8b]
-        [--prompt-tokens 8192] [--streams 8] [--rounds 3] [--out F]
+        [--prompt-tokens 8192] [--streams 8] [--rounds 3] [--kv-mib 512] [--out F]
 
+On a GPU: `--device cuda:0 --shape 8b --prompt-tokens 32768 --kv-mib 8192`; three times 24 GiB of its memory.
 Three models with random weights on one device, each with an engine of the node, without HTTP. The first
 has 8 streams; when each has 16 tokens, the second gets one long prompt, or the second and the third get one
 each. Measured: time between the streams' tokens from then until the last prompt's first token, and the time to

@@ -6,8 +6,9 @@ Each mix is a load of the devices: `light` leaves a third of them empty; `busy` 
 replicas, half of them idle; `full` has every replica full and no device free: a decision waits or
 rejects; `tight` is `full` with a device or so free that takes small models only, so large ones have
 to look for moves. Between decisions states arrive as they would at one a second from each node and 10,000
-decisions a second. Prints decisions a second with updates included, percentiles of one decision, the
-cost of an update, and which kinds of decisions there were.
+decisions a second. Prints decisions a second of processor time (others may use the machine) with updates
+included, percentiles of one decision by the clock, the cost of an update, and which kinds of
+decisions there were. `--record` writes the figure.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import time
 from collections import Counter
 from dataclasses import replace
 from random import Random
+from statistics import median
 
+from scripts.bench import figures
 from sllm_node.cluster.placement import PlacementRequest, Reject, decide
 from sllm_node.cluster.state import (
     Bandwidths,
@@ -34,6 +37,7 @@ from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId, SessionId
 from sllm_node.core.units import GIB
 
+COMMAND = "python -m scripts.bench.placement"
 DEVICE_BYTES = 140 * GIB
 MIXES = {
     "light": (0.35, 0.5, 0.4),
@@ -115,35 +119,40 @@ class Bench:
             ReplicaId(name), model, shares, slots, sessions, next_free_s=free_s, idle_s=1.0
         )
 
-    def run(self, view: ClusterView) -> None:
-        """Decide for so many seconds and print what came."""
-        rng, now, each, updates_s, kinds = self.rng, 100.0, list[float](), 0.0, Counter[str]()
+    def run(self, view: ClusterView) -> float:
+        """Decide for so many seconds, print what came and return decisions a second, updates included."""
+        rng, now, each, kinds = self.rng, 100.0, list[float](), Counter[str]()
+        decides_s = updates_s = 0.0
         every = max(1, 10_000 // self.options.nodes)
         models = list(self.sizes)
-        start = time.perf_counter()
-        while (begun := time.perf_counter()) - start < self.options.seconds:
-            if len(each) % every == 0:
-                news = self.news()
-                begun = time.perf_counter()
-                view.update(news, now)
-                updates_s += time.perf_counter() - begun
-            model = rng.choice(models)
-            request = PlacementRequest(model, self.memory(model), self.sizes[model][1])
-            before = time.perf_counter()
-            decision = decide(view, request, now)
-            each.append(time.perf_counter() - before)
-            kinds["Reject" if isinstance(decision, Reject) else decision.best.kind.name] += 1
-            now += 1e-4
-        elapsed = sum(each) + updates_s
+        while decides_s + updates_s < self.options.seconds:
+            news = self.news()
+            begun = time.process_time()
+            view.update(news, now)
+            updated = time.process_time()
+            for _ in range(every):
+                model = rng.choice(models)
+                request = PlacementRequest(model, self.memory(model), self.sizes[model][1])
+                before = time.perf_counter()
+                decision = decide(view, request, now)
+                each.append(time.perf_counter() - before)
+                kinds["Reject" if isinstance(decision, Reject) else decision.best.kind.name] += 1
+                now += 1e-4
+            updates_s += updated - begun
+            decides_s += time.process_time() - updated
         each.sort()
         updates = len(each) / every
+        rate = len(each) / (decides_s + updates_s)
         print(
-            f"  {len(each) / elapsed:,.0f} decisions/s with updates, "
-            f"{len(each) / sum(each):,.0f} without; one: median {each[len(each) // 2] * 1e6:.0f} us, "
+            f"  {rate:,.0f} decisions/s with updates, {len(each) / decides_s:,.0f} without; "
+            f"one: median {each[len(each) // 2] * 1e6:.0f} us, "
             f"p99 {each[len(each) * 99 // 100] * 1e6:.0f} us, worst {each[-1] * 1e3:.1f} ms; "
             f"an update {updates_s / updates * 1e6:.0f} us"
         )
-        print("  " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()))
+        print(
+            "  " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()), flush=True
+        )
+        return rate
 
     def news(self) -> NodeState:
         """Return news of one node: other replicas, sometimes other bytes in DRAM."""
@@ -162,13 +171,31 @@ def main() -> None:
     parser.add_argument("--devices", type=int, default=8)
     parser.add_argument("--models", type=int, default=200)
     parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
+    parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    for mix in MIXES:
-        bench, view = Bench(options, mix), ClusterView()
-        for state in bench.states:
-            view.update(state, 100.0)
-        print(f"{mix}: {options.nodes} nodes x {options.devices} devices, {options.models} models")
-        bench.run(view)
+    rates = {mix: [rate(options, mix) for _ in range(options.rounds)] for mix in options.mixes}
+    if options.record:
+        figures.record(
+            "placements_per_s", median(rates["busy"]), rates["busy"],
+            note=noted({mix: median(of) for mix, of in rates.items()}),
+            command=f"{COMMAND} --rounds {options.rounds} --seconds {options.seconds:g} --record",
+        )  # fmt: skip
+
+
+def rate(options: argparse.Namespace, mix: str) -> float:
+    """Return decisions a second on a cluster of one mix."""
+    bench, view = Bench(options, mix), ClusterView()
+    for state in bench.states:
+        view.update(state, 100.0)
+    print(f"{mix}: {options.nodes} nodes x {options.devices} devices, {options.models} models")
+    return bench.run(view)
+
+
+def noted(rates: dict[str, float]) -> str:
+    others = ", ".join(f"{mix} {rate:,.0f}" for mix, rate in rates.items() if mix != "busy")
+    return f"mix busy, half of the replicas idle; {others}; a second of processor time, updates included"
 
 
 if __name__ == "__main__":

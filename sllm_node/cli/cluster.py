@@ -1,19 +1,32 @@
-"""`sllm-node cluster`: makes a cluster's file, keys and certificates, and checks them."""
+"""`sllm-node cluster`: makes a cluster's file, keys and certificates, and checks them; asks running nodes."""
 
 import importlib
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from sllm_node.cli.output import fail, print_json, say, tell
+from sllm_node.cli.output import fail, print_json, print_table, say, tell
+from sllm_node.cli.remote import (
+    DEFAULT_URL,
+    AsJson,
+    ConfigFile,
+    Key,
+    Model,
+    Url,
+    call,
+    quoted,
+)
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.types import NodeId
 
-app = typer.Typer(help="Make and check the file that many nodes share.", no_args_is_help=True)
+app = typer.Typer(
+    help="Make and check the file that many nodes share; ask and tell running nodes.",
+    no_args_is_help=True,
+)
 Folder = Annotated[Path, typer.Argument(help="the cluster's folder")]
 
 
@@ -26,7 +39,7 @@ class Trust(StrEnum):
 
 @app.callback()
 def _group() -> None:
-    """Make and check the file that many nodes share."""
+    """Make and check the file that many nodes share; ask and tell running nodes."""
 
 
 @app.command("init")
@@ -87,6 +100,116 @@ def check(
     if problems:
         fail(str(ConfigError(str(file), problems)))
     say(f"{file}: no problems")
+
+
+@app.command("models")
+def models(
+    url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None, *, as_json: AsJson = False
+) -> None:
+    """Show the models of all nodes: where they are, how many replicas are desired, their other names."""
+    target = (url, key, config)
+    report = call("GET", "/admin/status", target)["cluster"] or fail(
+        "the node is in no cluster (cluster.file)"
+    )
+    wishes = call("GET", "/admin/wishes", target)
+    rows = _models_of(report, wishes)
+    if as_json:
+        print_json({"models": rows})
+        return
+    print_table(
+        ("model", "nodes", "on devices of", ">ready", ">desired", "other names"),
+        [
+            (
+                row["id"], " ".join(row["nodes"]), " ".join(row["on_device"]), str(row["ready"]),
+                "" if row["desired"] is None else "{minimum}-{maximum}".format(**row["desired"]),
+                " ".join(row["aliases"]),
+            )
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _models_of(report: dict[str, Any], wishes: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one row for each model that some node has, or that an operator wished for."""
+    held: dict[str, list[tuple[str, bool]]] = {}
+    for node in report["nodes"]:
+        for model in node["models"]:
+            held.setdefault(model["id"], []).append((node["id"], model["device"]))
+    scaled = {one["model"]: one for one in report["scaling"]}
+    names: dict[str, list[str]] = {}
+    for alias, model in wishes["aliases"].items():
+        names.setdefault(model, []).append(alias)
+    rows: list[dict[str, Any]] = []
+    for model in sorted({*held, *scaled, *names}):
+        scaling, places = scaled.get(model), held.get(model, [])
+        on_device = [node for node, is_there in places if is_there]
+        rows.append({
+            "id": model, "nodes": [node for node, _ in places], "on_device": on_device,
+            "ready": len(on_device) if scaling is None else scaling["ready"],
+            "desired": None if scaling is None else {
+                key: scaling[key] for key in ("minimum", "maximum")
+            },
+            "aliases": names.get(model, []),
+        })  # fmt: skip
+    return rows
+
+
+@app.command("scale")
+def scale(
+    model: Model,
+    replicas: Annotated[
+        str, typer.Argument(help="at least and at most, as in 1-3", metavar="MIN-MAX")
+    ],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    config: ConfigFile = None,
+    *,
+    keep_alive_s: Annotated[float, typer.Option(help="how long a replica stays unneeded")] = 300.0,
+) -> None:
+    """Keep between so many replicas of a model in the cluster; all nodes are told, and remember it."""
+    least, dash, most = replicas.partition("-")
+    if not (least.isdigit() and (most.isdigit() or not dash)):
+        fail(f"{replicas!r} is not MIN-MAX, as in 1-3")
+    body = {"minimum": int(least), "maximum": int(most or least), "keep_alive_s": keep_alive_s}
+    report = call("POST", f"/admin/models/{quoted(model)}/scale", (url, key, config), body)
+    _told(report, "{model}: {minimum} to {maximum} replicas".format(**report))
+
+
+@app.command("unscale")
+def unscale(
+    model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None
+) -> None:
+    """Desire no replicas of a model any more: it comes with requests and leaves when idle."""
+    report = call("POST", f"/admin/models/{quoted(model)}/unscale", (url, key, config))
+    _told(report, f"{model}: not scaled any more")
+
+
+Alias = Annotated[str, typer.Argument(help="what clients ask for")]
+
+
+@app.command("alias")
+def alias(
+    name: Alias, model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None
+) -> None:
+    """Let clients ask for a model by another name; all nodes are told, and remember it."""
+    body = {"model": model}
+    report = call("POST", f"/admin/aliases/{quoted(name)}/set", (url, key, config), body)
+    _told(report, f"{name}: {report['model']}")
+
+
+@app.command("unalias")
+def unalias(
+    name: Alias, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None
+) -> None:
+    """Forget another name of a model."""
+    report = call("POST", f"/admin/aliases/{quoted(name)}/unset", (url, key, config))
+    _told(report, f"{name}: forgotten")
+
+
+def _told(report: dict[str, Any], text: str) -> None:
+    say(text)
+    if missed := report["missed"]:
+        tell(f"sllm-node: not told: {', '.join(missed)}; do this again when they are back")
 
 
 def _folder() -> ModuleType:

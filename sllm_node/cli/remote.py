@@ -39,7 +39,7 @@ def status(
     as_json: AsJson = False,
 ) -> None:
     """Show what is loaded where, what runs and waits, and how full the node is."""
-    report = _call("GET", "/admin/status", (url, key, config))
+    report = call("GET", "/admin/status", (url, key, config))
     if cluster:
         report = report.get("cluster") or fail("the node is in no cluster (cluster.file)")
     if as_json:
@@ -89,7 +89,7 @@ def cancel(
     config: ConfigFile = None,
 ) -> None:
     """End the sessions of one request, or of all that came with this x-request-id."""
-    report = _call("POST", f"/admin/requests/{_quoted(request)}/cancel", (url, key, config))
+    report = call("POST", f"/admin/requests/{quoted(request)}/cancel", (url, key, config))
     say(f"cancelled {report.get('cancelled', 0)} sessions of request {request}")
 
 
@@ -101,15 +101,13 @@ def move(
     config: ConfigFile = None,
 ) -> None:
     """Move a running session to another node; its reader notices nothing. Ask its reader's node."""
-    report = _call(
-        "POST", f"/admin/sessions/{_quoted(session)}/move", (url, key, config), {"to": to}
-    )
+    report = call("POST", f"/admin/sessions/{quoted(session)}/move", (url, key, config), {"to": to})
     say(f"session {session} moves to {to}: migration {report.get('migration', '')}")
 
 
 def drain(url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
     """Take no new requests; what runs moves to peers, or finishes. The process goes on until stopped."""
-    _call("POST", "/admin/drain", (url, key, config))
+    call("POST", "/admin/drain", (url, key, config))
     say("draining")
 
 
@@ -117,19 +115,21 @@ Target = tuple[str, str | None, Path | None]
 
 
 def _act(verb: str, model: str, target: Target, body: dict[str, Any] | None = None) -> None:
-    report = _call("POST", f"/admin/models/{_quoted(model)}/{verb}", target, body)
+    report = call("POST", f"/admin/models/{quoted(model)}/{verb}", target, body)
     say(f"{model}: {report.get('state', verb)}")
 
 
-def _quoted(name: str) -> str:
+def quoted(name: str) -> str:
+    """Return a name as a part of a path."""
     from urllib.parse import quote
 
     return quote(name, safe="")
 
 
-def _call(
+def call(
     method: str, path: str, target: Target, body: dict[str, Any] | None = None
 ) -> dict[str, Any]:
+    """Return what a node answers; what it refuses ends the program with its words."""
     url, key, config_file = target
     if config_file is not None:
         config = load_config(config_file)

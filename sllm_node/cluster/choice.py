@@ -21,7 +21,7 @@ from sllm_node.cluster.placement import (
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.state import DeviceShare, NodeId, NodeState
 from sllm_node.cluster.view import ClusterView
-from sllm_node.core.types import ModelId
+from sllm_node.core.types import ModelId, Startup
 
 FORWARD_S: Final = 0.002
 """What passing a request on may cost: a peer has to be better by that."""
@@ -43,6 +43,13 @@ class Choice:
     def startup_s(self) -> float | None:
         """Return the estimate; None: it queues."""
         return None if self.candidate is None else self.candidate.startup_s + self.forward_s
+
+
+def startup_of(choice: Choice | None, startup_s: float | None) -> Startup:
+    """Return how a session came to run that was placed so."""
+    if choice is None:
+        return Startup(startup_s=startup_s)
+    return Startup(choice.node, choice.way, choice.reason, choice.startup_s, startup_s)
 
 
 def request_for(view: ClusterView, model: ModelId, priority: int = 0) -> PlacementRequest:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Generic
 
 from sllm_node.cluster.file import ClusterFile, load_cluster
+from sllm_node.cluster.hints import HINT
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.listing import Listing
 from sllm_node.cluster.messages import make_boot
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.records import Desired
+from sllm_node.cluster.resumes import Resumes
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
@@ -20,6 +22,7 @@ from sllm_node.cluster.state import BootId
 from sllm_node.cluster.texts import Texts
 from sllm_node.cluster.transport import Client, Listener
 from sllm_node.cluster.trust import open_trust
+from sllm_node.cluster.wishes import WISH, Reach, Wishes
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
 from sllm_node.core.errors import ConfigError, MessageError
@@ -55,6 +58,9 @@ class Cluster(Generic[CodecT]):
         self._listen = config.cluster.listen or address
         trust = open_trust(file, path, me, lambda: self.peers.boot)
         snapshot = Snapshot(me, BootId(str(boot)), service.outlook)
+        resumes = Resumes()
+        snapshot.fit_of = resumes.fit
+        service.on_session_end = resumes.observe
         place = Place(me, boot, path, file)
         self.peers = Peers(place, trust, snapshot, clock, metrics)
         self._listing: Listing | None = None
@@ -66,9 +72,14 @@ class Cluster(Generic[CodecT]):
         self._texts = Texts(folder, self._client, load_codec, silence_s)
         serving = Serving(service, self.peers, clock, ping_s=file.timing.heartbeat_s)
         self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
-        handlers = {**serving.handlers(), **self.scaling.handlers()}
-        self._listener = Listener(trust, handlers, silence_s, self._refused)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
+        reach = Reach(self.peers, self._listing)
+        self.wishes = Wishes(journal, self.router.status, reach)
+        handlers = {
+            **serving.handlers(), **self.scaling.handlers(), HINT: self.router.hints.take,
+            WISH: self.wishes.take,
+        }  # fmt: skip
+        self._listener = Listener(trust, handlers, silence_s, self._refused)
         self._closing = AsyncExitStack()
 
     async def start(self) -> None:
@@ -132,10 +143,10 @@ class Cluster(Generic[CodecT]):
         }  # fmt: skip
 
     def _desired(self) -> tuple[Desired, ...]:
-        """Return the replicas that are desired: where file and directory both say, the directory counts."""
+        """Return the replicas that are desired: the file counts before operators, the directory before it."""
         wishes = {wish.model: wish for wish in self.peers.desired()}
-        if self._listing is not None:
-            wishes.update((wish.model, wish) for wish in self._listing.desired())
+        told = {wish.model: wish for wish in self.wishes.desired()}
+        wishes = {**told, **wishes} if self._listing is None else {**wishes, **told}
         return tuple(wish for _, wish in sorted(wishes.items()))
 
     def _refused(self, error: MessageError) -> None:

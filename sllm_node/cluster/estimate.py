@@ -57,9 +57,10 @@ def load_path(
     ]
     if held.bytes_stored != held.bytes_decoded:
         parts.append((held.bytes_decoded, bandwidths.decode))
-    load_s = path_s(parts) + bandwidths.beside_s
+    beside_s = bandwidths.kept_s if held.is_kept else bandwidths.beside_s
+    load_s = path_s(parts) + beside_s
     if has_replica:
-        clone_s = path_s([(held.bytes_decoded, bandwidths.clone)]) + bandwidths.beside_s
+        clone_s = path_s([(held.bytes_decoded, bandwidths.clone)]) + beside_s
         if clone_s <= load_s:
             return LoadPath(clone_s, Source.CLONE)
     if missing:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Self
 
-from sllm_node.cluster.choice import Choice
+from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.move import Move, MoveReport
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import LocalSource, Part, PeerSource
@@ -47,6 +47,7 @@ from sllm_node.core.types import (
     ModelStatus,
     NodeId,
     SessionStatus,
+    Startup,
     TokenIds,
 )
 
@@ -74,9 +75,7 @@ class RoutedStream:
         """Where it is now, or was last."""
         self._keep_alive_s = keep_alive_s
         self._ways = ways
-        self._client = tools.client
-        self._clock = tools.clock
-        self._limits = tools.limits
+        self._client, self._clock, self._limits = tools.client, tools.clock, tools.limits
         self._retries = Retries(request, ways, tools)
         self._opened = self._placed = tools.clock.now()
         self._tokens: list[int] = []
@@ -90,6 +89,9 @@ class RoutedStream:
         """A move whose destination has given no token yet."""
         self._last_at: float | None = None
         """When its last token came."""
+        self._held_since: float | None = None
+        """When the first token came that its client does not have."""
+        self._startup = startup_of(first, None)
         self.pace = Pace()
         self.is_orphaned = False
         """Its node failed while it moves: it only waits for the destination."""
@@ -144,6 +146,16 @@ class RoutedStream:
     def status(self) -> ModelStatus | None:
         """Return how the model stands where the session waits for it, else None."""
         return None if self._is_running or self._is_ended else self._status
+
+    def startup(self) -> Startup:
+        """Return how it came to run, as far as that is known."""
+        return self._startup
+
+    def passed_on(self) -> None:
+        """Take note that its client has what it gave so far."""
+        if self._held_since is not None:
+            self._ways.passed_on(self.node, self._clock.now() - self._held_since)
+            self._held_since = self._last_at if self._unread else None
 
     def session_status(self) -> SessionStatus:
         """Return what `status` shows of the session."""
@@ -278,6 +290,7 @@ class RoutedStream:
 
     def _granted(self, choice: Choice) -> None:
         self._is_running = True
+        self._startup = startup_of(choice, self._clock.now() - self._opened)
         self._ways.started(choice, self.request.model, self._clock.now() - self._placed)
 
     def _give(self, chunk: GenerationChunk) -> None:
@@ -291,6 +304,7 @@ class RoutedStream:
         elif self._last_at is not None:
             self.pace.came(len(chunk.tokens), now - self._last_at)
         self._last_at = now
+        self._held_since = now if self._held_since is None else self._held_since
         # What a resumed part found cached is of its own making: a prompt counts as it was first met.
         self._unread.append(replace(chunk, cached_tokens=self._cached))
         if chunk.finish is not None:

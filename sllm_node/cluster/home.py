@@ -8,10 +8,11 @@ next chunk gets it first: so the two never read at once.
 from collections.abc import Callable
 from typing import Self
 
+from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.ways import Begun
 from sllm_node.core.errors import DrainingError
-from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus
+from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus, Startup
 from sllm_node.schedule.stream import Stream
 
 Routing = Callable[["HomeStream", Begun | None], RoutedStream]
@@ -27,6 +28,8 @@ class HomeStream:
     ) -> None:  # fmt: skip
         self.request = stream.request
         self.keep_alive_s = keep_alive_s
+        self.choice: Choice | None = None
+        """Why it is here."""
         self.routed: RoutedStream | None = None
         """Who carries it since it moved."""
         self._stream = stream
@@ -77,6 +80,17 @@ class HomeStream:
     def status(self) -> ModelStatus | None:
         """Return how the model stands while the session waits for it, else None."""
         return self._stream.status() if self.routed is None else self.routed.status()
+
+    def startup(self) -> Startup:
+        """Return how it came to run, as far as that is known."""
+        if self.routed is not None:
+            return self.routed.startup()
+        return startup_of(self.choice, self._stream.startup().startup_s)
+
+    def passed_on(self) -> None:
+        """Take note that its client has what it gave so far."""
+        if self.routed is not None:
+            self.routed.passed_on()
 
     def session_status(self) -> SessionStatus:
         """Return what `status` shows of the session."""

@@ -109,6 +109,22 @@ class Listing:
             return self._directory.desired()
         return tuple(self._journal.records.desired.values())
 
+    async def put(self, record: Desired) -> None:
+        """Desire replicas of a model, on all nodes.
+
+        Raises:
+            EtcdError: it is not done.
+        """
+        await self._link.put(record)
+
+    async def drop(self, record: Desired) -> None:
+        """Desire them no more.
+
+        Raises:
+            EtcdError: it is not done.
+        """
+        await self._link.drop(record)
+
     def status(self) -> dict[str, Any]:
         """Return how this node stands with the directory, for `status --cluster`."""
         return {

@@ -1,31 +1,27 @@
-"""Which replicas to move off some devices so that a model fits there: exactly the cheapest set.
+"""Moves, and where they could go: the destinations of a replica's sessions, cheapest first.
 
 The sessions of a replica move together, to a replica of the model elsewhere that has places for all of
 them, or to devices where the model is loaded first. Moving one costs the wait and the load at the
 destination and the resume time of each session; moves are reckoned one after another, so costs add
 up. A device is promised once in a decision: no two destinations share one, and none is among the
 devices to be freed. Victims may be larger than what is short.
-
-The paper solves a 0/1 knapsack; conflicts of destinations don't fit in one, so this is branch and
-bound: victims in order of cost by byte, each with its destinations cheapest first, against the
-fractional knapsack without conflicts as the lower bound.
+Which replicas to move is found in `cluster.move_search`.
 """
 
 import heapq
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Final, Generic, TypeVar
+from typing import Final, NamedTuple
 
 from sllm_node.cluster.estimate import resume_s
+from sllm_node.cluster.floors import Lazy
 from sllm_node.cluster.node_view import NodeView
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
 from sllm_node.cluster.view import ClusterView, Slot
-from sllm_node.core.types import ModelId, SessionId
+from sllm_node.core.types import SessionId
 
-_ROUNDING: Final = 1 - 1e-12
-"""Takes from a bound what rounding may have added."""
 STEPS_MAX: Final = 20_000
 """Of all searches of one decision; then the best found so far counts. The hardest measured need 2,000."""
 LOADS_MAX: Final = 512
@@ -85,34 +81,22 @@ def evictions(
     return tuple(replica.replica for replica in chosen)
 
 
-_T = TypeVar("_T")
+class Way(NamedTuple):
+    """A destination without its evictions, which are looked up once it is chosen."""
+
+    cost_s: float
+    node: NodeId
+    devices: tuple[str, ...]
+    joins: ReplicaId = NO_REPLICA
 
 
-class _Lazy(Generic[_T]):
-    """An iterator that many read from its start, kept as far as it was read."""
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """The destinations of one victim, cheapest first."""
 
-    __slots__ = ("_rest", "_seen")
-
-    def __init__(self, rest: Iterator[_T]) -> None:
-        self._seen: list[_T] = []
-        self._rest = rest
-
-    def __iter__(self) -> Iterator[_T]:
-        position = 0
-        while True:
-            if position == len(self._seen):
-                found = next(self._rest, None)
-                if found is None:
-                    return
-                self._seen.append(found)
-            yield self._seen[position]
-            position += 1
-
-
-_Load = tuple[float, NodeId, tuple[str, ...]]
-"""A load somewhere: seconds with the wait, node, devices."""
-_Way = tuple[float, NodeId, tuple[str, ...], ReplicaId]
-"""A destination without its evictions, which are looked up when it is the cheapest left."""
+    all: Lazy[Way]
+    is_single: bool
+    """Each is one device."""
 
 
 class Streams:
@@ -125,195 +109,62 @@ class Streams:
         self.is_cut = False
         """Whether destinations were left out (`LOADS_MAX`)."""
         self._now = now
-        self._rough: dict[tuple[NodeId, ReplicaId], float] = {}
-        self._of: dict[tuple[NodeId, ReplicaId], _Lazy[Destination]] = {}
-        self._loads: dict[tuple[ModelId, int, int], _Lazy[_Load]] = {}
+        self._of: dict[tuple[NodeId, ReplicaId], Ways] = {}
 
-    def of(self, home: NodeView, victim: ReplicaState) -> Iterator[Destination]:
-        """Yield the victim's destinations, cheapest first."""
+    def of(self, home: NodeView, victim: ReplicaState) -> Ways:
+        """Return the victim's destinations."""
         key = (home.node, victim.replica)
-        if key not in self._of:
-            self._of[key] = _Lazy(self._destinations(home, victim))
-        return iter(self._of[key])
+        found = self._of.get(key)
+        if found is None:
+            age_s = max(0.0, self._now - home.seen_at)
+            tokens = sum(session.tokens(age_s) for session in victim.sessions)
+            joins = list(self._joins(home, victim, tokens))
+            is_single = len(victim.shares) == 1 and all(len(way.devices) == 1 for way in joins)
+            rest = self._ways(victim, tokens, joins)
+            found = self._of[key] = Ways(Lazy(rest), is_single)
+        return found
 
     def least_s(self, home: NodeView, victim: ReplicaState) -> float:
         """Return the cost of the victim's cheapest destination; infinite: it has none."""
-        return next((to.cost_s for to in self.of(home, victim)), math.inf)
+        return next((way.cost_s for way in self.of(home, victim).all), math.inf)
 
-    def rough_s(self, home: NodeView, victim: ReplicaState) -> float:
-        """Return a time below the cost of any destination, without looking for one; infinite: no place."""
-        key = (home.node, victim.replica)
-        if key not in self._rough:
-            tokens, fit = self._tokens(home, victim), self.view.least_resume(victim.model)
-            least_s = resume_s(fit, tokens, len(victim.sessions))
-            self._rough[key] = _ROUNDING * (self.view.least_move_s(victim) + least_s)
-        return self._rough[key]
+    def destination(self, victim: ReplicaState, way: Way) -> Destination:
+        """Return a destination with what is to be evicted there."""
+        if way.joins != NO_REPLICA:
+            return Destination(*way)
+        needs = dict.fromkeys(way.devices, max(share.size for share in victim.shares))
+        evicts = evictions(self.view.nodes[way.node], needs)
+        return Destination(*way, evicts=evicts)
 
-    def _tokens(self, home: NodeView, victim: ReplicaState) -> float:
-        age_s = max(0.0, self._now - home.seen_at)
-        return sum(session.tokens(age_s) for session in victim.sessions)
+    def _joins(self, home: NodeView, victim: ReplicaState, tokens: float) -> Iterator[Way]:
+        for node, other in self.view.floors.joins(home.node, victim):
+            held = node.held.get(victim.model)
+            cost_s = resume_s(held.resume if held else None, tokens, len(victim.sessions))
+            devices = tuple(sorted({share.device for share in other.shares}))
+            yield Way(cost_s, node.node, devices, other.replica)
 
-    def _destinations(self, home: NodeView, victim: ReplicaState) -> Iterator[Destination]:
-        tokens = self._tokens(home, victim)
-        heap = list(self._joins(home, victim, tokens))
+    def _ways(self, victim: ReplicaState, tokens: float, heap: list[Way]) -> Iterator[Way]:
         heapq.heapify(heap)
-        for load_s, node, devices in self._loads_of(victim):
-            while heap and heap[0][0] < load_s:
-                yield self._destination(victim, heapq.heappop(heap))
-            cost_s = load_s + self._resume_s(victim, tokens, node)
-            heapq.heappush(heap, (cost_s, node, devices, NO_REPLICA))
-        while heap:
-            yield self._destination(victim, heapq.heappop(heap))
-
-    def _destination(self, victim: ReplicaState, way: _Way) -> Destination:
-        cost_s, node, devices, joins = way
-        if joins != NO_REPLICA:
-            return Destination(cost_s, node, devices, joins)
-        needs = dict.fromkeys(devices, max(share.size for share in victim.shares))
-        evicts = evictions(self.view.nodes[node], needs)
-        return Destination(cost_s, node, devices, evicts=evicts)
-
-    def _resume_s(self, victim: ReplicaState, tokens: float, node: NodeId) -> float:
-        """Return the seconds to resume all sessions of a replica, one after another."""
-        held = self.view.nodes[node].held.get(victim.model)
-        return resume_s(held.resume if held else None, tokens, len(victim.sessions))
-
-    def _joins(self, home: NodeView, victim: ReplicaState, tokens: float) -> Iterator[_Way]:
-        for node_id in self.view.resident(victim.model):
-            node = self.view.nodes[node_id]
-            if node.state.is_draining:
-                continue
-            for other in node.by_model[victim.model]:
-                is_self = node is home and other.replica == victim.replica
-                if is_self or other.ready_s > 0 or other.free_slots < len(victim.sessions):
-                    continue
-                cost_s = self._resume_s(victim, tokens, node_id)
-                devices = tuple(sorted({share.device for share in other.shares}))
-                yield cost_s, node_id, devices, other.replica
-
-    def _loads_of(self, victim: ReplicaState) -> _Lazy[_Load]:
-        size, count = max(share.size for share in victim.shares), len(victim.shares)
-        key = (victim.model, size, count)
-        if key not in self._loads:
-            self._loads[key] = _Lazy(self._some_loads(*key))
-        return self._loads[key]
-
-    def _some_loads(self, model: ModelId, size: int, count: int) -> Iterator[_Load]:
-        for number, load in enumerate(_loads(self.view, model, size, count, self._now)):
-            if number == LOADS_MAX:
+        size, shares, now = (
+            max(share.size for share in victim.shares),
+            len(victim.shares),
+            self._now,
+        )
+        loads = 0
+        for place in self.view.floors.places(victim.model, size, shares):
+            while heap and heap[0].cost_s < place.load_s:
+                yield heapq.heappop(heap)
+            load_resume_s = resume_s(place.fit, tokens, len(victim.sessions))
+            name = place.node.node
+            path_at = place.node.path_ready_at(self.view.path(victim.model, name).source)
+            for chosen in combinations(place.devices, shares):
+                wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
+                devices = tuple(d.name for d in chosen)
+                cost_s = wait_s + place.load_s + load_resume_s
+                heapq.heappush(heap, Way(cost_s, name, devices))
+                loads += 1
+            if loads >= LOADS_MAX:
                 self.is_cut = True
-                return
-            yield load
-
-
-def _loads(view: ClusterView, model: ModelId, size: int, count: int, now: float) -> Iterator[_Load]:
-    """Yield every load of so many shares, soonest first."""
-    heap: list[_Load] = []
-    for load_s, node_id in view.paths_with_room(model, size):
-        while heap and heap[0][0] < load_s:
-            yield heapq.heappop(heap)
-        node = view.nodes[node_id]
-        if node.room < size:
-            continue
-        path_at = node.path_ready_at(view.path(model, node_id).source)
-        fitting = [d for d in node.devices if d.room >= size and model not in d.models]
-        for chosen in combinations(sorted(fitting, key=lambda d: d.name), count):
-            wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
-            names = tuple(d.name for d in chosen)
-            heapq.heappush(heap, (wait_s + load_s, node_id, names))
-    while heap:
-        yield heapq.heappop(heap)
-
-
-@dataclass(frozen=True, slots=True)
-class _Victim:
-    state: ReplicaState
-    weight: int
-    """Bytes on the devices that lack some."""
-    least_s: float
-
-
-@dataclass(slots=True)
-class _Search:
-    """One branch and bound."""
-
-    streams: Streams
-    home: NodeView
-    victims: Sequence[_Victim]
-    limit_s: float
-    """Costs above are of no use."""
-    best_s: float = math.inf
-    best: tuple[Move, ...] | None = None
-
-    def run(self, index: int, left: dict[str, int], taken: frozenset[Slot], cost_s: float,
-            moves: tuple[Move, ...]) -> None:  # fmt: skip
-        """Decide on the victims from `index` on."""
-        self.streams.steps_left -= 1
-        if all(size <= 0 for size in left.values()):
-            if self._is_useful(cost_s):
-                self.best_s, self.best = cost_s, moves
-            return
-        if self.streams.steps_left < 0 or not self._is_useful(cost_s + self._bound(index, left)):
-            return
-        victim = self.victims[index].state
-        rest = {name: size - victim.size_on(name) for name, size in left.items()}
-        after = self._bound(index + 1, rest)
-        for to in self.streams.of(self.home, victim):
-            if not self._is_useful(cost_s + to.cost_s + after):
                 break
-            if not (to.slots & taken):
-                sessions = tuple(session.session for session in victim.sessions)
-                move = Move(victim.replica, sessions, to)
-                self.run(index + 1, rest, taken | to.slots, cost_s + to.cost_s, (*moves, move))
-        self.run(index + 1, left, taken, cost_s, moves)
-
-    def _is_useful(self, cost_s: float) -> bool:
-        return cost_s < self.best_s and cost_s <= self.limit_s
-
-    def _bound(self, index: int, left: Mapping[str, int]) -> float:
-        return _least_s(self.victims[index:], left)
-
-
-def _least_s(victims: Sequence[_Victim], left: Mapping[str, int]) -> float:
-    """Return what freeing the rest costs at least: parts of victims, the cheapest by byte first."""
-    need = sum(size for size in left.values() if size > 0)
-    cost_s = 0.0
-    for victim in victims:
-        if need <= 0:
-            break
-        cost_s += victim.least_s * min(1.0, need / victim.weight)
-        need -= victim.weight
-    return cost_s * _ROUNDING if need <= 0 else math.inf
-
-
-def cheapest_moves(
-    streams: Streams, home: NodeView, needs: Mapping[str, int], priority: int, limit_s: float
-) -> tuple[float, tuple[Move, ...]] | None:
-    """Return the cheapest moves for so many bytes on each device, idle replicas evicted, and their seconds.
-
-    None: there are none for at most `limit_s`. Sessions of a higher priority than `priority` stay.
-    """
-    left = {name: size - home.by_name[name].room for name, size in needs.items()}
-    left = {name: size for name, size in left.items() if size > 0}
-    victims = {
-        replica.replica: replica
-        for name in left
-        for replica in home.by_name[name].busy
-        if all(session.priority <= priority for session in replica.sessions)
-    }
-    rough = _ordered(victims.values(), left, lambda replica: streams.rough_s(home, replica))
-    if _least_s(rough, left) > limit_s:
-        return None
-    exact = _ordered((v.state for v in rough), left, lambda replica: streams.least_s(home, replica))
-    search = _Search(streams, home, exact, limit_s)
-    search.run(0, left, frozenset((home.node, name) for name in needs), 0.0, ())
-    return None if search.best is None else (search.best_s, search.best)
-
-
-def _ordered(
-    replicas: Iterable[ReplicaState], left: Mapping[str, int], least_s: Callable[[ReplicaState], float]
-) -> list[_Victim]:  # fmt: skip
-    """Return those that can move at all, the cheapest by byte first."""
-    victims = [_Victim(r, sum(map(r.size_on, left)), least_s(r)) for r in replicas]
-    movable = [victim for victim in victims if victim.least_s < math.inf]
-    return sorted(movable, key=lambda v: (v.least_s / v.weight, v.state.replica))
+        while heap:
+            yield heapq.heappop(heap)

@@ -121,6 +121,19 @@ class Peers:
         """Return the replicas that the cluster file wishes for."""
         return self.cluster.desired()
 
+    def known(self) -> tuple[NodeId, ...]:
+        """Return all peers, alive or not; those that said that they leave not."""
+        peers = self._membership.peers()
+        return tuple(NodeId(peer.id) for peer in peers if peer.state is not PeerState.GONE)
+
+    async def tell(self, peer: NodeId, what: str, payload: bytes) -> bytes:
+        """Ask a peer for one answer.
+
+        Raises:
+            SllmError: it can't be reached, or its answer is not to be believed.
+        """
+        return await self._client.ask(peer, what, payload, self.cluster.timing.suspect_s)
+
     def refresh(self) -> NodeState:
         """Bring this node's own state in the view up to date and return it."""
         now = self._clock.now()

@@ -11,6 +11,8 @@ kind that disturbs least, the emptier replica, then names, so all nodes decide a
 and a decision that met one says so (`is_exact`).
 """
 
+import heapq
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -19,7 +21,9 @@ from operator import attrgetter
 from typing import Final
 
 from sllm_node.cluster.estimate import Source
-from sllm_node.cluster.moves import Move, Streams, cheapest_moves, evictions
+from sllm_node.cluster.floors import ROUNDING
+from sllm_node.cluster.move_search import cheapest_moves
+from sllm_node.cluster.moves import Move, Streams, evictions
 from sllm_node.cluster.node_view import DeviceView, NodeView
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
 from sllm_node.cluster.view import ClusterView
@@ -40,7 +44,7 @@ class PlacementRequest:
 
 
 NODES_MAX: Final = 64
-"""Nodes on which one decision looks for moves, those that load quickest first."""
+"""Nodes on which one decision looks for moves, those first that could be soonest."""
 
 
 class Kind(IntEnum):
@@ -151,8 +155,10 @@ _KINDS: dict[Kind, type[ServeHere] | type[Wait] | type[LoadThere] | type[Migrate
 }  # fmt: skip
 
 
-def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision:
-    """Return where the request starts soonest."""
+def decide(
+    view: ClusterView, request: PlacementRequest, now: float, *, may_move: bool = True
+) -> Decision:
+    """Return where the request starts soonest; only with `may_move` may running sessions go elsewhere."""
     seen = list(_resident(view, request, now))
     best = min(seen, key=attrgetter("key"), default=None)
     least = Kind.LOAD if view.most_free >= request.share_bytes else Kind.EVICT
@@ -166,9 +172,9 @@ def decide(view: ClusterView, request: PlacementRequest, now: float) -> Decision
             seen.append(candidate)
             if best is None or candidate.key < best.key:
                 best = candidate
-    if best and best.startup_s < view.least_load_s(request.model):
-        return _KINDS[best.kind](best, tuple(seen))
-    best, is_exact = _with_moves(view, request, best, seen, now)
+    is_exact = True
+    if may_move and not (best and best.startup_s < view.least_load_s(request.model)):
+        best, is_exact = _with_moves(view, request, best, seen, now)
     if best is None:
         return Reject(_why_not(view, request), is_exact)
     return _KINDS[best.kind](best, tuple(seen), is_exact)
@@ -180,9 +186,8 @@ def _with_moves(
 ) -> tuple[Candidate | None, bool]:  # fmt: skip
     """Return the best way if sessions may move too, and whether no better one can have been missed."""
     streams = Streams(view, now)
-    paths = view.paths_within_reach(request.model, request.share_bytes)
-    for searched, (load_s, node) in enumerate(paths):
-        if best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
+    for searched, (floor_s, node) in enumerate(_by_floor(view, request, best)):
+        if best and (floor_s, Kind.MIGRATE, 0.0, node) > best.key:
             break
         if searched == NODES_MAX:
             return best, False
@@ -192,6 +197,28 @@ def _with_moves(
             if best is None or found.key < best.key:
                 best = found
     return best, streams.steps_left >= 0 and not streams.is_cut
+
+
+def _by_floor(
+    view: ClusterView, request: PlacementRequest, best: Candidate | None
+) -> Iterator[tuple[float, NodeId]]:
+    """Yield the least that moves and load can take on each node that might beat `best`, least first."""
+    size, shares, floors = request.share_bytes, request.shares, view.floors
+    limit_s = best.startup_s if best else math.inf
+    known = floors.on_nodes(size, shares)
+    heap: list[tuple[float, NodeId]] = []
+    for load_s, node in view.paths_within_reach(request.model, size):
+        if load_s >= limit_s and best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
+            break
+        while heap and heap[0][0] < load_s:
+            yield heapq.heappop(heap)
+        floor_s = known.get(node)
+        if floor_s is None:
+            floor_s = floors.on_node(view.nodes[node], size, shares)
+        if floor_s < math.inf and load_s + floor_s <= limit_s:
+            heapq.heappush(heap, (load_s + floor_s, node))
+    while heap:
+        yield heapq.heappop(heap)
 
 
 def explain(view: ClusterView, request: PlacementRequest, now: float) -> list[Candidate]:
@@ -259,8 +286,9 @@ def _loads(
     path_at = node.path_ready_at(source)
     fitting = [d for d in node.devices if d.room >= size and model not in d.models]
     free = [d for d in fitting if d.free >= size]
-    for devices in (free, fitting):
-        chosen = _soonest(devices, request.shares, now)
+    evict_s = node.state.bandwidths.evict_s
+    for devices, least_s in ((free, 0.0), (fitting, evict_s)):
+        chosen = _soonest(devices, request.shares, now + least_s)
         if not chosen:
             continue
         is_free = all(d.free >= size for d in chosen)
@@ -269,6 +297,8 @@ def _loads(
         names = tuple(d.name for d in chosen)
         wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
         kind = Kind.LOAD if is_free else Kind.EVICT
+        if not is_free:
+            wait_s = max(wait_s, evict_s)
         if best and (wait_s + load_s, kind, 0.0, node.node, names) >= best.key:
             continue
         evicts = () if is_free else evictions(node, dict.fromkeys(names, size))
@@ -294,21 +324,15 @@ def _migration(
     best: Candidate | None, now: float,
 ) -> Candidate | None:  # fmt: skip
     """Return the best load after moves on this node; None: there is none that could beat `best`."""
-    model, size = request.model, request.share_bytes
-    reachable = view.reachable(node.node)
-    usable = [d for d in node.devices if reachable[d.name] >= size and model not in d.models]
-    if len(usable) < request.shares:
-        return None
-    path = view.path(model, node.node)
-    for chosen in combinations(sorted(usable, key=lambda d: d.name), request.shares):
-        if all(d.room >= size for d in chosen):
-            continue
-        path_at = node.path_ready_at(path.source)
+    size = request.share_bytes
+    path = view.path(request.model, node.node)
+    path_at = node.path_ready_at(path.source)
+    for floor_s, names in _sets(view, node, request):
+        chosen = [node.by_name[name] for name in names]
         queue_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
-        limit_s = best.startup_s - path.load_s if best else float("inf")
-        if queue_s > limit_s:
+        limit_s = best.startup_s - path.load_s if best else math.inf
+        if max(floor_s, queue_s) > limit_s:
             continue
-        names = tuple(d.name for d in chosen)
         needs = dict.fromkeys(names, size)
         found = cheapest_moves(streams, node, needs, request.priority, limit_s)
         if found is None:
@@ -323,6 +347,22 @@ def _migration(
         if best is None or candidate.key < best.key:
             best = candidate
     return best if best and best.kind is Kind.MIGRATE and best.node == node.node else None
+
+
+def _sets(
+    view: ClusterView, node: NodeView, request: PlacementRequest
+) -> list[tuple[float, tuple[str, ...]]]:
+    """Return the sets of devices on which moves could make room, with what they cost at least."""
+    size, model = request.share_bytes, request.model
+    floors = view.floors.on_devices(node, size, is_split=request.shares > 1)
+    usable = [d for d in node.devices if floors[d.name] < math.inf and model not in d.models]
+    if request.shares == 1:
+        return sorted((floors[d.name], (d.name,)) for d in usable if d.room < size)
+    return sorted(
+        (ROUNDING * sum(floors[d.name] for d in chosen), tuple(d.name for d in chosen))
+        for chosen in combinations(sorted(usable, key=attrgetter("name")), request.shares)
+        if any(d.room < size for d in chosen)
+    )
 
 
 def _why_not(view: ClusterView, request: PlacementRequest) -> str:

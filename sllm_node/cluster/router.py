@@ -14,6 +14,7 @@ from sllm_node.cluster import shown
 from sllm_node.cluster.choice import FORWARD_S, Choice, ask_for, choose, request_for
 from sllm_node.cluster.estimate import ErrorTrack, ForwardEstimator
 from sllm_node.cluster.forward import RoutedStream
+from sllm_node.cluster.hints import Hinting
 from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.movers import Movers
@@ -41,6 +42,7 @@ from sllm_node.core.types import (
     SessionStatus,
 )
 from sllm_node.schedule.driver import Service
+from sllm_node.schedule.hints import LONG_CHARACTERS
 from sllm_node.schedule.ports import CodecT
 from sllm_node.schedule.stream import Stream, client_id_of, request_of
 
@@ -79,11 +81,22 @@ class Router(Generic[CodecT]):
         self._forwarding = ForwardEstimator(FORWARD_S)
         peers.on_change = self._on_change
         service.on_change = peers.changed
+        self.hints = Hinting(service, peers, client, clock)
         self._movers = Movers(peers, metrics, clock, self._carried)
         self.load, self.unload = service.load, service.unload
         self.pin, self.unpin = service.pin, service.unpin
 
     # --- sessions -----------------------------------------------------------------------------
+
+    def expect(self, model: str, characters: int) -> None:
+        """Take note of a request whose text becomes tokens now: its model's load may begin meanwhile."""
+        name = ModelId(model)
+        is_slow = self._service.is_slow_to_read(name, characters)
+        if is_slow and characters < LONG_CHARACTERS:  # its tokenizer is not this node's own
+            held, _ = self._elsewhere(name)
+            is_slow = held is None or self._texts.get_now(held) is None
+        if is_slow and not self._service.is_draining:
+            self.hints.give(name)
 
     async def prepare(self, model: str) -> CodecT:
         """Return the codec of `model`, fetched from a peer if only peers have it.
@@ -166,6 +179,7 @@ class Router(Generic[CodecT]):
         stream = self._service.open(request, keep_alive_s=keep_alive_s)
         home = HomeStream(stream, keep_alive_s, self._carry, self._homes.discard)
         self._homes.add(home)
+        home.choice = choice
         if choice is not None and choice.startup_s is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
             task = asyncio.create_task(self._watch(stream, choice), name="startup")
@@ -233,6 +247,11 @@ class Router(Generic[CodecT]):
             "model": model, "node": choice.node, "expected_s": round(choice.startup_s, 4),
             "startup_s": round(seconds, 4),
         })  # fmt: skip
+
+    def passed_on(self, node: NodeId, seconds: float) -> None:
+        """Count what this node added to tokens of a peer."""
+        if node != self._peers.me:
+            self._metrics.forward_added_seconds.labels(node).observe(seconds)
 
     def left(self, choice: Choice, model: str, outcome: str) -> None:
         """Count how a node's part in a session ended."""
@@ -409,6 +428,7 @@ class Router(Generic[CodecT]):
         for task in list(self._watching):
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
+        await self.hints.close()
 
 
 def _placed_fields(request: GenerationRequest, choice: Choice) -> dict[str, object]:

@@ -14,6 +14,7 @@ from sllm_node.checkpoint.cards import TEXT_FILES
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.peers import HEARTBEAT, Peers
 from sllm_node.cluster.reservations import Refused, Reservations
+from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.transport import Handler, Reply
 from sllm_node.cluster.wire import (
     HOPS_MAX,
@@ -115,6 +116,10 @@ class Serving:
 
     def _refusal(self, forward: Forward) -> RefusalRecord | None:
         state = self._peers.refresh()
+        if forward.ask.shares and _has_place(state, forward):
+            return (
+                None  # it was to be loaded, and that has begun meanwhile: by a hint, or for another
+            )
         answer = self._reservations.ask(forward.ask, state, self._clock.now())
         self._reservations.release(
             forward.ask.id
@@ -189,3 +194,12 @@ class Serving:
         for _, data in found:
             for at in range(0, len(data), _PIECE_BYTES):
                 await reply.send(data[at : at + _PIECE_BYTES])
+
+
+def _has_place(state: NodeState, forward: Forward) -> bool:
+    """Tell whether a replica that is here, or coming, can take the session."""
+    is_same = forward.ask.boot == state.boot and not state.is_draining
+    return is_same and any(
+        replica.model == forward.request.model and replica.free_slots > 0 and not replica.is_leaving
+        for replica in state.replicas
+    )

@@ -5,6 +5,7 @@ memory are read anew for each decision. A node has one replica of a model at mos
 after its model.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -17,9 +18,10 @@ from sllm_node.cluster.state import (
     NodeState,
     ReplicaId,
     ReplicaState,
+    ResumeFit,
     SessionState,
 )
-from sllm_node.core.types import ModelState, NodeId, Tier
+from sllm_node.core.types import ModelId, ModelState, NodeId, Tier
 from sllm_node.schedule.actions import ReplicaView
 from sllm_node.schedule.outlook import ModelFacts, Outlook
 
@@ -37,10 +39,13 @@ class Snapshot:
         self._models: tuple[HeldModel, ...] = ()
         self._last: NodeState | None = None
         self._version = 0
+        self.fit_of: Callable[[ModelId], ResumeFit | None] = lambda _: None
+        """How long sessions of a model take to resume here, as far as that was seen."""
 
     def look(self) -> None:
         """Look up models and tiers anew."""
-        self._models = tuple(_held(facts) for facts in self._outlook.models())
+        found = self._outlook.models()
+        self._models = tuple(_held(facts, self.fit_of(facts.model)) for facts in found)
 
     def state(self, now: float) -> NodeState:
         """Return the state as it is now; the same object if nothing has changed."""
@@ -104,7 +109,8 @@ class Snapshot:
             for one in facts
         )
         slots = self._outlook.slots
-        is_full = len(sessions) >= slots or view.is_leaving
+        # One that leaves gives its places to nobody: who waits there waits for it to be loaded anew.
+        is_full = len(sessions) >= slots and not view.is_leaving
         idle_s = 0.0 if sessions else max(0.0, now - view.last_used)
         return ReplicaState(
             replica=ReplicaId(view.model),
@@ -127,7 +133,9 @@ class Snapshot:
             dram=rate(Tier.DRAM),
             nvme=rate(Tier.NVME),
             remote=rate(Tier.REMOTE) if self._outlook.keeps_remotes else 0.0,
-            beside_s=round(self._outlook.beside_s, 4),
+            beside_s=round(self._outlook.beside_s(is_kept=False), 4),
+            kept_s=round(self._outlook.beside_s(is_kept=True), 4),
+            evict_s=round(self._outlook.evict_s, 4),
         )
 
 
@@ -136,7 +144,7 @@ def _turn_s(view: ReplicaView, slots: int) -> float:
     return view.service_s * (1 + len(view.waiting)) / max(1, slots)
 
 
-def _held(facts: ModelFacts) -> HeldModel:
+def _held(facts: ModelFacts, fit: ResumeFit | None) -> HeldModel:
     return HeldModel(
         model=facts.model,
         bytes_decoded=facts.size,
@@ -148,4 +156,6 @@ def _held(facts: ModelFacts) -> HeldModel:
         context_tokens=facts.context_tokens,
         created=facts.created,
         waiting=facts.waiting,
+        is_kept=facts.is_kept,
+        resume=fit,
     )

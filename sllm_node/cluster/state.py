@@ -50,6 +50,10 @@ class Bandwidths:
     remote: float = 0.0
     beside_s: float = 0.0
     """Seconds that a load takes beside its bytes: the module, the tokenizer, KV memory."""
+    kept_s: float = 0.0
+    """The same where the module is kept from an earlier load."""
+    evict_s: float = 0.0
+    """Seconds until the memory of idle replicas is free for a load."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,8 @@ class HeldModel:
     """Unix time of the conversion."""
     waiting: int = 0
     """Sessions that wait here while no replica of it is here, or coming."""
+    is_kept: bool = False
+    """Its module is kept here from an earlier load."""
 
 
 @dataclass(frozen=True, slots=True)

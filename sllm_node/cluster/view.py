@@ -16,13 +16,13 @@ from operator import itemgetter
 from typing import Final
 
 from sllm_node.cluster.estimate import RESUME_GUESS, LoadPath, Source, load_path, send_rate
+from sllm_node.cluster.floors import Floors
 from sllm_node.cluster.node_view import NodeView
 from sllm_node.cluster.state import (
     Bandwidths,
     HeldModel,
     NodeId,
     NodeState,
-    ReplicaState,
     ResumeFit,
 )
 from sllm_node.core.types import ModelId
@@ -99,10 +99,8 @@ class ClusterView:
         """Nodes by the room of their roomiest device."""
         self._reaches: list[tuple[int, NodeId]] = []
         """Nodes by the most that moves could free on a device, if all found a place."""
-        self._reachable: dict[NodeId, dict[str, int]] = {}
-        """What can really be freed, as far as it was asked for since the last news."""
-        self._most_reachable: dict[NodeId, int] = {}
-        """The most of that on one device of each node."""
+        self.floors = Floors(self)
+        """What moves cost at least, as far as it was asked for since the last news."""
         self._rates: dict[Bandwidths, list[NodeId]] = {}
         """Nodes that take requests by their bandwidths, without remotes."""
         self._rates_version = 0
@@ -147,27 +145,18 @@ class ClusterView:
         """Return the bytes that are free on the device that has most."""
         return self._frees[-1][0] if self._frees else 0
 
+    @property
+    def most_room(self) -> int:
+        """Return the bytes that are free on some device once idle replicas have left, at most."""
+        return self._rooms[-1][0] if self._rooms else 0
+
     def paths_with_room(self, model: ModelId, size: int) -> Iterable[tuple[float, NodeId]]:
         """Return those of `paths` that matter to who needs so many bytes of a device; perhaps more."""
         return self._paths_among(self._rooms, model, size)
 
-    def paths_within_reach(self, model: ModelId, size: int) -> Iterator[tuple[float, NodeId]]:
-        """Yield those where moves and evictions might free so many bytes of a device."""
-        most = self._most_reachable
-        for path in self._paths_among(self._reaches, model, size):
-            node = path[1]
-            found = most.get(node)
-            if found is None:
-                found = most[node] = max(self.reachable(node).values(), default=0)
-            if found >= size:
-                yield path
-
-    def reachable(self, node: NodeId) -> dict[str, int]:
-        """Return for each device the bytes that are free once all has left that might find a place."""
-        found = self._reachable.get(node)
-        if found is None:
-            found = self._reachable[node] = self._reach(self.nodes[node])
-        return found
+    def paths_within_reach(self, model: ModelId, size: int) -> Iterable[tuple[float, NodeId]]:
+        """Return those where moves and evictions might free so many bytes of a device; perhaps more."""
+        return self._paths_among(self._reaches, model, size)
 
     def least_load_s(self, model: ModelId) -> float:
         """Return the load time of the quickest path; infinite: there is none."""
@@ -176,15 +165,6 @@ class ClusterView:
             return math.inf
         near_s = index.entries[0][0] if index.entries else math.inf
         return min(near_s, index.far[0][0] if index.far else math.inf)
-
-    def least_move_s(self, replica: ReplicaState) -> float:
-        """Return a time that moving it takes at least, without its resume times; infinite: no place."""
-        if self._most_free_slots(replica.model) >= len(replica.sessions):
-            return 0.0
-        if not self._rooms or self._rooms[-1][0] < replica.shares[0].size:
-            return math.inf
-        paths = self.paths_with_room(replica.model, replica.shares[0].size)
-        return next((load_s for load_s, _ in paths), math.inf)
 
     def least_resume(self, model: ModelId) -> ResumeFit:
         """Return what no node resumes sessions of the model quicker than."""
@@ -220,14 +200,8 @@ class ClusterView:
             return path.load_s if path else math.inf
         return self._far_path(index, view).load_s
 
-    def _reach(self, node: NodeView) -> dict[str, int]:
-        return {
-            device.name: device.room
-            + sum(r.size_on(device.name) for r in device.busy if self.least_move_s(r) < math.inf)
-            for device in node.devices
-        }
-
-    def _most_free_slots(self, model: ModelId) -> int:
+    def most_free_slots(self, model: ModelId) -> int:
+        """Return the most places that one replica of it has free; there must be one."""
         index = self._models[model]
         if index.free_slots is None:
             index.free_slots = max(
@@ -278,8 +252,8 @@ class ClusterView:
         ):  # fmt: skip
             return
         index.stale.add(node)
-        rate = send_rate(held, new.state.bandwidths) if held and new else 0.0
         index.least_fit = None
+        rate = send_rate(held, new.state.bandwidths) if held and new else 0.0
         before = index.peer_rate, index.sizes
         if held:
             index.holders[node] = held
@@ -296,8 +270,7 @@ class ClusterView:
 
     def _index_room(self, node: NodeId, old: NodeView | None, new: NodeView | None) -> None:
         """Keep the nodes in order of what is free on them or could be."""
-        self._reachable.clear()
-        self._most_reachable.clear()
+        self.floors.clear()
         for order, name in (
             (self._frees, "free"), (self._rooms, "room"), (self._reaches, "within_reach"),
         ):  # fmt: skip

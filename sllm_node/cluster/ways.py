@@ -38,6 +38,9 @@ class Ways(Protocol):
     def started(self, choice: Choice, model: str, seconds: float) -> None:
         """Take note that a session runs, so long after it was placed."""
 
+    def passed_on(self, node: NodeId, seconds: float) -> None:
+        """Take note that tokens from a node were with the client so long after they had come."""
+
     def left(self, choice: Choice, model: str, outcome: str) -> None:
         """Take note of how a node's part in a session ended."""
 

@@ -50,6 +50,14 @@ class Extend(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """It owns the session now: go on behind these."""
 
 
+class Hint(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A session of this model is on its way: its load may begin."""
+
+    model: str
+    request: str
+    """For the logs."""
+
+
 class Describe(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """What must be known of a model to take requests for it: limits, tokenizer, chat template."""
 
@@ -128,6 +136,11 @@ def unpack_forward(data: bytes) -> Forward:
 def unpack_extend(data: bytes) -> Extend:
     """Return tokens for a session that holds, or raise MessageFormatError."""
     return _decode(msgspec.msgpack.Decoder(Extend), data)
+
+
+def unpack_hint(data: bytes) -> Hint:
+    """Return a hint, or raise MessageFormatError."""
+    return _decode(msgspec.msgpack.Decoder(Hint), data)
 
 
 def unpack_describe(data: bytes) -> Describe:

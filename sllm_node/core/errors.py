@@ -891,6 +891,13 @@ class SessionLostError(SllmError):
         self.problem = problem
 
 
+class WishConflictError(SllmError):
+    """An operator's wish that something else speaks against."""
+
+    fault = Fault.CALLER
+    code = "wish_conflict"
+
+
 class MoveRefusedError(SllmError):
     """A session that can't be moved as it was asked for."""
 

@@ -174,6 +174,17 @@ class Metrics:
             "Requests placed, by way and whether on this node",
             ["way", "where"],
         )
+        self.forward_added_seconds = histogram(
+            "sllm_forward_added_seconds",
+            "Tokens of a peer come, to written to the client: what passing them on adds on this node",
+            ["peer"],
+            buckets=(0.0001, 0.0002, 0.0005, *LATENCY_BUCKETS_S),
+        )
+        self.hints = counter(
+            "sllm_hints",
+            "Loads begun while a request becomes tokens: followed by its session, or not; or no room",
+            ["outcome"],
+        )
         self.forwards = counter(
             "sllm_forwards", "Sessions passed on to peers, by peer and outcome", ["peer", "outcome"]
         )

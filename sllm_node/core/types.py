@@ -107,6 +107,8 @@ class LoadReport:
     """Of all decoding together; it runs beside the copies, and several at once on a CPU."""
     is_encoded: bool = False
     """Whether the checkpoint is one that has to be decoded."""
+    begun_s: float = 0.0
+    """From the call to the first read or copy issued."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +130,20 @@ class SamplingParameters:
     logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int = 0
     """Random numbers follow from (seed, token index) alone. 64 bits, unsigned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Startup:
+    """How a session came to run; None: not known, or not yet."""
+
+    node: str | None = None
+    """Where it runs, or ran last; in a cluster."""
+    way: str | None = None
+    """`serve`, `wait`, `load`, `evict` or `queue`, as it was placed; in a cluster."""
+    why: str | None = None
+    expected_s: float | None = None
+    startup_s: float | None = None
+    """From when it was asked for until it ran."""
 
 
 @dataclass(frozen=True, slots=True)

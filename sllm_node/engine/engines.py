@@ -183,6 +183,11 @@ class Engines:
             kept[1].take_kv(())
         return await self._builder.run_alone(build, checkpoint.path)
 
+    def is_kept(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether the module of an earlier replica waits for the next one."""
+        kept = self._kept.get(checkpoint.path)
+        return kept is not None and kept[0] == checkpoint
+
     def give_back(self, checkpoint: Checkpoint, skeleton: Skeleton) -> None:
         """Keep a module that nobody uses any more for the next load of its model."""
         before = self._kept.pop(checkpoint.path, None)

@@ -23,6 +23,7 @@ from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.cluster.cluster import Cluster
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.router import Router
+from sllm_node.cluster.wishes import Wishes
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.config import Config
@@ -100,6 +101,7 @@ class Node:
                 metrics=self._metrics,
                 stalled=self._engines.stalled,
                 overview=self._overview,
+                wishes=self._wishes,
                 catalog=self._catalog,
                 pull=self._pull,
                 explain=None if self._cluster is None else self._cluster.router.explain,
@@ -183,6 +185,12 @@ class Node:
     def _front(self) -> "Service[Any] | Router[Any]":
         """What the server talks to."""
         return self._service if self._cluster is None else self._cluster.router
+
+    @property
+    def _wishes(self) -> Wishes:
+        if self._cluster is not None:
+            return self._cluster.wishes
+        return Wishes(self._journal, self._service.status)
 
     async def _join_cluster(self) -> None:
         if self._config.cluster.file:

@@ -55,6 +55,11 @@ class CodecCache(Generic[CodecT]):
             self._drop(model, entry)
             raise LoadFailedError(model, f"its tokenizer can't be read: {error}") from error
 
+    def has(self, model: ModelId) -> bool:
+        """Tell whether a codec of `model` can be had at once."""
+        entry = self._entries.get(model)
+        return entry is not None and entry.codec.done()
+
     async def close(self) -> None:
         """Stop the reads under way."""
         reads = [entry.codec for entry in self._entries.values()]

@@ -49,6 +49,7 @@ from sllm_node.schedule.actions import (
 )
 from sllm_node.schedule.early import EarlySessions
 from sllm_node.schedule.estimate import LoadEstimator
+from sllm_node.schedule.hints import LONG_CHARACTERS, Hints
 from sllm_node.schedule.outlook import Outlook, Sources
 from sllm_node.schedule.ports import CodecT, Engines, Pins, Replica, WeightStore
 from sllm_node.schedule.replicas import Hosted, Replicas
@@ -96,14 +97,19 @@ class Service(Generic[CodecT]):
         self._early = EarlySessions(config.engine.max_sessions)
         self._load_waiters: dict[TicketId, asyncio.Future[None]] = {}
         self._departures: dict[ModelId, asyncio.Future[None]] = {}
+        self._evicting: dict[ModelId, float] = {}
+        """When evictions under way began."""
         self._actions: deque[Action] = deque()
         self._is_acting = False
         self._alarm = Alarm(clock, self._on_timer)
         self._drain_end = Alarm(clock, self._on_drain_end)
         self._ended_by_drain = 0
         self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
+        self._hints = Hints(self._scheduler, clock, metrics, self._ask_ahead, self._drop_ahead)
         self.on_change: Callable[[], None] = lambda: None
         """Called when something may have changed that other nodes place requests by."""
+        self.on_session_end: Callable[[Stream], None] = lambda _: None
+        """Called with each session that ended here."""
         self.pins: Pins | None = None
         """Where pins outlive this process, if anywhere."""
         self.outlook = Outlook(
@@ -115,6 +121,19 @@ class Service(Generic[CodecT]):
         )
 
     # --- sessions -----------------------------------------------------------------------------
+
+    def expect(self, model: str, characters: int) -> None:
+        """Take note of a request whose text becomes tokens now: its model's load may begin meanwhile."""
+        if self.is_slow_to_read(ModelId(model), characters):
+            self.hint(ModelId(model))
+
+    def is_slow_to_read(self, model: ModelId, characters: int) -> bool:
+        """Tell whether a load gains from beginning before so long a prompt is tokens."""
+        return characters >= LONG_CHARACTERS or not self._replicas.codecs.has(model)
+
+    def hint(self, model: ModelId) -> bool:
+        """Begin a load for a session to come, if it can begin at once; tell whether it is on its way."""
+        return self._hints.take(model)
 
     async def prepare(self, model: str) -> CodecT:
         """Return the codec of `model`.
@@ -157,6 +176,7 @@ class Service(Generic[CodecT]):
         )
         self._sessions.add(stream)
         self._do(self._scheduler.on_request(ticket, self._clock.now()))
+        self._hints.followed(request.model)
         if stream.error is not None:
             raise stream.error
         if not stream.is_granted:
@@ -311,6 +331,7 @@ class Service(Generic[CodecT]):
 
     async def close(self) -> None:
         """End all sessions, loads and replicas."""
+        self._hints.close()
         self._do(self._scheduler.on_drain(self._clock.now()))
         self._drain_end.set(None)
         self._on_drain_end()
@@ -341,7 +362,9 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
             self._estimator.observe(hosted.lease.report)
-            self._estimator.observe_whole(hosted.lease.report, hosted.elapsed_s)
+            self._estimator.observe_whole(
+                hosted.lease.report, hosted.elapsed_s, is_kept=hosted.was_kept
+            )
         with suppress(SllmError):  # removed meanwhile: those who wait are served
             if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
                 self._do(self._scheduler.on_replaced(model, self._clock.now()))
@@ -354,6 +377,8 @@ class Service(Generic[CodecT]):
 
     def on_evicted(self, model: ModelId) -> None:
         """For `Replicas`: a replica is gone."""
+        if (began := self._evicting.pop(model, None)) is not None:
+            self._estimator.observe_eviction(self._clock.now() - began)
         departure = self._departures.pop(model, None)
         if departure is not None:
             departure.set_result(None)
@@ -370,6 +395,7 @@ class Service(Generic[CodecT]):
 
     def _stream_ended(self, stream: Stream, outcome: Outcome) -> None:
         self._telemetry.ended(stream, outcome, self._clock.now())
+        self.on_session_end(stream)
         self._early.drop(stream)
         if self._sessions.take(stream.ticket) is None:
             return  # the scheduler's own decision
@@ -404,6 +430,7 @@ class Service(Generic[CodecT]):
             case AbortLoad(model):
                 self._replicas.abort_load(model)
             case Evict(model, reason):
+                self._evicting[model] = self._clock.now()
                 self._replicas.start_eviction(model, reason, self)
             case Grant(ticket, model) if ticket in self._load_waiters:
                 self._load_waiters.pop(ticket).set_result(None)
@@ -420,14 +447,15 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         assert hosted is not None
         try:
-            generation = self._early.take(stream) or hosted.replica.submit(stream.request)
+            early = self._early.take(stream)
+            generation = early or hosted.replica.submit(stream.request)
         except SllmError as error:
             failure = error
         except Exception as error:
             log.exception("engine took no request", extra={"model": model})
             failure = EngineError(model, f"{type(error).__name__}: {error}")
         else:
-            stream.grant(generation)
+            stream.grant(generation, is_early=early is not None)
             self._telemetry.granted(stream)
             return
         self._end(stream.ticket, failure, Outcome.REFUSED)
@@ -491,7 +519,8 @@ class Service(Generic[CodecT]):
             self._engines.shares(checkpoint),
             self._estimator.load_s(
                 bytes_moved, from_nvme, from_remote, is_encoded=checkpoint.index.is_encoded
-            ),
+            )
+            + self._estimator.beside_s(is_kept=self._engines.is_kept(checkpoint)),
             priority,
             keep_alive_s,
             is_session,
@@ -499,13 +528,27 @@ class Service(Generic[CodecT]):
 
     def _want(self, model: ModelId) -> asyncio.Future[None]:
         """Ask for `model` to be on the device; the future ends when it is, or can't be."""
+        return self._ask_for(model)[1]
+
+    def _ask_for(self, model: ModelId) -> tuple[TicketId, asyncio.Future[None]]:
         ticket = self._ticket(self._servable(model), is_session=False)
         waiter: asyncio.Future[None] = self._loop.create_future()
         # Looked at even when the caller is gone.
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._load_waiters[ticket.number] = waiter
         self._do(self._scheduler.on_request(ticket, self._clock.now()))
-        return waiter
+        return ticket.number, waiter
+
+    def _ask_ahead(self, model: ModelId) -> TicketId:
+        return self._ask_for(model)[0]
+
+    def _drop_ahead(self, model: ModelId, ticket: TicketId) -> None:
+        """Take a ticket back that nobody waits for; one that was granted leaves its model idle."""
+        now = self._clock.now()
+        if self._load_waiters.pop(ticket, None) is not None:
+            self._do(self._scheduler.on_cancel(ticket, now))
+        else:
+            self._do(self._scheduler.on_unused(model, now))
 
     def _model_status(self, checkpoint: Checkpoint) -> ModelStatus:
         model, hosted = checkpoint.model, self._replicas.get(checkpoint.model)

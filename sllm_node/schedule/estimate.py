@@ -4,7 +4,8 @@ All tiers of a load work at once, chunk by chunk, so a load lasts as long as its
 bytes that come from a remote or from NVMe at that tier's bandwidth, or all bytes on the way from DRAM
 to the device. Bytes are decoded ones. Raw and encoded checkpoints have bandwidths of their own: a disk
 delivers half as much again of an encoded one, a CPU that decodes much less.
-What a load takes beside its bytes (`beside_s`) is learned apart, and only placement counts it.
+What a load takes beside its bytes (`beside_s`) is learned apart: for models whose module is kept from an
+earlier load, and for others, which take many times as long. So is what an eviction in front of it takes.
 The waiting time in front of a load (q in q + n / b) is the scheduler's to know.
 """
 
@@ -16,8 +17,8 @@ from sllm_node.core.types import LoadReport, Tier
 
 _FIRST_GUESS_BYTES_PER_S: Final = {Tier.NVME: 1e9, Tier.DRAM: 5e9, Tier.REMOTE: 1e8}
 """Before the first load: slow hardware, since a promise kept early does no harm."""
-_BESIDE_GUESS_S: Final = 0.1
-"""For what a load takes beside its bytes, before the first one."""
+_BESIDE_GUESS_S: Final = {False: 0.1, True: 0.02}
+"""For what a load takes beside its bytes, before the first one; True: its module is kept."""
 _WEIGHT: Final = 0.3
 """Of the newest sample; about the last ten count."""
 
@@ -59,7 +60,8 @@ class LoadEstimator:
     def __init__(self) -> None:
         self._raw = _first_guesses()
         self._encoded = _first_guesses()
-        self._beside = MovingAverage(_BESIDE_GUESS_S)
+        self._beside = {kept: MovingAverage(s) for kept, s in _BESIDE_GUESS_S.items()}
+        self._evict = MovingAverage(0.0)
 
     def load_s(
         self,
@@ -77,14 +79,22 @@ class LoadEstimator:
         """Return the delivered bytes a second that loads from `tier` are reckoned with."""
         return (self._encoded if is_encoded else self._raw)[tier].value
 
-    @property
-    def beside_s(self) -> float:
-        """Return what a load takes beside its bytes: the module, the tokenizer, KV memory."""
-        return self._beside.value
+    def beside_s(self, *, is_kept: bool) -> float:
+        """Return what a load takes beside its bytes: the module if it is not kept, tokenizer, KV memory."""
+        return self._beside[is_kept].value
 
-    def observe_whole(self, report: LoadReport, elapsed_s: float) -> None:
+    @property
+    def evict_s(self) -> float:
+        """Return what it takes until the memory of an idle replica is free."""
+        return self._evict.value
+
+    def observe_eviction(self, elapsed_s: float) -> None:
+        """Learn from an eviction."""
+        self._evict.observe(elapsed_s)
+
+    def observe_whole(self, report: LoadReport, elapsed_s: float, *, is_kept: bool) -> None:
         """Learn from a replica that came, its bytes as `report` says, so long after it was asked for."""
-        self._beside.observe(max(0.0, elapsed_s - report.elapsed_s))
+        self._beside[is_kept].observe(max(0.0, elapsed_s - report.elapsed_s))
 
     def observe(self, report: LoadReport) -> None:
         """Learn from a finished load: it tells the bandwidth of the tier that held it up."""

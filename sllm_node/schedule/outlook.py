@@ -12,7 +12,7 @@ from typing import Any
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.config import Config
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import ModelId, SessionId, Tier
+from sllm_node.core.types import ModelId, ModelState, SessionId, Tier
 from sllm_node.schedule.actions import ReplicaView, TicketId
 from sllm_node.schedule.estimate import LoadEstimator
 from sllm_node.schedule.ports import Engines, WeightStore
@@ -45,6 +45,8 @@ class ModelFacts:
     created: int
     waiting: int
     """Tickets that wait while it takes no device memory."""
+    is_kept: bool = False
+    """Its module is there from an earlier replica: its next load takes less beside its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +113,14 @@ class Outlook:
         """Return the bytes a second that loads from `tier` are reckoned with."""
         return self._estimator.bandwidth(tier, is_encoded=is_encoded)
 
-    @property
-    def beside_s(self) -> float:
+    def beside_s(self, *, is_kept: bool) -> float:
         """Return what a load takes beside its bytes."""
-        return self._estimator.beside_s
+        return self._estimator.beside_s(is_kept=is_kept)
+
+    @property
+    def evict_s(self) -> float:
+        """Return what it takes until the memory of an idle replica is free."""
+        return self._estimator.evict_s
 
     @property
     def is_draining(self) -> bool:
@@ -134,4 +140,5 @@ class Outlook:
             model, index.size, index.file_size, self._store.residency(model),
             tuple(share.size for share in self._engines.shares(checkpoint)),
             self._engines.context_limit(checkpoint), index.created, self._waiting(model),
+            self._engines.is_kept(checkpoint) or self._scheduler.view(model).state is ModelState.READY,
         )  # fmt: skip

@@ -131,6 +131,9 @@ class Engines(Protocol[CodecT]):
     async def skeleton(self, checkpoint: Checkpoint) -> Any:
         """Build the module without weights, for `open` and nobody else."""
 
+    def is_kept(self, checkpoint: Checkpoint) -> bool:
+        """Tell whether `skeleton` has the module from an earlier replica."""
+
     def give_back(self, checkpoint: Checkpoint, skeleton: Any) -> None:
         """Keep a module that was not opened after all, for the next load."""
 

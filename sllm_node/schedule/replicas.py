@@ -52,6 +52,8 @@ class Hosted:
     """When sessions could begin."""
     elapsed_s: float = 0.0
     """From the start of its load until all of it was there."""
+    was_kept: bool = False
+    """Its module was there from an earlier replica."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +142,7 @@ class Replicas(Generic[CodecT]):
     ) -> Hosted:
         started = self._clock.now()
         checkpoint = self._catalog.get(model)
+        was_kept = self._engines.is_kept(checkpoint)
         parts = await self._parts(checkpoint, self._placement(checkpoint, devices))
         lease, replica = parts.lease, None
         try:
@@ -158,7 +161,7 @@ class Replicas(Generic[CodecT]):
             listener.on_closing(model)
             await _to_its_end(self._undo(model, lease, replica))
             raise
-        return Hosted(replica, lease, opened, self._clock.now() - started)
+        return Hosted(replica, lease, opened, self._clock.now() - started, was_kept)
 
     async def _undo(self, model: ModelId, lease: WeightLease, replica: Replica | None) -> None:
         """Give everything back that a load has brought so far; its memory is free then."""
@@ -236,6 +239,7 @@ class Replicas(Generic[CodecT]):
         report = hosted.lease.report
         if report is not None:
             fields |= {
+                "begun_s": round(report.begun_s, 5),
                 "weights_s": round(report.elapsed_s, 4),
                 "bytes_total": report.bytes_total,
                 "bytes_from_nvme": report.bytes_from_nvme,

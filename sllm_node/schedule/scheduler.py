@@ -92,6 +92,11 @@ class Scheduler:
         return sum(record.waiting for record in self._records.values())
 
     @property
+    def is_crowded(self) -> bool:
+        """Whether somebody waits for more than a load under way."""
+        return any(r.waiting and r.state is not ModelState.LOADING for r in self._records.values())
+
+    @property
     def running(self) -> int:
         """Granted sessions of all models."""
         return len(self._tickets) - self.waiting
@@ -171,6 +176,13 @@ class Scheduler:
         record = self._records[model]
         record.happen(ModelEvent.EVICTED)
         record.leave_device()
+        return self._dispatch(now)
+
+    def on_unused(self, model: ModelId, now: float) -> list[Action]:
+        """Take note that nobody is to come for whom `model` was loaded: its keep-alive counts, also 0."""
+        record = self._record(model)
+        if record.is_idle and record.deadline is None:
+            record.count_down(now)
         return self._dispatch(now)
 
     def on_failed(self, model: ModelId, now: float) -> list[Action]:

@@ -22,6 +22,7 @@ from sllm_node.core.types import (
     RequestId,
     SessionId,
     SessionStatus,
+    Startup,
     TokenIds,
 )
 from sllm_node.schedule.actions import TicketId
@@ -63,6 +64,10 @@ class Stream:
         self.request = request
         self.opened = clock.now()
         self.granted: float | None = None
+        self.is_early = False
+        """It was computed before it was granted."""
+        self.cached_tokens = 0
+        """Of what was known of it, that needed no computing."""
         self.first_token: float | None = None
         self.tokens = 0
         """Output tokens passed on."""
@@ -106,6 +111,13 @@ class Stream:
         """Return how the model stands while the session waits for it, else None."""
         return None if self.started.is_set() else self._status()
 
+    def startup(self) -> Startup:
+        """Return how it came to run, as far as that is known."""
+        return Startup(startup_s=None if self.granted is None else self.granted - self.opened)
+
+    def passed_on(self) -> None:
+        """Take note that its client has what it gave so far: nothing to do."""
+
     def session_status(self) -> SessionStatus:
         """Return what `status` shows of the session."""
         request = self.request
@@ -137,9 +149,10 @@ class Stream:
         """Whether the session runs or ran."""
         return self.granted is not None
 
-    def grant(self, generation: Generation) -> None:
+    def grant(self, generation: Generation, *, is_early: bool = False) -> None:
         """Let the session run."""
         assert not self._is_ended
+        self.is_early = is_early
         self._generation = generation
         self.granted = self._clock.now()
         self.started.set()
@@ -157,6 +170,7 @@ class Stream:
         self.position += len(chunk.tokens)
         if chunk.tokens and self.first_token is None:
             self.first_token = self._clock.now()
+            self.cached_tokens = chunk.cached_tokens
         if chunk.finish is not None:
             self._end(Outcome(chunk.finish))
 

@@ -66,19 +66,19 @@ class Admin:
 
     async def load(self, http: web.Request) -> web.Response:
         """Bring a model onto the device; answers when it serves."""
-        await _body(http, NoFields)
+        await read_body(http, NoFields)
         await self._service.load(http.match_info["id"])
         return self._state_of(http)
 
     async def unload(self, http: web.Request) -> web.Response:
         """Take a model off the device; answers when its memory is free."""
-        body = await _body(http, UnloadRequest)
+        body = await read_body(http, UnloadRequest)
         await self._service.unload(http.match_info["id"], force=body.force)
         return self._state_of(http)
 
     async def pin(self, http: web.Request) -> web.Response:
         """Keep a model on the device, and bring it there; if it can't come, it is not pinned."""
-        await _body(http, NoFields)
+        await read_body(http, NoFields)
         model = http.match_info["id"]
         was_pinned = self._service.status(model).pinned
         await self._service.pin(model)
@@ -92,29 +92,29 @@ class Admin:
 
     async def unpin(self, http: web.Request) -> web.Response:
         """Let a model be evicted again."""
-        await _body(http, NoFields)
+        await read_body(http, NoFields)
         await self._service.unpin(http.match_info["id"])
         return self._state_of(http)
 
     async def cancel(self, http: web.Request) -> web.Response:
         """End the sessions of one request, or of all that came with this id."""
-        await _body(http, NoFields)
+        await read_body(http, NoFields)
         return json_response({"cancelled": self._service.cancel_request(http.match_info["id"])})
 
     async def move(self, http: web.Request) -> web.Response:
         """Begin to move a session to another node; status tells how it goes."""
-        body = await _body(http, MoveRequest)
+        body = await read_body(http, MoveRequest)
         return json_response(self._service.move(http.match_info["id"], body.to))
 
     async def drain(self, http: web.Request) -> web.Response:
         """Take no new requests; what runs moves to peers, or is ended after `node.drain_s`."""
-        await _body(http, NoFields)
+        await read_body(http, NoFields)
         self._service.drain()
         return json_response({"draining": True})
 
     async def pull(self, http: web.Request) -> web.Response:
         """Bring a model from its remote onto NVMe; answers when all of it is there."""
-        await _body(http, NoFields)
+        await read_body(http, NoFields)
         await self._pull(http.match_info["id"])
         return self._state_of(http)
 
@@ -123,7 +123,7 @@ class Admin:
         return json_response({"id": status.model, **described(status)})
 
 
-async def _body(http: web.Request, kind: type[RequestT]) -> RequestT:
+async def read_body(http: web.Request, kind: type[RequestT]) -> RequestT:
     """Read a body that may be absent."""
     body = await http.read()
     return convert_object(decode_object(body) if body.strip() else {}, kind)

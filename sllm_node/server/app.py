@@ -39,7 +39,8 @@ from sllm_node.server.completions import Completions, current_job
 from sllm_node.server.connection import Connection, error_response
 from sllm_node.server.models import Models
 from sllm_node.server.peer import Peer
-from sllm_node.server.service import GenerationService
+from sllm_node.server.service import GenerationService, Wishes
+from sllm_node.server.wishes import WishRoutes
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,11 @@ ROUTES: Final = (
     Route("POST", "/admin/sessions/{id}/move", "admin"),
     Route("POST", "/admin/drain", "admin"),
     Route("POST", "/admin/models/{id}/pull", "admin"),
+    Route("GET", "/admin/wishes", "admin"),
+    Route("POST", "/admin/models/{id}/scale", "admin"),
+    Route("POST", "/admin/models/{id}/unscale", "admin"),
+    Route("POST", "/admin/aliases/{id}/set", "admin"),
+    Route("POST", "/admin/aliases/{id}/unset", "admin"),
     Route("GET", "/peer/v1/checkpoints", "admin"),
     Route("GET", "/peer/v1/checkpoints/{id}/{file}", "admin"),
 )
@@ -101,6 +107,8 @@ class Edge:
     """Why the engines don't move, or None."""
     overview: Callable[[], dict[str, Any]]
     """Node, device, pool and bandwidth for /admin/status."""
+    wishes: Wishes
+    """Other names of models, and how many replicas are desired."""
     catalog: Catalog
     """What peers may read."""
     pull: Callable[[str], Coroutine[None, None, None]]
@@ -114,7 +122,7 @@ class Server:
 
     def __init__(self, edge: Edge) -> None:
         self._config = edge.config
-        self._completions = Completions(edge.service, edge.config, edge.clock)
+        self._completions = Completions(edge.service, edge.wishes.resolve, edge.config, edge.clock)
         self._runner = web.AppRunner(
             make_app(edge, self._completions),
             handler_cancellation=True,  # a client that goes away cancels its handler
@@ -181,7 +189,8 @@ async def _name(_: web.Request, response: web.StreamResponse) -> None:
 
 
 def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Handler]:
-    models = Models(edge.service)
+    models = Models(edge.service, edge.wishes)
+    wishes = WishRoutes(edge.wishes)
     admin = Admin(edge.service, edge.overview, edge.pull, edge.explain)
     peer = Peer(edge.catalog)
     probes = Probes(edge.service, edge.stalled, edge.metrics.registry)
@@ -189,7 +198,9 @@ def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Han
         completions.chat, completions.complete, models.list, models.retrieve,
         probes.livez, probes.readyz, probes.health, probes.metrics,
         admin.status, admin.placement, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.move, admin.drain,
-        admin.pull, peer.list, peer.file,
+        admin.pull,
+        wishes.show, wishes.scale, wishes.unscale, wishes.set_alias, wishes.unset_alias,
+        peer.list, peer.file,
     )  # fmt: skip
     keys = ((route.method, route.path) for route in ROUTES)
     return dict(zip(keys, found, strict=True))

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
+import msgspec
 import orjson
 from aiohttp import web
 
@@ -27,6 +28,7 @@ from sllm_node.core.types import (
     SessionId,
     TokenIds,
 )
+from sllm_node.server import explaining
 from sllm_node.server.faults import body_of
 from sllm_node.server.openai import (
     ChatRequest,
@@ -38,7 +40,7 @@ from sllm_node.server.openai import (
     prompts_of,
     wish_of,
 )
-from sllm_node.server.prompts import Prompts
+from sllm_node.server.prompts import Prompts, characters_of
 from sllm_node.server.responses import ChatShape, Choice, CompletionShape, Reply, Usage
 from sllm_node.server.service import GenerationService, Stream, TextCodec
 from sllm_node.server.stream import (
@@ -82,11 +84,14 @@ class Completions:
     def __init__(
         self,
         service: GenerationService,
+        resolve: Callable[[str], str],
         config: ServerConfig,
         clock: Clock,
         draw_seed: Callable[[], int] = lambda: secrets.randbits(64),
     ) -> None:
         self._service = service
+        self._resolve = resolve
+        """From a client's name of a model to the model."""
         self._config = config
         self._clock = clock
         self._draw_seed = draw_seed
@@ -112,7 +117,9 @@ class Completions:
         request: ChatRequest | CompletionRequest,
         shape: ChatShape | CompletionShape,
     ) -> web.StreamResponse:
+        request = msgspec.structs.replace(request, model=self._resolve(request.model))
         logs.model_id.set(request.model)
+        self._service.expect(request.model, characters_of(request))
         codec = await self._service.prepare(request.model)
         wish = wish_of(
             request,
@@ -128,7 +135,7 @@ class Completions:
         streams = self._open(request, wish, prompts, limit)
         if request.stream:
             return await self._stream(http, job, streams)
-        return await self._collect(job, streams)
+        return await self._collect(http, job, streams)
 
     def _check_choices(self, request: ChatRequest | CompletionRequest) -> None:
         """Refuse a request whose sessions would never be taken all together."""
@@ -185,7 +192,9 @@ class Completions:
             raise
         return streams
 
-    async def _collect(self, job: Job, streams: Sequence[Stream]) -> web.Response:
+    async def _collect(
+        self, http: web.Request, job: Job, streams: Sequence[Stream]
+    ) -> web.Response:
         """Wait for all choices and answer with one object."""
         async with merged(streams) as queue:
             async for item in items(queue, streams, self._config.progress_interval_s):
@@ -193,7 +202,8 @@ class Completions:
                     for index, chunk in item:
                         job.add(index, chunk)
         whole = job.shape.whole(job.reply, job.choices, job.usage)
-        return web.Response(body=orjson.dumps(whole), content_type="application/json")
+        told = explaining.headers(streams) if explaining.is_wished(http) else {}
+        return web.Response(body=orjson.dumps(whole), content_type="application/json", headers=told)
 
     # --- streaming ----------------------------------------------------------------------------
 
@@ -232,11 +242,17 @@ class Completions:
         async with merged(streams) as queue:
             async for item in items(queue, streams, self._config.progress_interval_s):
                 if not response.prepared:
+                    if explaining.is_wished(http):
+                        response.headers.update(explaining.headers(streams))
                     await self._begin(http, response, writer, job)
                 if isinstance(item, ModelStatus):
                     await writer.comment(progress_text(item))
                 else:
                     await writer.data(*_pieces(job, item))
+                    for index, _ in item:
+                        streams[index].passed_on()
+        if explaining.is_wished(http):
+            await writer.comment(explaining.comment(streams))
         await self._end(writer, job)
 
     async def _begin(

@@ -12,6 +12,7 @@ _STATUS: Final[dict[type[SllmError], int]] = {
     errors.ModelBusyError: 409,
     errors.ModelNotFoundError: 404,
     errors.MoveRefusedError: 409,
+    errors.WishConflictError: 409,
     errors.PeerDeniedError: 502,
     errors.PeerUnreachableError: 503,
     errors.RemoteDeniedError: 502,

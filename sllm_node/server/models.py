@@ -5,24 +5,31 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from sllm_node.core.types import LoadProgress, ModelStatus
-from sllm_node.server.service import GenerationService
+from sllm_node.core.types import LoadProgress, ModelId, ModelStatus
+from sllm_node.server.service import GenerationService, Wishes
 
 
 class Models:
     """The two endpoints."""
 
-    def __init__(self, service: GenerationService) -> None:
+    def __init__(self, service: GenerationService, wishes: Wishes) -> None:
         self._service = service
+        self._wishes = wishes
 
     async def list(self, _: web.Request) -> web.Response:
-        """List the models of this node."""
-        data = [model_object(status) for status in self._service.models()]
+        """List the models of this node, or of its cluster, and behind them their other names."""
+        found = {status.model: status for status in self._service.models()}
+        data = [model_object(status) for status in found.values()]
+        for name, model in self._wishes.aliases().items():
+            if (status := found.get(ModelId(model))) is not None:
+                data.append(model_object(status, name))
         return json_response({"object": "list", "data": data})
 
     async def retrieve(self, http: web.Request) -> web.Response:
         """Describe one model."""
-        return json_response(model_object(self._service.status(http.match_info["id"])))
+        name = http.match_info["id"]
+        status = self._service.status(self._wishes.resolve(name))
+        return json_response(model_object(status, name))
 
 
 def json_response(value: object, status: int = 200) -> web.Response:
@@ -30,14 +37,15 @@ def json_response(value: object, status: int = 200) -> web.Response:
     return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
 
 
-def model_object(status: ModelStatus) -> dict[str, Any]:
-    """Return a model as OpenAI's clients read it."""
+def model_object(status: ModelStatus, name: str | None = None) -> dict[str, Any]:
+    """Return a model as OpenAI's clients read it; `name`: as it was asked for."""
+    is_alias = name not in (None, status.model)
     return {
-        "id": status.model,
+        "id": name or status.model,
         "object": "model",
         "created": status.created,
         "owned_by": "sllm_node",
-        "sllm": described(status),
+        "sllm": {**described(status), **({"alias_of": status.model} if is_alias else {})},
     }
 
 

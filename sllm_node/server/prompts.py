@@ -68,6 +68,13 @@ class Prompts:
         return await asyncio.get_running_loop().run_in_executor(workers, work)
 
 
+def characters_of(request: ChatRequest | CompletionRequest) -> int:
+    """Return the characters of a request that are to become tokens."""
+    if isinstance(request, ChatRequest):
+        return _length(request.messages)
+    return sum(len(given) for given in prompts_of(request) if isinstance(given, str))
+
+
 def _length(messages: Sequence[Message]) -> int:
     """Return the characters of a conversation."""
     parts = (m.content for m in messages)

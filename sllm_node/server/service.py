@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from sllm_node.cluster.records import Desired
 from sllm_node.core.types import (
     GenerationChunk,
     GenerationRequest,
     ModelStatus,
     SessionStatus,
+    Startup,
     TokenIds,
 )
 
@@ -52,12 +54,44 @@ class Stream(Protocol):
     def status(self) -> ModelStatus | None:
         """Return how the model stands while the session waits for it, else None."""
 
+    def startup(self) -> Startup:
+        """Return how it came to run, as far as that is known."""
+
+    def passed_on(self) -> None:
+        """Take note that all that it gave so far was written to its client."""
+
+
+class Wishes(Protocol):
+    """What operators wish for, and what holds of it; `cluster.wishes.Wishes` satisfies it.
+
+    Wishing returns the peers that do not know of it yet.
+    """
+
+    def resolve(self, name: str) -> str:
+        """Return the model that clients mean by `name`."""
+
+    def aliases(self) -> dict[str, str]:
+        """Return the model behind each alias."""
+
+    def desired(self) -> tuple[Desired, ...]: ...
+
+    async def set_alias(self, name: str, model: str) -> list[str]: ...
+
+    async def drop_alias(self, name: str) -> list[str]: ...
+
+    async def scale(self, desired: Desired) -> list[str]: ...
+
+    async def unscale(self, model: str) -> list[str]: ...
+
 
 class GenerationService(Protocol):
     """The node."""
 
     @property
     def is_draining(self) -> bool: ...
+
+    def expect(self, model: str, characters: int) -> None:
+        """Take note of a request whose text becomes tokens now; its model's load may begin meanwhile."""
 
     async def prepare(self, model: str) -> TextCodec:
         """Return the codec of `model`.

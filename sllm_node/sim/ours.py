@@ -3,7 +3,8 @@
 One view stands for those of all entry nodes, so what one has placed all know. A node's state comes into it
 `publish_s` after a change at most, or with its answer to a reservation of memory or to one that it
 refused; in between decisions are made on old news, and the target's `Reservations` refuse what is not
-so any more. A refused request decides again on the fresh state.
+so any more. A refused request decides again on the fresh state. Whether running sessions may be moved for
+a request is a switch; `sim.preempting` stops them instead.
 """
 
 from typing import TYPE_CHECKING, Final
@@ -28,10 +29,13 @@ _TTL_S: Final = 10.0
 class Ours:
     """Places by estimated startup time."""
 
-    def __init__(self, simulation: "Simulation") -> None:
+    def __init__(
+        self, simulation: "Simulation", *, may_move: bool = True, guards_stopped: bool = False
+    ) -> None:
         self._simulation = simulation
+        self._may_move = may_move
         self._view = ClusterView()
-        self._publishing = Publishing(simulation)
+        self._publishing = Publishing(simulation, guards_stopped=guards_stopped)
         self._changed: dict[NodeId, Node] = {}
         self._rejected: set[int] = set()
         """Models without a place as far as the view knows; asked again after the next news."""
@@ -62,7 +66,7 @@ class Ours:
             return None
         request = PlacementRequest(model.id, model.share, model.shares)
         for _ in range(_TRIES):
-            decision = decide(self._view, request, self._simulation.now)
+            decision = self._decide(request)
             self._count(decision)
             if isinstance(decision, Reject):
                 break
@@ -73,6 +77,9 @@ class Ours:
                 return choice
         self._rejected.add(model.number)
         return None
+
+    def _decide(self, request: PlacementRequest) -> Decision:
+        return decide(self._view, request, self._simulation.now, may_move=self._may_move)
 
     def _learn(self, choice: Load) -> None:
         """Take the states that come with the answers of all who were asked for memory."""
@@ -93,7 +100,7 @@ class Ours:
             self._publish(home)
             return None
         asks = [(best.node, self._ask_for(best, model))]
-        asks += [(move.to.node, self._ask_for_move(move, best.node)) for move in best.moves]
+        asks += self._asks_for_moves(best)
         granted: list[tuple[NodeId, Ask]] = []
         for name, ask in asks:
             if not self._is_granted(self._simulation.nodes[name], ask):
@@ -124,6 +131,9 @@ class Ours:
         shares = tuple(DeviceShare(device, model.share) for device in best.devices)
         frees = tuple(move.replica for move in best.moves)
         return self._new_ask(best.node, shares=shares, evicts=best.evicts, frees=frees)
+
+    def _asks_for_moves(self, best: Candidate) -> list[tuple[NodeId, Ask]]:
+        return [(move.to.node, self._ask_for_move(move, best.node)) for move in best.moves]
 
     def _ask_for_move(self, move: Move, home: NodeId) -> Ask:
         to = move.to

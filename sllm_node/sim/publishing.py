@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 class Publishing:
     """Makes the states of nodes."""
 
-    def __init__(self, simulation: "Simulation") -> None:
+    def __init__(self, simulation: "Simulation", *, guards_stopped: bool = False) -> None:
         self._simulation = simulation
+        self._guards_stopped = guards_stopped
+        """Whether sessions that were stopped once have a priority that keeps them from it."""
         self._held: dict[NodeId, tuple[tuple[int, int], tuple[HeldModel, ...]]] = {}
         self._fits = [ResumeFit(m.prefill_s_per_token, m.prefill_s) for m in simulation.models]
         self._told: dict[Bandwidths, Bandwidths] = {}
@@ -112,8 +114,8 @@ class Publishing:
 
     def _session(self, session: Session, now: float) -> SessionState:
         rate = 1 / session.model.token_s if session.replica and session.replica.is_ready else 0.0
-        out = session.out_at(now)
-        return SessionState(SessionId(str(session.number)), session.tokens_in, out, rate)
+        out, priority = session.out_at(now), int(self._guards_stopped and session.preempted > 0)
+        return SessionState(SessionId(str(session.number)), session.tokens_in, out, rate, priority)
 
     def _next_free_s(self, replica: Replica, now: float) -> float:
         """Guess when one more session would have a place, behind those that wait already."""

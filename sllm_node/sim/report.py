@@ -33,8 +33,9 @@ class Report(msgspec.Struct, frozen=True):
     bytes_moved: dict[str, int]
     counts: dict[str, int]
     """Migrations, preemptions, timeouts, refusals, decisions by kind and other events."""
-    pause_p99_s: float
-    """Of sessions that moved or were stopped."""
+    pause_s: Latency
+    """Of sessions that moved or were stopped: from one token to the next."""
+    pauses: int
     estimate_error_p99_s: float
     """How far loads were from what was expected of them."""
     digest: str
@@ -59,6 +60,7 @@ def make_report(policy: str, seed: int, journal: Journal, limit_s: float) -> Rep
         to_loaded_s=latency(loaded), share_in_time=in_time / max(1, len(first)),
         loads=dict(sorted(journal.loads.items())),
         bytes_moved=dict(sorted(journal.bytes_moved.items())),
-        counts=dict(sorted(journal.counts.items())), pause_p99_s=latency(journal.pauses_s).p99,
+        counts=dict(sorted(journal.counts.items())), pause_s=latency(journal.pauses_s),
+        pauses=len(journal.pauses_s),
         estimate_error_p99_s=latency(errors).p99, digest=journal.digest(),
     )  # fmt: skip

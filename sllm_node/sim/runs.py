@@ -11,6 +11,7 @@ from sllm_node.sim.ours import Ours
 from sllm_node.sim.paper import ServerlessLLM, Shepherd
 from sllm_node.sim.plain import LeastLoaded, Serverless
 from sllm_node.sim.policy import Mechanisms, Policy
+from sllm_node.sim.preempting import OursPreempting
 from sllm_node.sim.report import Report, make_report
 from sllm_node.sim.simulation import Simulation
 from sllm_node.sim.trace import Row, arrivals
@@ -37,6 +38,12 @@ class Contestant:
 
 CONTESTANTS: Final = {
     "ours": Contestant(lambda s, _: Ours(s), _ALL, "this project"),
+    "ours-without-moves": Contestant(
+        lambda s, _: Ours(s, may_move=False), _ALL, "ours, but running sessions stay where they are"
+    ),
+    "ours-preempting": Contestant(
+        lambda s, _: OursPreempting(s), _ALL, "ours, but running sessions are stopped, not moved"
+    ),
     "serverlessllm": Contestant(lambda s, _: ServerlessLLM(s), _PAPER, "the paper's"),
     "shepherd": Contestant(lambda s, _: Shepherd(s), _PAPER, "locality and preemption"),
     "serverless": Contestant(Serverless, _PAPER, "a random free device"),

@@ -131,12 +131,12 @@ class Simulation:
     def begin(self, session: Session) -> None:
         """Let a session compute its prompt and decode, in a replica that is ready."""
         assert session.replica is not None
-        if session.loaded_s is None:
-            session.loaded_s = self.now - session.arrival_s
-        elif session.done or session.preempted:
-            self.journal.pauses_s.append(self.now - session.ends_at)
         model = session.model
         session.decode_from = self.now + model.resume_s(session.tokens_in + session.done)
+        if session.loaded_s is None:
+            session.loaded_s = self.now - session.arrival_s
+        elif session.first_s is not None:
+            self.journal.pauses_s.append(session.decode_from - session.ends_at)
         if session.first_s is None:
             session.first_s = session.decode_from - session.arrival_s
         left = session.tokens_out - session.done

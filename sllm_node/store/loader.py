@@ -98,6 +98,8 @@ class Load:
         self._asked = asked
         self._started = machinery.clock.now()
         self._first_copy: float | None = None
+        self._begun: float | None = None
+        """When the first read or copy was issued."""
         self._files: tuple[ShardFile, ...] = ()
         self._error: BaseException | None = None
         self._cached: list[Unit] = []
@@ -259,6 +261,8 @@ class Load:
         return all(cut.end <= cut.target.ready_to for cut in self._slices_of(unit))
 
     def _read(self, unit: Unit, chunk: int) -> None:
+        if self._begun is None:
+            self._begun = self._machinery.clock.now()
         view = self._machinery.pool.view(chunk, unit.size)
         job = partial(read_unit, self.checkpoint, self._files[unit.shard], unit, view)
         self._reading += 1
@@ -342,6 +346,7 @@ class Load:
         """Count what is on its way by `link`; return what is to be called when it is there."""
         if self._first_copy is None:
             self._first_copy = self._machinery.clock.now()
+            self._begun = self._first_copy if self._begun is None else self._begun
         self._copying += 1
         self._moved.stored += carried
         link.outstanding += carried
@@ -543,6 +548,7 @@ class Load:
             bytes_relayed=moved.relayed,
             elapsed_s=now - self._started,
             first_copy_s=first_copy - self._asked,
+            begun_s=(now if self._begun is None else self._begun) - self._asked,
             verified_bytes=moved.verified,
             bytes_from_remote=moved.remote,
             bytes_stored=moved.stored,

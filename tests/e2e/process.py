@@ -59,6 +59,8 @@ class NodeProcess:
         self._brake = folder / BRAKE
         self.config = folder / "node.toml"
         self.log = folder / "node.log"
+        self.root = ROOT
+        """The source tree that it runs."""
         self.config.write_text(CONFIG.format(store=str(store), **{**DEFAULTS, **settings}) + extra)
         self.messages: list[str] = []
         self.environment: dict[str, str] = {}
@@ -109,7 +111,7 @@ class NodeProcess:
         command = [sys.executable, "-m", "sllm_node", "serve", "--config", str(self.config)]
         with self.log.open("wb") as log:
             return subprocess.Popen(
-                command, stdout=log, stderr=log, env={**os.environ, **own}, cwd=ROOT
+                command, stdout=log, stderr=log, env={**os.environ, **own}, cwd=self.root
             )
 
     def start_again(self) -> None:

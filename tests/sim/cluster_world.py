@@ -9,6 +9,7 @@ import contextlib
 from pathlib import Path
 
 from sllm_node.cluster.file import parse_cluster
+from sllm_node.cluster.hints import HINT
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
@@ -137,7 +138,9 @@ class WorldNode:
         self.serving = Serving(made.service, self.peers, clock, 1.0)
         self.router = Router(made.service, self.peers, client, None, clock, made.metrics)  # type: ignore[arg-type]
         self.scaling = Scaling(made.service, self.peers, self.peers.desired, clock, made.metrics)
-        self.handlers = {**self.serving.handlers(), **self.scaling.handlers()}
+        self.handlers = {
+            **self.serving.handlers(), **self.scaling.handlers(), HINT: self.router.hints.take,
+        }  # fmt: skip
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
         self.scaling.start(client)  # type: ignore[arg-type]

@@ -364,3 +364,45 @@ async def test_models_of_all_nodes_are_listed_with_their_state(world):
         world["a"].router.status("none")
     told = world["a"].router.explain("m")
     assert (told["node"], told["candidates"][0]["way"]) == ("b", "serve")
+
+
+# --- hints ----------------------------------------------------------------------------------------
+
+
+@in_world(a=(), b=("m",))
+async def test_a_load_begins_at_a_peer_before_its_request_is_tokens(world):
+    world["a"].router.hints.give("m")
+    await asyncio.sleep(0.5)
+    assert world["b"].rig.store.loads == ["m"]
+    stream = world.open("a", "m", tokens=3)
+    assert await read(stream) == [1, 2, 3]
+    assert world["b"].rig.store.loads == ["m"]
+    assert world["b"].rig.count("sllm_hints_total", outcome="followed") == 1
+
+
+@in_world(a=(), b=("m",))
+async def test_a_session_that_overtakes_the_answer_to_its_hint_is_taken(world):
+    world["b"].rig.store.room = 1
+    world["a"].router.hints.give("m")
+    await asyncio.sleep(0.0015)  # the hint has come, and its answer has not
+    assert world["b"].service.status("m").state is ModelState.LOADING
+    assert await read(world.open("a", "m", tokens=3)) == [1, 2, 3]
+    assert world["a"].rig.count("sllm_forwards_total", peer="b", outcome="refused") is None
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_session_follows_its_hint_to_the_same_node(world):
+    world["a"].router.hints.give("m")
+    await asyncio.sleep(0.5)
+    assert world["a"].rig.store.loads == ["m"]
+    await read(world.open("a", "m"))
+    assert world["b"].rig.store.loads == []
+
+
+@in_world(a=(), b=("m",))
+async def test_a_hint_to_a_node_that_says_nothing_is_forgotten(world):
+    world.part("b")
+    world["a"].router.hints.give("m")
+    await asyncio.sleep(4.0)
+    assert world["b"].rig.store.loads == []
+    world.heal()

@@ -204,3 +204,58 @@ def test_a_node_that_is_not_there_is_one_sentence():
 def test_what_is_no_url_is_told():
     done = run("status", "--url", "banana")
     assert (done.exit_code, "no URL" in done.stderr) == (1, True)
+
+
+# --- sllm-node cluster ----------------------------------------------------------------------------
+
+
+def test_replicas_and_aliases_are_wished_for_on_a_running_node(node):
+    node.answer = (200, {"model": "m", "minimum": 1, "maximum": 3, "missed": []})
+    result = run("cluster", "scale", "m", "1-3", "--url", node.url)
+    assert (result.exit_code, result.output) == (0, "m: 1 to 3 replicas\n")
+    assert node.seen[-1][:2] == ("POST", "/admin/models/m/scale")
+    assert json.loads(node.seen[-1][3]) == {"minimum": 1, "maximum": 3, "keep_alive_s": 300.0}
+    run("cluster", "unscale", "m", "--url", node.url)
+    assert node.seen[-1][1] == "/admin/models/m/unscale"
+    run("cluster", "alias", "gpt", "m", "--url", node.url)
+    assert (node.seen[-1][1], json.loads(node.seen[-1][3])) == (
+        "/admin/aliases/gpt/set",
+        {"model": "m"},
+    )
+    assert run("cluster", "unalias", "gpt", "--url", node.url).output == "gpt: forgotten\n"
+
+
+def test_nodes_that_do_not_know_of_a_wish_yet_are_named(node):
+    node.answer = (200, {"alias": "gpt", "model": "m", "missed": ["c"]})
+    result = run("cluster", "alias", "gpt", "m", "--url", node.url)
+    assert result.exit_code == 0
+    assert "not told: c" in result.stderr
+
+
+@pytest.mark.parametrize("replicas", ["three", "1-x", "-2", ""])
+def test_replicas_that_are_no_numbers_are_refused(node, replicas):
+    result = run("cluster", "scale", "m", "--url", node.url, "--", replicas)
+    assert result.exit_code != 0
+    assert not node.seen
+
+
+def test_models_of_a_cluster_are_shown_with_what_is_desired(node):
+    report = {
+        "nodes": [
+            {"id": "a", "models": [{"id": "m", "device": True}]},
+            {"id": "b", "models": [{"id": "m", "device": False}, {"id": "n", "device": False}]},
+        ],
+        "scaling": [{"model": "m", "minimum": 1, "maximum": 3, "ready": 1}],
+    }
+    node.answer = (200, {"cluster": report, "aliases": {"gpt": "m"}})
+    result = run("cluster", "models", "--url", node.url)
+    rows = [line.split() for line in result.output.splitlines()]
+    assert [row for row in rows if row and row[0] in ("m", "n")] == [
+        ["m", "a", "b", "a", "1", "1-3", "gpt"],
+        ["n", "b", "0"],
+    ]
+    found = json.loads(run("cluster", "models", "--json", "--url", node.url).output)
+    assert found["models"][0] == {
+        "id": "m", "nodes": ["a", "b"], "on_device": ["a"], "ready": 1,
+        "desired": {"minimum": 1, "maximum": 3}, "aliases": ["gpt"],
+    }  # fmt: skip

@@ -68,7 +68,7 @@ def random_node(rng: Random, name: str, sizes) -> NodeState:
     )  # fmt: skip
     bandwidths = Bandwidths(
         rng.choice([16, 32]), rng.choice([8, 16, 32]), rng.choice([4, 8]), rng.choice([1, 2, 4]),
-        rng.choice([0, 1, 2]), rng.choice([0, 0, 0.5]),
+        rng.choice([0, 1, 2]), rng.choice([0, 0, 0.5]), evict_s=(0.0, 0.25, 2.0)[len(replicas) % 3],
     )  # fmt: skip
     return NodeState(
         NodeId(name), BootId("b"), 1, states, bandwidths, held, tuple(replicas),
@@ -106,6 +106,54 @@ def crowded_cluster(rng: Random) -> tuple[list[NodeState], PlacementRequest]:
         for i in range(1, rng.randint(2, 3))
     ]
     return nodes, PlacementRequest(ModelId("large"), large, shares, 1)
+
+
+def tight_cluster(rng: Random) -> tuple[list[NodeState], PlacementRequest]:
+    """Return nodes full of busy replicas, with room for few of those on a few devices: all want it."""
+    sizes = {ModelId(f"m{i}"): (rng.choice([8, 8, 12]), 1) for i in range(6)}
+    if rng.random() < 0.3:
+        sizes[ModelId("split")] = (8, 2)
+    large, shares = rng.choice([20, 24, 28]), rng.choice([1, 1, 2])
+    all_sizes = {
+        **{model: (size, count, size * count) for model, (size, count) in sizes.items()},
+        ModelId("large"): (large, shares, large * shares),
+    }
+    nodes = [tight_node(rng, f"n{i}", sizes, all_sizes) for i in range(rng.randint(3, 5))]
+    return nodes, PlacementRequest(ModelId("large"), large, shares, 1)
+
+
+def tight_node(rng: Random, name: str, sizes, all_sizes) -> NodeState:
+    node = random_node(rng, name, all_sizes)
+    names = [f"d{i}" for i in range(rng.randint(2, 4))]
+    spare = [device for device in names if rng.random() < 0.4]
+    free = {device: rng.choice([8, 12, 16]) if device in spare else TOTAL for device in names}
+    replicas = []
+    for device in names:
+        if device in spare:
+            continue
+        for model in rng.sample(list(sizes), len(sizes)):
+            size, count = sizes[model]
+            able = [
+                d for d in names
+                if free[d] >= size and d not in spare and not any(
+                    r.model == model and r.size_on(d) for r in replicas
+                )
+            ]  # fmt: skip
+            if device not in able or len(able) < count:
+                continue
+            devices = sorted([device, *[d for d in able if d != device][: count - 1]])
+            for used in devices:
+                free[used] -= size
+            number = f"r{len(replicas)}"
+            replica = random_replica(rng, number, model, size, devices)
+            if not replica.sessions:
+                session = SessionState(SessionId(f"{number}s"), 8, rng.choice([0, 8, 32]))
+                replica = replace(replica, sessions=(session,), ready_s=0.0)
+            replicas.append(replace(replica, slots=max(1, len(replica.sessions)), is_pinned=False))
+    states = tuple(
+        DeviceState(d, TOTAL, free[d], tuple(rng.choice([(), (), (0.5,)]))) for d in names
+    )
+    return replace(node, devices=states, replicas=tuple(replicas), is_draining=False)
 
 
 def random_replica(rng, name, model, size, devices) -> ReplicaState:
@@ -215,7 +263,7 @@ class Brute:
             return
         roomy = {d: free[d] + sum(r.size_on(d) for r in idle) for d in devices}
         if all(roomy[d] >= need for d in devices):
-            yield (queue + load_s, 3, 0.0, node.node, devices, "")
+            yield (max(queue, node.bandwidths.evict_s) + load_s, 3, 0.0, node.node, devices, "")
             return
         costs = []
         for count in range(1, len(busy) + 1):

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -52,6 +53,13 @@ def test_a_clone_is_taken_when_it_is_quicker():
     assert (path.load_s, path.source) == (1, Source.CLONE)
     slow = Bandwidths(clone=10, decode=80, dram=50, nvme=10)
     assert load_path(held(dram=100), slow, peer_rate=0, has_replica=True).source is Source.DRAM
+
+
+def test_a_model_whose_module_is_kept_takes_less_beside_its_bytes():
+    rates = replace(RATES, beside_s=3.0, kept_s=0.5)
+    new, kept = held(dram=100), replace(held(dram=100), is_kept=True)
+    assert load_path(new, rates, peer_rate=0, has_replica=False).load_s == 2 + 3
+    assert load_path(kept, rates, peer_rate=0, has_replica=False).load_s == 2 + 0.5
 
 
 def test_without_any_path_a_load_never_ends():

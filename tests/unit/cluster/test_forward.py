@@ -45,6 +45,7 @@ from sllm_node.core.types import (
     NodeId,
     SamplingParameters,
     SessionId,
+    Startup,
 )
 from sllm_node.schedule.stream import Stream
 from tests.unit.cluster.test_choice import node as state_of
@@ -101,6 +102,7 @@ class World:
         self.clock = ManualClock()
         self.here, self.local = [], []
         self.moves = []
+        self.passes = []
         self.extends, self.extend_script = [], []
         self.let_go = asyncio.Event()
 
@@ -155,6 +157,9 @@ class World:
     def started(self, choice, model, seconds):
         self.starts.append(choice.node)
 
+    def passed_on(self, node, seconds):
+        self.passes.append((node, seconds))
+
     def left(self, choice, model, outcome):
         self.outcomes.append((choice.node, outcome))
 
@@ -188,6 +193,22 @@ async def read(stream):
     await stream._task
     numbers = tuple(token for chunk in chunks for token in chunk.tokens)
     return numbers, "".join(chunk.text for chunk in chunks), chunks
+
+
+async def test_it_is_known_how_it_came_to_run_and_how_long_its_tokens_were_held():
+    gate = asyncio.Event()
+    world = World(a=[[Waiting(), gate, Granted(), tokens(1), tokens(2, finish="length")]])
+    stream = world.open()
+    assert (stream.startup().node, stream.startup().startup_s) == ("a", None)
+    world.clock.advance(0.5)
+    gate.set()
+    await anext(stream)
+    assert stream.startup() == Startup("a", "load", "a is next", None, 0.5)
+    world.clock.advance(0.25)
+    stream.passed_on()
+    stream.passed_on()
+    assert world.passes == [("a", 0.25)]
+    await stream._task
 
 
 async def test_tokens_come_through_with_their_end():

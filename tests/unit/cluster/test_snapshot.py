@@ -12,7 +12,7 @@ from sllm_node.schedule.outlook import ModelFacts
 class Outlook:
     slots = 4
     keeps_remotes = False
-    beside_s = 0.0
+    evict_s = 0.0
     is_draining = False
 
     def __init__(self, replicas, by_tier):
@@ -29,6 +29,9 @@ class Outlook:
 
     def capacities(self):
         return {"d": 400}
+
+    def beside_s(self, *, is_kept):
+        return 0.0
 
     def bandwidth(self, tier, *, is_encoded=False):
         return 1.0
@@ -69,6 +72,11 @@ def test_what_is_loaded_or_overdue_keeps_nothing_busy():
     replicas = [replica("m", 15.0, ModelState.READY), replica("n", 9.0)]
     made = state(replicas, {"m": {Tier.NVME: 100}, "n": {Tier.NVME: 100}})
     assert (made.nvme_done_s, made.link_done_s) == (0.0, 0.0)
+
+
+def test_nobody_is_to_wait_for_a_replica_that_leaves():
+    leaving = replica("m", 0.0, ModelState.READY, is_leaving=True)
+    assert state([leaving], {"m": {}}).replicas[0].next_free_s is None
 
 
 def test_who_leaves_and_who_waits_is_told():

@@ -268,6 +268,9 @@ class FakeEngines:
         await asyncio.sleep(0.2 * self.pace)
         return object()
 
+    def is_kept(self, checkpoint):
+        return checkpoint.model in self.given_back
+
     def give_back(self, checkpoint, skeleton):
         self.given_back.append(checkpoint.model)
 

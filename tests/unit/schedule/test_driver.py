@@ -803,3 +803,21 @@ async def test_models_pinned_before_a_restart_are_loaded_and_held(node):
     await asyncio.sleep(LOAD_S + 1)
     assert n.service.status("a").pinned
     assert n.service.status("a").state is ModelState.READY
+
+
+# --- what is expected ------------------------------------------------------------------------------
+
+
+@on_virtual_time
+async def test_a_load_is_expected_to_take_what_those_before_took_beside_their_bytes(node):
+    n = node()
+    n.engines.open_s = 1.5
+    await n.ask("a", tokens=1)
+    await n.ask("b", tokens=1)
+    start = now()
+    stream = n.open("c")
+    await asyncio.sleep(EVICTION_S + 0.1)
+    (view,) = n.service.outlook.replicas()
+    assert view.ready_at == pytest.approx(start + EVICTION_S + LOAD_S + 1.5)
+    assert n.service.outlook.evict_s == pytest.approx(EVICTION_S)
+    stream.cancel()

@@ -56,3 +56,13 @@ def test_what_is_at_a_remote_comes_at_the_remotes_rate():
     estimator.observe(LoadReport(ModelId("a"), 10**9, 10**9, 0, 0, 0, 0, 2.0, 0.0, 0, 10**9))
     assert estimator.load_s(10**9, 10**9, 10**9) == pytest.approx(2.0)
     assert estimator.load_s(10**9, 10**9) == pytest.approx(1.0)
+
+
+def test_what_a_load_takes_beside_its_bytes_is_learned_apart_for_kept_modules():
+    estimator = LoadEstimator()
+    estimator.observe_whole(report(100, 100, 2.0), 5.0, is_kept=False)
+    estimator.observe_whole(report(100, 100, 2.0), 2.25, is_kept=True)
+    assert estimator.beside_s(is_kept=False) == 3.0
+    assert estimator.beside_s(is_kept=True) == 0.25
+    estimator.observe_eviction(0.5)
+    assert estimator.evict_s == 0.5

@@ -11,6 +11,7 @@ from sllm_node.core.types import (
     ModelStatus,
     SessionId,
     SessionStatus,
+    Startup,
     Tier,
     TokenLogprob,
 )
@@ -50,6 +51,8 @@ class FakeStream:
         self._status = status
         self.cancelled = asyncio.Event()
         self.is_ended = False
+        self.startup_ = Startup()
+        self.passes = 0
 
     async def __anext__(self):
         if self._gate is not None and not self._gate.is_set():
@@ -65,6 +68,12 @@ class FakeStream:
             await chunk.wait()
             return await self.__anext__()
         return chunk
+
+    def startup(self):
+        return self.startup_
+
+    def passed_on(self):
+        self.passes += 1
 
     def cancel(self):
         if not self.is_ended:
@@ -98,6 +107,42 @@ def status_of(model="m", **changes):
     )  # fmt: skip
 
 
+class FakeWishes:
+    """Keeps what is wished for; the node "c" is never told."""
+
+    def __init__(self):
+        self.names = {}
+        self.scales = {}
+        self.error = None
+
+    def resolve(self, name):
+        return self.names.get(name, name)
+
+    def aliases(self):
+        return self.names
+
+    def desired(self):
+        return tuple(self.scales.values())
+
+    async def set_alias(self, name, model):
+        if self.error is not None:
+            raise self.error
+        self.names[name] = model
+        return ["c"]
+
+    async def drop_alias(self, name):
+        del self.names[name]
+        return ["c"]
+
+    async def scale(self, desired):
+        self.scales[desired.model] = desired
+        return ["c"]
+
+    async def unscale(self, model):
+        del self.scales[model]
+        return ["c"]
+
+
 class FakeService:
     """Serves the model "m"."""
 
@@ -105,6 +150,8 @@ class FakeService:
         self.codec = FakeCodec()
         self.is_draining = False
         self.requests = []
+        self.expected = []
+        self.wishes = FakeWishes()
         self.keep_alives = []
         self.streams = []
         self.acts = []
@@ -116,6 +163,9 @@ class FakeService:
         self.make_stream = lambda request: FakeStream(
             chunks_of("Hello", logprobs=request.logprobs is not None)
         )
+
+    def expect(self, model, characters):
+        self.expected.append((model, characters))
 
     async def prepare(self, model):
         self._check(model)

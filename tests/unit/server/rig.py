@@ -31,6 +31,7 @@ class Rig:
                 metrics=self.metrics,
                 stalled=lambda: self.stall,
                 overview=lambda: {"node": {"id": "n"}},
+                wishes=self.service.wishes,
                 catalog=Catalog(store or Path("/nonexistent")),
                 pull=self._pull,
             )

@@ -1,0 +1,127 @@
+import asyncio
+
+import pytest
+
+from sllm_node.core.config import ModelConfig
+from sllm_node.core.errors import PromptTooLongError
+from sllm_node.core.types import ModelId, ModelState
+from sllm_node.schedule.hints import HINT_S, HINTS_MAX, LONG_CHARACTERS, PAUSE_S
+from tests.unit.schedule.fakes import EVICTION_S, LOAD_S, STEP_S
+from tests.unit.schedule.test_driver import now, on_virtual_time
+
+A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
+
+
+def count(n, outcome):
+    return n.count("sllm_hints_total", outcome=outcome)
+
+
+@on_virtual_time
+async def test_a_session_joins_the_load_that_its_hint_began(node):
+    n = node()
+    assert n.service.hint(A)
+    await asyncio.sleep(1.5)
+    assert await n.ask("a", tokens=3) == "xxx"
+    assert now() == pytest.approx(LOAD_S + 3 * STEP_S)
+    assert (n.store.loads, count(n, "followed")) == (["a"], 1)
+
+
+@on_virtual_time
+async def test_a_request_whose_tokenizer_must_be_read_begins_its_load_at_once(node):
+    n = node()
+    n.service.expect("a", 10)
+    await n.service.prepare("a")
+    assert await n.ask("a", tokens=1) == "x"
+    assert now() == pytest.approx(LOAD_S + STEP_S)
+
+
+@on_virtual_time
+async def test_only_a_long_text_gives_a_hint_once_the_tokenizer_is_there(node):
+    n = node()
+    await n.service.prepare("a")
+    n.service.expect("a", LONG_CHARACTERS - 1)
+    assert n.service.status("a").state is ModelState.IDLE
+    n.service.expect("a", LONG_CHARACTERS)
+    assert n.service.status("a").state is ModelState.LOADING
+
+
+@on_virtual_time
+async def test_a_hint_takes_no_room_from_a_model_in_use(node):
+    n = node()
+    stream = n.open("b", tokens=100)
+    await stream.started.wait()
+    assert not n.service.hint(A)
+    assert count(n, "no room") == 1
+    assert await n.ask("b", tokens=1) == "x"
+    stream.cancel()
+
+
+@on_virtual_time
+async def test_a_hint_takes_the_room_of_an_idle_model(node):
+    n = node()
+    await n.ask("b", tokens=1)
+    start = now()
+    assert n.service.hint(A)
+    assert await n.ask("a", tokens=1) == "x"
+    assert now() - start == pytest.approx(EVICTION_S + LOAD_S + STEP_S)
+
+
+@on_virtual_time
+async def test_a_hint_waits_behind_nobody(node):
+    n = node()
+    stream = n.open("b", tokens=100)
+    await stream.started.wait()
+    waiting = n.open("c")
+    assert not n.service.hint(A)
+    waiting.cancel()
+    stream.cancel()
+
+
+@on_virtual_time
+async def test_a_hint_that_no_session_follows_ends_and_its_model_gets_none_for_a_while(node):
+    n = node(models={"a": ModelConfig(keep_alive_s=0)})
+    n.service.expect("a", 10)
+    with pytest.raises(PromptTooLongError):
+        n.open("a", prompt=range(10_000))
+    await asyncio.sleep(HINT_S + EVICTION_S + 0.1)
+    assert n.service.status("a").state is ModelState.IDLE
+    assert count(n, "not followed") == 1
+    assert not n.service.hint(A)
+    assert await n.ask("a", tokens=1) == "x"  # a session may load it
+    await asyncio.sleep(PAUSE_S)
+    assert n.service.hint(A)
+
+
+@on_virtual_time
+async def test_a_load_that_no_session_follows_is_aborted(node):
+    n = node()
+    n.engines.open_s = 2 * HINT_S
+    n.service.hint(A)
+    await asyncio.sleep(HINT_S + 1)
+    assert n.service.status("a").state is ModelState.IDLE
+    n.engines.open_s = 0.0
+    assert await n.ask("b", tokens=1) == "x"
+
+
+@on_virtual_time
+async def test_a_load_that_somebody_else_waits_for_outlives_its_hint(node):
+    n = node()
+    n.engines.open_s = 2 * HINT_S
+    n.service.hint(A)
+    await n.service.load("a")
+    assert n.service.status("a").state is ModelState.READY
+
+
+@on_virtual_time
+async def test_hints_at_once_have_a_limit(node):
+    names = [f"m{i}" for i in range(HINTS_MAX + 1)]
+    n = node(names=names, pages=len(names))
+    assert [n.service.hint(ModelId(name)) for name in names] == [*[True] * HINTS_MAX, False]
+
+
+@on_virtual_time
+async def test_a_hint_for_a_model_that_does_not_exist_does_nothing(node):
+    n = node()
+    assert not n.service.hint(ModelId("none"))
+    n.service.drain()
+    assert not n.service.hint(A)
