@@ -16,7 +16,7 @@ from scripts.bench.cluster_logs import Logs
 from sllm_node.checkpoint.catalog import open_checkpoint
 from sllm_node.cluster.auth import KEY_BYTES
 from sllm_node.core.units import GIB, MIB
-from tests.e2e import cluster_nodes, process
+from tests.e2e import cluster_nodes
 from tests.e2e.process import NodeProcess
 from tests.ports import free_port
 
@@ -24,8 +24,6 @@ NAMES: Final = ("a", "b", "c", "d", "e", "f", "g", "h")
 ROOM: Final = 2
 """Replicas on a device, and models in a pool."""
 CHUNK_BYTES: Final = 16 * MIB
-START_LIMIT_S: Final = 300.0
-"""Of a node: it takes its pinned pool first."""
 KV_BYTES: Final = {"8b": 24 * GIB, "32b": 24 * GIB, "tiny": 8 * MIB}
 CONFIG: Final = """
 [node]
@@ -60,11 +58,8 @@ class GpuNode(NodeProcess):
 
     def __init__(self, folder: Path, config: str, environment: dict[str, str]) -> None:
         folder.mkdir(exist_ok=True)
-        self.folder = folder
-        self.config = folder / "node.toml"
-        self.log = folder / "node.log"
+        super().__init__(folder, folder)
         self.config.write_text(config)
-        self.messages: list[str] = []
         self.environment = environment
 
 
@@ -137,7 +132,6 @@ class Rig:
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Start all nodes, wait until they see each other, stop them at the end."""
-        process.START_LIMIT_S = START_LIMIT_S
         begun = time.perf_counter()
         started: list[GpuNode] = []
         try:
