@@ -12,6 +12,7 @@ JSON, and `session.json`. Exit status 1 unless all parts were well.
 - moe: mixtures of experts against generate().
 - tests: all other tests that need a GPU, and the contract of devices.
 - engine: `scripts.bench.engine`.
+- interleave: `scripts.bench.interleave`, only where it is named.
 - chaos: `scripts.bench.chaos` on the GPU; ten minutes of it: `--parts chaos --chaos-minutes 9`.
 """
 
@@ -37,7 +38,9 @@ NEEDED: Final = (
 )  # fmt: skip
 LIMITS_S: Final = {
     "imports": 60.0, "mixed": 90.0, "moe": 80.0, "tests": 240.0, "engine": 260.0, "chaos": 640.0,
+    "interleave": 300.0,
 }  # fmt: skip
+USUAL: Final = tuple(part for part in LIMITS_S if part != "interleave")
 KEPT_S: Final = {"engine": 150.0}
 """Of the time, for a part that is still to come; for chaos its minutes and `CHAOS_MORE_S`."""
 CHAOS_MORE_S: Final = 25.0
@@ -87,6 +90,12 @@ def command_of(part: str, asked: argparse.Namespace) -> list[str]:
             "-m", "scripts.bench.engine", "--shape", asked.shape, "--store", str(asked.store),
             "--device", asked.device, "--parts", asked.engine_parts, "--kv-mib", str(asked.kv_mib),
             "--limit-s", f"{limit_s:g}", "--out", str(asked.out / "engine.json"),
+        ]  # fmt: skip
+    if part == "interleave":
+        return [
+            "-m", "scripts.bench.interleave", "--shape", asked.shape, "--store", str(asked.store),
+            "--device", asked.device, "--prompt-tokens", "32768", "--kv-mib", "8192",
+            "--rounds", "2", "--out", str(asked.out / "interleave.json"),
         ]  # fmt: skip
     return [
         "-m", "scripts.bench.chaos", "--minutes", f"{asked.chaos_minutes:g}",
@@ -146,7 +155,7 @@ def found_in(text: str, part: str) -> list[str]:
             line for line in lines if re.match(r"(done|tokens|errors|left|memory_\w+) ", line)
         ]
         return [*(line[:200] for line in wanted), *lines[-1:]][:8] if wanted else lines[-3:]
-    return lines[-3:]
+    return [line[:230] for line in lines[-12 if part == "interleave" else -3 :]]
 
 
 def shortened(line: str) -> str:
@@ -199,7 +208,7 @@ def parsed() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--parts", default=",".join(LIMITS_S))
+    parser.add_argument("--parts", default=",".join(USUAL))
     parser.add_argument("--limit-s", type=float, default=540.0)
     parser.add_argument("--store", type=Path, default=Path("/dev/shm/s"))
     parser.add_argument("--device", default="cuda:0")
