@@ -112,6 +112,7 @@ class Rig:
             name: cluster_nodes.made(
                 self.place, name, self.place / f"store-{name}",
                 self.relayed[name] if network else self.file, memory_bytes=memory_bytes,
+                braked=False,
             )
             for name in NAMES
         }  # fmt: skip

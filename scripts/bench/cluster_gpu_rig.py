@@ -105,7 +105,7 @@ class Rig:
         ]
         file = folder / "cluster.toml"
         trust = '[trust]\nmode = "key"\nkey_file = "cluster.key"\n'
-        file.write_text(trust + "".join(nodes) + cluster_nodes.TIMING)
+        file.write_text(trust + "".join(nodes) + cluster_nodes.QUICK)
         return file
 
     def _node(self, number: int) -> GpuNode:

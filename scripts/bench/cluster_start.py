@@ -59,7 +59,9 @@ class Rig:
             own.mkdir()
             for model in held:
                 (own / model).symlink_to(store / model)
-            self.nodes[name] = cluster_nodes.made(place, name, own, file, memory_bytes=room)
+            self.nodes[name] = cluster_nodes.made(
+                place, name, own, file, memory_bytes=room, braked=False
+            )
         (place / "alone").mkdir()
         self.alone = NodeProcess(
             place / "alone", place / "store-near", id="alone", memory_bytes=room,

@@ -268,7 +268,7 @@ async def measure(asked: argparse.Namespace, place: Path) -> dict[str, Any]:
     file = nodes.make_cluster(place / "shared", NAMES, timing=nodes.QUICK)
     (place / "store").mkdir()
     make_checkpoint(place / "store", MODEL, seed=3, chunk_bytes=65536)
-    made = [nodes.made(place, name, place / "store", file, braked=False) for name in NAMES]
+    made = [nodes.made(place, name, place / "store", file) for name in NAMES]
     with nodes.running(*made) as trio:
         for node in trio:
             await nodes.sees(node, *NAMES)

@@ -22,6 +22,8 @@ ConfigFile = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Model = Annotated[str, typer.Argument(help="the model's name")]
 DEFAULT_URL = "http://127.0.0.1:8000"
+MOVES_SHOWN = 5
+"""Of the last moves, and of the last times that sessions had to leave."""
 
 
 def register(app: typer.Typer) -> None:
@@ -184,6 +186,7 @@ def _show_cluster(report: dict[str, Any]) -> None:
     ]
     print_table(("model", "node", "tier", ">stored"), sorted(places))
     _show_scaling(report["scaling"])
+    _show_moves(report)
     if (directory := report["directory"]) is not None:
         problem = f": {directory['problem']}" if directory["problem"] else ""
         is_listed = (
@@ -212,6 +215,29 @@ def _show_scaling(scaled: list[dict[str, Any]]) -> None:
     if rows:
         columns = (">wanted", ">ready", ">starting", ">leaving", "why")
         print_table(("scaled model", "home", "replicas", *columns), rows)
+
+
+def _show_moves(report: dict[str, Any]) -> None:
+    """Show the last moves of readers' sessions, and for which models this node's sessions left."""
+    moves: list[tuple[str, ...]] = [
+        (
+            one["session"], f"{one['origin']} to {one['to']}", one["reason"], one["vacate"],
+            one["outcome"], "" if one["gap_s"] is None else f"{1e3 * one['gap_s']:.0f}",
+        )
+        for one in report["migrations"][:MOVES_SHOWN]
+    ]  # fmt: skip
+    if moves:
+        print_table(("moved session", "nodes", "why", "for", "outcome", ">gap ms"), moves)
+    vacates: list[tuple[str, ...]] = [
+        (
+            one["model"], one["vacate"], ", ".join(one["replicas"]), ", ".join(one["to"]),
+            str(one["sessions"]), one["outcome"], f"{one['seconds']:.3f}",
+        )
+        for one in report["vacates"][:MOVES_SHOWN]
+    ]  # fmt: skip
+    if vacates:
+        heads = ("room for", "by", "from", "its sessions to", ">sessions", "outcome", ">after s")
+        print_table(heads, vacates)
 
 
 def _tier_of(model: dict[str, Any]) -> str:

@@ -1,9 +1,9 @@
 """From a placement to one node: what the entry node does with what `placement` decides. Pure.
 
 Three rules on top of it. This node wins where a peer is no better: forwarding costs a little, and the
-same state must not send the requests of all nodes to the one whose name comes first. Moves are not made
-here (a running session is not disturbed for a new one), so ways that need them are passed over. And where
-no way is left a request queues, at a node that has the model: its scheduler keeps order there.
+same state must not send the requests of all nodes to the one whose name comes first. A way that moves
+running sessions has to be sooner by `gain_s` than the best that moves none, since their readers feel it.
+And where no way is left a request queues, at a node that has the model: its scheduler keeps order there.
 """
 
 from collections.abc import Set as AbstractSet
@@ -18,7 +18,7 @@ from sllm_node.cluster.placement import (
     explain,
     ways_on,
 )
-from sllm_node.cluster.reservations import Ask, ReservationId
+from sllm_node.cluster.reservations import Ask, Away, ReservationId
 from sllm_node.cluster.state import DeviceShare, NodeId, NodeState
 from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId, Startup
@@ -44,6 +44,11 @@ class Choice:
         """Return the estimate; None: it queues."""
         return None if self.candidate is None else self.candidate.startup_s + self.forward_s
 
+    @property
+    def moves(self) -> bool:
+        """Whether sessions are to move for it."""
+        return self.candidate is not None and bool(self.candidate.moves)
+
 
 def startup_of(choice: Choice | None, startup_s: float | None) -> Startup:
     """Return how a session came to run that was placed so."""
@@ -68,20 +73,21 @@ def choose(
     me: NodeId,
     now: float,
     excluded: AbstractSet[NodeId] = frozenset(),
+    gain_s: float | None = None,
 ) -> Choice | None:
-    """Return where a request goes; None: no node that is not excluded has the model."""
-    decision = decide(view, request, now)
-    seen = list(getattr(decision, "seen", ()))
-    usable = _usable(seen, excluded)
-    best = getattr(decision, "best", None)
-    if best is None or best not in usable:
-        usable = _usable(explain(view, request, now), excluded)
-    if not usable:
+    """Return where a request goes; None: no node that is not excluded has the model.
+
+    `gain_s`: how much sooner a way has to be that moves sessions; None: no such way is taken.
+    """
+    best: Candidate | None = getattr(decide(view, request, now), "best", None)
+    if best is None or best.node in excluded or best.kind is Kind.MIGRATE:
+        best = _best(explain(view, request, now), excluded, gain_s)
+    if best is None:
         return _queue(view, request.model, me, excluded)
-    best = min(usable, key=lambda candidate: candidate.key)
     if best.node != me and me not in excluded:
         mine = ways_on(view, request, me, now)
-        best = next((candidate for candidate in mine if _is_as_good(candidate, best)), best)
+        there = best
+        best = next((candidate for candidate in mine if _is_as_good(candidate, there)), best)
     return Choice(best.node, best.kind.name.lower(), best.reason, best)
 
 
@@ -96,11 +102,37 @@ def ask_for(choice: Choice, request: PlacementRequest, state: NodeState, name: s
     if found.kind in (Kind.LOAD, Kind.EVICT):
         shares = tuple(DeviceShare(device, request.share_bytes) for device in found.devices)
         return Ask(ask.id, ask.boot, ask.version, shares=shares, evicts=found.evicts)
+    if found.kind is Kind.MIGRATE:
+        return Ask(
+            ask.id, ask.boot, ask.version,
+            shares=tuple(DeviceShare(device, request.share_bytes) for device in found.devices),
+            evicts=found.evicts,
+            frees=tuple(move.replica for move in found.moves),
+            aways=tuple(Away(move.replica, move.sessions, move.to.node) for move in found.moves),
+            ready_s=found.startup_s,
+        )  # fmt: skip
     return ask
 
 
-def _usable(candidates: list[Candidate], excluded: AbstractSet[NodeId]) -> list[Candidate]:
-    return [c for c in candidates if c.node not in excluded and c.kind is not Kind.MIGRATE]
+def _best(
+    candidates: list[Candidate], excluded: AbstractSet[NodeId], gain_s: float | None
+) -> Candidate | None:
+    """Return the soonest of them, with what was said of ways that move sessions."""
+    left = [candidate for candidate in candidates if candidate.node not in excluded]
+    staying = [c for c in left if c.kind is not Kind.MIGRATE]
+    best = min(staying, key=lambda candidate: candidate.key, default=None)
+    if gain_s is None:
+        return best
+    ways = [c for c in left if c.kind is Kind.MIGRATE and _can_move(c, excluded)]
+    moving = min(ways, key=lambda candidate: candidate.key, default=None)
+    if moving is None or (best and moving.startup_s + gain_s > best.startup_s):
+        return best
+    return moving
+
+
+def _can_move(candidate: Candidate, excluded: AbstractSet[NodeId]) -> bool:
+    """Tell whether its sessions go to other nodes; a node has no second replica of a model."""
+    return not any(m.to.node in excluded or m.to.node == candidate.node for m in candidate.moves)
 
 
 def _is_as_good(mine: Candidate, best: Candidate) -> bool:

@@ -70,14 +70,15 @@ class Cluster(Generic[CodecT]):
         silence_s = file.timing.dead_s
         folder = Path(config.store.path) / ".cluster" / me
         self._texts = Texts(folder, self._client, load_codec, silence_s)
-        serving = Serving(service, self.peers, clock, ping_s=file.timing.heartbeat_s)
-        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
+        vacating = self.router.vacating
+        serving = Serving(service, self.peers, vacating, clock, ping_s=file.timing.heartbeat_s)
+        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
         reach = Reach(self.peers, self._listing)
         self.wishes = Wishes(journal, self.router.status, reach)
         handlers = {
-            **serving.handlers(), **self.scaling.handlers(), HINT: self.router.hints.take,
-            WISH: self.wishes.take,
+            **serving.handlers(), **self.scaling.handlers(), **vacating.handlers(),
+            HINT: self.router.hints.take, WISH: self.wishes.take,
         }  # fmt: skip
         self._listener = Listener(trust, handlers, silence_s, self._refused)
         self._closing = AsyncExitStack()
@@ -133,6 +134,7 @@ class Cluster(Generic[CodecT]):
             "version": state.version,
             "peers": self.peers.status(),
             "migrations": self.router.moves(),
+            "vacates": self.router.vacating.recent(),
             "nodes": nodes,
             "scaling": self.scaling.status(),
             "directory": None if self._listing is None else self._listing.status(),

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final
 
 from sllm_node.cluster.state import Bandwidths, HeldModel, NodeId, ResumeFit
-from sllm_node.schedule.estimate import MovingAverage, path_s
+from sllm_node.schedule.estimate import MovingAverage, RunningMedian, path_s
 
 RESUME_GUESS: Final = ResumeFit(2e-4, 0.05)
 """Before the first observation: prefill of 5,000 tokens a second, 50 ms for the rest."""
@@ -114,11 +114,11 @@ class ErrorTrack:
 
 
 class ForwardEstimator:
-    """What passing a request on adds to its startup, for each peer: as long as a ready replica takes."""
+    """What passing a request on adds to its startup, for each peer: as long as a ready replica took, mostly."""
 
     def __init__(self, guess_s: float) -> None:
         self._guess_s = guess_s
-        self._peers: dict[NodeId, MovingAverage] = {}
+        self._peers: dict[NodeId, RunningMedian] = {}
 
     def seconds(self, peer: NodeId) -> float:
         """Return what is expected."""
@@ -127,7 +127,7 @@ class ForwardEstimator:
 
     def observe(self, peer: NodeId, elapsed_s: float) -> None:
         """Learn from a session that a peer could begin at once."""
-        self._peers.setdefault(peer, MovingAverage(self._guess_s)).observe(elapsed_s)
+        self._peers.setdefault(peer, RunningMedian(self._guess_s)).observe(elapsed_s)
 
 
 class ResumeEstimator:

@@ -76,6 +76,20 @@ class LimitsConfig(Section, frozen=True):
     replay_window_messages: Annotated[int, Meta(ge=1, le=65536)] = 1024
 
 
+class PlacementConfig(Section, frozen=True):
+    """Table [placement]: running sessions that move to other nodes so that a model can start."""
+
+    moves: bool = True
+    gain_s: Seconds = 0.2
+    """A start with moves has to be so much sooner than the best without."""
+    settle_s: Seconds = 30.0
+    """A session that moved, or could not, is left alone for so long."""
+    vacate_s: Positive = 60.0
+    """A device has to be free so long after; else the request is placed again."""
+    max_sessions: Count = 64
+    """Sessions that leave one node at once."""
+
+
 class ScaledModel(Section, frozen=True):
     """Table [models.NAME]: between how many replicas the model has, by demand."""
 
@@ -105,6 +119,7 @@ class ClusterFile(Section, frozen=True):
     trust: TrustConfig = msgspec.field(default_factory=TrustConfig)
     timing: TimingConfig = msgspec.field(default_factory=TimingConfig)
     limits: LimitsConfig = msgspec.field(default_factory=LimitsConfig)
+    placement: PlacementConfig = msgspec.field(default_factory=PlacementConfig)
     directory: DirectoryConfig = msgspec.field(default_factory=DirectoryConfig)
     models: dict[str, ScaledModel] = msgspec.field(default_factory=dict)
 

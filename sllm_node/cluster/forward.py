@@ -27,6 +27,7 @@ from sllm_node.cluster.wire import (
     Failed,
     Forward,
     Granted,
+    Leave,
     Record,
     Refusal,
     Standing,
@@ -251,7 +252,7 @@ class RoutedStream:
         ask = self._ways.ask(choice, self.request)
         request = replace(self._as_it_stands(), held=is_held)
         if not ask.boot:  # here
-            opening = partial(self._ways.open_local, request, self._keep_alive_s)
+            opening = partial(self._ways.open_local, request, self._keep_alive_s, choice)
             return Part(choice, epoch, LocalSource(opening))
         why, keep_alive_s = choice.reason, self._keep_alive_s
         forward = Forward(request, ask, HOPS_MAX, why, keep_alive_s, epoch, migration)
@@ -284,9 +285,13 @@ class RoutedStream:
                     raise MessageFormatError(what)
                 self._give(chunk)
                 return chunk.finish is not None
-            case Standing():
-                pass
+            case Leave() | Standing():
+                self._asked(part, record)
         return False
+
+    def _asked(self, part: Part, record: Leave | Standing) -> None:
+        if isinstance(record, Leave):  # how far the owner is, its tokens tell
+            self._ways.leave(self.request.session, part.choice.node, record)
 
     def _granted(self, choice: Choice) -> None:
         self._is_running = True
@@ -337,7 +342,9 @@ class RoutedStream:
         """Whether it has a node, and no move is under way."""
         return self._has_node and self._move is None and self._moved is None
 
-    def move(self, choice: Choice, reason: str, fit: ResumeFit | None = None) -> MoveReport:
+    def move(
+        self, choice: Choice, reason: str, fit: ResumeFit | None = None, vacate: str = ""
+    ) -> MoveReport:
         """Begin to move it; return what will be known of the move.
 
         Raises:
@@ -351,7 +358,7 @@ class RoutedStream:
             raise MoveRefusedError(session, "it is moving already")
         number = f"{session}.{self._epoch + 1}"
         prompt = len(self.request.prompt)
-        report = MoveReport(number, session, self.node, choice.node, reason, prompt)
+        report = MoveReport(number, session, self.node, choice.node, reason, prompt, vacate=vacate)
         self.pace.aim(fit, is_replayed=self.request.resume == "replay")
         part = self._make(choice, self._epoch + 1, number, is_held=True)
         self._move = Move(self, part, report, self._clock)

@@ -1,7 +1,7 @@
 """A session of this node's reader that this node serves: the service's own stream, until it has to move.
 
 Nothing but a count of its tokens is added to its path. The first move, and a drain that refuses it before
-it began, make a `RoutedStream` of it, which takes the stream over as it is. A reader that waits for the
+it began (or room that it was promised in vain), make a `RoutedStream` of it, which takes the stream over as it is. A reader that waits for the
 next chunk gets it first: so the two never read at once.
 """
 
@@ -11,7 +11,7 @@ from typing import Self
 from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.ways import Begun
-from sllm_node.core.errors import DrainingError
+from sllm_node.core.errors import DrainingError, NotVacatedError
 from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus, Startup
 from sllm_node.schedule.stream import Stream
 
@@ -49,7 +49,7 @@ class HomeStream:
         self._is_reading = True
         try:
             chunk = await self._stream.__anext__()
-        except DrainingError:
+        except (DrainingError, NotVacatedError):
             if self._stream.is_granted:
                 self._on_ended(self)
                 raise

@@ -49,6 +49,8 @@ class MoveReport:
     gap_s: float | None = None
     """Between the last token of the source and the first of the destination."""
     error: str = ""
+    vacate: str = ""
+    """With the reason `placement`: which model's start it is for, by the session that waits."""
 
     def fields(self) -> dict[str, object]:
         """Return what the log says."""
@@ -57,6 +59,7 @@ class MoveReport:
             "reason": self.reason, "rounds": self.rounds, "tokens": self.tokens,
             "prompt_tokens": self.prompt_tokens,
             "last_round": self.last, "bytes": self.bytes_sent,
+            **({"vacate": self.vacate} if self.vacate else {}),
         }  # fmt: skip
 
 

@@ -1,4 +1,6 @@
-"""Which sessions of this node's readers move where: as an operator says, and away from nodes that drain.
+"""Which sessions of this node's readers move where, and why.
+
+An operator says so; their node drains; or it is to have room for another model (`vacating`).
 
 The node with the reader decides; whoever drains only says that it does (its state), here or at a peer.
 """
@@ -18,7 +20,7 @@ from sllm_node.cluster.state import ResumeFit
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import NodeId
+from sllm_node.core.types import NodeId, SessionId
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +43,22 @@ class Movers:
         self._sessions = sessions
         self._recent: deque[MoveReport] = deque(maxlen=RECENT)
         self._failed_at: dict[str, float] = {}
+        self.on_failed: Callable[[SessionId, NodeId, str], None] = lambda *_: None
+        """Called with session, its node and why when a move for placement's sake fails."""
 
-    def move(self, session: str, to: NodeId, reason: str) -> dict[str, str]:
+    def has(self, session: str) -> bool:
+        """Tell whether this node serves a session of a reader of its own."""
+        return any(
+            one.request.session == session and self._at(one) == self._peers.me
+            for one in self._sessions()
+        )
+
+    def is_on_its_way(self, session: str) -> bool:
+        """Tell whether a session of this node's reader moves already."""
+        found = (one for one in self._sessions() if one.request.session == session)
+        return any(self._is_under_way(one) for one in found)
+
+    def move(self, session: str, to: NodeId, reason: str, vacate: str = "") -> dict[str, str]:
         """Begin a move.
 
         Raises:
@@ -60,9 +76,13 @@ class Movers:
             raise MoveRefusedError(session, f"it is at node {to!r} already")
         self._peers.refresh()
         choice = self._choose(found, frozenset(self._peers.view.nodes) - {to})
-        if choice is None:
+        if choice is None or (vacate and choice.startup_s is None):
             raise MoveRefusedError(session, f"node {to!r} can't take it: not the model, or no room")
-        return {"session": session, "to": to, "migration": self._begin(found, choice, reason)}
+        return {
+            "session": session,
+            "to": to,
+            "migration": self._begin(found, choice, reason, vacate),
+        }
 
     def evacuate(self) -> None:
         """Begin to move sessions away from the nodes that drain, as far as there are others."""
@@ -98,6 +118,8 @@ class Movers:
             now = self._clock.now()
             recent = {name: at for name, at in self._failed_at.items() if now - at < AGAIN_S}
             self._failed_at = {**recent, report.session: now}
+            if report.vacate:
+                self.on_failed(report.session, report.origin, report.error)
         else:
             self._failed_at.pop(report.session, None)
         gap_s = None if report.gap_s is None else round(report.gap_s, 4)
@@ -110,26 +132,28 @@ class Movers:
         """Return the last moves, the newest first."""
         return [asdict(report) for report in reversed(self._recent)]
 
-    def _begin(self, session: Carried, choice: Choice, reason: str) -> str:
+    def _begin(self, session: Carried, choice: Choice, reason: str, vacate: str = "") -> str:
         fit = self._fit(session, choice.node)
         if isinstance(session, HomeStream) and session.routed is None:
             if session.is_moving:
                 raise MoveRefusedError(session.request.session, "it is moving already")
             number = f"{session.request.session}.2"
-            session.when_routed(lambda routed: self._start(routed, choice, reason, fit))
+            session.when_routed(lambda routed: self._start(routed, choice, reason, fit, vacate))
             return number
         routed = session.routed if isinstance(session, HomeStream) else session
         assert routed is not None
-        report = routed.move(choice, reason, fit)
+        report = routed.move(choice, reason, fit, vacate)
         self._recent.append(report)
         return report.id
 
     def _start(
-        self, routed: RoutedStream, choice: Choice, reason: str, fit: ResumeFit | None
+        self, routed: RoutedStream, choice: Choice, reason: str, fit: ResumeFit | None, vacate: str
     ) -> None:
         try:
-            self._recent.append(routed.move(choice, reason, fit))
+            self._recent.append(routed.move(choice, reason, fit, vacate))
         except SllmError as error:
+            if vacate:
+                self.on_failed(routed.request.session, routed.node, str(error))
             fields = {"session": routed.request.session, "error": str(error)}
             log.info("session not moved", extra=fields)
 
@@ -147,6 +171,13 @@ class Movers:
         if isinstance(session, HomeStream):
             return session.is_moving
         return not session.can_move
+
+    def _is_under_way(self, session: Carried) -> bool:
+        """Tell whether a move of it is asked for, or has begun."""
+        if isinstance(session, HomeStream):
+            routed = session.routed
+            return session.is_moving or (routed is not None and routed.migration is not None)
+        return session.migration is not None
 
     def _fit(self, session: Carried, node: NodeId) -> ResumeFit | None:
         found = self._peers.view.nodes.get(node)

@@ -105,6 +105,7 @@ class Peers:
         """Until then, a peer that has not said what it has is waited for."""
         self._client: Client
         self._stamp = _stamp(place.path)
+        snapshot.settle_s = place.cluster.placement.settle_s
 
     # --- what others of this node ask ---------------------------------------------------------
 
@@ -140,6 +141,10 @@ class Peers:
         state = self._snapshot.state(now)
         self.view.update(state, now)
         return state
+
+    def show_as(self, shown: Callable[[NodeState, float], NodeState]) -> None:
+        """Have this node's states told as `shown` makes them."""
+        self._snapshot.shown = shown
 
     def has_peers(self) -> bool:
         """Tell whether anybody else can be asked now."""
@@ -391,6 +396,7 @@ class Peers:
             )
             return False
         self.cluster = found.cluster
+        self._snapshot.settle_s = found.cluster.placement.settle_s
         self._follow()
         self._metrics.cluster_reloads.labels("ok").inc()
         log.info("cluster file read", extra={

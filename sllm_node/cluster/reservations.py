@@ -14,13 +14,24 @@ from sllm_node.cluster.state import (
     BootId,
     DeviceShare,
     DeviceState,
+    NodeId,
     NodeState,
     ReplicaId,
     ReplicaState,
 )
+from sllm_node.core.types import SessionId
 
 ReservationId = NewType("ReservationId", str)
 """Made by the asker; asking again with the same one changes nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Away:
+    """Running sessions of a replica that are to go on at another node, so that its memory is free."""
+
+    replica: ReplicaId
+    sessions: tuple[SessionId, ...]
+    to: NodeId
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +47,14 @@ class Ask:
     evicts: tuple[ReplicaId, ...] = ()
     """Idle replicas that make room for them."""
     frees: tuple[ReplicaId, ...] = ()
-    """Replicas whose sessions the asker moves away first; the promise holds for their memory too."""
+    """Replicas whose sessions move away first; the promise holds for their memory too."""
     replica: ReplicaId | None = None
     places: int = 0
     """Sessions that `replica` is to take."""
+    aways: tuple[Away, ...] = ()
+    """Of `frees`: which sessions go where, as the target is to see to (`cluster.vacate`)."""
+    ready_s: float = 0.0
+    """With `aways`: when the model was expected to serve, from now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +143,8 @@ def _missing_replica(ask: Ask, state: NodeState) -> str | None:
         if name not in replicas or not replicas[name].is_evictable:
             return f"replica {name} is not idle any more"
     for name in ask.frees:
-        if name not in replicas or replicas[name].is_pinned:
+        found = replicas.get(name)
+        if found is None or found.is_pinned or found.is_leaving or found.ready_s > 0:
             return f"replica {name} is gone, leaving already, or must stay"
     return None
 

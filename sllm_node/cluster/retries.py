@@ -13,6 +13,7 @@ from sllm_node.core.errors import (
     MessageError,
     ModelNotFoundError,
     NoPlaceError,
+    NotVacatedError,
     PeerDeniedError,
     PeerUnreachableError,
     SllmError,
@@ -68,6 +69,11 @@ class Retries:
 
     def failed(self, choice: Choice, error: SllmError, tokens: int) -> None:
         """Take note of who failed, or raise the error if nobody else can do better."""
+        if isinstance(error, NotVacatedError):  # this node's own state says what can't be now
+            self._refusals += 1
+            if self._refusals >= REFUSALS_MAX:
+                self._excluded.add(choice.node)
+            return
         is_callers = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
         is_final = is_callers and not tokens  # what one node took, a smaller one may refuse
         if is_final or isinstance(error, CancelledByOperatorError):

@@ -24,6 +24,7 @@ from sllm_node.cluster.retries import UNREACHABLE
 from sllm_node.cluster.state import BootId, HeldModel, NodeState
 from sllm_node.cluster.texts import Texts
 from sllm_node.cluster.transport import Client
+from sllm_node.cluster.vacating import Vacating
 from sllm_node.cluster.ways import Begun, Limits, Tools
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import (
@@ -80,9 +81,11 @@ class Router(Generic[CodecT]):
         """Of estimated startup times."""
         self._forwarding = ForwardEstimator(FORWARD_S)
         peers.on_change = self._on_change
-        service.on_change = peers.changed
         self.hints = Hinting(service, peers, client, clock)
         self._movers = Movers(peers, metrics, clock, self._carried)
+        self.vacating = Vacating(service, peers, self._movers, client, clock, metrics)
+        service.on_change = self._on_service_change
+        self.leave = self.vacating.asked
         self.load, self.unload = service.load, service.unload
         self.pin, self.unpin = service.pin, service.unpin
 
@@ -170,13 +173,14 @@ class Router(Generic[CodecT]):
         if begun is not None:
             here = Choice(me, "here", "it runs here")
             return self._route(home.request, home.keep_alive_s, here, begun)
-        choice = self.choose(home.request, frozenset({me}))
+        excluded = frozenset({me}) if self.is_draining else frozenset()
+        choice = self.choose(home.request, excluded)
         return self._route(home.request, home.keep_alive_s, choice)
 
     def _open_here(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
     ) -> HomeStream:
-        stream = self._service.open(request, keep_alive_s=keep_alive_s)
+        stream = self.open_local(request, keep_alive_s, choice)
         home = HomeStream(stream, keep_alive_s, self._carry, self._homes.discard)
         self._homes.add(home)
         home.choice = choice
@@ -205,7 +209,8 @@ class Router(Generic[CodecT]):
         self._peers.refresh()
         view = self._peers.view
         asked = request_for(view, request.model, request.priority)
-        found = choose(view, asked, self._peers.me, self._clock.now(), excluded)
+        gain_s = self.vacating.gain_s
+        found = choose(view, asked, self._peers.me, self._clock.now(), excluded, gain_s)
         if found is not None and found.node != self._peers.me:
             found = replace(found, forward_s=self._forwarding.seconds(found.node))
         where = "here" if found and found.node == self._peers.me else "peer"
@@ -214,15 +219,23 @@ class Router(Generic[CodecT]):
 
     def ask(self, choice: Choice, request: GenerationRequest) -> Ask:
         """Return what the choice counts on; with no boot: it is this node."""
+        return _HERE if choice.node == self._peers.me else self._ask(choice, request)
+
+    def _ask(self, choice: Choice, request: GenerationRequest) -> Ask:
         node = self._peers.view.nodes.get(choice.node)
-        if choice.node == self._peers.me or node is None:
+        if node is None:
             return _HERE
         asked = request_for(self._peers.view, request.model, request.priority)
         return ask_for(choice, asked, node.state, request.session)
 
-    def open_local(self, request: GenerationRequest, keep_alive_s: float | None) -> Stream:
-        """Begin a session here that was elsewhere before."""
-        return self._service.open(request, keep_alive_s=keep_alive_s)
+    def open_local(
+        self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
+    ) -> Stream:
+        """Begin a session here, with the moves that its placement counts on."""
+        stream = self._service.open(request, keep_alive_s=keep_alive_s)
+        if choice is not None and choice.moves:
+            self.vacating.begin(self._ask(choice, request), stream)
+        return stream
 
     def learn(self, state: NodeState) -> None:
         """Take the state that came with a refusal."""
@@ -276,6 +289,10 @@ class Router(Generic[CodecT]):
         self._news.set()
         self._news = asyncio.Event()
         self._movers.evacuate()
+
+    def _on_service_change(self) -> None:
+        self._peers.changed()
+        self.vacating.look()
 
     # --- moves --------------------------------------------------------------------------------
 
@@ -404,8 +421,9 @@ class Router(Generic[CodecT]):
         """Return where a request for `model` would go now, and what all ways were estimated at."""
         self._peers.refresh()
         return shown.explanation(
-            self._peers.view, ModelId(model), self._peers.me, self._clock.now()
-        )
+            self._peers.view, ModelId(model), self._peers.me, self._clock.now(),
+            self.vacating.gain_s,
+        )  # fmt: skip
 
     async def drained(self, limit_s: float) -> int:
         """Wait until no session of this node's clients is left anywhere; return how many were ended."""
@@ -429,6 +447,7 @@ class Router(Generic[CodecT]):
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
         await self.hints.close()
+        await self.vacating.close()
 
 
 def _placed_fields(request: GenerationRequest, choice: Choice) -> dict[str, object]:

@@ -8,19 +8,20 @@ state, and no promise has to be kept in between. It is served here or not at all
 import asyncio
 import logging
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from sllm_node.checkpoint.cards import TEXT_FILES
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.peers import HEARTBEAT, Peers
-from sllm_node.cluster.reservations import Refused, Reservations
+from sllm_node.cluster.reservations import Ask, Refused, Reservations
 from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.transport import Handler, Reply
+from sllm_node.cluster.vacate import joined
 from sllm_node.cluster.wire import (
     HOPS_MAX,
     Described,
-    Forward,
     Granted,
+    Leave,
     Standing,
     Tokens,
     Waiting,
@@ -33,8 +34,14 @@ from sllm_node.cluster.wire import (
 from sllm_node.cluster.wire import Refusal as RefusalRecord
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
-from sllm_node.core.errors import EngineError, HopLimitError, MoveRefusedError, SllmError
-from sllm_node.core.types import ModelId, NodeId
+from sllm_node.core.errors import (
+    EngineError,
+    HopLimitError,
+    MoveRefusedError,
+    NotVacatedError,
+    SllmError,
+)
+from sllm_node.core.types import ModelId, NodeId, SessionId
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.stream import Stream, request_of
 
@@ -46,12 +53,28 @@ DESCRIBE: Final = "describe"
 _PIECE_BYTES: Final = 1 << 20
 
 
+class Vacating(Protocol):
+    """Who makes room by moves; `vacating.Vacating` satisfies it."""
+
+    def objection(self, ask: Ask, state: NodeState) -> str | None:
+        """Return why the sessions that an ask names can't leave, if so."""
+
+    def begin(self, ask: Ask, stream: Stream) -> None:
+        """Make the room for a session that waits here, if its ask names sessions that leave."""
+
+    def wish_for(self, session: SessionId) -> Leave | None:
+        """Return what a session's entry is to be told next, once."""
+
+
 class Serving:
     """The handlers of the listener."""
 
-    def __init__(self, service: Service[Any], peers: Peers, clock: Clock, ping_s: float) -> None:
+    def __init__(
+        self, service: Service[Any], peers: Peers, vacating: Vacating, clock: Clock, ping_s: float
+    ) -> None:
         self._service = service
         self._peers = peers
+        self._vacating = vacating
         self._clock = clock
         self._ping_s = ping_s
         """A peer that waits hears something this often."""
@@ -82,7 +105,8 @@ class Serving:
         fields = {"session": request.session, "entry": sender, "why": forward.why}
         if forward.migration:
             fields["migration"] = forward.migration
-        if (refused := self._refusal(forward)) is not None:
+        ask = joined(forward.ask, request.model, self._peers.refresh())
+        if (refused := self._refusal(ask)) is not None:
             log.info("forwarded session refused", extra={**fields, "reason": refused.reason})
             await reply.send(pack(refused))
             return
@@ -92,6 +116,7 @@ class Serving:
             log.info("forwarded session refused", extra={**fields, "reason": str(error)})
             await reply.send(pack(failed(error)))
             return
+        self._vacating.begin(ask, stream)
         log.info("forwarded session taken", extra={**fields, "resumed": len(request.resumed)})
         key = (sender, str(request.session), forward.epoch)
         if request.held:
@@ -114,20 +139,18 @@ class Serving:
         stream.extend(told.position, told.tokens, lets_go=told.lets_go)
         await reply.send(pack(Granted()))
 
-    def _refusal(self, forward: Forward) -> RefusalRecord | None:
+    def _refusal(self, ask: Ask) -> RefusalRecord | None:
         state = self._peers.refresh()
-        if forward.ask.shares and _has_place(state, forward):
-            return (
-                None  # it was to be loaded, and that has begun meanwhile: by a hint, or for another
-            )
-        answer = self._reservations.ask(forward.ask, state, self._clock.now())
-        self._reservations.release(
-            forward.ask.id
-        )  # used at once: the state tells of it from now on
-        if not isinstance(answer, Refused):
-            return None
+        answer = self._reservations.ask(ask, state, self._clock.now())
+        self._reservations.release(ask.id)  # used at once: the state tells of it from now on
+        if isinstance(answer, Refused):
+            return self._refuse(answer.reason, answer.state)
+        why = self._vacating.objection(ask, state)
+        return None if why is None else self._refuse(why, state)
+
+    def _refuse(self, reason: str, state: NodeState) -> RefusalRecord:
         limit = int(self._peers.cluster.limits.document_bytes)
-        return RefusalRecord(answer.reason, encode_state(answer.state, limit))
+        return RefusalRecord(reason, encode_state(state, limit))
 
     async def _pass_on(self, stream: Stream, reply: Reply) -> None:
         while not stream.started.is_set():
@@ -149,7 +172,10 @@ class Serving:
             error = found
         else:
             return
-        await reply.send(pack(failed(error)))
+        if isinstance(error, NotVacatedError):  # it has not begun: to be placed anew
+            await reply.send(pack(self._refuse(str(error), self._peers.refresh())))
+        else:
+            await reply.send(pack(failed(error)))
 
     async def _pass_standing(self, stream: Stream, reply: Reply) -> None:
         """Tell how far a session is that holds, until it does not any more."""
@@ -166,6 +192,8 @@ class Serving:
 
     async def _pass_chunk(self, stream: Stream, reply: Reply) -> bool:
         """Send what comes next, or a sign of life; return whether it was the last."""
+        if (leave := self._vacating.wish_for(stream.request.session)) is not None:
+            await reply.send(pack(leave))
         try:
             async with asyncio.timeout(self._ping_s):
                 chunk = await stream.__anext__()
@@ -194,12 +222,3 @@ class Serving:
         for _, data in found:
             for at in range(0, len(data), _PIECE_BYTES):
                 await reply.send(data[at : at + _PIECE_BYTES])
-
-
-def _has_place(state: NodeState, forward: Forward) -> bool:
-    """Tell whether a replica that is here, or coming, can take the session."""
-    is_same = forward.ask.boot == state.boot and not state.is_draining
-    return is_same and any(
-        replica.model == forward.request.model and replica.free_slots > 0 and not replica.is_leaving
-        for replica in state.replicas
-    )

@@ -36,10 +36,12 @@ def status_elsewhere(view: ClusterView, held: HeldModel) -> ModelStatus:
     )  # fmt: skip
 
 
-def explanation(view: ClusterView, model: ModelId, me: NodeId, now: float) -> dict[str, Any]:
+def explanation(
+    view: ClusterView, model: ModelId, me: NodeId, now: float, gain_s: float | None = None
+) -> dict[str, Any]:
     """Return where a request for `model` would go now, and what all ways were estimated at."""
     asked = request_for(view, model)
-    choice = choose(view, asked, me, now)
+    choice = choose(view, asked, me, now, gain_s=gain_s)
     return {
         "model": model,
         "node": None if choice is None else choice.node,
@@ -50,6 +52,10 @@ def explanation(view: ClusterView, model: ModelId, me: NodeId, now: float) -> di
                 "startup_s": c.startup_s, "wait_s": c.wait_s, "load_s": c.load_s,
                 "source": None if c.source is None else c.source.value,
                 "crowding": c.crowding, "evicts": list(c.evicts), "moves": len(c.moves),
+                "moving": [
+                    {"replica": m.replica, "sessions": len(m.sessions), "to": m.to.node}
+                    for m in c.moves
+                ],
                 "reason": c.reason,
             }
             for c in explain(view, asked, now)

@@ -41,6 +41,10 @@ class Snapshot:
         self._version = 0
         self.fit_of: Callable[[ModelId], ResumeFit | None] = lambda _: None
         """How long sessions of a model take to resume here, as far as that was seen."""
+        self.settle_s = 0.0
+        """A session that came by a move is not moved again for another model for so long."""
+        self.shown: Callable[[NodeState, float], NodeState] = lambda state, _: state
+        """Makes of a state what others are to see: less what is promised."""
 
     def look(self) -> None:
         """Look up models and tiers anew."""
@@ -67,6 +71,7 @@ class Snapshot:
             nvme_done_s=nvme_done_s,
             link_done_s=link_done_s,
         )
+        made = self.shown(made, now)
         if self._last is None or self._last != made:
             self._version += 1
             self._last = replace(made, version=self._version)
@@ -105,7 +110,13 @@ class Snapshot:
         tickets = (*view.running, *view.waiting)
         facts = [one for ticket in tickets if (one := self._outlook.session(ticket)) is not None]
         sessions = tuple(
-            SessionState(one.session, one.prompt_tokens, one.output_tokens, priority=one.priority)
+            SessionState(
+                one.session,
+                one.prompt_tokens,
+                one.output_tokens,
+                priority=one.priority,
+                stays=one.moved_at is not None and now < one.moved_at + self.settle_s,
+            )
             for one in facts
         )
         slots = self._outlook.slots

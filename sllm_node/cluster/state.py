@@ -101,6 +101,8 @@ class SessionState:
     tokens_per_s: float = 0.0
     """Of its output; what it will have grown by when the state is used."""
     priority: int = 0
+    stays: bool = False
+    """It is not to be moved for another model: it came by a move, or could not move, not long ago."""
 
     def tokens(self, age_s: float) -> float:
         """Return the tokens it has in all, so long after the state was made."""
@@ -147,8 +149,9 @@ class ReplicaState:
 
     @property
     def is_movable(self) -> bool:
-        """Tell whether it may leave once its sessions have moved."""
-        return bool(self.sessions) and not (self.is_pinned or self.ready_s > 0)
+        """Tell whether it may leave once its sessions have moved; not if others wait for its places."""
+        held = self.is_pinned or self.is_leaving or self.ready_s > 0
+        return bool(self.sessions) and len(self.sessions) <= self.slots and not held
 
     def size_on(self, device: str) -> int:
         """Return the bytes that leave `device` with it."""

@@ -8,9 +8,10 @@ from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.part import Asking
 from sllm_node.cluster.reservations import Ask
 from sllm_node.cluster.state import NodeState
+from sllm_node.cluster.wire import Leave
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import GenerationRequest, NodeId, TokenIds
+from sllm_node.core.types import GenerationRequest, NodeId, SessionId, TokenIds
 from sllm_node.schedule.stream import Stream
 
 if TYPE_CHECKING:
@@ -26,8 +27,13 @@ class Ways(Protocol):
     def ask(self, choice: Choice, request: GenerationRequest) -> Ask:
         """Return what the choice counts on."""
 
-    def open_local(self, request: GenerationRequest, keep_alive_s: float | None) -> Stream:
+    def open_local(
+        self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
+    ) -> Stream:
         """Begin it here."""
+
+    def leave(self, session: SessionId, node: NodeId, wish: Leave) -> None:
+        """Take that the node that serves it asks to have it moved."""
 
     def learn(self, state: NodeState) -> None:
         """Take the state that came with a refusal."""

@@ -3,6 +3,7 @@
 `Forward` asks for a session: the request in tokens, what its placement counts on (`Ask`), and how often
 it was passed on. It is answered by records: `Waiting` as often as a sign of life is due, `Granted` once,
 `Tokens` as they come; the last is `Tokens` with a finish, `Failed`, or `Refusal`, before anything began.
+Between two of them a `Leave` may ask that the session be moved; an entry that does not answers `Stays`.
 
 A session that moves is asked for with `held` set: then `Standing` says how many of its output tokens are
 computed, each `Extend` brings more of them, and the last one lets it go. All of these name the epoch,
@@ -96,6 +97,21 @@ class Standing(msgspec.Struct, frozen=True, array_like=True, tag="standing"):
     position: int
 
 
+class Leave(msgspec.Struct, frozen=True, array_like=True, tag="leave"):
+    """The session's node asks its entry to move it: another model is to have the room (`vacate`)."""
+
+    to: str
+    vacate: str
+    """The id of it all, for the logs: the session that waits for the room."""
+
+
+class Stays(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The entry's word that a session that was to leave does not."""
+
+    session: str
+    reason: str
+
+
 class Refusal(msgspec.Struct, frozen=True, array_like=True, tag="refusal"):
     """Nothing was begun: decide again with this state document."""
 
@@ -113,7 +129,7 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
 
 
 MessageT = TypeVar("MessageT")
-Record = Waiting | Granted | Standing | Tokens | Refusal | Failed
+Record = Waiting | Granted | Standing | Tokens | Leave | Refusal | Failed
 _record_decoder: Final[msgspec.msgpack.Decoder[Record]] = msgspec.msgpack.Decoder(Record)
 _PLAIN: Final = {
     kind.code: kind
@@ -141,6 +157,11 @@ def unpack_extend(data: bytes) -> Extend:
 def unpack_hint(data: bytes) -> Hint:
     """Return a hint, or raise MessageFormatError."""
     return _decode(msgspec.msgpack.Decoder(Hint), data)
+
+
+def unpack_stays(data: bytes) -> Stays:
+    """Return an entry's word about a session that was to leave, or raise MessageFormatError."""
+    return _decode(msgspec.msgpack.Decoder(Stays), data)
 
 
 def unpack_describe(data: bytes) -> Describe:

@@ -910,6 +910,18 @@ class MoveRefusedError(SllmError):
         self.reason = reason
 
 
+class NotVacatedError(SllmError):
+    """A request that waited for sessions to leave a device, which did not."""
+
+    fault = Fault.BUSY
+    code = "not_vacated"
+
+    def __init__(self, model: str, reason: str) -> None:
+        super().__init__(f"model {model!r} does not get the room it was promised: {reason}")
+        self.model = model
+        self.reason = reason
+
+
 # --- operators ----------------------------------------------------------------------------------
 
 

@@ -230,6 +230,16 @@ class Metrics:
             "Last token of the old node to first token of the new one, as the reader's node sees it",
             buckets=LATENCY_BUCKETS_S,
         )
+        self.vacates = counter(
+            "sllm_vacates",
+            "Times that sessions were asked to leave this node for a model to start, by outcome",
+            ["outcome"],
+        )
+        self.vacate_seconds = histogram(
+            "sllm_vacate_seconds",
+            "From when sessions were asked to leave until the model loaded",
+            buckets=LATENCY_BUCKETS_S,
+        )
         self.migration_bytes = counter(
             "sllm_migration_bytes", "Bytes sent to destinations of sessions that moved"
         )

@@ -292,6 +292,15 @@ class Service(Generic[CodecT]):
         """
         self._do(self._scheduler.on_retire(model, self._clock.now()))
 
+    def promise(self, model: ModelId, others: AbstractSet[ModelId]) -> bool:
+        """Let `model`, which waits, have the room of `others`, whose sessions move to other nodes.
+
+        With no `others` that is taken back. False: it can't be.
+        """
+        actions = self._scheduler.on_promise(model, others, self._clock.now())
+        self._do(actions or [])
+        return actions is not None
+
     # --- the node -----------------------------------------------------------------------------
 
     @property

@@ -10,7 +10,9 @@ The waiting time in front of a load (q in q + n / b) is the scheduler's to know.
 """
 
 import math
+from collections import deque
 from collections.abc import Iterable
+from statistics import median
 from typing import Final
 
 from sllm_node.core.types import LoadReport, Tier
@@ -21,6 +23,7 @@ _BESIDE_GUESS_S: Final = {False: 0.1, True: 0.02}
 """For what a load takes beside its bytes, before the first one; True: its module is kept."""
 _WEIGHT: Final = 0.3
 """Of the newest sample; about the last ten count."""
+_MEDIAN_OF: Final = 5
 
 
 class MovingAverage:
@@ -37,6 +40,25 @@ class MovingAverage:
         weight = 1.0 if self._is_guess else _WEIGHT
         self.value += weight * (sample - self.value)
         self._is_guess = False
+
+
+class RunningMedian:
+    """The median of the last few samples: one that a stall made long does not move it."""
+
+    __slots__ = ("_guess", "_last")
+
+    def __init__(self, guess: float) -> None:
+        self._guess = guess
+        self._last: deque[float] = deque(maxlen=_MEDIAN_OF)
+
+    @property
+    def value(self) -> float:
+        """Return it; before the first sample, the guess."""
+        return median(self._last) if self._last else self._guess
+
+    def observe(self, sample: float) -> None:
+        """Take one more sample."""
+        self._last.append(sample)
 
 
 _Bandwidth = dict[Tier, MovingAverage]
@@ -60,8 +82,8 @@ class LoadEstimator:
     def __init__(self) -> None:
         self._raw = _first_guesses()
         self._encoded = _first_guesses()
-        self._beside = {kept: MovingAverage(s) for kept, s in _BESIDE_GUESS_S.items()}
-        self._evict = MovingAverage(0.0)
+        self._beside = {kept: RunningMedian(s) for kept, s in _BESIDE_GUESS_S.items()}
+        self._evict = RunningMedian(0.0)
 
     def load_s(
         self,

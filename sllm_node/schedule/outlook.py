@@ -13,7 +13,7 @@ from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.config import Config
 from sllm_node.core.errors import SllmError
 from sllm_node.core.types import ModelId, ModelState, SessionId, Tier
-from sllm_node.schedule.actions import ReplicaView, TicketId
+from sllm_node.schedule.actions import ModelView, ReplicaView, TicketId
 from sllm_node.schedule.estimate import LoadEstimator
 from sllm_node.schedule.ports import Engines, WeightStore
 from sllm_node.schedule.scheduler import Scheduler
@@ -28,6 +28,8 @@ class SessionFacts:
     prompt_tokens: int
     output_tokens: int
     priority: int
+    moved_at: float | None = None
+    """When it came here by a move, if it did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ class Outlook:
             return None
         asked = stream.request
         output = len(asked.resumed) + stream.tokens
-        return SessionFacts(asked.session, len(asked.prompt), output, asked.priority)
+        moved_at = stream.opened if asked.held else None
+        return SessionFacts(asked.session, len(asked.prompt), output, asked.priority, moved_at)
 
     def models(self) -> list[ModelFacts]:
         """Return the models that lie here or at a remote of this node; looks at files."""
@@ -104,6 +107,10 @@ class Outlook:
                 facts = self._facts(model)
                 found += [] if facts is None else [facts]
         return found
+
+    def view(self, model: ModelId) -> ModelView:
+        """Return how a model stands with the scheduler."""
+        return self._scheduler.view(model)
 
     def folder(self, model: ModelId) -> Path:
         """Return where its texts lie, or raise ModelNotFoundError."""

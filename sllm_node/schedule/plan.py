@@ -5,7 +5,8 @@ Waiting models are looked at one after another: first those with a ticket overdu
 in this order, free memory, memory that becomes free anyway (evictions under way), idle models, and
 running models, which it *closes*: their new sessions queue until the running ones have ended, then
 they are idle and are evicted. An overdue ticket may close any model that isn't pinned, another one
-only models of lower priority. So a stream of requests for a resident model is served as a group,
+only models of lower priority, or those whose sessions move to other nodes for it (`promised`; such a
+model goes before others of its priority). So a stream of requests for a resident model is served as a group,
 but for `max_wait_s` at most while another model waits.
 
 With several devices, a model that fits on one goes where least is disturbed: where it is free of
@@ -81,12 +82,12 @@ def shortage(shares: Sequence[Share], rooms: Mapping[str, int]) -> tuple[int, in
     return None
 
 
-def _rank(record: ModelRecord, now: float, max_wait_s: float) -> tuple[bool, int, float, int]:
+def _rank(record: ModelRecord, now: float, max_wait_s: float) -> tuple[bool, int, bool, float, int]:
     oldest = record.oldest
     age = (oldest.arrived, oldest.ticket.number)
     if record.is_overdue(now, max_wait_s):
-        return (False, 0, *age)
-    return (True, -record.waiting_priority, *age)
+        return (False, 0, False, *age)
+    return (True, -record.waiting_priority, not record.promised, *age)
 
 
 def _idle_order(record: ModelRecord) -> tuple[bool, float, str]:
@@ -168,7 +169,10 @@ class _Room:
         if not short:
             return []
         priority = record.waiting_priority
-        closable = [r for r in self._busy if is_overdue or r.highest_priority < priority]
+        closable = [
+            busy for busy in self._busy
+            if is_overdue or busy.highest_priority < priority or busy.model in record.promised
+        ]  # fmt: skip
         left = dict(short)
         chosen: list[ModelRecord] = []
         for victim in [*self._idle, *closable]:

@@ -93,6 +93,8 @@ class ModelRecord:
         """So it is because the cluster needs it no more."""
         self.is_scaled = False
         """The cluster says when it leaves for idleness; its keep-alive does not count."""
+        self.promised: frozenset[ModelId] = frozenset()
+        """While it is queued: models whose sessions move to other nodes so that it has room."""
         self.last_used = 0.0
         self.deadline: float | None = None
         """When it is evicted for idleness; None while it runs or is kept for ever."""
@@ -107,6 +109,8 @@ class ModelRecord:
         following = TRANSITIONS[self.state].get(event)
         assert following is not None, f"{self.model}: {event.value} in state {self.state.value}"
         self.state = following
+        if following is not ModelState.QUEUED:
+            self.promised = frozenset()
 
     @property
     def device_bytes(self) -> int:

@@ -229,6 +229,23 @@ class Scheduler:
         record.is_stale = record.is_stale or record.is_retired
         return self._dispatch(now)
 
+    def on_promise(
+        self, model: ModelId, others: AbstractSet[ModelId], now: float
+    ) -> list[Action] | None:
+        """Let `others` take no new sessions, as theirs move to other nodes, and `model` have their room.
+
+        It ends when `model` loads, when nobody waits for it, or with no `others`. None: it can't be, as
+        it does not wait, or one of them is pinned or of a higher priority.
+        """
+        record = self._record(model)
+        held = [self._record(other) for other in others]
+        if held and (record.state is not ModelState.QUEUED or any(
+            r.pinned or r.highest_priority > record.waiting_priority for r in held
+        )):  # fmt: skip
+            return None
+        record.promised = frozenset(others)
+        return self._dispatch(now)
+
     # --- the operator -------------------------------------------------------------------------
 
     def on_pin(self, model: ModelId, now: float) -> list[Action]:

@@ -58,11 +58,11 @@ def make_listed_cluster(place: Path, endpoint: str) -> Path:
 
 
 def made(place: Path, name: str, store: Path, file: Path, address="", **settings) -> NodeProcess:
-    """Return a node of the cluster, not started yet; it has a brake, unless told otherwise."""
+    """Return a node of the cluster, not started yet."""
     own = place / name
     own.mkdir(exist_ok=True)
     extra = f'\n[cluster]\nfile = "{file}"\naddress = "{address}"\n'
-    given = {"memory_bytes": 16 << 20, "kv_cache_bytes": KV_BYTES, "braked": True, **settings}
+    given = {"memory_bytes": 16 << 20, "kv_cache_bytes": KV_BYTES, **settings}
     return NodeProcess(own, store, extra, id=name, **given)
 
 

@@ -51,6 +51,8 @@ class NodeProcess:
     One that is `braked` can be made to decode slowly, and starts faster: by a fork.
     """
 
+    _is_braked = False  # also of one with a constructor of its own
+
     def __init__(
         self, folder: Path, store: Path, extra: str = "", *, braked: bool = False, **settings
     ):

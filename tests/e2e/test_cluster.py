@@ -30,7 +30,9 @@ def pair(tmp_path_factory):
     for seed, (name, model, family) in enumerate([("a", "alpha", "llama"), ("b", "beta", "gpt2")]):
         (place / f"store-{name}").mkdir()
         make_checkpoint(place / f"store-{name}", model, family=family, seed=seed, chunk_bytes=65536)
-    made = [nodes.made(place, name, place / f"store-{name}", file) for name in ("a", "b")]
+    made = [
+        nodes.made(place, name, place / f"store-{name}", file, braked=True) for name in ("a", "b")
+    ]
     with nodes.running(*made) as pair:
         yield pair
 
@@ -129,7 +131,7 @@ def trio(tmp_path):
         store.mkdir()
         if name != "a":
             make_checkpoint(store, "alpha", family="llama", seed=3, chunk_bytes=65536)
-    made = [nodes.made(tmp_path, name, store, file) for name, store in stores.items()]
+    made = [nodes.made(tmp_path, name, store, file, braked=True) for name, store in stores.items()]
     with nodes.running(*made) as trio:
         yield trio
 
@@ -167,7 +169,7 @@ async def test_no_stream_loses_a_token_while_nodes_are_killed_and_started_again(
     for seed, (model, family) in enumerate(models.items()):
         make_checkpoint(store, model, family=family, seed=seed, chunk_bytes=65536)
     entry = nodes.made(tmp_path, "a", empty, file)
-    others = [nodes.made(tmp_path, name, store, file) for name in "bcd"]
+    others = [nodes.made(tmp_path, name, store, file, braked=True) for name in "bcd"]
     with nodes.running(entry, *others):
         await nodes.sees(entry, "b", "c", "d")
         bodies = [ask(list(models)[i % 3], f"Question {i % 7}", 300 + i) for i in range(12)]
@@ -216,7 +218,7 @@ async def test_a_minimum_in_the_cluster_file_brings_a_model_up_without_a_request
     for store in stores.values():
         store.mkdir()
     make_checkpoint(stores["b"], "beta", family="gpt2", chunk_bytes=65536)
-    made = [nodes.made(tmp_path, name, store, file) for name, store in stores.items()]
+    made = [nodes.made(tmp_path, name, store, file, braked=True) for name, store in stores.items()]
     with nodes.running(*made):
         for node in made:
             await nodes.until(node.url, "/admin/status", is_up)

@@ -28,7 +28,9 @@ def pair(tmp_path_factory, etcd):
         (place / f"store-{name}").mkdir()
     make_checkpoint(place / "store-b", "beta", family="gpt2", chunk_bytes=65536)
     made = [
-        nodes.made(place, name, place / f"store-{name}", file, f"127.0.0.1:{free_port()}")
+        nodes.made(
+            place, name, place / f"store-{name}", file, f"127.0.0.1:{free_port()}", braked=True
+        )
         for name in "ab"
     ]
     with nodes.running(*made) as pair:

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import shutil
 
 import aiohttp
 import pytest
@@ -27,7 +28,7 @@ def started_trio(tmp_path_factory):
     store = place / "store"
     store.mkdir()
     make_checkpoint(store, "alpha", family="llama", seed=3, chunk_bytes=65536)
-    made = [nodes.made(place, name, store, file, drain_s=120.0) for name in "abc"]
+    made = [nodes.made(place, name, store, file, drain_s=120.0, braked=True) for name in "abc"]
     with nodes.running(*made) as trio:
         yield trio
 
@@ -202,3 +203,53 @@ async def test_a_drained_node_gives_its_sessions_away_and_no_stream_is_dropped(t
     for node in (a, b):
         drained = [e for e in node.events("session move ended") if e["reason"] == "drain"]
         assert {e["node"] for e in drained} == {"b"}
+
+
+@pytest.fixture
+def example(tmp_path):
+    """Make the paper's nodes: b lies on two only, which has room for one model; one has a, and readers."""
+    file = nodes.make_cluster(tmp_path / "shared", ["one", "two"])
+    stores = [tmp_path / "store-1", tmp_path / "store-2"]
+    for name, seed in (("a", 3), ("b", 4)):
+        make_checkpoint(stores[1], name, seed=seed, chunk_bytes=65536)
+    shutil.copytree(stores[1] / "a", stores[0] / "a")
+    room = {"memory_bytes": 2 << 20}  # each takes half a MiB, and one MiB for its sessions
+    with nodes.running(
+        nodes.made(tmp_path, "one", stores[0], file, **room),
+        nodes.made(tmp_path, "two", stores[1], file, **room),
+    ) as example:
+        yield example
+
+
+async def act(node, model, *verbs):
+    for verb in verbs:
+        assert (await nodes.post(node.url, f"/admin/models/{model}/{verb}", {}))[0] == 200
+
+
+async def test_a_model_starts_from_dram_where_another_runs_whose_reader_sees_one_gap(example):
+    one, two = example
+    await nodes.sees(one, "two")
+    body = ask("Hello there", 470, model="a")
+    unmoved = await nodes.Streamed().read(one.url, body)
+    await act(one, "a", "unload")
+    await act(two, "b", "load", "unload")
+    await act(two, "a", "load")
+    nodes.brake(one, two)
+    reading = await started(one, body)
+    assert nodes.serving(one, two) is two
+    status, told = await nodes.post(one.url, "/v1/completions", ask("Hi", 5, model="b"))
+    assert (status, told["usage"]["completion_tokens"]) == (200, 5)
+    load = two.events("load finished")[-1]
+    assert (load["model"], load["bytes_from_nvme"]) == ("b", 0)
+    ended = await nodes.logged(one, "session move ended")
+    nodes.release(one, two)
+    found = await reading
+    assert (found.text, found.tokens) == (unmoved.text, unmoved.tokens)
+    (left,) = two.events("sessions have left")
+    assert (left["outcome"], left["sessions"], left["to"]) == ("freed", 1, ["one"])
+    assert len(one.events("session move ended")) == 1
+    assert [ended[key] for key in ("outcome", "reason", "node", "to", "vacate")] == [
+        "moved", "placement", "two", "one", left["vacate"],
+    ]  # fmt: skip
+    for node in example:
+        await nodes.until(node.url, "/admin/status", quiet)

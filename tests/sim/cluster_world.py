@@ -135,11 +135,13 @@ class WorldNode:
         place = Place(self.name, self.lives, self.world.path, self.world.file)
         self.peers = Peers(place, NoTrust(), snapshot, clock, made.metrics)  # type: ignore[arg-type]
         client = MemoryClient(self.world, self.name)
-        self.serving = Serving(made.service, self.peers, clock, 1.0)
         self.router = Router(made.service, self.peers, client, None, clock, made.metrics)  # type: ignore[arg-type]
+        self.vacating = self.router.vacating
+        self.serving = Serving(made.service, self.peers, self.vacating, clock, 1.0)
         self.scaling = Scaling(made.service, self.peers, self.peers.desired, clock, made.metrics)
         self.handlers = {
-            **self.serving.handlers(), **self.scaling.handlers(), HINT: self.router.hints.take,
+            **self.serving.handlers(), **self.scaling.handlers(), **self.vacating.handlers(),
+            HINT: self.router.hints.take,
         }  # fmt: skip
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
@@ -173,13 +175,13 @@ class WorldNode:
 class World:
     """All nodes and the network between them."""
 
-    def __init__(self, root: Path, nodes, pages=2):
-        """`nodes`: the models of each, by its name."""
+    def __init__(self, root: Path, nodes, pages=2, more=""):
+        """`nodes`: the models of each, by its name; `more`: of the cluster file."""
         entries = "".join(
             f'[[nodes]]\nid = "{name}"\naddress = "10.0.0.{i + 1}:8100"\n'
             for i, name in enumerate(nodes)
         )
-        text = f'{entries}[trust]\nkey_file = "k"\n{TIMING}'
+        text = f'{entries}[trust]\nkey_file = "k"\n{TIMING}{more}'
         self.path = root / "cluster.toml"
         self.path.write_text(text)
         self.file = parse_cluster(text)

@@ -121,6 +121,18 @@ CLUSTER = {
         for name, dram in (("a", 0), ("b", 1 << 20))
     ],
     "scaling": [],
+    "migrations": [
+        {
+            "session": "r-7-0", "origin": "a", "to": "b", "reason": "placement", "vacate": "r-9-0",
+            "outcome": "moved", "gap_s": 0.0417,
+        },
+    ],
+    "vacates": [
+        {
+            "model": "beta", "vacate": "r-9-0", "replicas": ["alpha"], "to": ["b"], "sessions": 3,
+            "outcome": "freed", "seconds": 0.25,
+        },
+    ],
     "directory": {
         "endpoint": "http://10.0.0.9:2379", "state": "following", "registered": True,
         "nodes": ["b"], "problem": None,
@@ -134,7 +146,7 @@ def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
     shown = run("status", "--cluster", "--url", node.url).stdout
     for part in (
         "this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s",
-        "10.0.0.9:2379: following",
+        "10.0.0.9:2379: following", "a to b", "placement", "42", "beta", "freed", "0.250",
     ):  # fmt: skip
         assert part in shown
     whole = run("status", "--cluster", "--json", "--url", node.url).stdout

@@ -214,7 +214,8 @@ def plain_cheapest(
 ) -> tuple[float, tuple[Move, ...]] | None:
     """Return the cheapest moves for so many bytes on each device, idle replicas evicted, and their seconds.
 
-    None: there are none for at most `limit_s`. Sessions of a higher priority than `priority` stay.
+    None: there are none for at most `limit_s`. Sessions of a higher priority than `priority` stay, and those
+    that say so.
     """
     left = {name: size - home.by_name[name].room for name, size in needs.items()}
     left = {name: size for name, size in left.items() if size > 0}
@@ -222,7 +223,7 @@ def plain_cheapest(
         replica.replica: replica
         for name in left
         for replica in home.by_name[name].busy
-        if all(session.priority <= priority for session in replica.sessions)
+        if all(s.priority <= priority and not s.stays for s in replica.sessions)
     }
     exact = _ordered(victims.values(), left, lambda replica: streams.least_s(home, replica))
     search = _Search(streams, home, exact, limit_s)

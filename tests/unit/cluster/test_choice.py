@@ -20,6 +20,7 @@ from sllm_node.cluster.state import (
     ReplicaState,
     SessionState,
 )
+from sllm_node.cluster.vacate import objection
 from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId, SessionId
 from tests.unit.cluster.clusters import random_model_sizes, random_node
@@ -123,18 +124,55 @@ def test_nothing_is_chosen_that_needs_moves_and_the_best_of_the_rest_wins(seed):
     assert found.candidate == ways[0]
 
 
-@given(st.integers(0, 100_000))
-def test_what_is_asked_for_is_promised_on_the_state_decided_on(seed):
+@given(st.integers(0, 100_000), st.sampled_from([0.0, 0.5, 4.0]))
+def test_a_way_with_moves_is_chosen_where_it_is_so_much_sooner_than_the_best_without(seed, gain_s):
+    rng = Random(seed)
+    sizes = random_model_sizes(rng)
+    view = view_of(*(random_node(rng, f"n{i}", sizes) for i in range(4)))
+    asked = request_for(view, rng.choice(list(sizes)))
+    found = choose(view, asked, NodeId("elsewhere"), 0.0, gain_s=gain_s)
+    ways = explain(view, asked, 0.0)
+    staying = [c.startup_s for c in ways if c.kind is not Kind.MIGRATE]
+    moving = [
+        c.startup_s for c in ways
+        if c.kind is Kind.MIGRATE and all(move.to.node != c.node for move in c.moves)
+    ]  # fmt: skip
+    expected = bool(moving) and (not staying or min(moving) + gain_s <= min(staying))
+    assert (found is not None and found.way == "migrate") == expected
+    if found is not None and found.startup_s is not None:
+        assert found.startup_s == min(moving if expected else staying)
+        assert found.moves == expected
+
+
+def test_no_session_moves_to_a_node_that_is_excluded():
+    other = ModelId("x")
+    holds = replace(held(), model=other)
+    victim = (replica(1, model=other),)
+    view = view_of(node("b", free=80, replicas=victim, models=(held(), holds)),
+                   node("c", models=(holds,)))  # fmt: skip
+    asked = request_for(view, M)
+    found = choose(view, asked, A, 0.0, gain_s=0.0)
+    assert found is not None
+    (away,) = ask_for(found, asked, view.nodes[B].state, "r").aways
+    assert (away.replica, away.sessions, away.to) == ("x", ("s0",), C)
+    for left in (choose(view, asked, A, 0.0, frozenset({C}), 0.0), choose(view, asked, A, 0.0)):
+        assert left is not None
+        assert left.way == "queue"
+
+
+@given(st.integers(0, 100_000), st.sampled_from([None, 0.0]))
+def test_what_is_asked_for_is_promised_on_the_state_decided_on(seed, gain_s):
     rng = Random(seed)
     sizes = random_model_sizes(rng)
     states = {f"n{i}": random_node(rng, f"n{i}", sizes) for i in range(3)}
     view = view_of(*states.values())
     asked = request_for(view, rng.choice(list(sizes)))
-    found = choose(view, asked, NodeId("elsewhere"), 0.0)
+    found = choose(view, asked, NodeId("elsewhere"), 0.0, gain_s=gain_s)
     if found is not None:
         state = states[found.node]
         answer = Reservations(1.0).ask(ask_for(found, asked, state, "r"), state, 0.0)
         assert isinstance(answer, Granted)
+        assert objection(ask_for(found, asked, state, "r"), state) is None
 
 
 @pytest.mark.parametrize(

@@ -228,3 +228,13 @@ def test_a_changed_directory_needs_a_restart_and_changed_models_do_not():
     old = parse_cluster(NODES + KEY)
     new = reload(old, NODES + KEY + DIRECTORY + "[models.m]\n", "cluster.toml", A)
     assert new.needs_restart == ("directory.endpoints",)
+
+
+def test_an_operator_says_whether_sessions_move_for_placements_sake_without_a_restart():
+    old = parse_cluster(NODES + KEY)
+    assert old.placement.moves
+    new = reload(old, NODES + KEY + "[placement]\nmoves = false\ngain_s = 1.5\n", "it", A)
+    assert (new.cluster.placement.moves, new.cluster.placement.gain_s) == (False, 1.5)
+    assert new.needs_restart == ()
+    with pytest.raises(ConfigError, match=r"placement\.vacate_s"):
+        parse_cluster(NODES + KEY + "[placement]\nvacate_s = 0\n")

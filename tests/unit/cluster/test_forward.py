@@ -19,6 +19,7 @@ from sllm_node.cluster.state import BootId
 from sllm_node.cluster.ways import Limits, Tools
 from sllm_node.cluster.wire import (
     Granted,
+    Leave,
     Refusal,
     Standing,
     Tokens,
@@ -36,6 +37,7 @@ from sllm_node.core.errors import (
     InvalidRequestError,
     ModelNotFoundError,
     MoveRefusedError,
+    NotVacatedError,
     PeerUnreachableError,
 )
 from sllm_node.core.types import (
@@ -101,8 +103,10 @@ class World:
         self.ended_streams = []
         self.clock = ManualClock()
         self.here, self.local = [], []
-        self.moves = []
         self.passes = []
+        self.here_each = []
+        """What each session here gives, before all others give `here`."""
+        self.moves, self.leaves = [], []
         self.extends, self.extend_script = [], []
         self.let_go = asyncio.Event()
 
@@ -177,8 +181,12 @@ class World:
             self.clock.advance(timeout_s)
         return self.is_heard
 
-    def open_local(self, request, keep_alive_s):
-        stream = LocalStream(self.here, len(request.resumed))
+    def leave(self, session, node, wish):
+        self.leaves.append((session, node, wish))
+
+    def open_local(self, request, keep_alive_s, choice):
+        here = self.here_each.pop(0) if self.here_each else self.here
+        stream = LocalStream(here, len(request.resumed))
         self.local.append((request, stream))
         return stream
 
@@ -517,3 +525,22 @@ async def test_a_session_of_this_node_is_carried_from_its_next_chunk_on():
         await anext(home)
     assert stream.cancelled.is_set()
     assert world.asked[0][1].request.resumed == (1, 2)
+
+
+async def test_a_node_that_asks_to_have_a_session_moved_is_heard():
+    wish = Leave("b", "w-0")
+    world = World(a=[[Granted(), tokens(1), wish, tokens(2, finish="length")]])
+    stream = world.open()
+    assert (await read(stream))[0] == (1, 2)
+    assert world.leaves == [("r-0", "a", wish)]
+
+
+async def test_a_session_that_got_no_room_here_is_placed_again_and_its_node_not_asked_for_ever():
+    world = World(here=[], a=[[Granted(), tokens(1, finish="length")]])
+    refused = NotVacatedError("m", "a session stays")
+
+    world.here_each = [[refused]] * REFUSALS_MAX
+    stream = world.open()
+    assert (await read(stream))[0] == (1,)
+    assert len(world.local) == REFUSALS_MAX
+    assert world.lost_nodes == []

@@ -141,6 +141,16 @@ def test_sessions_of_a_higher_priority_stay():
     assert isinstance(decide(viewed(nodes), urgent, 0.0), MigrateThenLoad)
 
 
+def test_sessions_that_are_to_be_left_alone_stay():
+    there = busy("b", 32)
+    sessions = (replace(there.sessions[0], stays=True),)
+    nodes = (
+        one_node(replicas=[replace(there, sessions=sessions)]),
+        one_node(free=32, name="n1", dram=0),
+    )
+    assert isinstance(decide(viewed(nodes), A, 0.0), LoadThere)
+
+
 def test_a_pinned_replica_stays():
     nodes = one_node(replicas=[busy("b", 32, is_pinned=True)]), one_node(free=32, name="n1", dram=0)
     assert isinstance(decide(viewed(nodes), A, 0.0), LoadThere)

@@ -89,6 +89,8 @@ def test_what_an_eviction_leaves_over_is_not_promised_before_it_is_done():
         (replica("r", 12, is_pinned=True), {"evicts": ("r",)}),
         (replica("r", 12, is_pinned=True), {"frees": ("r",)}),
         (replica("s", 12), {"frees": ("r",)}),
+        (replica("r", 12, running=1, is_leaving=True), {"frees": ("r",)}),
+        (replica("r", 12, running=1, ready_s=1.0), {"frees": ("r",)}),
         (replica("r", 4), {"evicts": ("r",)}),
         (replica("r", 12), {"evicts": ("s",)}),
         (replica("r", 12, slots=0), {"replica": "r", "places": 1}),

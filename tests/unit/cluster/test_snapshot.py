@@ -1,12 +1,13 @@
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import pytest
 
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import BootId
-from sllm_node.core.types import ModelId, ModelState, NodeId, Tier
-from sllm_node.schedule.actions import ReplicaView
-from sllm_node.schedule.outlook import ModelFacts
+from sllm_node.core.types import ModelId, ModelState, NodeId, SessionId, Tier
+from sllm_node.schedule.actions import ReplicaView, TicketId
+from sllm_node.schedule.outlook import ModelFacts, SessionFacts
 
 
 class Outlook:
@@ -14,6 +15,7 @@ class Outlook:
     keeps_remotes = False
     evict_s = 0.0
     is_draining = False
+    facts: ClassVar[dict[TicketId, SessionFacts]] = {}
 
     def __init__(self, replicas, by_tier):
         self._replicas, self._by_tier = replicas, by_tier
@@ -37,7 +39,7 @@ class Outlook:
         return 1.0
 
     def session(self, ticket):
-        return None
+        return self.facts.get(ticket)
 
 
 def replica(model, ready_at, state=ModelState.LOADING, *, is_leaving=False):
@@ -83,3 +85,24 @@ def test_who_leaves_and_who_waits_is_told():
     made = state([replica("m", 0.0, ModelState.READY, is_leaving=True)], {"m": {}})
     assert made.replicas[0].is_leaving
     assert made.models[0].waiting == 2
+
+
+def test_a_session_that_moved_here_is_said_to_stay_until_it_has_settled():
+    running = replace(replica("m", 0.0, ModelState.READY), running=(TicketId(1), TicketId(2)))
+    outlook: Any = Outlook((running,), {"m": {}})
+    outlook.facts = {
+        TicketId(1): SessionFacts(SessionId("moved"), 1, 1, 0, moved_at=10.0),
+        TicketId(2): SessionFacts(SessionId("begun"), 1, 1, 0),
+    }
+    snapshot = Snapshot(NodeId("a"), BootId("1"), outlook)
+    snapshot.settle_s = 5.0
+    told = [snapshot.state(now).replicas[0].sessions for now in (11.0, 15.0)]
+    assert [[one.stays for one in sessions] for sessions in told] == [[True, False], [False, False]]
+
+
+def test_a_state_is_told_as_it_is_to_be_shown():
+    outlook: Any = Outlook((), {})
+    snapshot = Snapshot(NodeId("a"), BootId("1"), outlook)
+    snapshot.shown = lambda state, now: replace(state, nvme_done_s=now)
+    versions = [(made.version, made.nvme_done_s) for made in map(snapshot.state, (1.0, 1.0, 2.0))]
+    assert versions == [(1, 1.0), (1, 1.0), (2, 2.0)]

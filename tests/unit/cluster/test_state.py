@@ -1,3 +1,4 @@
+from dataclasses import replace
 from random import Random
 
 import msgspec
@@ -31,3 +32,12 @@ def test_a_replica_is_evictable_without_sessions_and_movable_with_them_but_neith
         assert (replica.is_evictable, replica.is_movable) == expected
         assert replica.free_slots == 2 - len(sessions)
         assert [replica.size_on(d) for d in ("d0", "d1", "d2")] == [3, 4, 0]
+
+
+def test_a_replica_that_others_wait_for_or_that_leaves_is_not_movable():
+    waits = ReplicaState(
+        ReplicaId("r"), ModelId("a"), (), 1, (SessionState(SessionId("s"), 1, 1),) * 2
+    )
+    assert not waits.is_movable
+    assert replace(waits, slots=2).is_movable
+    assert not replace(waits, slots=2, is_leaving=True).is_movable

@@ -34,7 +34,7 @@ RECORDS = [
 ]  # fmt: skip
 READERS = [
     wire.unpack_forward, wire.unpack_describe, wire.unpack_described, wire.unpack_extend,
-    wire.unpack_record,
+    wire.unpack_record, wire.unpack_hint,
 ]  # fmt: skip
 
 
@@ -42,6 +42,8 @@ def test_what_is_asked_comes_back_as_it_was():
     forward = wire.Forward(REQUEST, ASK, 1, "because", -1.0)
     assert wire.unpack_forward(wire.pack(forward)) == forward
     assert wire.unpack_describe(wire.pack(wire.Describe("m"))).model == "m"
+    hint = wire.Hint("m", "r-1")
+    assert wire.unpack_hint(wire.pack(hint)) == hint
     head = wire.Described(5, (("config.json", 3),))
     assert wire.unpack_described(wire.pack(head)) == head
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from sllm_node.core.types import LoadReport, ModelId
-from sllm_node.schedule.estimate import LoadEstimator, MovingAverage
+from sllm_node.schedule.estimate import LoadEstimator, MovingAverage, RunningMedian
 
 
 def report(total, from_nvme, elapsed_s):
@@ -16,6 +16,17 @@ def test_the_first_sample_replaces_the_guess_and_later_ones_move_the_mean():
     assert mean.value == 10.0
     mean.observe(20.0)
     assert mean.value == pytest.approx(13.0)
+
+
+def test_one_long_sample_among_others_does_not_move_the_median():
+    found = RunningMedian(7.0)
+    assert found.value == 7.0
+    for sample in (1.0, 3.0, 100.0, 2.0, 3.0):
+        found.observe(sample)
+    assert found.value == 3.0
+    for _ in range(3):
+        found.observe(9.0)
+    assert found.value == 9.0
 
 
 def test_a_load_lasts_as_long_as_its_slowest_tier():

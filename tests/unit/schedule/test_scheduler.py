@@ -657,3 +657,65 @@ def test_a_drain_opens_a_model_that_was_closed_for_another():
     board.wait(10.0)
     board.request(A)
     assert granted(board.scheduler.on_drain(10.0)) == [3]
+
+
+# --- room by moves --------------------------------------------------------------------------------
+
+
+def promise(board, model, *others):
+    return board.scheduler.on_promise(model, frozenset(others), board.now)
+
+
+def test_a_model_that_is_promised_room_closes_the_other_and_loads_when_its_sessions_have_left():
+    board = Board()
+    board.serve(A)
+    board.request(B)
+    assert promise(board, B, A) == []
+    assert board.scheduler.replicas()[0].is_leaving
+    assert board.request(A) == []  # it waits
+    assert board.finish(1) == [Evict(A, "room")]
+    assert board.evicted(A) == [start(B)]  # though a session of A waits
+    assert not any(replica.is_leaving for replica in board.scheduler.replicas())
+
+
+def test_promised_room_is_not_taken_by_those_who_come_later():
+    board = Board(capacity=8)
+    board.serve(A)
+    board.request(B, size=8)
+    promise(board, B, A)
+    assert board.request(C) == []  # it would fit beside A
+    assert board.finish(1) == [Evict(A, "room")]
+    assert board.evicted(A) == [start(B)]
+
+
+def test_a_promise_that_is_taken_back_opens_the_other_again():
+    board = Board()
+    board.serve(A)
+    board.request(B)
+    promise(board, B, A)
+    board.request(A)
+    assert promise(board, B) == [grant(3, A)]
+
+
+def test_a_promise_ends_with_the_last_who_waits():
+    board = Board()
+    board.serve(A)
+    board.request(B)
+    promise(board, B, A)
+    board.cancel(2)
+    assert not board.scheduler.replicas()[0].is_leaving
+    board.request(B)
+    assert not board.scheduler.replicas()[0].is_leaving
+
+
+def test_no_room_is_promised_of_pinned_models_nor_of_those_of_a_higher_priority_nor_to_who_does_not_wait():
+    board = Board(models={"c": ModelConfig(priority=1)})
+    board.serve(A)
+    assert promise(board, B, A) is None
+    board.request(B)
+    board.scheduler.on_pin(A, board.now)
+    assert promise(board, B, A) is None
+    board = Board(models={"c": ModelConfig(priority=1)})
+    board.serve(C)
+    board.request(B)
+    assert promise(board, B, C) is None
