@@ -28,10 +28,8 @@ on the cores there are, so the result has the machine, its load before the run, 
 import argparse
 import asyncio
 import contextlib
-import itertools
 import os
 import random
-import re
 import statistics
 import sys
 import tempfile
@@ -47,12 +45,11 @@ import orjson
 
 from scripts.bench.cluster_load import Answer, Request, ask, compared, requests_of_trace, run_trace
 from scripts.bench.cluster_logs import Logs
-from scripts.bench.cluster_net import Network
+from scripts.bench.cluster_net import relayed
 from scripts.bench.figures import commit, describe_machine
 from tests.e2e import cluster_nodes
 from tests.e2e.process import NodeProcess
 from tests.models import make_checkpoint
-from tests.ports import free_port
 
 NAMES: Final = ("a", "b", "c", "d")
 FAMILIES: Final = ("llama", "qwen3", "mistral", "gpt2", "phi", "olmo2")
@@ -92,8 +89,7 @@ class Rig:
         for name in NAMES:
             self._store(name)
         self.file = cluster_nodes.make_cluster(place / "shared", NAMES, timing=cluster_nodes.QUICK)
-        self.relayed: dict[str, Path] = {}
-        self.network = self._relay()
+        self.network, self.relayed = relayed(self.file, NAMES)
         self.nodes: dict[str, NodeProcess] = {}
         self.alive: dict[str, str] = {}
         """Node -> its URL, while it runs."""
@@ -116,21 +112,6 @@ class Rig:
             )
             for name in NAMES
         }  # fmt: skip
-
-    def _relay(self) -> Network:
-        """Write a cluster file for each node, in which the others are where relays listen."""
-        text = self.file.read_text()
-        addresses = dict(re.findall(r'id = "(.)"\naddress = "([^"]+)"', text))
-        assert len(addresses) == len(NAMES), text
-        pairs = itertools.permutations(NAMES, 2)
-        ports = {pair: free_port() for pair in pairs}
-        for me in NAMES:
-            own = text
-            for name in set(NAMES) - {me}:
-                own = own.replace(addresses[name], f"127.0.0.1:{ports[me, name]}")
-            self.relayed[me] = self.file.with_name(f"cluster-{me}.toml")
-            self.relayed[me].write_text(own)
-        return Network(addresses, ports)
 
     def single(self) -> NodeProcess:
         """Return a node of its own that has all models, and room for them."""

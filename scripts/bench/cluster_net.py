@@ -2,14 +2,19 @@
 
 Every relay delays what passes, as long links do; now and then much longer, which is what the loss of a
 packet looks like to TCP; and a node that is cut off has its relays swallow all bytes, both ways, so
-that nobody is told anything. Used by `scripts.bench.cluster`.
+that nobody is told anything. Used by `scripts.bench.cluster` and `migration_matrix`.
 """
 
 import asyncio
 import contextlib
+import itertools
 import random
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Final
+
+from tests.ports import free_port
 
 DELAY_S: Final = 0.005
 LOSS_SHARE: Final = 0.01
@@ -20,10 +25,12 @@ LOSS_S: Final = 0.2
 class Relay:
     """The way from one node to another."""
 
-    def __init__(self, address: str, draw: random.Random) -> None:
+    def __init__(self, address: str, draw: random.Random, *, is_bad: bool = True) -> None:
+        """`is_bad`: it delays and loses."""
         host, _, port = address.rpartition(":")
         self._target = host, int(port)
         self._draw = draw
+        self._is_bad = is_bad
         self._open = asyncio.Event()
         self._open.set()
         self._server: asyncio.Server | None = None
@@ -40,6 +47,10 @@ class Relay:
         else:
             self._open.set()
             self._drop()
+
+    def reset(self) -> None:
+        """End the connections; while it is cut, new ones get no answer."""
+        self._drop()
 
     async def close(self) -> None:
         """Stop."""
@@ -79,21 +90,42 @@ class Relay:
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65536):
-                is_lost = self._draw.random() < LOSS_SHARE
-                await asyncio.sleep(DELAY_S + (LOSS_S if is_lost else 0.0))
+                if self._is_bad:
+                    is_lost = self._draw.random() < LOSS_SHARE
+                    await asyncio.sleep(DELAY_S + (LOSS_S if is_lost else 0.0))
                 await self._open.wait()
                 writer.write(data)
                 await writer.drain()
 
 
+def relayed(
+    file: Path, names: Sequence[str], *, is_bad: bool = True
+) -> "tuple[Network, dict[str, Path]]":
+    """Return relays, and a cluster file for each node in which the others are where they listen."""
+    text = file.read_text()
+    addresses = dict(re.findall(r'id = "(\w+)"\naddress = "([^"]+)"', text))
+    assert set(addresses) == set(names), text
+    ports = {pair: free_port() for pair in itertools.permutations(names, 2)}
+    files = {}
+    for me in names:
+        own = text
+        for name in set(names) - {me}:
+            own = own.replace(addresses[name], f"127.0.0.1:{ports[me, name]}")
+        files[me] = file.with_name(f"cluster-{me}.toml")
+        files[me].write_text(own)
+    return Network(addresses, ports, is_bad=is_bad), files
+
+
 class Network:
     """The relays between all pairs of nodes."""
 
-    def __init__(self, addresses: dict[str, str], ports: dict[tuple[str, str], int]) -> None:
+    def __init__(
+        self, addresses: dict[str, str], ports: dict[tuple[str, str], int], *, is_bad: bool = True
+    ) -> None:
         """`ports`: where a node (first) finds another one (second)."""
         draw = random.Random(0)
         self._ports = ports
-        self._relays = {pair: Relay(addresses[pair[1]], draw) for pair in ports}
+        self._relays = {pair: Relay(addresses[pair[1]], draw, is_bad=is_bad) for pair in ports}
 
     async def start(self) -> None:
         """Open all ways."""
@@ -110,6 +142,13 @@ class Network:
         for pair, relay in self._relays.items():
             if name in pair:
                 relay.cut(is_cut=is_cut)
+
+    def part(self, pair: tuple[str, str], *, is_cut: bool, is_told: bool = False) -> None:
+        """Cut two nodes off from each other, or no longer; `is_told`: connections end at once."""
+        for way in (pair, pair[::-1]):
+            self._relays[way].cut(is_cut=is_cut)
+            if is_cut and is_told:
+                self._relays[way].reset()
 
     async def trouble(
         self, names: Iterable[str], every_s: float, cut_s: float, is_done: asyncio.Event

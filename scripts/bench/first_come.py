@@ -37,7 +37,7 @@ class FirstCome:
             return self._taken
         return None
 
-    def ended(self, seat: int, prompt_tokens: int, now: float) -> None:
+    def ended(self, seat: int, prompt_tokens: int, now: float, draws: int = 0) -> None:
         """Take note that a turn has ended."""
         self._taken = None
 

@@ -83,9 +83,9 @@ class Switch:
         """As the current one."""
         return self.current.begin(now)
 
-    def ended(self, seat: int, prompt_tokens: int, now: float) -> None:
+    def ended(self, seat: int, prompt_tokens: int, now: float, draws: int = 0) -> None:
         """As the current one."""
-        self.current.ended(seat, prompt_tokens, now)
+        self.current.ended(seat, prompt_tokens, now, draws)
 
     def prompt_tokens(self, seat: int) -> int | None:
         """As the current one."""

@@ -38,13 +38,15 @@ PHASES: Final = ("loading", "resuming", "handed over")
 ENDED: Final = "session move ended"
 
 
-def bodies(draw: random.Random) -> list[dict[str, Any]]:
+def bodies(
+    draw: random.Random, count: int = BODIES, tokens: tuple[int, int] = (200, 360)
+) -> list[dict[str, Any]]:
     """Return requests of mixed sampling."""
     found = []
-    for index in range(BODIES):
+    for index in range(count):
         body: dict[str, Any] = {
             "model": MODEL, "prompt": f"Question {index} " + "words " * draw.randint(1, 12),
-            "max_tokens": draw.randint(200, 360), "ignore_eos": True, "logprobs": 1,
+            "max_tokens": draw.randint(*tokens), "ignore_eos": True, "logprobs": 1,
             "temperature": draw.choice((0, 0.7, 1.2)), "seed": index,
         }  # fmt: skip
         if index % 3 == 1:
@@ -227,9 +229,11 @@ class Bench:
                 self.wrong.append(f"node {name} has sessions left")
 
 
-async def read(url: str, body: dict[str, Any], name: str, at: Any) -> nodes.Streamed:
-    """Read a stream under a request id of ours."""
-    found = nodes.Streamed()
+async def read(
+    url: str, body: dict[str, Any], name: str, at: Any, found: nodes.Streamed | None = None
+) -> nodes.Streamed:
+    """Read a stream under a request id of ours, into `found`, which keeps what came if it breaks."""
+    found = nodes.Streamed() if found is None else found
     asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
     count = 0
     async with (

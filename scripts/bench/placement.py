@@ -1,6 +1,7 @@
 """Placement decisions a second on one core, on a synthetic cluster that changes while it is asked.
 
     python -m scripts.bench.placement [--nodes 64] [--devices 8] [--models 200] [--seconds 5]
+        [--what choose]
 
 Each mix is a load of the devices: `light` leaves a third of them empty; `busy` has every device with
 replicas, half of them idle; `full` has every replica full and no device free: a decision waits or
@@ -8,7 +9,8 @@ rejects; `tight` is `full` with a device or so free that takes small models only
 to look for moves. Between decisions states arrive as they would at one a second from each node and 10,000
 decisions a second. Prints decisions a second of processor time (others may use the machine) with updates
 included, percentiles of one decision by the clock, the cost of an update, and which kinds of
-decisions there were. `--record` writes the figure.
+decisions there were. `--what choose` asks as an entry node does (`cluster.choice`), which lets moves win by
+a gain only; `--what retry` once more with the node excluded that it got. `--record` writes the figure.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from random import Random
 from statistics import median
 
 from scripts.bench import figures
+from sllm_node.cluster.choice import choose
 from sllm_node.cluster.placement import PlacementRequest, Reject, decide
 from sllm_node.cluster.state import (
     Bandwidths,
@@ -39,6 +42,8 @@ from sllm_node.core.units import GIB
 
 COMMAND = "python -m scripts.bench.placement"
 DEVICE_BYTES = 140 * GIB
+GAIN_S = 0.2
+"""How much sooner a choice with moves has to be."""
 MIXES = {
     "light": (0.35, 0.5, 0.4),
     "busy": (0.0, 0.5, 0.7),
@@ -134,9 +139,9 @@ class Bench:
                 model = rng.choice(models)
                 request = PlacementRequest(model, self.memory(model), self.sizes[model][1])
                 before = time.perf_counter()
-                decision = decide(view, request, now)
+                kind = self.place(view, request, now)
                 each.append(time.perf_counter() - before)
-                kinds["Reject" if isinstance(decision, Reject) else decision.best.kind.name] += 1
+                kinds[kind] += 1
                 now += 1e-4
             updates_s += updated - begun
             decides_s += time.process_time() - updated
@@ -153,6 +158,17 @@ class Bench:
             "  " + ", ".join(f"{kind} {count}" for kind, count in kinds.most_common()), flush=True
         )
         return rate
+
+    def place(self, view: ClusterView, request: PlacementRequest, now: float) -> str:
+        """Place a request as the options say, and return what it came to."""
+        if self.options.what == "decide":
+            decision = decide(view, request, now)
+            return "Reject" if isinstance(decision, Reject) else decision.best.kind.name
+        me = self.states[0].node
+        found = choose(view, request, me, now, gain_s=GAIN_S)
+        if found is not None and self.options.what == "retry":
+            found = choose(view, request, me, now, frozenset({found.node}), GAIN_S)
+        return "None" if found is None else found.way.upper()
 
     def news(self) -> NodeState:
         """Return news of one node: other replicas, sometimes other bytes in DRAM."""
@@ -173,8 +189,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
+    parser.add_argument("--what", choices=("decide", "choose", "retry"), default="decide")
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
+    if options.record and options.what != "decide":
+        parser.error("the figure is of decisions: --record goes with --what decide")
     rates = {mix: [rate(options, mix) for _ in range(options.rounds)] for mix in options.mixes}
     if options.record:
         figures.record(

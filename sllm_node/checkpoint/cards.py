@@ -11,7 +11,7 @@ the shards' identities stay and nothing that was loaded from the card is loaded 
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,6 +32,8 @@ from sllm_node.core.types import ModelId
 
 CARDS_FOLDER: Final = ".remote"
 CARD_FILE: Final = "card.json"
+PEERS: Final = ":peers"
+"""The remote that is the other nodes of the cluster; no remote of the config has such a name."""
 BITS_FILE: Final = "fetched.bits"
 TEXT_FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -61,6 +63,9 @@ class Cards:
         self._remotes = remotes
         """Cards of others are not shown; None: all are."""
         self._opened: dict[ModelId, _Opened] = {}
+        self._indexes: dict[ModelId, tuple[ShardIdentity, TensorIndex]] = {}
+        self.offers: dict[str, Callable[[ModelId], bool]] = {}
+        """Remotes that come and go, each with what tells whether a card of it is shown now."""
 
     def models(self) -> tuple[ModelId, ...]:
         """Return the names that have a card and no checkpoint of their own."""
@@ -81,8 +86,22 @@ class Cards:
         except (OSError, msgspec.MsgspecError):
             return None
 
-    def get(self, model: ModelId) -> Checkpoint | None:
+    def index_of(self, model: ModelId) -> TensorIndex | None:
+        """Return the index of a card, shown or not; None: there is none that can be used."""
+        folder = self.root / model
+        try:
+            identity = identity_of((folder / INDEX_FILE).stat())
+            known = self._indexes.get(model)
+            if known is None or known[0] != identity:
+                known = self._indexes[model] = (identity, read_index(folder))
+        except (OSError, CheckpointFormatError):
+            return None
+        return known[1]
+
+    def get(self, model: ModelId, *, is_hidden: bool = False) -> Checkpoint | None:
         """Return what the card of `model` tells, its shards made ready to take bytes.
+
+        `is_hidden`: also if it is not shown now, of a load under way.
 
         Raises:
             CheckpointFormatError: the card can't be used.
@@ -93,7 +112,7 @@ class Cards:
         except OSError:
             return None
         remote = self.remote_of(model)
-        if remote is None or not self._is_shown(model):
+        if remote is None or not (is_hidden or self._is_shown(model)):
             return None
         known = self._opened.get(model)
         if known is not None and known.identity == identity and _has_shards(known.checkpoint):
@@ -159,7 +178,11 @@ class Cards:
         shutil.rmtree(self.root / model, ignore_errors=True)
 
     def _is_shown(self, name: str) -> bool:
-        return self._remotes is None or self.remote_of(name) in self._remotes
+        remote = self.remote_of(name)
+        if self._remotes is None or remote in self._remotes:
+            return True
+        offers = self.offers.get(remote or "")
+        return offers is not None and offers(ModelId(name))
 
 
 def read_index(folder: Path) -> TensorIndex:

@@ -112,9 +112,9 @@ def models(
         "the node is in no cluster (cluster.file)"
     )
     wishes = call("GET", "/admin/wishes", target)
-    rows = _models_of(report, wishes)
+    rows, hidden = _models_of(report, wishes), wishes.get("hidden", {})
     if as_json:
-        print_json({"models": rows})
+        print_json({"models": rows, "hidden_aliases": hidden})
         return
     print_table(
         ("model", "nodes", "on devices of", ">ready", ">desired", "other names"),
@@ -127,6 +127,8 @@ def models(
             for row in rows
         ],
     )  # fmt: skip
+    for name, model in hidden.items():
+        tell(f"sllm-node: the alias {name} of {model} does not count: a model is called {name}")
 
 
 def _models_of(report: dict[str, Any], wishes: dict[str, Any]) -> list[dict[str, Any]]:
@@ -209,7 +211,7 @@ def unalias(
 def _told(report: dict[str, Any], text: str) -> None:
     say(text)
     if missed := report["missed"]:
-        tell(f"sllm-node: not told: {', '.join(missed)}; do this again when they are back")
+        fail(f"not told: {', '.join(missed)}; do this again when they are back")
 
 
 def _folder() -> ModuleType:

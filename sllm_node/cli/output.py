@@ -8,6 +8,12 @@ import orjson
 WIDE: Final = 500
 """Columns of a table that goes into a file or a pipe."""
 
+_BETWEEN: Final = 3
+_EDGES: Final = 2
+"""What a table has between two columns, and around all."""
+FOLDED: Final = 24
+"""Columns that the last column of a table has, however narrow the terminal is."""
+
 
 def say(text: str) -> None:
     """Print a result."""
@@ -33,19 +39,24 @@ def print_json(value: Any) -> None:
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print rows under their columns; a name that begins with ">" makes its column right-aligned.
 
-    On a terminal the last column folds and the others keep their width; elsewhere nothing folds.
+    On a terminal that is too narrow the last column folds, down to `FOLDED`; the terminal wraps what is
+    left over, and nothing is cut off. Elsewhere nothing folds.
     """
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in columns:
+    least = _EDGES - _BETWEEN
+    for i, column in enumerate(columns):
         name, right = (column[1:], True) if column.startswith(">") else (column, False)
-        is_last = column == columns[-1]
+        is_last = i == len(columns) - 1
         justify: Literal["left", "right"] = "right" if right else "left"
+        widest = max(len(cell) for cell in (name, *(row[i] for row in rows)))
+        least += _BETWEEN + (min(widest, FOLDED) if is_last else widest)
         table.add_column(name, justify=justify, no_wrap=not is_last, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else WIDE
-    Console(width=width).print(table)
+    width = max(Console().width, least) if sys.stdout.isatty() else WIDE
+    # A terminal that tells nothing of itself would get 80 columns, were the height not given, too.
+    Console(width=width, height=25).print(table)

@@ -92,6 +92,8 @@ def cancel(
 ) -> None:
     """End the sessions of one request, or of all that came with this x-request-id."""
     report = call("POST", f"/admin/requests/{quoted(request)}/cancel", (url, key, config))
+    if not report.get("cancelled", 0):
+        fail(f"no session of request {request} runs or waits here; status lists them")
     say(f"cancelled {report.get('cancelled', 0)} sessions of request {request}")
 
 
@@ -133,6 +135,8 @@ def call(
 ) -> dict[str, Any]:
     """Return what a node answers; what it refuses ends the program with its words."""
     url, key, config_file = target
+    if "://" not in url:
+        url = f"http://{url}"
     if config_file is not None:
         config = load_config(config_file)
         host = config.server.host
@@ -159,7 +163,7 @@ async def _request(
             if response.status >= 400:
                 fail(str(answer.get("error", {}).get("message", response.reason)))
             return answer
-    except aiohttp.InvalidURL:
+    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
         fail(f"{url!r} is no URL; write http://HOST:PORT")
     except aiohttp.ClientError as error:
         fail(f"no node answers at {url}: {error}")
@@ -179,6 +183,9 @@ def _show_cluster(report: dict[str, Any]) -> None:
         sessions = "" if node is None else str(node["sessions"])
         rows.append((name, "" if peer is None else peer["address"], state, heard, free, sessions))
     print_table(("node", "address", "state", ">state's age s", ">free", ">sessions"), rows)
+    for peer in report["peers"]:
+        if peer.get("problem"):
+            say(f"{peer['id']}: {peer['problem']} (its log and this node's say more)")
     places = [
         (model["id"], node["id"], _tier_of(model), format_size(model["bytes"]))
         for node in report["nodes"]
@@ -270,6 +277,8 @@ def _show_status(report: dict[str, Any]) -> None:
             f"remote {remote['name']} ({remote['url']}): {remote['state']}, "
             f"{len(remote['models'])} models{problem}"
         )
+        for model, senders in remote.get("senders", {}).items():
+            say(f"  {model} comes from {', '.join(senders) or 'nobody at the moment'}")
         if kept := remote.get("not_offered"):
             say(f"  not offered at the moment, bytes kept (rm deletes them): {', '.join(kept)}")
     for tier, rate in report.get("bandwidth", {}).items():

@@ -6,6 +6,7 @@ running sessions has to be sooner by `gain_s` than the best that moves none, sin
 And where no way is left a request queues, at a node that has the model: its scheduler keeps order there.
 """
 
+import math
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +16,7 @@ from sllm_node.cluster.placement import (
     Kind,
     PlacementRequest,
     decide,
-    explain,
+    decide_moves,
     ways_on,
 )
 from sllm_node.cluster.reservations import Ask, Away, ReservationId
@@ -25,6 +26,8 @@ from sllm_node.core.types import ModelId, Startup
 
 FORWARD_S: Final = 0.002
 """What passing a request on may cost: a peer has to be better by that."""
+_ROUNDING: Final = 1e-12
+"""Of a limit: what is just within it is found, and judged after."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,8 @@ class Choice:
     candidate: Candidate | None = None
     forward_s: float = 0.0
     """What passing the request on is expected to add."""
+    began: "Choice | None" = None
+    """What the request's hint began: this load is its own, however it stands now."""
 
     @property
     def startup_s(self) -> float | None:
@@ -54,6 +59,7 @@ def startup_of(choice: Choice | None, startup_s: float | None) -> Startup:
     """Return how a session came to run that was placed so."""
     if choice is None:
         return Startup(startup_s=startup_s)
+    choice = choice.began or choice
     return Startup(choice.node, choice.way, choice.reason, choice.startup_s, startup_s)
 
 
@@ -79,9 +85,10 @@ def choose(
 
     `gain_s`: how much sooner a way has to be that moves sessions; None: no such way is taken.
     """
-    best: Candidate | None = getattr(decide(view, request, now), "best", None)
-    if best is None or best.node in excluded or best.kind is Kind.MIGRATE:
-        best = _best(explain(view, request, now), excluded, gain_s)
+    decision = decide(view, request, now, may_move=False, excluded=excluded)
+    best: Candidate | None = getattr(decision, "best", None)
+    if gain_s is not None:
+        best = _moving(view, request, now, excluded, best, gain_s) or best
     if best is None:
         return _queue(view, request.model, me, excluded)
     if best.node != me and me not in excluded:
@@ -114,25 +121,17 @@ def ask_for(choice: Choice, request: PlacementRequest, state: NodeState, name: s
     return ask
 
 
-def _best(
-    candidates: list[Candidate], excluded: AbstractSet[NodeId], gain_s: float | None
-) -> Candidate | None:
-    """Return the soonest of them, with what was said of ways that move sessions."""
-    left = [candidate for candidate in candidates if candidate.node not in excluded]
-    staying = [c for c in left if c.kind is not Kind.MIGRATE]
-    best = min(staying, key=lambda candidate: candidate.key, default=None)
-    if gain_s is None:
-        return best
-    ways = [c for c in left if c.kind is Kind.MIGRATE and _can_move(c, excluded)]
-    moving = min(ways, key=lambda candidate: candidate.key, default=None)
-    if moving is None or (best and moving.startup_s + gain_s > best.startup_s):
-        return best
-    return moving
-
-
-def _can_move(candidate: Candidate, excluded: AbstractSet[NodeId]) -> bool:
-    """Tell whether its sessions go to other nodes; a node has no second replica of a model."""
-    return not any(m.to.node in excluded or m.to.node == candidate.node for m in candidate.moves)
+def _moving(
+    view: ClusterView, request: PlacementRequest, now: float, excluded: AbstractSet[NodeId],
+    staying: Candidate | None, gain_s: float,
+) -> Candidate | None:  # fmt: skip
+    """Return the soonest way that moves sessions and wins by enough over `staying`; None: there is none."""
+    limit_s = math.inf if staying is None else staying.startup_s * (1 + _ROUNDING) - gain_s
+    found = decide_moves(view, request, now, limit_s, excluded)
+    if found is None or staying is None:
+        return found
+    is_enough = found.startup_s + gain_s <= staying.startup_s and found.key < staying.key
+    return found if is_enough else None
 
 
 def _is_as_good(mine: Candidate, best: Candidate) -> bool:

@@ -3,15 +3,22 @@
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic
 
+from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.given import Given
+from sllm_node.cluster.fetching import Fetching
 from sllm_node.cluster.file import ClusterFile, load_cluster
+from sllm_node.cluster.files import PeerFiles
+from sllm_node.cluster.giving import Giving
 from sllm_node.cluster.hints import HINT
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.listing import Listing
 from sllm_node.cluster.messages import make_boot
 from sllm_node.cluster.peers import Peers, Place
+from sllm_node.cluster.rebalancing import Rebalancing
 from sllm_node.cluster.records import Desired
 from sllm_node.cluster.resumes import Resumes
 from sllm_node.cluster.router import Router
@@ -22,7 +29,8 @@ from sllm_node.cluster.state import BootId
 from sllm_node.cluster.texts import Texts
 from sllm_node.cluster.transport import Client, Listener
 from sllm_node.cluster.trust import open_trust
-from sllm_node.cluster.wishes import WISH, Reach, Wishes
+from sllm_node.cluster.wish_messages import WISH
+from sllm_node.cluster.wishes import Reach, Wishes
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
 from sllm_node.core.errors import ConfigError, MessageError
@@ -30,6 +38,16 @@ from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import NodeId
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.ports import CodecT
+from sllm_node.store.remote import RemoteTier
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """What the cluster uses of this node's disk."""
+
+    catalog: Catalog
+    tier: RemoteTier
+    journal: Journal
 
 
 class Cluster(Generic[CodecT]):
@@ -40,7 +58,7 @@ class Cluster(Generic[CodecT]):
         config: Config,
         service: Service[CodecT],
         load_codec: Callable[[Path], Awaitable[CodecT]],
-        journal: Journal,
+        disk: Disk,
         clock: Clock,
         metrics: Metrics,
     ) -> None:
@@ -57,7 +75,10 @@ class Cluster(Generic[CodecT]):
         address = own_address(config, file)
         self._listen = config.cluster.listen or address
         trust = open_trust(file, path, me, lambda: self.peers.boot)
-        snapshot = Snapshot(me, BootId(str(boot)), service.outlook)
+        self._expected = int(file.limits.peer_bandwidth)
+        self._outlook = service.outlook
+        self._outlook.expect_from_peers(self._expected)
+        snapshot = Snapshot(me, BootId(str(boot)), self._outlook, self._from_peers)
         resumes = Resumes()
         snapshot.fit_of = resumes.fit
         service.on_session_end = resumes.observe
@@ -65,19 +86,29 @@ class Cluster(Generic[CodecT]):
         self.peers = Peers(place, trust, snapshot, clock, metrics)
         self._listing: Listing | None = None
         if file.has_directory:
-            self._listing = Listing(place, address, self.peers, journal, clock, metrics)
+            self._listing = Listing(place, address, self.peers, disk.journal, clock, metrics)
         self._client = Client(trust, self.peers.address)
         silence_s = file.timing.dead_s
         folder = Path(config.store.path) / ".cluster" / me
         self._texts = Texts(folder, self._client, load_codec, silence_s)
+        files = PeerFiles(disk.tier.cards, self.peers, trust, clock, metrics)
+        is_hosted = self._outlook.is_hosted
+        self.fetching = fetching = Fetching(
+            disk.catalog, disk.tier, files, self.peers, clock, is_hosted
+        )
+        self._giving = Giving(Given(disk.catalog), file.limits.files_at_once, metrics)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)
+        self.router.fetching = fetching
         vacating = self.router.vacating
-        serving = Serving(service, self.peers, vacating, clock, ping_s=file.timing.heartbeat_s)
-        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics)
-        reach = Reach(self.peers, self._listing)
-        self.wishes = Wishes(journal, self.router.status, reach)
+        serving = Serving(service, self.peers, vacating, clock, file.timing.heartbeat_s, fetching)
+        self.router.movers.entry_of = serving.entry_of
+        self.scaling = Scaling(service, self.peers, self._desired, clock, metrics, fetching)
+        self._rebalancing = Rebalancing(service, self.peers, vacating.under_way, clock, metrics)
+        reach = Reach(self.peers, self._listing, me)
+        self.wishes = Wishes(disk.journal, self.router.status, reach, clock.wall)
         handlers = {
             **serving.handlers(), **self.scaling.handlers(), **vacating.handlers(),
+            **self._giving.handlers(),
             HINT: self.router.hints.take, WISH: self.wishes.take,
         }  # fmt: skip
         self._listener = Listener(trust, handlers, silence_s, self._refused)
@@ -91,16 +122,22 @@ class Cluster(Generic[CodecT]):
         """
         self._closing.push_async_callback(self._client.close)
         self._closing.push_async_callback(self._texts.close)
+        self._closing.callback(self._giving.close)
         await self._listener.start(self._listen)
         self._closing.push_async_callback(self._listener.close)
+        self.fetching.start()
+        self._closing.push_async_callback(self.fetching.close)
         self.peers.start(self._client)
         self._closing.push_async_callback(self.peers.close)
         if self._listing is not None:
             await self._listing.start()
             self._closing.push_async_callback(self._listing.close)
+        self._closing.push_async_callback(self.wishes.close)
         self._closing.push_async_callback(self.router.close)
         self.scaling.start(self._client)
         self._closing.push_async_callback(self.scaling.close)
+        self._rebalancing.start()
+        self._closing.callback(self._rebalancing.close)
 
     async def close(self) -> None:
         """Leave the cluster."""
@@ -128,7 +165,7 @@ class Cluster(Generic[CodecT]):
             }
             for _, view in sorted(self.peers.view.nodes.items())
         ]  # fmt: skip
-        errors = self.router.errors
+        errors = self.router.placing.errors
         return {
             "me": self.peers.me,
             "version": state.version,
@@ -144,6 +181,12 @@ class Cluster(Generic[CodecT]):
             },
         }  # fmt: skip
 
+    def _from_peers(self) -> tuple[float, float]:
+        """Return the rate of loads from peers, and the seconds before their first byte."""
+        if not self._expected:
+            return 0.0, 0.0
+        return self._outlook.bandwidth_from_peers(), self.fetching.setup_s
+
     def _desired(self) -> tuple[Desired, ...]:
         """Return the replicas that are desired: the file counts before operators, the directory before it."""
         wishes = {wish.model: wish for wish in self.peers.desired()}
@@ -153,6 +196,7 @@ class Cluster(Generic[CodecT]):
 
     def _refused(self, error: MessageError) -> None:
         self._metrics.messages_refused.labels(error.code).inc()
+        self.peers.refused(error)
 
 
 def own_address(config: Config, file: ClusterFile) -> str:

@@ -63,8 +63,10 @@ def load_path(
         clone_s = path_s([(held.bytes_decoded, bandwidths.clone)]) + beside_s
         if clone_s <= load_s:
             return LoadPath(clone_s, Source.CLONE)
+    if missing and from_peer >= bandwidths.remote:
+        return LoadPath(load_s + bandwidths.peer_s, Source.PEER)
     if missing:
-        return LoadPath(load_s, Source.PEER if from_peer >= bandwidths.remote else Source.REMOTE)
+        return LoadPath(load_s, Source.REMOTE)
     return LoadPath(load_s, Source.NVME if from_nvme else Source.DRAM)
 
 

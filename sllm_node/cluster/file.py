@@ -37,6 +37,7 @@ from sllm_node.core.units import MIB, parse_size
 
 _ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_ID_WORDS: Final = "letters, digits, '.', '_' and '-', 64 at most, the first a letter or digit"
 LARGEST_DOCUMENT: Final = 4 * MIB
 Positive = Annotated[float, Meta(gt=0, le=86400)]
 
@@ -44,7 +45,7 @@ Positive = Annotated[float, Meta(gt=0, le=86400)]
 class NodeEntry(Section, frozen=True):
     """One [[nodes]]."""
 
-    id: Annotated[str, Meta(pattern=_ID)]
+    id: Annotated[str, Meta(pattern=_ID, description=_ID_WORDS)]
     address: Name
     """host:port that peers reach it under."""
 
@@ -74,6 +75,10 @@ class LimitsConfig(Section, frozen=True):
     max_nodes: Count = 64
     document_bytes: ByteSize = msgspec.field(default_factory=lambda: ByteSize(parse_size("64KiB")))
     replay_window_messages: Annotated[int, Meta(ge=1, le=65536)] = 1024
+    peer_bandwidth: ByteSize = msgspec.field(default_factory=lambda: ByteSize(parse_size("1GB")))
+    """Bytes a second that a load from a peer is reckoned with before the first one; 0: there is none."""
+    files_at_once: Annotated[int, Meta(ge=1, le=64)] = 4
+    """Ranges of files that a node sends to peers at the same time, and fetches."""
 
 
 class PlacementConfig(Section, frozen=True):
@@ -88,6 +93,13 @@ class PlacementConfig(Section, frozen=True):
     """A device has to be free so long after; else the request is placed again."""
     max_sessions: Count = 64
     """Sessions that leave one node at once."""
+    rebalance_s: Seconds = 0.0
+    """A request that waits for so long where another node has a place is placed anew; 0: it stays."""
+
+    @property
+    def least_gain_s(self) -> float | None:
+        """How much sooner a start with moves has to be; None: none is made."""
+        return self.gain_s if self.moves else None
 
 
 class ScaledModel(Section, frozen=True):

@@ -36,6 +36,7 @@ from sllm_node.cluster.wire import (
     error_of,
 )
 from sllm_node.core.errors import (
+    GivenBackError,
     InternalError,
     MessageFormatError,
     MoveRefusedError,
@@ -146,7 +147,11 @@ class RoutedStream:
 
     def status(self) -> ModelStatus | None:
         """Return how the model stands where the session waits for it, else None."""
-        return None if self._is_running or self._is_ended else self._status
+        if self._is_running or self._is_ended:
+            return None
+        if self._status is None:  # no node has told
+            self._status = self._ways.standing(self.request.model)
+        return self._status
 
     def startup(self) -> Startup:
         """Return how it came to run, as far as that is known."""
@@ -220,25 +225,29 @@ class RoutedStream:
             error: SllmError
             if isinstance(end, RefusedError):
                 outcome = "refused"
-                self._retries.refused(part.choice, end.record)
-                error = NoPlaceError(self.request.model, end.record.reason, 1.0)
+                error = self._retries.refused(part.choice, end.record)
+            elif isinstance(end, GivenBackError):
+                outcome = "refused"
+                error = self._retries.given_back(part.choice, end)
             elif isinstance(end, SllmError):
                 error = end
                 self._retries.failed(part.choice, error, len(self._tokens))
-                self._is_running = False
+                self._is_running, self._status = False, None
             else:
                 raise end
         finally:
             self._ways.left(part.choice, self.request.model, outcome)
+        choice: Choice | None = None
         if self._move is not None:  # the destination may be ready soon
             self.is_orphaned = True
-            await asyncio.gather(self._move.task, return_exceptions=True)
+            choice = await self._retries.outlast(self._move)
             self.is_orphaned = False
         if self._part is not part and self._part is not None:
             return self._part
-        following = self._begin(
-            await self._retries.place_again(error, has_tokens=bool(self._tokens))
-        )
+        if choice is None:
+            choice = await self._retries.place_again(error, has_tokens=bool(self._tokens))
+        self._retries.goes_on(part.choice, choice, len(self._tokens))
+        following = self._begin(choice)
         following.start(self.take)
         return following
 
@@ -253,7 +262,8 @@ class RoutedStream:
         request = replace(self._as_it_stands(), held=is_held)
         if not ask.boot:  # here
             opening = partial(self._ways.open_local, request, self._keep_alive_s, choice)
-            return Part(choice, epoch, LocalSource(opening))
+            known = partial(self._ways.ensure, request.model)
+            return Part(choice, epoch, LocalSource(opening, known=known))
         why, keep_alive_s = choice.reason, self._keep_alive_s
         forward = Forward(request, ask, HOPS_MAX, why, keep_alive_s, epoch, migration)
         source = PeerSource(self._client, choice, forward, self._limits.silence_s)
@@ -270,9 +280,9 @@ class RoutedStream:
             raise RefusedError(record)
         if isinstance(record, Failed):
             raise error_of(record)
-        if part.epoch != self._epoch:
-            if isinstance(record, Standing) and self._move is not None and self._move.part is part:
-                self._move.standing(record.position)
+        if part is not self._part:
+            if self._move is not None and self._move.part is part:
+                self._move.take(record)
             return False  # an owner that was, or is not yet: its tokens are nobody's
         match record:
             case Waiting(status):
@@ -372,6 +382,8 @@ class RoutedStream:
         self._epoch = part.epoch
         self._part, self.node = part, part.choice.node
         old.end(part)
+        if self._move is not None:
+            old.source.leaves(self._move.report.id)
         old.close()
         self._is_running = True
         if self._move is not None:

@@ -9,6 +9,7 @@ refused; that an answer goes on to its end is for its last record to say. TLS ne
 
 import hmac
 import struct
+from collections.abc import Callable
 from typing import Final
 
 from sllm_node.core.errors import MessageFormatError, MessageTooLargeError, WrongKeyError
@@ -37,6 +38,28 @@ class FrameWriter:
         tag = _tag(self._secret, self._count, payload)
         self._count += 1
         return _LENGTH.pack(len(payload)) + payload + tag
+
+    def filled(
+        self, size: int, fill: Callable[[memoryview], None], room: bytearray | None = None
+    ) -> memoryview:
+        """Return the next frame, its payload written in place by `fill`: nothing is copied.
+
+        `room`: for the frame, if it is to be no new one. For large payloads, in a thread: neither
+        reading nor the tag keeps the interpreter's lock.
+        """
+        assert size <= FRAME_LIMIT
+        length = self.framed_bytes(size)
+        frame = memoryview(bytearray(length) if room is None else room)[:length]
+        _LENGTH.pack_into(frame, 0, size)
+        payload = frame[_LENGTH.size : _LENGTH.size + size]
+        fill(payload)
+        frame[_LENGTH.size + size :] = _tag_of_view(self._secret, self._count, payload)
+        self._count += 1
+        return frame
+
+    def framed_bytes(self, size: int) -> int:
+        """Return the bytes of the frame of a payload of `size`."""
+        return _LENGTH.size + size + (0 if self._secret is None else TAG_BYTES)
 
 
 class FrameReader:
@@ -85,6 +108,58 @@ class FrameReader:
         return payload
 
 
+class FramePuller:
+    """Takes the frames of one answer one by one, into memory that is given: for threads that wait."""
+
+    def __init__(
+        self, secret: bytes | None, sender: str, read: Callable[[memoryview], None]
+    ) -> None:
+        """`read` fills what it is given with the next bytes of the answer, or raises."""
+        self._secret = secret
+        self._sender = sender
+        self._read = read
+        self._count = 0
+
+    def next(self, limit: int) -> bytes:
+        """Return the payload of the next frame.
+
+        Raises: as `next_into`.
+        """
+        payload = bytearray(self._size(limit))
+        self._fill(memoryview(payload))
+        return bytes(payload)
+
+    def next_into(self, view: memoryview) -> int:
+        """Put the payload of the next frame at the begin of `view`; return its size, never 0.
+
+        Raises:
+            MessageFormatError: it is empty.
+            MessageTooLargeError: it says that it is longer than `view`.
+            WrongKeyError: it is not of this answer, or not the next one.
+        """
+        size = self._size(len(view))
+        if not size:
+            raise MessageFormatError("an empty frame of a file")
+        self._fill(view[:size])
+        return size
+
+    def _size(self, limit: int) -> int:
+        length = bytearray(_LENGTH.size)
+        self._read(memoryview(length))
+        (size,) = _LENGTH.unpack(length)
+        if size > limit:
+            raise MessageTooLargeError(size, limit)
+        return int(size)
+
+    def _fill(self, payload: memoryview) -> None:
+        self._read(payload)
+        tag = bytearray(0 if self._secret is None else TAG_BYTES)
+        self._read(memoryview(tag))
+        if not hmac.compare_digest(tag, _tag_of_view(self._secret, self._count, payload)):
+            raise WrongKeyError(self._sender)
+        self._count += 1
+
+
 def only(payloads: list[bytes]) -> bytes:
     """Return the payload of an answer of one frame.
 
@@ -100,3 +175,12 @@ def _tag(secret: bytes | None, number: int, payload: bytes) -> bytes:
     if secret is None:
         return b""
     return hmac.digest(secret, _NUMBER.pack(number) + payload, "sha256")[:TAG_BYTES]
+
+
+def _tag_of_view(secret: bytes | None, number: int, payload: memoryview) -> bytes:
+    """Return the same tag of a payload that is not to be copied."""
+    if secret is None:
+        return b""
+    mac = hmac.new(secret, _NUMBER.pack(number), "sha256")
+    mac.update(payload)
+    return mac.digest()[:TAG_BYTES]

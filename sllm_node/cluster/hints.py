@@ -8,9 +8,10 @@ session itself asks for the load.
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any, Final
 
-from sllm_node.cluster.choice import choose, request_for
+from sllm_node.cluster.choice import Choice, choose, request_for
 from sllm_node.cluster.document import decode_state, encode_state
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.transport import Client, Reply
@@ -18,14 +19,17 @@ from sllm_node.cluster.wire import Hint, pack, unpack_hint
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import ModelId, NodeId
+from sllm_node.core.types import GenerationRequest, ModelId, NodeId, RequestId
 from sllm_node.schedule.driver import Service
+from sllm_node.schedule.stream import request_of
 
 log = logging.getLogger(__name__)
 
 HINT: Final = "hint"
 _SENDING_MAX: Final = 32
 """Hints under way from here; of more, sessions ask by themselves."""
+_GIVEN_MAX: Final = 1024
+"""Requests whose hints are remembered."""
 _WAYS: Final = ("load", "evict")
 
 
@@ -38,20 +42,39 @@ class Hinting:
         self._client = client
         self._clock = clock
         self._sending: set[asyncio.Task[None]] = set()
+        self._given: dict[RequestId, Choice] = {}
+        """The last hints, by request."""
 
     def give(self, model: ModelId) -> None:
         """Let the load of `model` begin where its request will go, if it needs one."""
         self._peers.refresh()
         view, me = self._peers.view, self._peers.me
-        choice = choose(view, request_for(view, model), me, self._clock.now())
+        gain_s = self._peers.cluster.placement.least_gain_s
+        choice = choose(view, request_for(view, model), me, self._clock.now(), gain_s=gain_s)
         if choice is None or choice.way not in _WAYS:
             return
         if choice.node == me:
-            self._service.hint(model)
+            if self._service.hint(model):
+                self._remember(choice)
         elif len(self._sending) < _SENDING_MAX:
+            self._remember(choice)
             task = asyncio.create_task(self._send(choice.node, model), name=f"hint {choice.node}")
             self._sending.add(task)
             task.add_done_callback(self._sending.discard)
+
+    def followed(self, request: GenerationRequest, choice: Choice) -> Choice:
+        """Return the choice with what the request's own hint began there, if it did."""
+        began = self._given.get(request_of(request.session))
+        return (
+            choice if began is None or began.node != choice.node else replace(choice, began=began)
+        )
+
+    def _remember(self, choice: Choice) -> None:
+        if (request := logs.request_id.get()) is None:
+            return
+        self._given[RequestId(request)] = choice
+        if len(self._given) > _GIVEN_MAX:
+            del self._given[next(iter(self._given))]
 
     async def take(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
         """Take a peer's hint, and answer with this node's state."""

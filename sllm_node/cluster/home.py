@@ -11,12 +11,14 @@ from typing import Self
 from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.ways import Begun
-from sllm_node.core.errors import DrainingError, NotVacatedError
+from sllm_node.core.errors import DrainingError, GivenBackError
 from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus, Startup
 from sllm_node.schedule.stream import Stream
 
 Routing = Callable[["HomeStream", Begun | None], RoutedStream]
 """Makes the routed stream: of one that runs here, or None: to be placed anew."""
+Wish = Callable[[RoutedStream | None], object]
+"""What is to be done with the routed stream; None: there will be none, the session has ended."""
 
 
 class HomeStream:
@@ -38,7 +40,7 @@ class HomeStream:
         self._tokens: list[int] = []
         self._cached: int | None = None
         self._is_reading = False
-        self._wishes: list[Callable[[RoutedStream], object]] = []
+        self._wishes: list[Wish] = []
 
     def __aiter__(self) -> Self:
         return self
@@ -49,24 +51,23 @@ class HomeStream:
         self._is_reading = True
         try:
             chunk = await self._stream.__anext__()
-        except (DrainingError, NotVacatedError):
+        except (DrainingError, GivenBackError):
             if self._stream.is_granted:
-                self._on_ended(self)
+                self._ended()
                 raise
-            self.routed = self._route(self, None)
-            return await self.routed.__anext__()
+            return await self._carry(None).__anext__()
         except BaseException as error:
             if isinstance(error, Exception):
-                self._on_ended(self)
+                self._ended()
             raise
         finally:
             self._is_reading = False
         self._tokens += chunk.tokens
         self._cached = chunk.cached_tokens
         if chunk.finish is not None:
-            self._on_ended(self)
+            self._ended()
         elif self._wishes:
-            self._carry()
+            self._carry(self._begun())
         return chunk
 
     def cancel(self) -> None:
@@ -75,7 +76,7 @@ class HomeStream:
             self.routed.cancel()
         else:
             self._stream.cancel()
-            self._on_ended(self)
+            self._ended()
 
     def status(self) -> ModelStatus | None:
         """Return how the model stands while the session waits for it, else None."""
@@ -101,15 +102,25 @@ class HomeStream:
         """Whether a move was asked for that has not begun."""
         return bool(self._wishes)
 
-    def when_routed(self, wish: Callable[[RoutedStream], object]) -> None:
+    def when_routed(self, wish: Wish) -> None:
         """Have `wish` come true as soon as a routed stream carries it: now, or with its next chunk."""
         self._wishes.append(wish)
         if not self._is_reading:
-            self._carry()
+            self._carry(self._begun())
 
-    def _carry(self) -> None:
+    def _begun(self) -> Begun:
+        return Begun(self._stream, tuple(self._tokens), self._cached)
+
+    def _carry(self, begun: Begun | None) -> RoutedStream:
+        self.routed = routed = self._route(self, begun)
+        self._tell_wishes()
+        return routed
+
+    def _ended(self) -> None:
+        self._on_ended(self)
+        self._tell_wishes()
+
+    def _tell_wishes(self) -> None:
         wishes, self._wishes = self._wishes, []
-        begun = Begun(self._stream, tuple(self._tokens), self._cached)
-        self.routed = self._route(self, begun)
         for wish in wishes:
             wish(self.routed)

@@ -47,6 +47,10 @@ MIGRATIONS: Final[tuple[tuple[str, ...], ...]] = (
         CHECK (0 <= minimum AND minimum <= maximum AND keep_alive_s >= 0)) WITHOUT ROWID""",
         "CREATE TABLE peers (node TEXT PRIMARY KEY NOT NULL, address TEXT NOT NULL) WITHOUT ROWID",
     ),
+    (
+        """CREATE TABLE wished (what TEXT PRIMARY KEY NOT NULL, at_ms INTEGER NOT NULL,
+        node TEXT NOT NULL) WITHOUT ROWID""",
+    ),
 )
 """Statements from each version of the schema to the next; a file's version is how many it has seen."""
 

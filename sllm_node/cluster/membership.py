@@ -269,6 +269,11 @@ class Membership:
         """Return every peer, in the order of their ids."""
         return tuple(peer.view() for peer in self._peers.values())
 
+    def is_dead(self, peer: NodeId) -> bool:
+        """Tell whether `peer` is held dead."""
+        found = self._peers.get(peer)
+        return found is not None and found.state is PeerState.DEAD
+
     def set_peers(self, peers: Iterable[NodeId], now: float) -> None:
         """Follow a changed cluster file; who stays keeps all that is known of it."""
         named = sorted(set(peers) - {self._me})

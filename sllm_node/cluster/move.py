@@ -6,19 +6,20 @@ The destination loads the model and computes what is known, while the source goe
 it the tokens that came meanwhile, until it lacks so few that the reader would not notice (`pace`). Then,
 in one turn of the event loop, nothing more is taken from the source, and the destination is let go
 behind the last token that was. What fails before leaves the source alone. A source that fails before is
-handed over from as soon as the destination is there.
+handed over from as soon as the destination is there, unless another node would be sooner (`Retries.outlast`).
 """
 
 import asyncio
 import logging
+import math
 from dataclasses import dataclass
 from typing import Final, Protocol
 
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import Part
-from sllm_node.cluster.wire import Record
+from sllm_node.cluster.wire import Granted, Record, Standing
 from sllm_node.core.clock import Clock
-from sllm_node.core.errors import PeerUnreachableError, SllmError
+from sllm_node.core.errors import PeerUnreachableError
 from sllm_node.core.types import NodeId, SessionId, TokenIds
 
 log = logging.getLogger(__name__)
@@ -98,21 +99,38 @@ class Move:
         self._session = session
         self._clock = clock
         self._standing = -1
+        self._asked_at = self._nearer_at = clock.now()
+        self._is_granted = False
         self._news = asyncio.Event()
         log.info("session moves", extra=report.fields())
         part.start(session.take)
         part.ended.add_done_callback(lambda _: self._news.set())
         self.task = asyncio.create_task(self._run(), name=f"move {report.id}")
 
-    def standing(self, position: int) -> None:
-        """Take the word of the destination."""
-        self._standing = max(self._standing, position)
-        self._news.set()
+    def take(self, record: Record) -> None:
+        """Take the word of the destination: that it has the model and computes, or how far it is."""
+        if isinstance(record, Granted):
+            self._is_granted, self._nearer_at = True, self._clock.now()
+        elif isinstance(record, Standing) and record.position > self._standing:
+            self._standing, self._nearer_at = record.position, self._clock.now()
+            self._news.set()
 
-    def stop(self, outcome: str) -> None:
-        """Give it up, since the session has ended; does nothing after the handover."""
+    def needs_s(self, patience_s: float) -> float:
+        """Return how long the destination is expected to take still.
+
+        One that is later than was estimated takes as long again. One that computes is soon there, unless
+        nothing came of it for `patience_s`.
+        """
+        now = self._clock.now()
+        if self._is_granted:
+            return 0.0 if now - self._nearer_at < patience_s else math.inf
+        expected_s = self.part.choice.startup_s
+        return math.inf if expected_s is None else abs(expected_s - (now - self._asked_at))
+
+    def stop(self, outcome: str, why: str = "") -> None:
+        """Give it up, since the session has ended or goes elsewhere; does nothing after the handover."""
         if self.report.outcome == "moving":
-            self.report.outcome = outcome
+            self.report.outcome, self.report.error = outcome, why
             self.task.cancel()
             self.part.close()
             self._session.settled(self)
@@ -137,8 +155,8 @@ class Move:
         report.last = len(rest)
         try:
             await self._send(sent, rest, lets_go=True)
-        except SllmError as error:
-            lost = PeerUnreachableError(report.to, str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, the destination may not be let go
+            lost = PeerUnreachableError(report.to, str(error) or type(error).__name__)
             self.part.end(lost)  # the owner, by now: the session is placed again
         self._session.settled(self)
 

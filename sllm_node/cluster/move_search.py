@@ -185,8 +185,8 @@ def cheapest_moves(
 ) -> tuple[float, tuple[Move, ...]] | None:
     """Return the cheapest moves for so many bytes on each device, idle replicas evicted, and their seconds.
 
-    None: there are none for at most `limit_s`. Sessions of a higher priority than `priority` stay, and those
-    that say so.
+    None: there are none for at most `limit_s`. Sessions of a higher priority than `priority` stay,
+    and those that say so.
     """
     left = {name: size - home.by_name[name].room for name, size in needs.items()}
     left = {name: size for name, size in left.items() if size > 0}

@@ -17,10 +17,13 @@ from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.state import ResumeFit
+from sllm_node.core import log as logs
+from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import NodeId, SessionId
+from sllm_node.schedule.stream import client_id_of, request_of
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,9 @@ class Movers:
         self._failed_at: dict[str, float] = {}
         self.on_failed: Callable[[SessionId, NodeId, str], None] = lambda *_: None
         """Called with session, its node and why when a move for placement's sake fails."""
+        self.entry_of: Callable[[str], NodeId | None] = lambda _: None
+        """Tells which peer's client has a session that is served here."""
+        self._again = Alarm(clock, self.evacuate)
 
     def has(self, session: str) -> bool:
         """Tell whether this node serves a session of a reader of its own."""
@@ -64,10 +70,8 @@ class Movers:
         Raises:
             MoveRefusedError: it can't be.
         """
-        found = next((s for s in self._sessions() if s.request.session == session), None)
-        if found is None:
-            why = "no client of this node has it; ask the node that its client is connected to"
-            raise MoveRefusedError(session, why)
+        found = self._found(session)
+        session = found.request.session
         if to != self._peers.me and to not in self._peers.view.nodes:
             raise MoveRefusedError(
                 session, f"node {to!r} is not in the cluster or can't be reached"
@@ -84,13 +88,32 @@ class Movers:
             "migration": self._begin(found, choice, reason, vacate),
         }
 
+    def _found(self, name: str) -> Carried:
+        """Return a session by its id, or by its request's, or by what its client called that."""
+        sessions = self._sessions()
+        for known_as in (lambda s: s, request_of, lambda s: client_id_of(request_of(s))):
+            found = [one for one in sessions if known_as(one.request.session) == name]
+            if len(found) > 1:
+                ids = ", ".join(sorted(one.request.session for one in found))
+                raise MoveRefusedError(name, f"it is not one session but several: {ids}")
+            if found:
+                return found[0]
+        entry = self.entry_of(name)
+        asked = "the node that its client is connected to" if entry is None else f"node {entry!r}"
+        raise MoveRefusedError(name, f"no client of this node has it; ask {asked}")
+
     def evacuate(self) -> None:
         """Begin to move sessions away from the nodes that drain, as far as there are others."""
         nodes = self._peers.view.nodes
         draining = {name for name, node in nodes.items() if node.state.is_draining}
         if not draining:
             return
-        for session in self._sessions():
+        sessions = self._sessions()
+        if (
+            sessions and not self._again.is_set
+        ):  # also for those that move: it may fail, or end there
+            self._again.set(self._clock.now() + AGAIN_S)
+        for session in sessions:
             at, name = self._at(session), session.request.session
             too_soon = self._clock.now() - self._failed_at.get(name, float("-inf")) < AGAIN_S
             if at not in draining or too_soon or self._is_moving(session):
@@ -102,6 +125,10 @@ class Movers:
                 self._begin(session, choice, "drain")
             except SllmError as error:
                 log.info("session not moved", extra={"session": name, "error": str(error)})
+
+    def close(self) -> None:
+        """Begin no more moves."""
+        self._again.set(None)
 
     def told(self, report: MoveReport) -> None:
         """Take note of how a move ended."""
@@ -133,12 +160,20 @@ class Movers:
         return [asdict(report) for report in reversed(self._recent)]
 
     def _begin(self, session: Carried, choice: Choice, reason: str, vacate: str = "") -> str:
+        """Begin a move, logged under the session's request whoever wants it."""
+        with logs.of_request(request_of(session.request.session)):
+            return self._begin_logged(session, choice, reason, vacate)
+
+    def _begin_logged(self, session: Carried, choice: Choice, reason: str, vacate: str) -> str:
         fit = self._fit(session, choice.node)
         if isinstance(session, HomeStream) and session.routed is None:
             if session.is_moving:
                 raise MoveRefusedError(session.request.session, "it is moving already")
             number = f"{session.request.session}.2"
-            session.when_routed(lambda routed: self._start(routed, choice, reason, fit, vacate))
+            report = MoveReport(
+                number, session.request.session, self._peers.me, choice.node, reason, vacate=vacate
+            )
+            session.when_routed(lambda routed: self._start(routed, choice, fit, report))
             return number
         routed = session.routed if isinstance(session, HomeStream) else session
         assert routed is not None
@@ -147,15 +182,17 @@ class Movers:
         return report.id
 
     def _start(
-        self, routed: RoutedStream, choice: Choice, reason: str, fit: ResumeFit | None, vacate: str
+        self, routed: RoutedStream | None, choice: Choice, fit: ResumeFit | None, wished: MoveReport
     ) -> None:
+        """Begin a move that was asked for before a routed stream was there; None: it has ended."""
         try:
-            self._recent.append(routed.move(choice, reason, fit, vacate))
+            if routed is None:
+                raise MoveRefusedError(wished.session, "it has ended")
+            self._recent.append(routed.move(choice, wished.reason, fit, wished.vacate))
         except SllmError as error:
-            if vacate:
-                self.on_failed(routed.request.session, routed.node, str(error))
-            fields = {"session": routed.request.session, "error": str(error)}
-            log.info("session not moved", extra=fields)
+            wished.outcome, wished.error = "ended" if routed is None else "failed", str(error)
+            self._recent.append(wished)
+            self.told(wished)
 
     def _choose(self, session: Carried, excluded: frozenset[NodeId]) -> Choice | None:
         view = self._peers.view

@@ -5,17 +5,18 @@ over to a part of the next epoch. One that holds takes tokens (`extend`) and giv
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from typing import Final, Protocol
 
 from sllm_node.cluster.choice import Choice
-from sllm_node.cluster.serving import EXTEND, GENERATE
+from sllm_node.cluster.serving import EXTEND, GENERATE, LEFT
 from sllm_node.cluster.wire import (
     Extend,
     Failed,
     Forward,
     Granted,
+    Left,
     Record,
     Standing,
     Tokens,
@@ -23,10 +24,12 @@ from sllm_node.cluster.wire import (
     pack,
     unpack_record,
 )
-from sllm_node.core.errors import PeerUnreachableError
+from sllm_node.core.errors import PeerUnreachableError, SllmError
 from sllm_node.core.types import NodeId, TokenIds
 from sllm_node.schedule.stream import Stream
 
+LEFT_S: Final = 1.0
+"""After so long, a node that does not hear that its session moved sees the connection end."""
 FRAME_BYTES: Final = 64
 """What a message costs beside its payload, about; for the count of bytes."""
 
@@ -51,6 +54,9 @@ class Source(Protocol):
     async def extend(self, position: int, tokens: TokenIds, *, lets_go: bool) -> None:
         """Add tokens to a session that holds."""
 
+    def leaves(self, migration: str) -> None:
+        """Let the node know, when reading ends, that it is a move."""
+
     def close(self) -> None:
         """Drop what nobody reads any more, if reading never began."""
 
@@ -66,6 +72,7 @@ class Part:
             asyncio.get_running_loop().create_future()
         )
         self._task: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     def start(self, take: "Callable[[Part, Record], bool]") -> None:
         """Begin; `take` gets the records and says which was the last."""
@@ -78,8 +85,9 @@ class Part:
 
     def close(self) -> None:
         """Let the node drop the session, if it still has it."""
-        if self._task is not None:
+        if self._task is not None and not self._is_closed:  # its last word may be on its way
             self._task.cancel()
+        self._is_closed = True
         self.source.close()
 
     async def _pump(self, take: "Callable[[Part, Record], bool]") -> None:
@@ -105,6 +113,7 @@ class PeerSource:
         self._peer = choice.node
         self._forward = forward
         self._silence_s = silence_s
+        self._migration = ""
         self.bytes_sent = 0
 
     async def records(self) -> AsyncGenerator[Record, None]:
@@ -112,8 +121,12 @@ class PeerSource:
         payload = pack(self._forward)
         self.bytes_sent += len(payload) + FRAME_BYTES
         async with self._client.stream(self._peer, GENERATE, payload, self._silence_s) as frames:
-            async for frame in frames:
-                yield unpack_record(frame)
+            try:
+                async for frame in frames:
+                    yield unpack_record(frame)
+            finally:
+                if self._migration:
+                    await self._tell_left()
 
     async def extend(self, position: int, tokens: TokenIds, *, lets_go: bool) -> None:
         """Send tokens.
@@ -131,18 +144,39 @@ class PeerSource:
                 if isinstance(record, Failed):
                     raise error_of(record)
 
+    def leaves(self, migration: str) -> None:
+        """Tell the peer before leaving the answer."""
+        self._migration = migration
+
     def close(self) -> None:
         """Do nothing: leaving the answer tells the peer."""
+
+    async def _tell_left(self) -> None:
+        told = Left(self._forward.request.session, self._forward.epoch, self._migration)
+        with suppress(SllmError, TimeoutError):  # it ends anyway, with the answer
+            async with (
+                asyncio.timeout(LEFT_S),
+                self._client.stream(self._peer, LEFT, pack(told), LEFT_S) as frames,
+            ):
+                async for _ in frames:
+                    pass
 
 
 class LocalSource:
     """A session that this node serves itself."""
 
     def __init__(
-        self, opening: Callable[[], Stream] | None = None, stream: Stream | None = None
+        self,
+        opening: Callable[[], Stream] | None = None,
+        stream: Stream | None = None,
+        known: Callable[[], Awaitable[None]] | None = None,
     ) -> None:
-        """Of a session that is begun when it is read, or that is there."""
+        """Of a session that is begun when it is read, or that is there.
+
+        `known`: to be waited for before it begins: then this node knows the model.
+        """
         self._opening = opening
+        self._known = known
         self._stream = stream
         self.bytes_sent = 0
 
@@ -150,11 +184,14 @@ class LocalSource:
         """Give what the session gives."""
         if self._stream is None:
             assert self._opening is not None
+            if self._known is not None:
+                await self._known()
             self._stream = self._opening()
         stream = self._stream
         try:
             await stream.started.wait()
-            yield Granted()
+            if stream.is_granted:
+                yield Granted()
             told = await stream.standing(-1)
             while told is not None:
                 yield Standing(told)
@@ -168,6 +205,11 @@ class LocalSource:
         """Add tokens."""
         if self._stream is not None:
             self._stream.extend(position, tokens, lets_go=lets_go)
+
+    def leaves(self, migration: str) -> None:
+        """End the session here."""
+        if self._stream is not None:
+            self._stream.leave(migration)
 
     def close(self) -> None:
         """End the session here."""

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from sllm_node.cluster.agreement import Agreement, digest_of
 from sllm_node.cluster.document import decode_state, encode_state
 from sllm_node.cluster.file import ClusterFile, reload
 from sllm_node.cluster.membership import (
@@ -32,6 +33,7 @@ from sllm_node.cluster.membership import (
 from sllm_node.cluster.messages import decode, encode
 from sllm_node.cluster.peer import REACHABLE, PeerState
 from sllm_node.cluster.records import Desired
+from sllm_node.cluster.refusals import Refusals
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.transport import Client
@@ -76,12 +78,14 @@ class Peers:
         self.view = ClusterView()
         self.on_change: Callable[[], None] = lambda: None
         """Called when the view has changed."""
+        self._refusals = Refusals(clock)
+        timing = place.cluster.timing
+        self._agreement = Agreement(timing.dead_s)
         self._path = place.path
         self._trust = trust
         self._snapshot = snapshot
         self._clock = clock
         self._metrics = metrics
-        timing = place.cluster.timing
         self._membership = Membership(
             place.me, place.boot, place.cluster.peers(place.me),
             Timing(timing.heartbeat_s, timing.suspect_s, timing.dead_s, timing.publish_gap_s),
@@ -90,6 +94,8 @@ class Peers:
         self._limit = int(place.cluster.limits.document_bytes)
         self._states: dict[NodeId, tuple[NodeState, float]] = {}
         """The last that each peer published, and when it came; of dead ones too: they may come back."""
+        self._left: dict[NodeId, tuple[NodeState, float]] = {}
+        """The last of peers that said that they leave, and until when: most are started again soon."""
         self._known = place.cluster.peers(place.me)
         """Where each peer is: those of the file, and those that are listed."""
         self._listed: dict[NodeId, str] = {}
@@ -106,6 +112,7 @@ class Peers:
         self._client: Client
         self._stamp = _stamp(place.path)
         snapshot.settle_s = place.cluster.placement.settle_s
+        snapshot.cluster_file = digest_of(place.cluster)
 
     # --- what others of this node ask ---------------------------------------------------------
 
@@ -160,8 +167,11 @@ class Peers:
         )
 
     def absent(self) -> list[NodeState]:
-        """Return the last states of peers that can't be asked now, and have not said that they leave."""
-        return [state for peer, (state, _) in self._states.items() if peer not in self.view.nodes]
+        """Return the last states of peers that can't be asked now, or left not long ago."""
+        away = [state for peer, (state, _) in self._states.items() if peer not in self.view.nodes]
+        now = self._clock.now()
+        left = [(peer, state) for peer, (state, until) in self._left.items() if now < until]
+        return away + [state for peer, state in left if peer not in self._states]
 
     def learn(self, state: NodeState) -> None:
         """Take the state that came with a refusal."""
@@ -174,6 +184,14 @@ class Peers:
             self._failed.add(peer)
             self.view.remove(peer)
 
+    def is_dead(self, peer: NodeId) -> bool:
+        """Tell whether `peer` has been silent for too long."""
+        return self._membership.is_dead(peer)
+
+    def refused(self, error: MessageError) -> None:
+        """Take note that a message to this node was not taken."""
+        self._refusals.refused(error, self._known)
+
     def status(self) -> list[dict[str, Any]]:
         """Return how each peer stands, for `status --cluster`."""
         now = self._clock.now()
@@ -184,8 +202,12 @@ class Peers:
                 "id": peer.id, "address": self.address(peer.id), "state": peer.state.value,
                 "boot": peer.edition.boot, "version": peer.edition.version,
                 "age_s": None if seen is None else round(now - seen[1], 3),
+                "problem": self._refusals.problem(peer.id) or self._disagreement(peer.id),
             })  # fmt: skip
         return found
+
+    def _disagreement(self, peer: NodeId) -> str | None:
+        return "has another cluster file" if self._agreement.differs(peer) else None
 
     # --- life ---------------------------------------------------------------------------------
 
@@ -220,6 +242,11 @@ class Peers:
         if not self._news.is_set and not self._is_closed:
             self._news.set(self._clock.now() + self.cluster.timing.publish_gap_s)
 
+    def look(self) -> None:
+        """Take note of a checkpoint that is here, or known, since now."""
+        self._snapshot.look()
+        self.changed()
+
     def _tell_news(self) -> None:
         self._publish()
         self._arm()
@@ -234,6 +261,7 @@ class Peers:
         if message.sender != sender:
             raise MisdirectedError(sender, message.receiver, self.me)
         self._metrics.heartbeats.labels("received").inc()
+        self._refusals.heard(sender)
         self._membership.receive(message, self._clock.now())
         self._handle_events()
         if sender in self._failed:
@@ -251,6 +279,9 @@ class Peers:
         self._membership.on_timer(self._clock.now())
         self._send_due()
         self._handle_events()
+        nodes = self.view.nodes.items()
+        theirs = {name: node.state.cluster_file for name, node in nodes if name != self.me}
+        self._agreement.look(self._snapshot.cluster_file, theirs, self._clock.now())
         self._arm()
 
     def _arm(self) -> None:
@@ -283,7 +314,9 @@ class Peers:
         except SllmError as error:
             self._metrics.heartbeats.labels("failed").inc()
             log.debug("heartbeat failed", extra={"peer": peer, "error": str(error)})
+            self._refusals.failed(peer, error)
         else:
+            self._refusals.taken(peer)
             self._metrics.heartbeats.labels("sent").inc()
             self._metrics.peer_round_trip_seconds.labels(peer).observe(self._clock.now() - asked)
 
@@ -328,6 +361,7 @@ class Peers:
             return
         if state.node == peer:
             self._states[peer] = (state, self._clock.now())
+            self._left.pop(peer, None)
 
     def _show(self, peer: NodeId) -> None:
         """Put into the view what may be placed at `peer` now."""
@@ -335,6 +369,9 @@ class Peers:
         known = self._states.get(peer)
         if found is None or found.state is PeerState.GONE:
             self._states.pop(peer, None)
+        if found is not None and found.state is PeerState.GONE and known is not None:
+            until = self._clock.now() + LISTENS_DEAD_S * self.cluster.timing.dead_s
+            self._left[peer] = (known[0], until)
         if found is None or known is None or found.state not in _USABLE:
             self.view.remove(peer)
             return
@@ -397,6 +434,7 @@ class Peers:
             return False
         self.cluster = found.cluster
         self._snapshot.settle_s = found.cluster.placement.settle_s
+        self._snapshot.cluster_file = digest_of(found.cluster)
         self._follow()
         self._metrics.cluster_reloads.labels("ok").inc()
         log.info("cluster file read", extra={

@@ -8,12 +8,14 @@ kind that disturbs least, the emptier replica, then names, so all nodes decide a
 
 `decide` looks only at nodes that can still win, since a node's load time bounds it from below;
 `explain` looks at all of them, and its first is what `decide` takes. The search for moves has limits,
-and a decision that met one says so (`is_exact`).
+and a decision that met one says so (`is_exact`). `decide_moves` is that search alone, for who allows
+moves only where they win by enough.
 """
 
 import heapq
 import math
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import combinations
@@ -156,17 +158,22 @@ _KINDS: dict[Kind, type[ServeHere] | type[Wait] | type[LoadThere] | type[Migrate
 
 
 def decide(
-    view: ClusterView, request: PlacementRequest, now: float, *, may_move: bool = True
-) -> Decision:
-    """Return where the request starts soonest; only with `may_move` may running sessions go elsewhere."""
-    seen = list(_resident(view, request, now))
+    view: ClusterView, request: PlacementRequest, now: float, *, may_move: bool = True,
+    excluded: AbstractSet[NodeId] = frozenset(),
+) -> Decision:  # fmt: skip
+    """Return where the request starts soonest; only with `may_move` may running sessions go elsewhere.
+
+    `excluded`: nodes that don't get it; sessions may move there.
+    """
+    seen = [c for c in _resident(view, request, now) if c.node not in excluded]
     best = min(seen, key=attrgetter("key"), default=None)
     least = Kind.LOAD if view.most_free >= request.share_bytes else Kind.EVICT
     for load_s, node in view.paths_with_room(request.model, request.share_bytes):
         if best and (load_s, least, 0.0, node) > best.key:
             break
         there = view.nodes[node]
-        if best and load_s + there.ready_at - now > best.startup_s:
+        is_late = best and max(0.0, there.ready_at - now) + load_s > best.startup_s
+        if is_late or node in excluded:
             continue
         for candidate in _loads(view, there, request, load_s, now, best):
             seen.append(candidate)
@@ -174,44 +181,66 @@ def decide(
                 best = candidate
     is_exact = True
     if may_move and not (best and best.startup_s < view.least_load_s(request.model)):
-        best, is_exact = _with_moves(view, request, best, seen, now)
+        limit_s = best.startup_s if best else math.inf
+        moving, is_exact = _with_moves(view, request, now, limit_s, excluded)
+        seen += moving
+        best = min([best, *moving] if best else moving, key=attrgetter("key"), default=None)
     if best is None:
         return Reject(_why_not(view, request), is_exact)
     return _KINDS[best.kind](best, tuple(seen), is_exact)
 
 
+def decide_moves(
+    view: ClusterView, request: PlacementRequest, now: float, limit_s: float,
+    excluded: AbstractSet[NodeId] = frozenset(),
+) -> Candidate | None:  # fmt: skip
+    """Return the soonest start within `limit_s` for which sessions move, all of them to other nodes.
+
+    `excluded`: nodes that get neither the request nor sessions. None: there is none. Of a node counts
+    its best way alone: where that one is not allowed, the node is passed over.
+    """
+    if limit_s < view.least_load_s(request.model):
+        return None
+    found, _ = _with_moves(view, request, now, limit_s, excluded, is_strict=True)
+    return min(found, key=attrgetter("key"), default=None)
+
+
 def _with_moves(
-    view: ClusterView, request: PlacementRequest, best: Candidate | None, seen: list[Candidate],
-    now: float,
-) -> tuple[Candidate | None, bool]:  # fmt: skip
-    """Return the best way if sessions may move too, and whether no better one can have been missed."""
-    streams = Streams(view, now)
-    for searched, (floor_s, node) in enumerate(_by_floor(view, request, best)):
-        if best and (floor_s, Kind.MIGRATE, 0.0, node) > best.key:
+    view: ClusterView, request: PlacementRequest, now: float, limit_s: float,
+    excluded: AbstractSet[NodeId], *, is_strict: bool = False,
+) -> tuple[list[Candidate], bool]:  # fmt: skip
+    """Return ways within `limit_s` if sessions move, the best among them, and whether no better one can be.
+
+    With `is_strict` they go to other nodes, and to none that is excluded.
+    """
+    streams, found = Streams(view, now), list[Candidate]()
+    by_floor = _by_floor(view, request, limit_s, excluded)
+    for searched, (floor_s, node) in enumerate(by_floor):
+        if floor_s > limit_s:
             break
         if searched == NODES_MAX:
-            return best, False
-        found = _migration(streams, view, view.nodes[node], request, best, now)
-        if found:
-            seen.append(found)
-            if best is None or found.key < best.key:
-                best = found
-    return best, streams.steps_left >= 0 and not streams.is_cut
+            return found, False
+        way = _migration(streams, view, view.nodes[node], request, limit_s, now)
+        if way and not (is_strict and any(m.to.node in {node, *excluded} for m in way.moves)):
+            found.append(way)
+            limit_s = min(limit_s, way.startup_s)
+    return found, streams.steps_left >= 0 and not streams.is_cut
 
 
 def _by_floor(
-    view: ClusterView, request: PlacementRequest, best: Candidate | None
+    view: ClusterView, request: PlacementRequest, limit_s: float, excluded: AbstractSet[NodeId]
 ) -> Iterator[tuple[float, NodeId]]:
-    """Yield the least that moves and load can take on each node that might beat `best`, least first."""
+    """Yield the least that moves and load can take on each node within `limit_s`, least first."""
     size, shares, floors = request.share_bytes, request.shares, view.floors
-    limit_s = best.startup_s if best else math.inf
     known = floors.on_nodes(size, shares)
     heap: list[tuple[float, NodeId]] = []
     for load_s, node in view.paths_within_reach(request.model, size):
-        if load_s >= limit_s and best and (load_s, Kind.MIGRATE, 0.0, node) > best.key:
+        if load_s > limit_s:
             break
         while heap and heap[0][0] < load_s:
             yield heapq.heappop(heap)
+        if node in excluded:
+            continue
         floor_s = known.get(node)
         if floor_s is None:
             floor_s = floors.on_node(view.nodes[node], size, shares)
@@ -228,7 +257,7 @@ def explain(view: ClusterView, request: PlacementRequest, now: float) -> list[Ca
     for load_s, node_id in view.paths(request.model):
         node = view.nodes[node_id]
         found += _loads(view, node, request, load_s, now)
-        migration = _migration(streams, view, node, request, None, now)
+        migration = _migration(streams, view, node, request, math.inf, now)
         found += [migration] if migration else []
     return sorted(found, key=attrgetter("key"))
 
@@ -321,20 +350,19 @@ def _soonest(devices: list[DeviceView], count: int, now: float) -> list[DeviceVi
 
 def _migration(
     streams: Streams, view: ClusterView, node: NodeView, request: PlacementRequest,
-    best: Candidate | None, now: float,
+    limit_s: float, now: float,
 ) -> Candidate | None:  # fmt: skip
-    """Return the best load after moves on this node; None: there is none that could beat `best`."""
-    size = request.share_bytes
+    """Return the best load after moves on this node; None: there is none that starts within `limit_s`."""
+    size, best = request.share_bytes, None
     path = view.path(request.model, node.node)
     path_at = node.path_ready_at(path.source)
     for floor_s, names in _sets(view, node, request):
         chosen = [node.by_name[name] for name in names]
         queue_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
-        limit_s = best.startup_s - path.load_s if best else math.inf
-        if max(floor_s, queue_s) > limit_s:
+        if max(floor_s, queue_s) > limit_s - path.load_s:
             continue
         needs = dict.fromkeys(names, size)
-        found = cheapest_moves(streams, node, needs, request.priority, limit_s)
+        found = cheapest_moves(streams, node, needs, request.priority, limit_s - path.load_s)
         if found is None:
             continue
         cost_s, moves = found
@@ -345,8 +373,8 @@ def _migration(
             wait_s=wait_s, load_s=path.load_s, source=path.source, evicts=evicts, moves=moves,
         )  # fmt: skip
         if best is None or candidate.key < best.key:
-            best = candidate
-    return best if best and best.kind is Kind.MIGRATE and best.node == node.node else None
+            best, limit_s = candidate, candidate.startup_s
+    return best
 
 
 def _sets(

@@ -20,6 +20,8 @@ _URL: Final = re.compile(r"(https?|s3)://[^/\s]\S*")
 _TEXT_MAX: Final = 2048
 _REPLICAS_MAX: Final = 10_000
 _KEEP_ALIVE_S_MAX: Final = 31_536_000.0
+_AT_MS_MAX: Final = 253_402_300_800_000
+"""The year 10000."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,26 @@ class KnownPeer:
         return self.node
 
 
-Record = Pin | Alias | Registration | Desired | KnownPeer
+@dataclass(frozen=True, slots=True)
+class Wished:
+    """When and where an alias or desired replicas were last set or forgotten; who has none is older than all."""
+
+    what: str
+    """`alias NAME` or `desired MODEL`."""
+    at_ms: int
+    node: NodeId
+
+    @property
+    def key(self) -> str:
+        return self.what
+
+    @property
+    def order(self) -> tuple[int, str]:
+        """Of two wishes the greater one counts."""
+        return self.at_ms, self.node
+
+
+Record = Pin | Alias | Registration | Desired | KnownPeer | Wished
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +134,7 @@ class Records:
     registrations: Mapping[str, Registration] = field(default_factory=dict)
     desired: Mapping[str, Desired] = field(default_factory=dict)
     peers: Mapping[str, KnownPeer] = field(default_factory=dict)
+    wished: Mapping[str, Wished] = field(default_factory=dict)
 
     def of(self, kind: type[Record]) -> Mapping[str, Record]:
         """Return the records of one kind."""
@@ -137,6 +159,7 @@ FIELDS: Final[Mapping[type[Record], str]] = {
     Registration: "registrations",
     Desired: "desired",
     KnownPeer: "peers",
+    Wished: "wished",
 }
 
 
@@ -163,13 +186,20 @@ def check(record: Record) -> None:
             _check_desired(record)
         case KnownPeer(node, address):
             _check_name("node", node)
-            if not 0 < len(address) <= _TEXT_MAX:
-                raise InvalidRequestError(f"node {node!r} has no address", param="address")
+            _check_address(node, address)
+        case Wished():
+            _check_wished(record)
 
 
 def _check_name(param: str, name: str) -> None:
     if not _NAME.fullmatch(name):
-        raise InvalidRequestError(f"{name[:100]!r} is no name of a {param}", param=param)
+        a = "an" if param == "alias" else "a"
+        raise InvalidRequestError(f"{name[:100]!r} is no name of {a} {param}", param=param)
+
+
+def _check_address(node: str, address: str) -> None:
+    if not 0 < len(address) <= _TEXT_MAX:
+        raise InvalidRequestError(f"node {node!r} has no address", param="address")
 
 
 def _check_desired(desired: Desired) -> None:
@@ -186,3 +216,10 @@ def _check_desired(desired: Desired) -> None:
             f"keep_alive_s = {keep_alive_s}: must be from 0 to {_KEEP_ALIVE_S_MAX:.0f}",
             param="keep_alive_s",
         )
+
+
+def _check_wished(wished: Wished) -> None:
+    if not 0 < len(wished.what) <= _TEXT_MAX or len(wished.node) > _TEXT_MAX:
+        raise InvalidRequestError(f"{wished.what[:100]!r} is nothing to wish for", param="what")
+    if not 0 <= wished.at_ms <= _AT_MS_MAX:
+        raise InvalidRequestError(f"a wish of {wished.at_ms} ms is of no time", param="at_ms")

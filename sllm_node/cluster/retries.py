@@ -1,19 +1,23 @@
 """Where a session goes on after a node refused or failed: who is asked no more, and for how long it waits."""
 
+import asyncio
 import logging
+import math
+from collections import Counter
 from typing import Final
 
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import decode_state
+from sllm_node.cluster.move import Move
 from sllm_node.cluster.ways import Tools, Ways
 from sllm_node.cluster.wire import Refusal
 from sllm_node.core.errors import (
     CancelledByOperatorError,
     Fault,
+    GivenBackError,
     MessageError,
     ModelNotFoundError,
     NoPlaceError,
-    NotVacatedError,
     PeerDeniedError,
     PeerUnreachableError,
     SllmError,
@@ -23,7 +27,9 @@ from sllm_node.core.types import GenerationRequest, NodeId
 log = logging.getLogger(__name__)
 
 REFUSALS_MAX: Final = 3
-"""By one node in a row: then it is not asked again for this session."""
+"""By one node, without a token since: then it is not asked again for this session, while there are others."""
+REFUSED_S: Final = 1.0
+"""After so long who was refused everywhere may try again."""
 LOOK_S: Final = 1.0
 """After so long a session that waits looks for a node again, whatever it has heard."""
 UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
@@ -47,33 +53,38 @@ class Retries:
         self._clock = tools.clock
         self._patience_s = tools.limits.patience_s
         self._excluded: set[NodeId] = set()
-        self._refusals = 0
+        self._refusals: Counter[NodeId] = Counter()
         self._waits_until: float | None = None
 
     def forget(self) -> None:
         """Take note that tokens come: what was is over, but for the nodes that failed."""
-        self._refusals, self._waits_until = 0, None
+        self._refusals.clear()
+        self._waits_until = None
 
-    def refused(self, choice: Choice, record: Refusal) -> None:
-        """Learn from a refusal."""
-        self._refusals += 1
-        log.info("placement refused", extra={
-            "session": self._request.session, "node": choice.node, "reason": record.reason,
-        })  # fmt: skip
-        if self._refusals >= REFUSALS_MAX:
-            self._excluded.add(choice.node)
+    def refused(self, choice: Choice, record: Refusal) -> NoPlaceError:
+        """Learn from a refusal; return what it means if nobody else takes the session."""
+        error = self._note_refusal(choice, record.reason)
         try:
             self._ways.learn(decode_state(record.document))
         except MessageError:
             self._excluded.add(choice.node)
+        return error
+
+    def given_back(self, choice: Choice, error: GivenBackError) -> NoPlaceError:
+        """Learn the same of this node, whose own state says what can't be now."""
+        return self._note_refusal(choice, error.reason)
+
+    def _note_refusal(self, choice: Choice, reason: str) -> NoPlaceError:
+        log.info("placement refused", extra={
+            "session": self._request.session, "node": choice.node, "reason": reason,
+        })  # fmt: skip
+        self._refusals[choice.node] += 1
+        if self._refusals[choice.node] >= REFUSALS_MAX:
+            self._excluded.add(choice.node)
+        return NoPlaceError(self._request.model, reason, REFUSED_S)
 
     def failed(self, choice: Choice, error: SllmError, tokens: int) -> None:
         """Take note of who failed, or raise the error if nobody else can do better."""
-        if isinstance(error, NotVacatedError):  # this node's own state says what can't be now
-            self._refusals += 1
-            if self._refusals >= REFUSALS_MAX:
-                self._excluded.add(choice.node)
-            return
         is_callers = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
         is_final = is_callers and not tokens  # what one node took, a smaller one may refuse
         if is_final or isinstance(error, CancelledByOperatorError):
@@ -85,6 +96,38 @@ class Retries:
         self._excluded.add(choice.node)
         if isinstance(error, UNREACHABLE):
             self._ways.lost(choice.node, error)
+
+    async def outlast(self, move: Move) -> Choice | None:
+        """Wait for a move whose source is lost; return where the session starts sooner, if it does: the move ends.
+
+        None: the move has ended.
+        """
+        async with asyncio.TaskGroup() as group:
+            looking = group.create_task(self._find_sooner(move))
+            await asyncio.gather(move.task, return_exceptions=True)
+            looking.cancel()
+        return None if looking.cancelled() else looking.result()
+
+    async def _find_sooner(self, move: Move) -> Choice | None:
+        to, looked_at = move.part.choice.node, -math.inf
+        while move.report.outcome == "moving":
+            now = self._clock.now()
+            if now - looked_at >= LOOK_S:
+                looked_at = now
+                found = self._ways.choose(self._request, frozenset({*self._excluded, to}))
+                startup_s = math.inf if found is None else found.startup_s
+                if found and startup_s is not None and startup_s < move.needs_s(self._patience_s):
+                    move.stop("failed", f"its source is lost, and node {found.node!r} is sooner")
+                    return found
+            await self._ways.changed(LOOK_S)
+        return None
+
+    def goes_on(self, before: Choice, after: Choice, tokens: int) -> None:
+        """Tell where it goes on, and why there."""
+        log.info("session goes on", extra={
+            "session": self._request.session, "model": self._request.model, "node": after.node,
+            "after": before.node, "way": after.way, "why": after.reason, "tokens": tokens,
+        })  # fmt: skip
 
     async def place_again(self, error: SllmError, *, has_tokens: bool) -> Choice:
         """Return where it goes on; wait for a node if none is left and one may come back.

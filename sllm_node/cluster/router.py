@@ -7,21 +7,21 @@ nodes. What an operator does to models (load, pin, unload) is this node's alone.
 
 import asyncio
 import logging
-from dataclasses import replace
 from typing import Any, Generic
 
 from sllm_node.cluster import shown
-from sllm_node.cluster.choice import FORWARD_S, Choice, ask_for, choose, request_for
-from sllm_node.cluster.estimate import ErrorTrack, ForwardEstimator
+from sllm_node.cluster.acts import Acts
+from sllm_node.cluster.choice import Choice
+from sllm_node.cluster.elsewhere import Elsewhere
+from sllm_node.cluster.fetching import Fetching
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.hints import Hinting
 from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.movers import Movers
 from sllm_node.cluster.peers import Peers
-from sllm_node.cluster.reservations import Ask, ReservationId
-from sllm_node.cluster.retries import UNREACHABLE
-from sllm_node.cluster.state import BootId, HeldModel, NodeState
+from sllm_node.cluster.placing import Placing
+from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.texts import Texts
 from sllm_node.cluster.transport import Client
 from sllm_node.cluster.vacating import Vacating
@@ -49,8 +49,6 @@ from sllm_node.schedule.stream import Stream, client_id_of, request_of
 
 log = logging.getLogger(__name__)
 
-_HERE = Ask(ReservationId(""), BootId(""), 0)
-
 
 class Router(Generic[CodecT]):
     """Places the requests of this node's clients."""
@@ -64,30 +62,32 @@ class Router(Generic[CodecT]):
         clock: Clock,
         metrics: Metrics,
     ) -> None:
+        self.fetching: Fetching | None = None
+        """Makes models of peers known here; None: none are loaded from peers."""
         self._service = service
         self._peers = peers
-        self._texts = texts
         self._clock = clock
         self._metrics = metrics
         timing = peers.cluster.timing
         self._tools = Tools(client, clock, Limits(timing.dead_s, 6 * timing.dead_s))
+        patience_s = self._tools.limits.patience_s
+        self.elsewhere = Elsewhere(peers, texts, clock, self.changed, patience_s)
         self._routed: set[RoutedStream] = set()
         self._homes: set[HomeStream] = set()
         self._quiet = asyncio.Event()
         self._quiet.set()
         self._news = asyncio.Event()
         self._watching: set[asyncio.Task[None]] = set()
-        self.errors = ErrorTrack()
-        """Of estimated startup times."""
-        self._forwarding = ForwardEstimator(FORWARD_S)
         peers.on_change = self._on_change
         self.hints = Hinting(service, peers, client, clock)
-        self._movers = Movers(peers, metrics, clock, self._carried)
+        self.movers = self._movers = Movers(peers, metrics, clock, self._carried)
         self.vacating = Vacating(service, peers, self._movers, client, clock, metrics)
         service.on_change = self._on_service_change
         self.leave = self.vacating.asked
-        self.load, self.unload = service.load, service.unload
-        self.pin, self.unpin = service.pin, service.unpin
+        self.placing = placing = Placing(peers, lambda: self.vacating.gain_s, clock, metrics)
+        self.choose, self.ask, self.started = placing.choose, placing.ask, placing.started
+        self.acts = acts = Acts(service, self.elsewhere, self.ensure)
+        self.load, self.unload, self.pin, self.unpin = acts.load, acts.unload, acts.pin, acts.unpin
 
     # --- sessions -----------------------------------------------------------------------------
 
@@ -96,8 +96,7 @@ class Router(Generic[CodecT]):
         name = ModelId(model)
         is_slow = self._service.is_slow_to_read(name, characters)
         if is_slow and characters < LONG_CHARACTERS:  # its tokenizer is not this node's own
-            held, _ = self._elsewhere(name)
-            is_slow = held is None or self._texts.get_now(held) is None
+            is_slow = not self.elsewhere.is_read(name)
         if is_slow and not self._service.is_draining:
             self.hints.give(name)
 
@@ -106,22 +105,27 @@ class Router(Generic[CodecT]):
 
         Raises:
             ModelNotFoundError: no node has such a checkpoint.
+            DrainingError: only peers have it, and this node drains.
         """
         try:
             return await self._service.prepare(model)
         except ModelNotFoundError as error:
-            return await self._codec_elsewhere(ModelId(model), error)
+            if self.is_draining and self.elsewhere.find(ModelId(model))[0] is not None:
+                raise self._service.drain_refusal() from error
+            codec = await self.elsewhere.codec(ModelId(model))
+            if codec is None:
+                raise self.acts.unknown(model) from error
+            return codec
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have."""
         try:
             return self._service.context_limit(model)
-        except ModelNotFoundError:
-            held, _ = self._elsewhere(ModelId(model))
-            if held is None:
-                raise
-        known = self._texts.get_now(held)
-        return held.context_tokens if known is None else known.context_tokens
+        except ModelNotFoundError as error:
+            limit = self.elsewhere.context_limit(ModelId(model))
+            if limit is None:
+                raise self.acts.unknown(model) from error
+        return limit
 
     def session_limit(self, model: str) -> int:
         """Return how many sessions of `model` one request may ask for."""
@@ -136,11 +140,16 @@ class Router(Generic[CodecT]):
             SllmError: it is refused at once, with the reason.
         """
         if self._service.is_draining:
-            return self._service.open(request, keep_alive_s=keep_alive_s)  # which says so
+            try:
+                return self._service.open(request, keep_alive_s=keep_alive_s)  # which says so
+            except ModelNotFoundError as error:  # peers have it, or `prepare` had said so
+                raise self._service.drain_refusal() from error
         excluded: frozenset[NodeId] = frozenset()
         choice = self.choose(request, excluded)
-        is_absent = choice is None and self._is_absent(request.model)
-        if not is_absent and (choice is None or choice.node == self._peers.me):
+        choice = choice and self.hints.followed(request, choice)
+        is_absent = choice is None and self.elsewhere.is_absent(request.model)
+        is_mine = choice is None or choice.node == self._peers.me
+        if not is_absent and is_mine and not self._comes_from_peer(request.model, choice):
             try:
                 return self._open_here(request, keep_alive_s, choice)
             except SllmError as error:
@@ -153,6 +162,12 @@ class Router(Generic[CodecT]):
         if choice is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
         return self._route(request, keep_alive_s, choice)
+
+    def _comes_from_peer(self, model: ModelId, choice: Choice | None) -> bool:
+        """Tell whether this node is to load what it does not know yet."""
+        if choice is None or choice.candidate is None or self.fetching is None:
+            return False
+        return not self.fetching.is_here(model)
 
     def _route(
         self,
@@ -181,8 +196,9 @@ class Router(Generic[CodecT]):
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
     ) -> HomeStream:
         stream = self.open_local(request, keep_alive_s, choice)
-        home = HomeStream(stream, keep_alive_s, self._carry, self._homes.discard)
+        home = HomeStream(stream, keep_alive_s, self._carry, self._home_ended)
         self._homes.add(home)
+        self._quiet.clear()
         home.choice = choice
         if choice is not None and choice.startup_s is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
@@ -199,43 +215,42 @@ class Router(Generic[CodecT]):
     def ended(self, stream: RoutedStream) -> None:
         """Forget a session that has ended."""
         self._routed.discard(stream)
-        if not self._routed:
+        self._look_quiet()
+
+    def _home_ended(self, home: HomeStream) -> None:
+        self._homes.discard(home)
+        self._look_quiet()
+
+    def _look_quiet(self) -> None:
+        if not self._routed and not self._homes:
             self._quiet.set()
 
     # --- what sessions ask (forward.Ways) -----------------------------------------------------
 
-    def choose(self, request: GenerationRequest, excluded: frozenset[NodeId]) -> Choice | None:
-        """Place a request by what is known now."""
-        self._peers.refresh()
-        view = self._peers.view
-        asked = request_for(view, request.model, request.priority)
-        gain_s = self.vacating.gain_s
-        found = choose(view, asked, self._peers.me, self._clock.now(), excluded, gain_s)
-        if found is not None and found.node != self._peers.me:
-            found = replace(found, forward_s=self._forwarding.seconds(found.node))
-        where = "here" if found and found.node == self._peers.me else "peer"
-        self._metrics.placements.labels(found.way if found else "none", where).inc()
-        return found
+    async def ensure(self, model: str) -> None:
+        """Know a model of peers that is to be loaded or pulled here; nothing if it is known.
 
-    def ask(self, choice: Choice, request: GenerationRequest) -> Ask:
-        """Return what the choice counts on; with no boot: it is this node."""
-        return _HERE if choice.node == self._peers.me else self._ask(choice, request)
-
-    def _ask(self, choice: Choice, request: GenerationRequest) -> Ask:
-        node = self._peers.view.nodes.get(choice.node)
-        if node is None:
-            return _HERE
-        asked = request_for(self._peers.view, request.model, request.priority)
-        return ask_for(choice, asked, node.state, request.session)
+        Raises:
+            SllmError: no peer has all of it, or gives it.
+        """
+        if self.fetching is not None:
+            await self.fetching.ensure(model)
 
     def open_local(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
     ) -> Stream:
         """Begin a session here, with the moves that its placement counts on."""
-        stream = self._service.open(request, keep_alive_s=keep_alive_s)
-        if choice is not None and choice.moves:
-            self.vacating.begin(self._ask(choice, request), stream)
-        return stream
+        if choice is None or not choice.moves:
+            return self._service.open(request, keep_alive_s=keep_alive_s)
+        ask = self.placing.ask_in_full(choice, request)
+        return self.vacating.open(request, keep_alive_s, ask)
+
+    def standing(self, model: ModelId) -> ModelStatus | None:
+        """Return how a model stands that a session waits for; None: nobody tells of it any more."""
+        try:
+            return self.status(model)
+        except SllmError:
+            return None
 
     def learn(self, state: NodeState) -> None:
         """Take the state that came with a refusal."""
@@ -245,21 +260,6 @@ class Router(Generic[CodecT]):
         """Take note that a node can't be reached."""
         log.warning("peer lost", extra={"peer": node, "error": str(error)})
         self._peers.lost(node)
-
-    def started(self, choice: Choice, model: str, seconds: float) -> None:
-        """Compare the estimate with what came."""
-        if choice.startup_s is None:
-            return
-        self.errors.observe(choice.startup_s, seconds)
-        where = "here" if choice.node == self._peers.me else "peer"
-        if where == "peer" and choice.way == "serve":
-            self._forwarding.observe(choice.node, seconds)
-        error_s = abs(seconds - choice.startup_s)
-        self._metrics.estimate_error_seconds.labels(where).observe(error_s)
-        log.debug("session started", extra={
-            "model": model, "node": choice.node, "expected_s": round(choice.startup_s, 4),
-            "startup_s": round(seconds, 4),
-        })  # fmt: skip
 
     def passed_on(self, node: NodeId, seconds: float) -> None:
         """Count what this node added to tokens of a peer."""
@@ -323,12 +323,10 @@ class Router(Generic[CodecT]):
     def models(self) -> list[ModelStatus]:
         """Return the models of all nodes."""
         here = {status.model: status for status in self._service.models()}
-        names = {name for node in self._peers.view.nodes.values() for name in node.held}
-        names |= {held.model for state in self._peers.absent() for held in state.models}
-        for name in names - here.keys():
-            held, _ = self._elsewhere(name)
-            if held is not None:
-                here[name] = shown.status_elsewhere(self._peers.view, held)
+        for name in self.elsewhere.names() - here.keys():
+            status = self.elsewhere.status(name)
+            if status is not None:
+                here[name] = status
         return [here[name] for name in sorted(here)]
 
     def status(self, model: str) -> ModelStatus:
@@ -339,60 +337,11 @@ class Router(Generic[CodecT]):
         """
         try:
             return self._service.status(model)
-        except ModelNotFoundError:
-            held, _ = self._elsewhere(ModelId(model))
-            if held is None:
-                raise
-        return shown.status_elsewhere(self._peers.view, held)
-
-    def _elsewhere(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
-        """Return the newest checkpoint of a model that peers have, and who has it.
-
-        Of a model that only peers have which can't be asked now, they are those.
-        """
-        told = [
-            (node.held[model], name)
-            for name, node in sorted(self._peers.view.nodes.items())
-            if name != self._peers.me and model in node.held
-        ] or [
-            (held, state.node)
-            for state in self._peers.absent()
-            for held in state.models
-            if held.model == model
-        ]
-        if not told:
-            return None, []
-        newest = max(held.created for held, _ in told)
-        mine = [(held, name) for held, name in told if held.created == newest]
-        return mine[0][0], [name for _, name in mine]
-
-    async def _heard(self, model: ModelId) -> tuple[HeldModel | None, list[NodeId]]:
-        """Return the same, once peers had time to say what they have: a node that starts knows nobody."""
-        while (found := self._elsewhere(model))[0] is None and self._peers.is_listening():
-            await self.changed(self._peers.listens_until - self._clock.now())
-        return found
-
-    async def _codec_elsewhere(self, model: ModelId, missing: ModelNotFoundError) -> CodecT:
-        """Return the codec of a peer's model, as patiently as a session waits for a node to run on."""
-        until = self._clock.now() + self._tools.limits.patience_s
-        while True:
-            held, holders = await self._heard(model)
-            if held is None:
-                there = tuple(status.model for status in self.models())
-                raise ModelNotFoundError(model, there) from missing
-            try:
-                return (await self._texts.get(held, holders)).codec
-            except UNREACHABLE:
-                left_s = until - self._clock.now()
-                if left_s <= 0 or not await self.changed(left_s):
-                    raise
-
-    def _is_absent(self, model: ModelId) -> bool:
-        """Tell whether only peers have a model that can't be asked now: who wants it may wait for them."""
-        if self._peers.view.is_known(model):
-            return False
-        held, _ = self._elsewhere(model)
-        return held is not None
+        except ModelNotFoundError as error:
+            status = self.elsewhere.status(ModelId(model))
+            if status is None:
+                raise self.acts.unknown(model) from error
+        return status
 
     # --- operators ----------------------------------------------------------------------------
 
@@ -441,13 +390,14 @@ class Router(Generic[CodecT]):
 
     async def close(self) -> None:
         """End what is routed."""
+        self._movers.close()
         for stream in list(self._routed):
             stream.cancel()
         for task in list(self._watching):
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)
-        await self.hints.close()
         await self.vacating.close()
+        await self.hints.close()
 
 
 def _placed_fields(request: GenerationRequest, choice: Choice) -> dict[str, object]:

@@ -21,6 +21,7 @@ from sllm_node.cluster.autoscale import (
 )
 from sllm_node.cluster.choice import request_for
 from sllm_node.cluster.demand import demand_of, load_of
+from sllm_node.cluster.fetching import Fetching
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.records import Desired
 from sllm_node.cluster.scale_messages import ScaleAnswer, ScaleAsk, pack, unpack_answer, unpack_ask
@@ -51,11 +52,13 @@ class Scaling:
         desired: Callable[[], Iterable[Desired]],
         clock: Clock,
         metrics: Metrics,
+        fetching: Fetching | None = None,
     ) -> None:
         dead_s = peers.cluster.timing.dead_s
         options = ScaleOptions(settle_s=1.5 * dead_s, pending_s=max(60.0, 6 * dead_s))
         self._scaler = Autoscaler(peers.me, options)
         self._service = service
+        self._fetching = fetching
         self._peers = peers
         self._desired = desired
         self._clock = clock
@@ -203,6 +206,8 @@ class Scaling:
     async def _see_to(self, model: ModelId) -> str:
         """Load it; return what came in the way. What is looked at and done is one turn of the loop."""
         try:
+            if self._fetching is not None and self._has_room(model):
+                await self._fetching.ensure(model)
             if not self._has_room(model):
                 return _NO_ROOM
             await self._service.load(model)

@@ -12,6 +12,7 @@ from typing import Any, Final, Protocol
 
 from sllm_node.checkpoint.cards import TEXT_FILES
 from sllm_node.cluster.document import encode_state
+from sllm_node.cluster.fetching import Fetching
 from sllm_node.cluster.peers import HEARTBEAT, Peers
 from sllm_node.cluster.reservations import Ask, Refused, Reservations
 from sllm_node.cluster.state import NodeState
@@ -30,25 +31,27 @@ from sllm_node.cluster.wire import (
     unpack_describe,
     unpack_extend,
     unpack_forward,
+    unpack_left,
 )
 from sllm_node.cluster.wire import Refusal as RefusalRecord
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import (
     EngineError,
+    GivenBackError,
     HopLimitError,
     MoveRefusedError,
-    NotVacatedError,
     SllmError,
 )
 from sllm_node.core.types import ModelId, NodeId, SessionId
 from sllm_node.schedule.driver import Service
-from sllm_node.schedule.stream import Stream, request_of
+from sllm_node.schedule.stream import Stream, client_id_of, request_of
 
 log = logging.getLogger(__name__)
 
 GENERATE: Final = "generate"
 EXTEND: Final = "extend"
+LEFT: Final = "left"
 DESCRIBE: Final = "describe"
 _PIECE_BYTES: Final = 1 << 20
 
@@ -70,24 +73,32 @@ class Serving:
     """The handlers of the listener."""
 
     def __init__(
-        self, service: Service[Any], peers: Peers, vacating: Vacating, clock: Clock, ping_s: float
-    ) -> None:
+        self, service: Service[Any], peers: Peers, vacating: Vacating, clock: Clock, ping_s: float,
+        fetching: Fetching | None = None,
+    ) -> None:  # fmt: skip
         self._service = service
         self._peers = peers
         self._vacating = vacating
         self._clock = clock
+        self._fetching = fetching
         self._ping_s = ping_s
         """A peer that waits hears something this often."""
         self._reservations = Reservations(ttl_s=ping_s)
-        self._held: dict[tuple[NodeId, str, int], Stream] = {}
-        """Sessions that move here, by entry, session and epoch."""
+        self._served: dict[tuple[NodeId, str, int], Stream] = {}
+        """Sessions of peers' clients, by entry, session and epoch."""
 
     def handlers(self) -> Mapping[str, Handler]:
         """Return what answers which request."""
         return {
             HEARTBEAT: self.heartbeat, GENERATE: self.generate, EXTEND: self.extend,
-            DESCRIBE: self.describe,
+            LEFT: self.left, DESCRIBE: self.describe,
         }  # fmt: skip
+
+    def entry_of(self, name: str) -> NodeId | None:
+        """Return the node whose client has a session that is served here; None: there is none."""
+        keys = ((entry, SessionId(session)) for entry, session, _ in self._served)
+        found = (e for e, s in keys if name in (s, request_of(s), client_id_of(request_of(s))))
+        return next(found, None)
 
     async def heartbeat(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
         """Take a heartbeat."""
@@ -105,6 +116,9 @@ class Serving:
         fields = {"session": request.session, "entry": sender, "why": forward.why}
         if forward.migration:
             fields["migration"] = forward.migration
+        if forward.ask.shares and (problem := await self._learn(request.model, reply)):
+            await reply.send(pack(failed(problem)))
+            return
         ask = joined(forward.ask, request.model, self._peers.refresh())
         if (refused := self._refusal(ask)) is not None:
             log.info("forwarded session refused", extra={**fields, "reason": refused.reason})
@@ -116,28 +130,49 @@ class Serving:
             log.info("forwarded session refused", extra={**fields, "reason": str(error)})
             await reply.send(pack(failed(error)))
             return
-        self._vacating.begin(ask, stream)
         log.info("forwarded session taken", extra={**fields, "resumed": len(request.resumed)})
         key = (sender, str(request.session), forward.epoch)
-        if request.held:
-            self._held[key] = stream
+        self._served[key] = stream
         try:
-            await self._pass_on(stream, reply)
+            self._vacating.begin(ask, stream)
+            await self._pass_on(stream, _Heard(reply, sender, self._peers))
         finally:
-            if self._held.get(key) is stream:  # not a later try's, of the same epoch
-                del self._held[key]
+            if self._served.get(key) is stream:  # not a later try's, of the same epoch
+                del self._served[key]
             stream.cancel()  # the peer went away, or it has ended
             log.info("forwarded session left", extra={**fields, "tokens": stream.tokens})
 
     async def extend(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
         """Add tokens to a session that moves here; the last ones let it go."""
         told = unpack_extend(payload)
-        stream = self._held.get((sender, told.session, told.epoch))
-        if stream is None or told.position > stream.position:
+        stream = self._served.get((sender, told.session, told.epoch))
+        if stream is None or not stream.request.held or told.position > stream.position:
             await reply.send(pack(failed(MoveRefusedError(told.session, "it is not held here"))))
             return
         stream.extend(told.position, told.tokens, lets_go=told.lets_go)
         await reply.send(pack(Granted()))
+
+    async def left(self, sender: NodeId, payload: bytes, reply: Reply) -> None:
+        """End a session that another node goes on with."""
+        told = unpack_left(payload)
+        await reply.send(pack(Granted()))
+        if (stream := self._served.get((sender, told.session, told.epoch))) is not None:
+            stream.leave(told.migration)
+
+    async def _learn(self, model: ModelId, reply: Reply) -> SllmError | None:
+        """Know a model that is to be loaded from a peer, with signs of life; return what is in the way."""
+        if self._fetching is None or self._fetching.is_here(model):
+            return None
+        while True:
+            try:
+                async with asyncio.timeout(self._ping_s):
+                    await self._fetching.ensure(model)
+            except TimeoutError:
+                await reply.send(pack(Waiting()))
+            except SllmError as error:
+                return error
+            else:
+                return None
 
     def _refusal(self, ask: Ask) -> RefusalRecord | None:
         state = self._peers.refresh()
@@ -152,7 +187,7 @@ class Serving:
         limit = int(self._peers.cluster.limits.document_bytes)
         return RefusalRecord(reason, encode_state(state, limit))
 
-    async def _pass_on(self, stream: Stream, reply: Reply) -> None:
+    async def _pass_on(self, stream: Stream, reply: "_Heard") -> None:
         while not stream.started.is_set():
             await reply.send(pack(Waiting(stream.status())))
             try:
@@ -172,12 +207,12 @@ class Serving:
             error = found
         else:
             return
-        if isinstance(error, NotVacatedError):  # it has not begun: to be placed anew
+        if isinstance(error, GivenBackError):  # it has not begun: to be placed anew
             await reply.send(pack(self._refuse(str(error), self._peers.refresh())))
         else:
             await reply.send(pack(failed(error)))
 
-    async def _pass_standing(self, stream: Stream, reply: Reply) -> None:
+    async def _pass_standing(self, stream: Stream, reply: "_Heard") -> None:
         """Tell how far a session is that holds, until it does not any more."""
         told: int | None = -1
         while told is not None:
@@ -190,7 +225,7 @@ class Serving:
                 if told is not None:
                     await reply.send(pack(Standing(told)))
 
-    async def _pass_chunk(self, stream: Stream, reply: Reply) -> bool:
+    async def _pass_chunk(self, stream: Stream, reply: "_Heard") -> bool:
         """Send what comes next, or a sign of life; return whether it was the last."""
         if (leave := self._vacating.wish_for(stream.request.session)) is not None:
             await reply.send(pack(leave))
@@ -222,3 +257,18 @@ class Serving:
         for _, data in found:
             for at in range(0, len(data), _PIECE_BYTES):
                 await reply.send(data[at : at + _PIECE_BYTES])
+
+
+class _Heard:
+    """A reply to a peer for as long as that is heard: what is sent to one cut off ends nowhere, and nobody says so."""
+
+    def __init__(self, reply: Reply, peer: NodeId, peers: Peers) -> None:
+        self._reply = reply
+        self._peer = peer
+        self._peers = peers
+
+    async def send(self, payload: bytes) -> None:
+        """Send a frame, or drop the connection."""
+        if self._peers.is_dead(self._peer):
+            raise ConnectionResetError(f"peer {self._peer} is dead to this node")
+        await self._reply.send(payload)

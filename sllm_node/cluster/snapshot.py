@@ -2,7 +2,8 @@
 
 Models and tiers are looked up at each heartbeat, since that looks at files; replicas, sessions and
 memory are read anew for each decision. A node has one replica of a model at most, so a replica is named
-after its model.
+after its model. A model that waits for nothing but evictions is told as a replica that comes: its bytes
+are taken, and those of who leaves for it are not free again.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from sllm_node.core.types import ModelId, ModelState, NodeId, Tier
 from sllm_node.schedule.actions import ReplicaView
 from sllm_node.schedule.outlook import ModelFacts, Outlook
 
+_COMING: Final = (ModelState.QUEUED, ModelState.LOADING)
 _IDLE_GRAIN_S: Final = 10.0
 """Idle times are told in steps of it, so that a node where nothing happens tells nothing new."""
 
@@ -32,8 +34,16 @@ _IDLE_GRAIN_S: Final = 10.0
 class Snapshot:
     """Makes the states of one boot of this node, each with the next version."""
 
-    def __init__(self, me: NodeId, boot: BootId, outlook: Outlook) -> None:
+    def __init__(
+        self,
+        me: NodeId,
+        boot: BootId,
+        outlook: Outlook,
+        from_peers: Callable[[], tuple[float, float]] = lambda: (0.0, 0.0),
+    ) -> None:
+        """`from_peers`: bytes a second of a load from a peer, and seconds before its first one."""
         self._me = me
+        self._from_peers = from_peers
         self._boot = boot
         self._outlook = outlook
         self._models: tuple[HeldModel, ...] = ()
@@ -43,6 +53,8 @@ class Snapshot:
         """How long sessions of a model take to resume here, as far as that was seen."""
         self.settle_s = 0.0
         """A session that came by a move is not moved again for another model for so long."""
+        self.cluster_file = ""
+        """A digest of the cluster file that this node follows."""
         self.shown: Callable[[NodeState, float], NodeState] = lambda state, _: state
         """Makes of a state what others are to see: less what is promised."""
 
@@ -70,6 +82,7 @@ class Snapshot:
             is_draining=self._outlook.is_draining,
             nvme_done_s=nvme_done_s,
             link_done_s=link_done_s,
+            cluster_file=self.cluster_file,
         )
         made = self.shown(made, now)
         if self._last is None or self._last != made:
@@ -80,15 +93,22 @@ class Snapshot:
     def _devices(self, replicas: tuple[ReplicaView, ...], now: float) -> tuple[DeviceState, ...]:
         found = []
         for name, total in self._outlook.capacities().items():
-            taken, loads = 0, []
+            staying = leaving = coming = 0
+            loads = []
             for view in replicas:
                 here = sum(
                     size for d, size in zip(view.devices, view.sizes, strict=True) if d == name
                 )
-                taken += here
-                if here and view.state is ModelState.LOADING:
-                    loads.append(max(0.0, view.ready_at - now))
-            found.append(DeviceState(name, total, max(0, total - taken), tuple(sorted(loads))))
+                if view.state is ModelState.EVICTING:
+                    leaving += here
+                elif view.state is ModelState.QUEUED:
+                    coming += here
+                else:
+                    staying += here
+                if here and view.state in _COMING:
+                    loads.append(self._done_s(view, now))
+            free = max(0, total - staying - max(leaving, coming))
+            found.append(DeviceState(name, total, free, tuple(sorted(loads))))
         return tuple(found)
 
     def _queues(self, replicas: tuple[ReplicaView, ...], now: float) -> tuple[float, float]:
@@ -97,14 +117,20 @@ class Snapshot:
         nvme_s = link_s = 0.0
         for view in replicas:
             model = held.get(view.model)
-            if model is None or view.state is not ModelState.LOADING:
+            if model is None or view.state not in _COMING:
                 continue
-            done_s = max(0.0, view.ready_at - now)
+            done_s = self._done_s(view, now)
             if model.bytes_nvme > model.bytes_dram:
                 nvme_s = max(nvme_s, done_s)
             if model.bytes_stored > max(model.bytes_nvme, model.bytes_dram):
                 link_s = max(link_s, done_s)
         return nvme_s, link_s
+
+    def _done_s(self, view: ReplicaView, now: float) -> float:
+        """Return how long until a load that comes, or is under way, is expected to be done."""
+        if view.state is ModelState.QUEUED:
+            return max(view.load_s, view.ready_at + self._outlook.evict_s - now)
+        return max(0.0, view.ready_at - now)
 
     def _replica(self, view: ReplicaView, now: float) -> ReplicaState:
         tickets = (*view.running, *view.waiting)
@@ -129,7 +155,7 @@ class Snapshot:
             shares=tuple(map(DeviceShare, view.devices, view.sizes)),
             slots=len(sessions) if view.is_leaving else slots,
             sessions=sessions,
-            ready_s=max(0.001, view.ready_at - now) if view.state is ModelState.LOADING else 0.0,
+            ready_s=max(0.001, self._done_s(view, now)) if view.state in _COMING else 0.0,
             next_free_s=_turn_s(view, slots) if is_full else None,
             idle_s=idle_s // _IDLE_GRAIN_S * _IDLE_GRAIN_S,
             is_pinned=view.pinned,
@@ -138,15 +164,18 @@ class Snapshot:
 
     def _bandwidths(self) -> Bandwidths:
         rate = self._outlook.bandwidth
+        peer, peer_s = self._from_peers()
         return Bandwidths(
             clone=0.0,
             decode=rate(Tier.DRAM, is_encoded=True),
             dram=rate(Tier.DRAM),
             nvme=rate(Tier.NVME),
+            peer=peer,
             remote=rate(Tier.REMOTE) if self._outlook.keeps_remotes else 0.0,
             beside_s=round(self._outlook.beside_s(is_kept=False), 4),
             kept_s=round(self._outlook.beside_s(is_kept=True), 4),
             evict_s=round(self._outlook.evict_s, 4),
+            peer_s=peer_s,
         )
 
 

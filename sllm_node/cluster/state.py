@@ -54,6 +54,8 @@ class Bandwidths:
     """The same where the module is kept from an earlier load."""
     evict_s: float = 0.0
     """Seconds until the memory of idle replicas is free for a load."""
+    peer_s: float = 0.0
+    """Seconds that one from a peer takes before its first byte: index and texts come first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,3 +182,5 @@ class NodeState:
     link_done_s: float = 0.0
     """The same of its network link: loads from peers and remotes."""
     format: int = FORMAT
+    cluster_file: str = ""
+    """A digest of the cluster file it follows (`cluster.agreement`); empty: an older release."""

@@ -10,6 +10,8 @@ tells the other side to stop, at once and without a message.
 """
 
 import asyncio
+import os
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, Final
@@ -19,6 +21,7 @@ from aiohttp import web
 
 from sllm_node.cluster.auth import ENVELOPE_BYTES
 from sllm_node.cluster.frames import FrameReader, FrameWriter, only
+from sllm_node.cluster.refusals import CERTIFICATE
 from sllm_node.cluster.trust import REQUEST_LIMIT, Trust
 from sllm_node.cluster.wire import VERSION
 from sllm_node.core.errors import (
@@ -36,6 +39,11 @@ PREFIX: Final = f"/peer/{VERSION}/"
 RECEIVER: Final = "x-sllm-receiver"
 _READ_S: Final = 30.0
 """For the body of a request to come."""
+_TURNS: Final = 4
+"""Of the event loop, in which what was written on an idle connection has left."""
+_EXPIRED: Final = 10
+_NOT_FOR_ADDRESS: Final = (62, 64)
+"""What OpenSSL calls X509_V_ERR_CERT_HAS_EXPIRED, _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH."""
 _TOLD_MAX: Final = 4096
 """Bytes read of an answer that is no answer."""
 Addresses = Callable[[NodeId], str | None]
@@ -97,7 +105,9 @@ class Client:
                     if not response.content.is_eof():
                         response.close()
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise PeerUnreachableError(peer, str(error) or type(error).__name__) from error
+            if (reason := _certificate_problem(error)) is not None:
+                raise PeerDeniedError(peer, CERTIFICATE + reason) from error
+            raise PeerUnreachableError(peer, _problem(error, address)) from error
 
 
 async def _frames(response: aiohttp.ClientResponse, reader: FrameReader) -> AsyncIterator[bytes]:
@@ -108,21 +118,81 @@ async def _frames(response: aiohttp.ClientResponse, reader: FrameReader) -> Asyn
         raise MessageFormatError("an answer was cut off in the middle of a frame")
 
 
+def _certificate_problem(error: Exception) -> str | None:
+    """Return why certificates kept a connection from coming to be; None: something else did."""
+    cause: BaseException | None = error
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        cause = error.certificate_error
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        cause = error.os_error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        if cause.verify_code in _NOT_FOR_ADDRESS:
+            return "its certificate is for another address; see [[nodes]] and 'sllm-node cluster check'"
+        if cause.verify_code == _EXPIRED:
+            return "its certificate has expired; 'sllm-node cluster check' says more"
+        return "its certificate is of another authority; compare trust.ca_file of both nodes"
+    if isinstance(cause, OSError) and "ALERT" in str(cause) and "SSL" in str(cause):
+        return "it refuses our certificate; compare trust.ca_file of both nodes"
+    return None
+
+
+def _problem(error: Exception, address: str) -> str:
+    """Return what went wrong, without the peer's address: clients are told it, too."""
+    cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if (
+        isinstance(cause, OSError)
+        and not isinstance(cause, ssl.SSLError)
+        and (cause.errno or 0) > 0
+    ):
+        return os.strerror(cause.errno or 0).lower()
+    text = str(cause)
+    host = address.rpartition(":")[0].strip("[]")
+    return text if text and host not in text else type(cause).__name__
+
+
 class Reply:
     """The answer to one request, frame by frame."""
 
     def __init__(self, http: web.Request, secret: bytes | None, silence_s: float) -> None:
         self._http = http
-        self._writer = FrameWriter(secret)
-        self._silence_s = silence_s
+        self.writer = FrameWriter(secret)
+        self.silence_s = silence_s
+        """A peer that takes no bytes for so long is dropped."""
         self.response = web.StreamResponse()
 
     async def send(self, payload: bytes) -> None:
         """Send a frame; a peer that takes no bytes for too long is dropped."""
-        async with asyncio.timeout(self._silence_s):
+        await self.pass_on(self.writer.frame(payload))
+
+    async def pass_on(self, frame: bytes | memoryview) -> None:
+        """Send a frame that `writer` made, perhaps in a thread; it is the connection's from now on."""
+        async with asyncio.timeout(self.silence_s):
             if not self.response.prepared:
                 await self.response.prepare(self._http)
-            await self.response.write(self._writer.frame(payload))
+            await self.response.write(frame)
+
+    async def descriptor(self) -> int | None:
+        """Return a descriptor of the connection, the caller's to close, for a thread to write frames to.
+
+        All that was sent before has left. None: frames must go through `pass_on`, as TLS is the event
+        loop's, or not all has left.
+        """
+        transport = self._http.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the peer has gone away")
+        if transport.get_extra_info("ssl_object") is not None:
+            return None
+        for _ in range(_TURNS):
+            if not transport.get_write_buffer_size():
+                break
+            await asyncio.sleep(0)
+        if transport.is_closing():  # meanwhile
+            raise ConnectionResetError("the peer has gone away")
+        if transport.get_write_buffer_size():
+            return None
+        return os.dup(transport.get_extra_info("socket").fileno())
 
     async def end(self) -> None:
         """Send what tells that nothing more comes."""

@@ -8,7 +8,8 @@ for it), and asks the entry of each of their sessions to move it; all at once, s
 computes them in one batch. The scheduler does the rest: the last session gone, it evicts and loads. The
 vacate is over when the model loads (freed), an entry says that a session stays (refused), it takes too
 long (late), or nobody waits for the model any more (over). After `refused` and `late` the replicas are
-open again, what has moved has moved, and the request goes back to its entry, to be placed anew.
+open again, what has moved has moved, and all who wait for the model go back to their entries, to be
+placed anew.
 
 Others see all this in the node's state (`shown`), so they don't count on what can't be: the model is on
 its way there, its memory is taken, and sessions stay that may not move: on devices of which one is being
@@ -86,7 +87,10 @@ Action = AskToLeave | Ended
 
 
 def joined(ask: Ask, model: ModelId, state: NodeState) -> Ask:
-    """Return the ask without its wish for memory if the model is there or coming since: it waits for that."""
+    """Return the ask without its wish for memory if the model is there or coming since: it waits for that.
+
+    It was to be loaded, and that has begun meanwhile: by a hint, or for another session.
+    """
     here = (r for r in state.replicas if r.model == model and not r.is_leaving)
     if ask.shares and any(replica.free_slots > 0 for replica in here):
         return replace(ask, shares=(), evicts=(), frees=(), aways=())
@@ -166,13 +170,17 @@ class Vacates:
         return [self._fail(found, "refused", f"session {session} stays: {reason}", (session,), now)]
 
     def refuse(self, model: ModelId, reason: str, now: float) -> list[Action]:
-        """End one that its own node can't make."""
-        vacate = self._active[model]
-        return [self._fail(vacate, "refused", reason, vacate.sessions, now)]
+        """End one that its own node can't make; nothing if it has ended."""
+        vacate = self._active.get(model)
+        return (
+            [] if vacate is None else [self._fail(vacate, "refused", reason, vacate.sessions, now)]
+        )
 
     def on_news(self, model: ModelId, view: ModelView, now: float) -> list[Action]:
-        """Take note of how a model stands that room is made for."""
-        vacate = self._active[model]
+        """Take note of how a model stands; it matters while room is made for it."""
+        vacate = self._active.get(model)
+        if vacate is None:
+            return []
         if view.state in (ModelState.LOADING, ModelState.READY):
             return [self._end(vacate, "freed", now)]
         return [] if view.waiting else [self._end(vacate, "over", now)]

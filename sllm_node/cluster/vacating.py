@@ -21,16 +21,17 @@ from sllm_node.cluster.vacate import (
     Vacate,
     VacateLimits,
     Vacates,
+    joined,
     objection,
 )
 from sllm_node.cluster.wire import Leave, Stays, pack, unpack_stays
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
-from sllm_node.core.errors import MoveRefusedError, NotVacatedError, SllmError
+from sllm_node.core.errors import GivenBackError, MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import ModelId, NodeId, SessionId
+from sllm_node.core.types import GenerationRequest, ModelId, ModelState, NodeId, SessionId
 from sllm_node.schedule.driver import Service
-from sllm_node.schedule.stream import Outcome, Stream
+from sllm_node.schedule.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,6 @@ class Vacating:
         self._clock = clock
         self._metrics = metrics
         self._vacates = Vacates(service.outlook.slots)
-        self._waiting: dict[str, Stream] = {}
-        """By vacate: the session that waits for the room."""
         self._wishes: dict[SessionId, Leave] = {}
         """For sessions of peers' readers, to be told with their next token."""
         self._recent: deque[Vacate] = deque(maxlen=RECENT)
@@ -69,8 +68,7 @@ class Vacating:
     @property
     def gain_s(self) -> float | None:
         """How much sooner a start with moves has to be; None: none is made."""
-        config = self._peers.cluster.placement
-        return config.gain_s if config.moves else None
+        return self._peers.cluster.placement.least_gain_s
 
     def objection(self, ask: Ask, state: NodeState) -> str | None:
         """Return why the sessions that an ask names can't leave, if so."""
@@ -78,16 +76,41 @@ class Vacating:
             return _OFF
         return objection(ask, state)
 
+    def open(self, request: GenerationRequest, keep_alive_s: float | None, ask: Ask) -> Stream:
+        """Begin a session of this node's own reader, and make the room that it is to have.
+
+        It is checked against the state as it is now, as `Serving` does for peers: the choice may be older.
+
+        Raises:
+            GivenBackError: the sessions that the ask names can't leave any more.
+            SllmError: it is refused at once, with the reason.
+        """
+        state = self._peers.refresh()
+        ask = joined(ask, request.model, state)
+        if (why := self.objection(ask, state)) is not None:
+            raise GivenBackError(request.model, why)
+        stream = self._service.open(request, keep_alive_s=keep_alive_s)
+        try:
+            self.begin(ask, stream)
+        except BaseException:
+            stream.cancel()
+            raise
+        return stream
+
     def begin(self, ask: Ask, stream: Stream) -> None:
-        """Make the room for a session that waits here; `objection` had nothing against it in this turn."""
+        """Make the room for a session that waits here; `objection` had nothing against it in this turn.
+
+        Nothing is made if there is room since: the model loads already, or is there.
+        """
         model, now = stream.request.model, self._clock.now()
-        if not ask.aways or stream.started.is_set() or model in self._vacates.active:
+        if not ask.aways or model in self._vacates.active:
+            return
+        if self._service.outlook.view(model).state is not ModelState.QUEUED:
             return
         state = self._peers.refresh()
         names = set(ask.frees)
         models = {r.model for r in state.replicas if r.replica in names}
         actions = self._vacates.begin(ask, model, state, self._limits, now)
-        self._waiting[str(ask.id)] = stream
         log.info("sessions asked to leave", extra={
             "vacate": str(ask.id), "model": model, "replicas": sorted(names),
             "sessions": len(actions),
@@ -105,6 +128,10 @@ class Vacating:
             view = self._service.outlook.view(model)
             if model in self._vacates.active:
                 self._do(self._vacates.on_news(model, view, self._clock.now()))
+
+    def under_way(self) -> frozenset[ModelId]:
+        """Return the models that room is made for."""
+        return frozenset(self._vacates.active)
 
     def recent(self) -> list[dict[str, Any]]:
         """Return the vacates under way, then the last ones, the newest first."""
@@ -197,7 +224,6 @@ class Vacating:
             self._wishes[session] = wish
 
     def _ended(self, vacate: Vacate) -> None:
-        stream = self._waiting.pop(vacate.id)
         for session in vacate.sessions:
             self._wishes.pop(session, None)
         self._recent.append(vacate)
@@ -207,9 +233,9 @@ class Vacating:
         log.info("sessions have left" if vacate.outcome == "freed" else "vacate given up",
                  extra=vacate.fields())  # fmt: skip
         if vacate.outcome in ("refused", "late"):
-            self._service.promise(ModelId(vacate.model), frozenset())
-            if not stream.started.is_set():
-                stream.fail(NotVacatedError(vacate.model, vacate.reason), Outcome.REFUSED)
+            self._service.promise(vacate.model, frozenset())
+            # Whoever else waits was sent here for the same room, or may find a better place by now.
+            self._service.give_back_all(vacate.model, GivenBackError(vacate.model, vacate.reason))
 
     async def close(self) -> None:
         """Wait for nothing any more."""

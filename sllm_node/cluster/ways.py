@@ -11,7 +11,14 @@ from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.wire import Leave
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import GenerationRequest, NodeId, SessionId, TokenIds
+from sllm_node.core.types import (
+    GenerationRequest,
+    ModelId,
+    ModelStatus,
+    NodeId,
+    SessionId,
+    TokenIds,
+)
 from sllm_node.schedule.stream import Stream
 
 if TYPE_CHECKING:
@@ -27,10 +34,16 @@ class Ways(Protocol):
     def ask(self, choice: Choice, request: GenerationRequest) -> Ask:
         """Return what the choice counts on."""
 
+    async def ensure(self, model: str) -> None:
+        """Know a model that this node is to load from a peer."""
+
     def open_local(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
     ) -> Stream:
         """Begin it here."""
+
+    def standing(self, model: ModelId) -> ModelStatus | None:
+        """Return how a model stands that a session waits for; None: nobody tells of it any more."""
 
     def leave(self, session: SessionId, node: NodeId, wish: Leave) -> None:
         """Take that the node that serves it asks to have it moved."""

@@ -51,6 +51,14 @@ class Extend(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields
     """It owns the session now: go on behind these."""
 
 
+class Left(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Another node goes on with this session: what follows is no cancellation."""
+
+    session: str
+    epoch: int
+    migration: str
+
+
 class Hint(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """A session of this model is on its way: its load may begin."""
 
@@ -152,6 +160,11 @@ def unpack_forward(data: bytes) -> Forward:
 def unpack_extend(data: bytes) -> Extend:
     """Return tokens for a session that holds, or raise MessageFormatError."""
     return _decode(msgspec.msgpack.Decoder(Extend), data)
+
+
+def unpack_left(data: bytes) -> Left:
+    """Return the word that a session has moved away, or raise MessageFormatError."""
+    return _decode(msgspec.msgpack.Decoder(Left), data)
 
 
 def unpack_hint(data: bytes) -> Hint:

@@ -23,6 +23,7 @@ Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
 Name = Annotated[str, Meta(min_length=1)]
+_URLS = "an address as in https://host/path or s3://bucket/prefix"
 _DEVICE_NAME = re.compile(r"cpu(:\d+)?|cuda(:\d+)?")
 
 
@@ -147,7 +148,7 @@ class ModelConfig(Section, frozen=True):
 class RemoteConfig(Section, frozen=True):
     """Table [remotes.NAME]."""
 
-    url: Annotated[str, Meta(pattern="^(https?|s3)://[^/]+")]
+    url: Annotated[str, Meta(pattern="^(https?|s3)://[^/]+", description=_URLS)]
     models: tuple[Name, ...] = ()
     key_file: Name | None = None
     endpoint: Name | None = None
@@ -298,7 +299,18 @@ def _value_problems(kind: Any, value: object, where: str) -> Iterator[str]:
     try:
         msgspec.convert(value, kind, dec_hook=decode_value)
     except (msgspec.ValidationError, ValueError) as error:
-        yield f"{where} = {value!r}: {error}"
+        yield f"{where} = {value!r}: {_allowed(kind) or error}"
+
+
+def _allowed(kind: Any) -> str | None:
+    """Return what a field may be, where that is a list of words or letters."""
+    if get_origin(kind) is Literal:
+        return f"must be {' or '.join(repr(word) for word in get_args(kind))}"
+    if get_origin(kind) is not Annotated:
+        return None
+    metas = (one for one in get_args(kind)[1:] if isinstance(one, Meta))
+    said = next((one.description for one in metas if one.description), None)
+    return said and f"must be {said}"
 
 
 def _suggest(key: str, fields: dict[str, Any]) -> str:
@@ -384,6 +396,8 @@ def _check_device(config: Config) -> str | None:
 
 def _check_remotes(config: Config) -> str | None:
     for name, remote in config.remotes.items():
+        if name.startswith(":"):
+            return f"remotes.{name!r}: a name must not begin with ':'"
         only_s3 = {
             "endpoint": remote.endpoint, "region": remote.region,
             "credentials_file": remote.credentials_file, "anonymous": remote.anonymous or None,

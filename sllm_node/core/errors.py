@@ -6,7 +6,7 @@ An error says what was wrong, where, and what to do. HTTP knows nothing here: `s
 
 import math
 from enum import Enum
-from typing import ClassVar
+from typing import ClassVar, Final
 
 
 class Fault(Enum):
@@ -39,6 +39,9 @@ class InvalidRequestError(SllmError):
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+
+
+PROMPT_LIMIT: Final = "this node (the model's context, or what engine.kv_cache_bytes holds)"
 
 
 class PromptTooLongError(InvalidRequestError):
@@ -77,6 +80,24 @@ class ModelNotFoundError(SllmError):
         listing = f"; there are: {', '.join(known[:20])}" if known else ""
         super().__init__(f"there is no model named {model!r} here{listing}")
         self.model = model
+
+
+class ModelElsewhereError(SllmError):
+    """This node has nothing of a model that other nodes have."""
+
+    fault = Fault.CALLER
+    code = "model_elsewhere"
+    param = "model"
+
+    def __init__(self, model: str, holders: tuple[str, ...], *, is_wanted: bool) -> None:
+        """`is_wanted`: it was to come here."""
+        there = ", ".join(holders)
+        how = (
+            f"it can't be had from {there} now" if is_wanted else f"ask a node that has it: {there}"
+        )
+        super().__init__(f"model {model!r} is not on this node; {how} (see 'status --cluster')")
+        self.model = model
+        self.holders = holders
 
 
 class NodeFullError(SllmError):
@@ -910,14 +931,14 @@ class MoveRefusedError(SllmError):
         self.reason = reason
 
 
-class NotVacatedError(SllmError):
-    """A request that waited for sessions to leave a device, which did not."""
+class GivenBackError(SllmError):
+    """A request that its node gives back to its entry before it began, to be placed anew."""
 
     fault = Fault.BUSY
-    code = "not_vacated"
+    code = "given_back"
 
     def __init__(self, model: str, reason: str) -> None:
-        super().__init__(f"model {model!r} does not get the room it was promised: {reason}")
+        super().__init__(f"a request for model {model!r} is placed anew: {reason}")
         self.model = model
         self.reason = reason
 

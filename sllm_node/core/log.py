@@ -6,6 +6,8 @@ running task are added from context variables.
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Final, TextIO
@@ -17,6 +19,16 @@ request_id: Final[ContextVar[str | None]] = ContextVar("request_id", default=Non
 model_id: Final[ContextVar[str | None]] = ContextVar("model_id", default=None)
 
 _STANDARD: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+@contextmanager
+def of_request(name: str) -> Iterator[None]:
+    """Log what is done inside, and by tasks that begin inside, under this request."""
+    token = request_id.set(name)
+    try:
+        yield
+    finally:
+        request_id.reset(token)
 
 
 def _fields(record: logging.LogRecord) -> dict[str, object]:

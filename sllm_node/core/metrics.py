@@ -61,6 +61,15 @@ class Metrics:
         self.remote_failures = counter(
             "sllm_remote_failures", "What a remote did not give, by reason", ["remote", "reason"]
         )
+        self.files_received_bytes = counter(
+            "sllm_peer_files_received_bytes", "Bytes of checkpoints that a peer sent", ["peer"]
+        )
+        self.files_sent_bytes = counter(
+            "sllm_peer_files_sent_bytes", "Bytes of checkpoints sent to peers"
+        )
+        self.files_refused = counter(
+            "sllm_peer_files_refused", "Ranges that peers asked for and did not get", ["reason"]
+        )
 
     def _requests(self) -> None:
         counter = partial(Counter, registry=self.registry)
@@ -182,7 +191,7 @@ class Metrics:
         )
         self.hints = counter(
             "sllm_hints",
-            "Loads begun while a request becomes tokens: followed by its session, or not; or no room",
+            "Loads begun while a request becomes tokens: followed by its session, or not; gave way to others; or no room",
             ["outcome"],
         )
         self.forwards = counter(
@@ -239,6 +248,11 @@ class Metrics:
             "sllm_vacate_seconds",
             "From when sessions were asked to leave until the model loaded",
             buckets=LATENCY_BUCKETS_S,
+        )
+        self.rebalanced = counter(
+            "sllm_rebalanced",
+            "Requests that waited here and were given back, as another node had a place",
+            ["model"],
         )
         self.migration_bytes = counter(
             "sllm_migration_bytes", "Bytes sent to destinations of sessions that moved"

@@ -67,6 +67,16 @@ def prompt_tokens(parts: Sequence[Part]) -> int:
     return sum(part.count for part in parts if part.count > 1)
 
 
+def becoming_due(parts: Sequence[Part]) -> int:
+    """Return how many sessions wait for one more token when the oldest step under way has ended."""
+    sessions = [part.session for part in parts if part.is_last]
+    return sum(
+        session.state is SessionState.RUNNING
+        and len(session.output) + 1 < session.request.max_tokens
+        for session in sessions
+    )
+
+
 class Batch:
     """The sessions of one engine."""
 

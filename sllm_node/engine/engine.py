@@ -16,15 +16,11 @@ from itertools import pairwise
 
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
-from sllm_node.core.errors import (
-    CancelledByOperatorError,
-    EngineError,
-    SllmError,
-)
+from sllm_node.core.errors import CancelledByOperatorError, EngineError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import FinishReason, GenerationRequest
 from sllm_node.engine.arriving import WeightsMissingError
-from sllm_node.engine.batch import Batch, Part, prompt_tokens
+from sllm_node.engine.batch import Batch, Part, becoming_due, prompt_tokens
 from sllm_node.engine.generation import Generation, logprob_of
 from sllm_node.engine.interleave import Job
 from sllm_node.engine.parts import Parts
@@ -44,12 +40,7 @@ class Engine:
     """One model, ready to decode, or so far as its weights are there."""
 
     def __init__(
-        self,
-        parts: Parts,
-        config: EngineConfig,
-        steps: StepThread,
-        clock: Clock,
-        metrics: Metrics,
+        self, parts: Parts, config: EngineConfig, steps: StepThread, clock: Clock, metrics: Metrics
     ) -> None:
         self._parts = parts
         self._steps = steps
@@ -84,7 +75,8 @@ class Engine:
         """No step has failed: the module may serve again."""
         self.watch = StallWatch(
             parts.name, config.stall_after_s, clock, metrics.engine_stalled.labels(parts.name),
-            sessions=lambda: (self.running, self.waiting), free_since=self._free_since,
+            sessions=lambda: (self.running, self.waiting),
+            free_since=lambda: self._stepping.free_since(),  # noqa: PLW0108 - the thread changes
         )  # fmt: skip
         self._wake = asyncio.Event()
         self._closing: asyncio.Task[None] | None = None
@@ -202,7 +194,7 @@ class Engine:
                 self._arrived()
             job = await self._job(runner)
             if job is None:
-                if all(g.session.is_resting for g in self._generations.values()):
+                if self._is_idle:
                     self.watch.rest()
                 if self._runner is not None:
                     await self._wake.wait()
@@ -219,9 +211,12 @@ class Engine:
 
     async def _job(self, runner: Runner) -> Job | None:
         """Begin a job when it is our turn; None: there is nothing to do."""
+        seat, asked = self._parts.seat, self._clock.now()
         if self._arriving is not None:
             return self._begin(runner)
-        seat, asked = self._parts.seat, self._clock.now()
+        if self._is_idle:  # whose turn it is makes no difference, and others' steps may hang
+            seat.rest()
+            return self._begin(runner)
         generations = () if seat.is_alone else self._generations.values()
         times = [since for g in generations if (since := g.due_since) is not None]
 
@@ -246,15 +241,18 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - told like one of the step itself
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
-        return Job(future, prompt_tokens(oldest))
+        draws = 0 if self._parts.seat.is_alone else becoming_due(oldest)  # alone: nobody asks
+        return Job(future, prompt_tokens(oldest), draws)
+
+    @property
+    def _is_idle(self) -> bool:
+        """Whether there is nothing to do: no step under way, and no session that doesn't rest."""
+        return not self._flight and all(g.session.is_resting for g in self._generations.values())
 
     @property
     def _stepping(self) -> StepThread:
         """The thread that steps: while weights arrive one of our own, which may wait for them."""
         return self._steps if self._arriving is None else self._arriving.steps
-
-    def _free_since(self) -> float:
-        return self._stepping.free_since()
 
     def _plan(self) -> int:
         """Plan as far ahead as is allowed; return how many steps there are to launch."""
@@ -340,6 +338,8 @@ class Engine:
     def _on_cancel(self, generation: Generation) -> None:
         self._end(generation)
         self._wake.set()  # blocks are free, somebody may be waiting for them
+        if self._is_idle:
+            self.watch.rest()
 
     def _end(self, generation: Generation) -> None:
         self._batch.end(generation.session)

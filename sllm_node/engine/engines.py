@@ -216,7 +216,7 @@ class Engines:
             CheckpointFormatError: index and module do not agree.
             DeviceMemoryError: there is no room for KV memory.
         """
-        index = lease.checkpoint.index
+        index, config = lease.checkpoint.index, self._config
         count = self._blocks_for(skeleton.token_bytes)
         if not count:
             raise CheckpointFormatError(
@@ -224,7 +224,6 @@ class Engines:
                 f"one block of its KV cache is {skeleton.token_bytes * self._config.block_tokens} "
                 f"bytes, more than engine.kv_cache_bytes = {self._config.kv_cache_bytes}",
             )
-        config = self._config
         blocks = Blocks(count, config.block_tokens, is_caching=config.prefix_cache)
         device = lease.parts[0].part.device
         steps = self._steps[device]
@@ -248,7 +247,8 @@ class Engines:
             lease.checkpoint.model, skeleton.model, place.cache,
             tuple(one.buffer for one in place.memory), blocks, place.decode, index.context_tokens,
             common_window(skeleton.shapes), codec, self._check, let_go, keep,
-            self._turns[device].join(), self._arriving(lease, skeleton.model),
+            arriving=self._arriving(lease, skeleton.model),
+            seat=self._turns[device].join(),  # last: what fails leaves none behind
         )  # fmt: skip
         engine = Engine(parts, self._config, steps, self._clock, self._metrics)
         self._opened.add(engine)

@@ -22,7 +22,7 @@ class Order(Protocol):
     def ready(self, seat: int, need: Need, now: float) -> None: ...
     def rest(self, seat: int) -> None: ...
     def begin(self, now: float) -> int | None: ...
-    def ended(self, seat: int, prompt_tokens: int, now: float) -> None: ...
+    def ended(self, seat: int, prompt_tokens: int, now: float, draws: int = 0) -> None: ...
     def prompt_tokens(self, seat: int) -> int | None: ...
 
 
@@ -33,6 +33,8 @@ class Job:
     future: asyncio.Future[Any]
     prompt_tokens: int
     """Of prompts, in the step that ends with it."""
+    draws: int = 0
+    """Sessions that wait for their next token when it has ended."""
 
 
 Begin = Callable[[], Job | None]
@@ -90,16 +92,17 @@ class Interleaving:
                 granted.set_exception(error)
             if job is not None:
                 # First of all who wait for the job: the next turn begins before its result is used.
-                job.future.add_done_callback(partial(self._ended, seat, job.prompt_tokens))
+                job.future.add_done_callback(partial(self._ended, seat, job))
             if not granted.done():
                 granted.set_result(job)
             if job is not None:
                 return
             self._order.rest(seat)
 
-    def _ended(self, seat: int, prompt_tokens: int, future: asyncio.Future[Any]) -> None:
-        del future
-        self._order.ended(seat, prompt_tokens, self._clock.now())
+    def _ended(self, seat: int, job: Job, future: asyncio.Future[Any]) -> None:
+        has_failed = future.cancelled() or future.exception() is not None
+        draws = 0 if has_failed else job.draws
+        self._order.ended(seat, job.prompt_tokens, self._clock.now(), draws)
         self._go()
 
 
@@ -123,6 +126,10 @@ class Seat:
     def prompt_tokens(self) -> int | None:
         """Return how many tokens of prompts its next step may have; None: any number."""
         return self._order.prompt_tokens(self._number)
+
+    def rest(self) -> None:
+        """Take note that this engine has nothing to do; it has no turn and waits for none."""
+        self._order.rest(self._number)
 
     def leave(self) -> None:
         """Give the place up."""

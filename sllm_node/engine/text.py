@@ -12,7 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sllm_node.core.errors import CheckpointFormatError, InvalidRequestError, PromptTooLongError
+from sllm_node.core.errors import (
+    PROMPT_LIMIT,
+    CheckpointFormatError,
+    InvalidRequestError,
+    PromptTooLongError,
+)
 from sllm_node.core.types import TokenIds
 
 REPLACEMENT: Final = "\ufffd"
@@ -93,7 +98,7 @@ class TextCodec:
     def _check_length(self, text: str, limit: int | None, param: str) -> None:
         if limit is not None and len(text) > limit * self._token_characters:
             least = -(-len(text) // self._token_characters)
-            raise PromptTooLongError(least, limit, "this node", param=param, is_least=True)
+            raise PromptTooLongError(least, limit, PROMPT_LIMIT, param=param, is_least=True)
 
 
 def load_codec(directory: Path) -> TextCodec:

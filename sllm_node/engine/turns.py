@@ -8,16 +8,19 @@ A turn in which sessions decode is due at the last token of the one that has wai
 `engine.inter_token_target_s`; one for prompts only as long after it became ready, so that pieces of
 several models' prompts alternate, and a short prompt does not wait for all of a long one. Earliest
 deadline first, with one rule above it: between two turns for prompts only, each engine that decodes
-and is ready goes once. So readers of one model wait for one piece of one other model's prompt, however
-many models have some; and prompts are not put off by models that decode without a pause.
+and is ready goes once. So readers of models that only decode wait for one piece of a prompt of one model that
+doesn't decode, however many such have some; and prompts are not put off by models that decode without a pause.
+A model that decodes and has prompts takes a piece of them in each round.
 
 Nobody starves. Turns of engines that decode go in rounds, each once in a round, so one of D such
 waits for at most 2 (D - 1) others and one for prompts; one of P with prompts only for at most P - 1
 such and P rounds of D.
 
-How long that one piece may take is what the target says: while others decode, a step gets as many
-tokens of prompts as fit beside their steps, by what steps have taken lately, and at least
-`prefill_beside_tokens`. When nobody else decodes, nothing limits it.
+How long the pieces of a round may take together is what the target says: while others decode, steps
+share the time that is left beside all their steps, by what these have taken lately, with those whose
+last turn had prompts, and who comes after it is spent has `prefill_beside_tokens`, as all have at least.
+So a gap is longer than the target where these leave no room; and by up to as much again for a round
+or two after a model began to take prompts. When nobody else decodes, nothing limits a piece.
 """
 
 from dataclasses import dataclass
@@ -25,6 +28,10 @@ from typing import Final
 
 _WEIGHT: Final = 0.5
 """Of the newest step in what is known of a model's steps."""
+_FACTOR: Final = 4.0
+"""The newest step counts as so many times what is known at most, and as that part of it at least."""
+_LAUNCH_S: Final = 1e-4
+"""A shorter turn computed nothing: it read a step that had ended before it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +57,27 @@ class _Seat:
     began: float = 0.0
     """When its turn began."""
     step_s: float = 0.0
-    """What a step without prompts takes."""
-    token_s: float | None = None
-    """What each token of prompts adds; None: not known yet."""
+    """What a step without prompts takes; 0: not known yet."""
+    token_s: float = 0.0
+    """What each token of prompts adds; 0: not known yet."""
+    had_prompts: bool = False
+    """Its last turn took tokens of prompts."""
+
+    def learn(self, prompt_tokens: int, took_s: float, least_tokens: int) -> None:
+        """Take note of what a step took."""
+        if took_s < _LAUNCH_S:
+            return
+        if not prompt_tokens or took_s < self.step_s:
+            self.step_s = _learned(self.step_s, took_s, self.step_s)
+        elif 2 * prompt_tokens >= least_tokens:  # a shorter piece costs what any step costs
+            token_s = (took_s - self.step_s) / prompt_tokens
+            self.token_s = _learned(self.token_s, token_s, self.token_s or token_s)
+
+
+def _learned(known_s: float, took_s: float, before_s: float) -> float:
+    if known_s:
+        took_s = min(max(took_s, known_s / _FACTOR), known_s * _FACTOR)
+    return before_s + _WEIGHT * (took_s - before_s)
 
 
 class Turns:
@@ -68,6 +93,10 @@ class Turns:
         """Whose turn it is."""
         self._gone: set[int] = set()
         """Engines that decode and had a turn since the last one for prompts, or in this round."""
+        self._gone_before: set[int] = set()
+        """The same before the turn that is taken."""
+        self._spent_s = 0.0
+        """What prompts took of this round, which begins with its turn for prompts only."""
 
     def join(self) -> int:
         """Return the seat of a new engine."""
@@ -92,9 +121,9 @@ class Turns:
     def rest(self, seat: int) -> None:
         """Take note that an engine wants no turn, or makes no use of its own: it has nothing to do."""
         one = self._seats[seat]
-        one.is_ready, one.need = False, Need()
-        if self._taken == seat:
-            self._taken = None
+        one.is_ready, one.need, one.had_prompts = False, Need(), False
+        if self._taken == seat:  # as if it had not been: it is nobody's turn for prompts
+            self._taken, self._gone = None, self._gone_before & self._seats.keys()
 
     def begin(self, now: float) -> int | None:
         """Return whose turn begins; None: it is somebody's turn already, or nobody waits."""
@@ -102,8 +131,10 @@ class Turns:
         if self._taken is not None or not ready:
             return None
         due = [seat for seat, one in ready.items() if one.need.decoding and seat not in self._gone]
+        self._gone_before = set(self._gone)
         if not due:
             self._gone.clear()
+            self._spent_s = 0.0
             due = [seat for seat, one in ready.items() if not one.need.decoding] or list(ready)
         seat = min(due, key=lambda seat: (self._deadline(ready[seat]), ready[seat].number))
         one = ready[seat]
@@ -112,19 +143,22 @@ class Turns:
         one.is_ready, one.began, self._taken = False, now, seat
         return seat
 
-    def ended(self, seat: int, prompt_tokens: int, now: float) -> None:
-        """Take note that a turn has ended, and with it a step with so many tokens of prompts."""
+    def ended(self, seat: int, prompt_tokens: int, now: float, draws: int = 0) -> None:
+        """Take note that a turn has ended, and with it a step with so many tokens of prompts.
+
+        `draws`: sessions that have a token by it and wait for the next one. Who is next plans before
+        their engine asks again, and must know of them.
+        """
         if self._taken != seat:
             return
         self._taken = None
         one = self._seats[seat]
-        took_s = now - one.began
-        if not prompt_tokens:
-            one.step_s += _WEIGHT * (took_s - one.step_s)
-        elif 2 * prompt_tokens >= self._least_tokens:  # a shorter piece costs what any step costs
-            token_s = took_s / prompt_tokens
-            known_s = token_s if one.token_s is None else one.token_s
-            one.token_s = known_s + _WEIGHT * (token_s - known_s)
+        if draws:
+            one.need = Need(draws, now)
+        one.had_prompts = prompt_tokens > 0
+        if prompt_tokens:
+            self._spent_s += max(0.0, now - one.began - one.step_s)
+        one.learn(prompt_tokens, now - one.began, self._least_tokens)
 
     def prompt_tokens(self, seat: int) -> int | None:
         """Return how many tokens of prompts its next step may have; None: any number."""
@@ -132,8 +166,14 @@ class Turns:
         if not others:
             return None
         own = self._seats[seat]
-        left_s = self._target_s - sum(one.step_s for one in others)
-        left_s -= own.step_s if own.need.decoding else 0.0
+        left_s = self._target_s - own.step_s - sum(one.step_s for one in others)
+        # A round has a turn of each that decodes, and one more for those that don't.
+        sharing = 1 + sum(one.had_prompts for one in others)
+        if own.need.decoding:
+            sharing += any(
+                one.had_prompts and not one.need.decoding for one in self._seats.values()
+            )
+        left_s = min(left_s / sharing, left_s - self._spent_s)
         if not own.token_s or left_s <= 0:
             return self._least_tokens
         return max(self._least_tokens, int(left_s / own.token_s))

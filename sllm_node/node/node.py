@@ -11,7 +11,7 @@ import gc
 import logging
 import signal
 from collections.abc import Coroutine, Mapping, Sequence
-from contextlib import AsyncExitStack, suppress
+from contextlib import AsyncExitStack, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,14 @@ import uvloop
 
 from sllm_node import __version__
 from sllm_node.checkpoint.catalog import Catalog
-from sllm_node.cluster.cluster import Cluster
+from sllm_node.cluster.cluster import Cluster, Disk
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.router import Router
-from sllm_node.cluster.wishes import Wishes
+from sllm_node.cluster.wishes import Reach, Wishes
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.config import Config
-from sllm_node.core.errors import SllmError, StoreFolderError
+from sllm_node.core.errors import ModelNotFoundError, SllmError, StoreFolderError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, ModelState, Tier
 from sllm_node.core.units import format_size
@@ -190,15 +190,17 @@ class Node:
     def _wishes(self) -> Wishes:
         if self._cluster is not None:
             return self._cluster.wishes
-        return Wishes(self._journal, self._service.status)
+        reach = Reach(me=self._config.node.id)
+        return Wishes(self._journal, self._service.status, reach, self._clock.wall)
 
     async def _join_cluster(self) -> None:
         if self._config.cluster.file:
+            assert self._remote is not None
             self._cluster = Cluster(
                 self._config,
                 self._service,
                 self._engines.load_codec,
-                self._journal,
+                Disk(self._catalog, self._remote, self._journal),
                 self._clock,
                 self._metrics,
             )
@@ -243,8 +245,13 @@ class Node:
         self._closing.push_async_callback(end)
 
     async def _pull(self, model: str) -> None:
-        if self._remote is not None:
-            await self._remote.pull(model)
+        if self._cluster is not None and not self._cluster.fetching.is_here(model):
+            with suppress(ModelNotFoundError):  # a remote may have it since
+                await self._cluster.fetching.ensure(model)
+        acts = None if self._cluster is None else self._cluster.router.acts
+        with nullcontext() if acts is None else acts.telling(model, is_wanted=True):
+            if self._remote is not None:
+                await self._remote.pull(model)
 
     # --- what is shown ------------------------------------------------------------------------
 
@@ -277,9 +284,15 @@ class Node:
                 "chunk_bytes": self._config.store.chunk_bytes,
             },
             "bandwidth": bandwidth,
-            "remotes": [] if self._remote is None else self._remote.status(),
+            "remotes": self._remotes(),
             "cluster": None if self._cluster is None else self._cluster.status(),
         }
+
+    def _remotes(self) -> list[dict[str, Any]]:
+        """Return how the remotes stand, and the peers if models of theirs are known."""
+        found = [] if self._remote is None else self._remote.status()
+        peers = None if self._cluster is None else self._cluster.fetching.status()
+        return [*found, peers] if peers is not None and peers["models"] else found
 
     def _device_overview(self, device: Device) -> dict[str, Any]:
         cached = self._store.cached_bytes(device.name)
@@ -311,7 +324,7 @@ def describe_devices(devices: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _remote_tier(config: Config, metrics: Metrics) -> RemoteTier | None:
-    if not config.remotes:
+    if not config.remotes and not config.cluster.file:
         return None
     return RemoteTier(config.remotes, config.store, metrics)
 

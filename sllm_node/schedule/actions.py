@@ -29,6 +29,8 @@ class Ticket:
     keep_alive_s: float | None = None
     """For the model, from this session's grant on: 0 evicts when idle, -1 never, None the default."""
     is_session: bool = True
+    is_hint: bool = False
+    """Nobody waits for it: it gives way to all others."""
 
     @property
     def device_bytes(self) -> int:
@@ -77,6 +79,14 @@ class Refuse:
 
 
 @dataclass(frozen=True, slots=True)
+class GiveWay:
+    """The waiting ticket, a hint, ends because others need its room; nothing is to be answered."""
+
+    ticket: TicketId
+    model: ModelId
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     """The granted ticket ends with `error`; nothing is to be answered."""
 
@@ -84,7 +94,7 @@ class Stop:
     error: SllmError
 
 
-Action = StartLoad | AbortLoad | Evict | Grant | Refuse | Stop
+Action = StartLoad | AbortLoad | Evict | Grant | Refuse | GiveWay | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +114,10 @@ class ModelView:
 
 @dataclass(frozen=True, slots=True)
 class ReplicaView:
-    """A model that takes device memory, as the scheduler sees it: for placement over many nodes."""
+    """A model that takes device memory, as the scheduler sees it: for placement over many nodes.
+
+    One that is queued takes it once evictions have ended.
+    """
 
     model: ModelId
     state: ModelState
@@ -117,7 +130,9 @@ class ReplicaView:
     is_leaving: bool
     """No new session is granted here: its turn is over, or its checkpoint was replaced."""
     ready_at: float
-    """When its load is, or was, expected to be done."""
+    """When its load is, or was, expected to be done; of one that is queued, less the evictions."""
     last_used: float
     service_s: float
     """How long its sessions last."""
+    load_s: float = 0.0
+    """What its load was, or is, expected to take."""

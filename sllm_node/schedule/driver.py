@@ -12,9 +12,11 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Generic
 
+from sllm_node.checkpoint.cards import PEERS
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
@@ -33,6 +35,7 @@ from sllm_node.core.types import (
     ModelId,
     ModelState,
     ModelStatus,
+    SessionId,
     SessionStatus,
     Tier,
 )
@@ -40,6 +43,7 @@ from sllm_node.schedule.actions import (
     AbortLoad,
     Action,
     Evict,
+    GiveWay,
     Grant,
     Refuse,
     StartLoad,
@@ -301,12 +305,25 @@ class Service(Generic[CodecT]):
         self._do(actions or [])
         return actions is not None
 
+    def give_back(self, session: SessionId, error: SllmError) -> bool:
+        """End a session that waits, for its entry to place it anew; tell whether it still did."""
+        return self._sessions.give_back(session, error)
+
+    def give_back_all(self, model: ModelId, error: SllmError) -> None:
+        """End all sessions that wait for a model that has no room, for their entries to place them anew."""
+        if self._scheduler.view(model).state is ModelState.QUEUED:
+            self._sessions.give_back_all(model, error)
+
     # --- the node -----------------------------------------------------------------------------
 
     @property
     def is_draining(self) -> bool:
         """Whether new requests are refused because the node stops."""
         return self._scheduler.is_draining
+
+    def drain_refusal(self) -> DrainingError:
+        """Return what a request is told while this node drains."""
+        return DrainingError(self._config.node.drain_s)
 
     def health(self) -> dict[str, object]:
         """Return a few figures of the whole node."""
@@ -322,7 +339,9 @@ class Service(Generic[CodecT]):
         """Refuse new requests from now on; what runs has `node.drain_s`. A second call does nothing."""
         if self.is_draining:
             return
-        log.info("drain started", extra=self.health())
+        figures = self.health()
+        del figures["draining"]  # from here on
+        log.info("drain started", extra=figures)
         self._telemetry.draining()
         self._drain_end.set(self._clock.now() + self._config.node.drain_s)
         self._do(self._scheduler.on_drain(self._clock.now()))
@@ -370,7 +389,8 @@ class Service(Generic[CodecT]):
         """For `Replicas`: a load succeeded."""
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
-            self._estimator.observe(hosted.lease.report)
+            is_peer = hosted.lease.checkpoint.remote == PEERS
+            self._estimator.observe(hosted.lease.report, is_peer=is_peer)
             self._estimator.observe_whole(
                 hosted.lease.report, hosted.elapsed_s, is_kept=hosted.was_kept
             )
@@ -449,6 +469,9 @@ class Service(Generic[CodecT]):
                 self._load_waiters.pop(ticket).set_exception(error)
             case Refuse(ticket, error):
                 self._end(ticket, error, Outcome.REFUSED)
+            case GiveWay(ticket, model):
+                self._load_waiters.pop(ticket).cancel()
+                self._hints.gave_way(model)
             case Stop(ticket, error):
                 self._end(ticket, error, Outcome.STOPPED)
 
@@ -511,6 +534,7 @@ class Service(Generic[CodecT]):
         priority: int = 0,
         keep_alive_s: float | None = None,
         is_session: bool = True,
+        is_hint: bool = False,
     ) -> Ticket:
         model = checkpoint.model
         self._telemetry.watch(model)
@@ -522,34 +546,40 @@ class Service(Generic[CodecT]):
         bytes_moved = max(0, size - residency.get(Tier.DEVICE, 0))
         from_nvme = max(0, bytes_moved - in_dram)
         from_remote = min(from_nvme, size - on_nvme)
+        is_encoded, is_peer = checkpoint.index.is_encoded, checkpoint.remote == PEERS
+        load_s = self._estimator.load_s(
+            bytes_moved, from_nvme, from_remote, is_encoded=is_encoded, is_peer=is_peer
+        )
         return Ticket(
             TicketId(self._last_ticket),
             model,
             self._engines.shares(checkpoint),
-            self._estimator.load_s(
-                bytes_moved, from_nvme, from_remote, is_encoded=checkpoint.index.is_encoded
-            )
-            + self._estimator.beside_s(is_kept=self._engines.is_kept(checkpoint)),
+            load_s + self._estimator.beside_s(is_kept=self._engines.is_kept(checkpoint)),
             priority,
             keep_alive_s,
             is_session,
+            is_hint,
         )
 
     def _want(self, model: ModelId) -> asyncio.Future[None]:
         """Ask for `model` to be on the device; the future ends when it is, or can't be."""
-        return self._ask_for(model)[1]
+        return self._ask_with(self._ticket(self._servable(model), is_session=False))
 
-    def _ask_for(self, model: ModelId) -> tuple[TicketId, asyncio.Future[None]]:
-        ticket = self._ticket(self._servable(model), is_session=False)
+    def _ask_with(self, ticket: Ticket) -> asyncio.Future[None]:
         waiter: asyncio.Future[None] = self._loop.create_future()
         # Looked at even when the caller is gone.
         waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._load_waiters[ticket.number] = waiter
         self._do(self._scheduler.on_request(ticket, self._clock.now()))
-        return ticket.number, waiter
+        return waiter
 
-    def _ask_ahead(self, model: ModelId) -> TicketId:
-        return self._ask_for(model)[0]
+    def _ask_ahead(self, model: ModelId) -> TicketId | None:
+        """Ask for a model that nobody waits for yet; None: its load could not begin."""
+        ticket = self._ticket(self._servable(model), is_session=False, is_hint=True)
+        if not self._scheduler.can_begin(ticket, self._clock.now()):
+            return None
+        _ = self._ask_with(ticket)  # its end is nobody's news
+        return ticket.number
 
     def _drop_ahead(self, model: ModelId, ticket: TicketId) -> None:
         """Take a ticket back that nobody waits for; one that was granted leaves its model idle."""
@@ -561,7 +591,7 @@ class Service(Generic[CodecT]):
 
     def _model_status(self, checkpoint: Checkpoint) -> ModelStatus:
         model, hosted = checkpoint.model, self._replicas.get(checkpoint.model)
-        return model_status(
+        status = model_status(
             checkpoint,
             self._scheduler.view(model),
             self._store.residency(model),
@@ -569,6 +599,7 @@ class Service(Generic[CodecT]):
             self._clock.now(),
             None if hosted is None else hosted.replica.stalled_s,
         )
+        return replace(status, context_tokens=self._engines.context_limit(checkpoint))
 
     def _status_or_none(self, checkpoint: Checkpoint) -> ModelStatus | None:
         try:

@@ -17,7 +17,11 @@ from typing import Final
 
 from sllm_node.core.types import LoadReport, Tier
 
-_FIRST_GUESS_BYTES_PER_S: Final = {Tier.NVME: 1e9, Tier.DRAM: 5e9, Tier.REMOTE: 1e8}
+PEER: Final = "peer"
+"""Other nodes of the cluster: farther than this node's tiers, and mostly nearer than its remotes."""
+_FIRST_GUESS_BYTES_PER_S: Final[dict[Tier | str, float]] = {
+    Tier.NVME: 1e9, Tier.DRAM: 5e9, Tier.REMOTE: 1e8, PEER: 1e9,
+}  # fmt: skip
 """Before the first load: slow hardware, since a promise kept early does no harm."""
 _BESIDE_GUESS_S: Final = {False: 0.1, True: 0.02}
 """For what a load takes beside its bytes, before the first one; True: its module is kept."""
@@ -61,7 +65,7 @@ class RunningMedian:
         self._last.append(sample)
 
 
-_Bandwidth = dict[Tier, MovingAverage]
+_Bandwidth = dict[Tier | str, MovingAverage]
 
 
 def path_s(parts: Iterable[tuple[float, float]]) -> float:
@@ -92,12 +96,22 @@ class LoadEstimator:
         bytes_from_remote: int = 0,
         *,
         is_encoded: bool = False,
+        is_peer: bool = False,
     ) -> float:
-        """Return the expected seconds of a load of which a part still lies on NVMe or farther."""
-        bandwidth = self._encoded if is_encoded else self._raw
-        return max(_parts(bandwidth, bytes_total, bytes_from_nvme, bytes_from_remote).values())
+        """Return the expected seconds of a load of which a part still lies on NVMe or farther.
 
-    def bandwidth(self, tier: Tier, *, is_encoded: bool = False) -> float:
+        `is_peer`: what comes from a remote comes from peers.
+        """
+        bandwidth = self._encoded if is_encoded else self._raw
+        sizes = _sizes(bytes_total, bytes_from_nvme, bytes_from_remote, is_peer=is_peer)
+        return max(_parts(bandwidth, sizes).values())
+
+    def expect_from_peers(self, bytes_per_s: float) -> None:
+        """Reckon loads from peers with this rate until the first one has come."""
+        for bandwidth in (self._raw, self._encoded):
+            bandwidth[PEER] = MovingAverage(bytes_per_s)
+
+    def bandwidth(self, tier: Tier | str, *, is_encoded: bool = False) -> float:
         """Return the delivered bytes a second that loads from `tier` are reckoned with."""
         return (self._encoded if is_encoded else self._raw)[tier].value
 
@@ -118,18 +132,15 @@ class LoadEstimator:
         """Learn from a replica that came, its bytes as `report` says, so long after it was asked for."""
         self._beside[is_kept].observe(max(0.0, elapsed_s - report.elapsed_s))
 
-    def observe(self, report: LoadReport) -> None:
+    def observe(self, report: LoadReport, *, is_peer: bool = False) -> None:
         """Learn from a finished load: it tells the bandwidth of the tier that held it up."""
         moved = report.bytes_total - report.bytes_kept
         if moved <= 0 or report.elapsed_s <= 0 or report.bytes_from_sibling:
             return
-        sizes = {
-            Tier.NVME: report.bytes_from_nvme,
-            Tier.DRAM: moved,
-            Tier.REMOTE: report.bytes_from_remote,
-        }
+        far = report.bytes_from_remote
+        sizes = _sizes(moved, report.bytes_from_nvme, far, is_peer=is_peer)
         bandwidth = self._encoded if report.is_encoded else self._raw
-        parts = _parts(bandwidth, moved, report.bytes_from_nvme, report.bytes_from_remote)
+        parts = _parts(bandwidth, sizes)
         slowest = max(parts, key=lambda tier: parts[tier])
         bandwidth[slowest].observe(sizes[slowest] / report.elapsed_s)
 
@@ -138,13 +149,17 @@ def _first_guesses() -> _Bandwidth:
     return {tier: MovingAverage(guess) for tier, guess in _FIRST_GUESS_BYTES_PER_S.items()}
 
 
-def _parts(
-    bandwidth: _Bandwidth, bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int
-) -> dict[Tier, float]:
-    """Return the seconds that each tier needs for its part of a load."""
-    sizes = {
+def _sizes(
+    bytes_total: int, bytes_from_nvme: int, bytes_from_remote: int, *, is_peer: bool
+) -> dict[Tier | str, int]:
+    """Return the bytes that each tier has to carry, the farthest first: of equals it is the slowest."""
+    return {
+        PEER if is_peer else Tier.REMOTE: bytes_from_remote,
         Tier.NVME: bytes_from_nvme,
         Tier.DRAM: bytes_total,
-        Tier.REMOTE: bytes_from_remote,
     }
+
+
+def _parts(bandwidth: _Bandwidth, sizes: dict[Tier | str, int]) -> dict[Tier | str, float]:
+    """Return the seconds that each tier needs for its part of a load."""
     return {tier: path_s([(size, bandwidth[tier].value)]) for tier, size in sizes.items()}

@@ -2,8 +2,10 @@
 
 Reading a tokenizer, or making tokens of a long text, takes longer than placing a session, and only the
 session needs them: its load needs the model's name. So who takes a request gives a hint first. A hint
-is a ticket with the scheduler that nobody waits for. It begins a load that could begin at once: into
-free memory, or in place of models that are idle. It lasts until the session comes or `HINT_S` is over; then
+is a ticket with the scheduler that nobody waits for. It begins a load that can begin at once: into
+free memory, or in place of models that are idle and suffice; a plan is made to know that before anything is
+done, and one that finds no way leaves all as it is. Any other ticket goes before a hint's, and one whose
+room is taken ends (it gave way). It lasts until the session comes or `HINT_S` is over; then
 a load under way that nobody else waits for is aborted. So a request that is refused for what it asks
 costs one load, and none of that model for `PAUSE_S` from then on.
 """
@@ -28,7 +30,6 @@ HINTS_MAX: Final = 4
 """At once."""
 LONG_CHARACTERS: Final = 16384
 """A text from which on a hint pays although its tokenizer is here: some 5 ms of work."""
-_COMING: Final = (ModelState.LOADING, ModelState.READY)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,10 @@ class Hints:
         scheduler: Scheduler,
         clock: Clock,
         metrics: Metrics,
-        ask: Callable[[ModelId], TicketId],
+        ask: Callable[[ModelId], TicketId | None],
         drop: Callable[[ModelId, TicketId], None],
     ) -> None:
-        """`ask` gives the scheduler a ticket that is no session, and `drop` takes it back if it is there."""
+        """`ask` gives the scheduler a hint's ticket if its load can begin; `drop` takes it back if it is there."""
         self._scheduler = scheduler
         self._clock = clock
         self._count = metrics.hints
@@ -62,13 +63,12 @@ class Hints:
         """Begin the load of `model` if that can be done at once; tell whether it is on its way now."""
         now = self._clock.now()
         if not self._is_welcome(model, now):
-            return self._scheduler.view(model).state in _COMING
+            return self._is_coming(model)
         try:
             ticket = self._ask(model)
         except SllmError:
             return False  # the session will be told
-        if not self._is_coming(model):
-            self._drop(model, ticket)
+        if ticket is None or not self._is_coming(model):
             self._count.labels("no room").inc()
             return False
         self._held[model] = _Hint(ticket, now + HINT_S)
@@ -80,6 +80,12 @@ class Hints:
         if (hint := self._held.pop(model, None)) is not None:
             self._count.labels("followed").inc()
             self._drop(model, hint.ticket)
+            self._arm()
+
+    def gave_way(self, model: ModelId) -> None:
+        """Take note that others have the room that the hint for `model` counted on."""
+        if self._held.pop(model, None) is not None:
+            self._count.labels("gave way").inc()
             self._arm()
 
     def close(self) -> None:
@@ -95,9 +101,8 @@ class Hints:
 
     def _is_coming(self, model: ModelId) -> bool:
         """Tell whether the load has begun, or begins as soon as idle models have left."""
-        state = self._scheduler.view(model).state
-        is_room_made = any(r.state is ModelState.EVICTING for r in self._scheduler.replicas())
-        return state in _COMING or (state is ModelState.QUEUED and is_room_made)
+        view = self._scheduler.view(model)
+        return bool(view.devices) and view.state is not ModelState.EVICTING
 
     def _on_timer(self) -> None:
         now = self._clock.now()

@@ -12,9 +12,9 @@ from typing import Any
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.config import Config
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import ModelId, ModelState, SessionId, Tier
+from sllm_node.core.types import ModelId, ModelState, SessionId, SessionStatus, Tier
 from sllm_node.schedule.actions import ModelView, ReplicaView, TicketId
-from sllm_node.schedule.estimate import LoadEstimator
+from sllm_node.schedule.estimate import PEER, LoadEstimator
 from sllm_node.schedule.ports import Engines, WeightStore
 from sllm_node.schedule.scheduler import Scheduler
 from sllm_node.schedule.sessions import Sessions
@@ -46,7 +46,7 @@ class ModelFacts:
     context_tokens: int
     created: int
     waiting: int
-    """Tickets that wait while it takes no device memory."""
+    """Tickets that wait while it neither takes device memory nor is about to."""
     is_kept: bool = False
     """Its module is there from an earlier replica: its next load takes less beside its bytes."""
 
@@ -86,7 +86,7 @@ class Outlook:
         return self._store.capacities()
 
     def replicas(self) -> tuple[ReplicaView, ...]:
-        """Return the models that take device memory now."""
+        """Return the models that take device memory, and those that do once evictions have ended."""
         return self._scheduler.replicas()
 
     def session(self, ticket: TicketId) -> SessionFacts | None:
@@ -98,6 +98,10 @@ class Outlook:
         output = len(asked.resumed) + stream.tokens
         moved_at = stream.opened if asked.held else None
         return SessionFacts(asked.session, len(asked.prompt), output, asked.priority, moved_at)
+
+    def waiting(self) -> list[SessionStatus]:
+        """Return the sessions that wait for their turn, in order of arrival; not those that move here."""
+        return self._sessions.waiting()
 
     def models(self) -> list[ModelFacts]:
         """Return the models that lie here or at a remote of this node; looks at files."""
@@ -119,6 +123,18 @@ class Outlook:
     def bandwidth(self, tier: Tier, *, is_encoded: bool = False) -> float:
         """Return the bytes a second that loads from `tier` are reckoned with."""
         return self._estimator.bandwidth(tier, is_encoded=is_encoded)
+
+    def bandwidth_from_peers(self) -> float:
+        """Return the same of loads from peers."""
+        return self._estimator.bandwidth(PEER)
+
+    def expect_from_peers(self, bytes_per_s: float) -> None:
+        """Reckon loads from peers with this rate until the first one has come."""
+        self._estimator.expect_from_peers(bytes_per_s)
+
+    def is_hosted(self, model: ModelId) -> bool:
+        """Tell whether `model` takes device memory now."""
+        return bool(self._scheduler.view(model).devices)
 
     def beside_s(self, *, is_kept: bool) -> float:
         """Return what a load takes beside its bytes."""

@@ -14,8 +14,11 @@ victims, else where they are idle, else where they were used longest ago; of equ
 was last (part of it may still lie there), else to one that has the room now and need not be emptied
 first, else to the one with most room. One that is split has its devices given.
 
+A model that has its room as soon as evictions end, and waits for no session, is told apart (`coming`).
 What a model was promised is not given to those behind it. A model that finds no way now is passed
 over, unless it is overdue: then those behind it wait too, or they would take its room for ever.
+A model that only hints wait for comes last of all. It takes what is free, or what evictions leave that
+wait for no session, and closes nobody; and if others take its place, it finds no way.
 Nothing is remembered between two plans but which models are closed, and those are preferred as
 victims, so that a plan doesn't waver while it is carried out.
 """
@@ -33,6 +36,8 @@ class Plan:
 
     loads: list[tuple[ModelRecord, tuple[str, ...]]] = field(default_factory=list)
     """Each with the devices of its shares."""
+    coming: list[tuple[ModelRecord, tuple[str, ...]]] = field(default_factory=list)
+    """The same, once evictions that are under way or begin now have ended."""
     evictions: list[ModelRecord] = field(default_factory=list)
     closed: list[ModelRecord] = field(default_factory=list)
 
@@ -72,6 +77,11 @@ def choices(record: ModelRecord, capacities: Mapping[str, int]) -> list[tuple[st
     return [(name,) for name, size in capacities.items() if record.device_bytes <= size]
 
 
+def may_begin(plan: Plan, record: ModelRecord) -> bool:
+    """Tell whether the plan loads it now, or as soon as evictions have ended."""
+    return any(found is record for found, _ in (*plan.loads, *plan.coming))
+
+
 def shortage(shares: Sequence[Share], rooms: Mapping[str, int]) -> tuple[int, int] | None:
     """Return size and room of the first share that has no place in `rooms`; None: all have one."""
     largest = max(rooms.values())
@@ -82,12 +92,14 @@ def shortage(shares: Sequence[Share], rooms: Mapping[str, int]) -> tuple[int, in
     return None
 
 
-def _rank(record: ModelRecord, now: float, max_wait_s: float) -> tuple[bool, int, bool, float, int]:
-    oldest = record.oldest
-    age = (oldest.arrived, oldest.ticket.number)
+def _rank(record: ModelRecord, now: float, max_wait_s: float) -> tuple[int, int, bool, float, int]:
+    foremost = record.foremost
+    age = (foremost.arrived, foremost.ticket.number)
+    if record.is_hinted:
+        return (2, 0, False, *age)
     if record.is_overdue(now, max_wait_s):
-        return (False, 0, False, *age)
-    return (True, -record.waiting_priority, not record.promised, *age)
+        return (0, 0, False, *age)
+    return (1, -record.waiting_priority, not record.promised, *age)
 
 
 def _idle_order(record: ModelRecord) -> tuple[bool, float, str]:
@@ -114,6 +126,8 @@ class _Room:
             name: size + sum(r.bytes_on(name) for r in leaving) for name, size in self._free.items()
         }
         """Bytes free now or by evictions under way, less those promised."""
+        self._soon = dict(self._promisable)
+        """The same, without what closed models will leave."""
         ready = [r for r in records if r.state is ModelState.READY and not r.pinned]
         self._idle = sorted((r for r in ready if r.is_idle), key=_idle_order)
         self._busy = sorted((r for r in ready if not r.is_idle), key=_busy_order)
@@ -125,27 +139,28 @@ class _Room:
         if best is None:
             return False
         needs = self._needs(record, best.devices)
-        if best.victims:
-            self._give_up(best.victims)
-        elif all(size <= self._free[name] for name, size in needs.items()):
+        self._give_up(best.victims)
+        if not best.victims and all(size <= self._free[name] for name, size in needs.items()):
             for name, size in needs.items():
                 self._free[name] -= size
             self.plan.loads.append((record, best.devices))
+        elif all(v.is_idle for v in best.victims) and all(
+            size <= self._soon[name] for name, size in needs.items()
+        ):
+            self.plan.coming.append((record, best.devices))
         for name, size in needs.items():
             self._promisable[name] -= size
+            self._soon[name] -= size
         return True
 
     def _needs(self, record: ModelRecord, devices: tuple[str, ...]) -> dict[str, int]:
         return dict(zip(devices, (share.size for share in record.shares), strict=True))
 
     def _ways(self, record: ModelRecord, *, is_overdue: bool) -> Iterator[_Way]:
+        room = self._soon if record.is_hinted else self._promisable
         for devices in choices(record, self._capacities):
             needs = self._needs(record, devices)
-            short = {
-                name: size - self._promisable[name]
-                for name, size in needs.items()
-                if size > self._promisable[name]
-            }
+            short = {name: size - room[name] for name, size in needs.items() if size > room[name]}
             victims = self._victims(record, short, is_overdue=is_overdue)
             if victims is not None:
                 yield _Way(devices, victims, self._cost(record, needs, victims))
@@ -168,9 +183,9 @@ class _Room:
         """Return models that together hold what is short, no more of them than needed."""
         if not short:
             return []
-        priority = record.waiting_priority
+        priority, busy_models = record.waiting_priority, [] if record.is_hinted else self._busy
         closable = [
-            busy for busy in self._busy
+            busy for busy in busy_models
             if is_overdue or busy.highest_priority < priority or busy.model in record.promised
         ]  # fmt: skip
         left = dict(short)
@@ -191,6 +206,7 @@ class _Room:
         for victim in victims:
             for name in self._promisable:
                 self._promisable[name] += victim.bytes_on(name)
+                self._soon[name] += victim.bytes_on(name) if victim.is_idle else 0
             if victim.is_idle:
                 self._idle.remove(victim)
                 self.plan.evictions.append(victim)

@@ -83,7 +83,7 @@ class ModelRecord:
         """Where its shares are, or were when it was on devices last."""
         self.load_s = 0.0
         self.ready_at = 0.0
-        """When the load under way, or the last one, was expected to be done."""
+        """When the load under way, planned, or the last one, was expected to be done."""
         self.running: dict[TicketId, Running] = {}
         self.is_closed = False
         """New sessions queue, because another model's turn has come."""
@@ -95,6 +95,8 @@ class ModelRecord:
         """The cluster says when it leaves for idleness; its keep-alive does not count."""
         self.promised: frozenset[ModelId] = frozenset()
         """While it is queued: models whose sessions move to other nodes so that it has room."""
+        self.planned: tuple[str, ...] = ()
+        """While it is queued: the devices on which evictions make the last of its room."""
         self.last_used = 0.0
         self.deadline: float | None = None
         """When it is evicted for idleness; None while it runs or is kept for ever."""
@@ -110,7 +112,7 @@ class ModelRecord:
         assert following is not None, f"{self.model}: {event.value} in state {self.state.value}"
         self.state = following
         if following is not ModelState.QUEUED:
-            self.promised = frozenset()
+            self.promised, self.planned = frozenset(), ()
 
     @property
     def device_bytes(self) -> int:
@@ -157,6 +159,16 @@ class ModelRecord:
         return next(iter(self._arrivals.values()))
 
     @property
+    def foremost(self) -> Waiter:
+        """The waiter that came first and is no hint, if there is one."""
+        return next((w for w in self._arrivals.values() if not w.ticket.is_hint), self.oldest)
+
+    @property
+    def is_hinted(self) -> bool:
+        """Whether only hints wait for it: nobody is there yet."""
+        return self.waiting > 0 and self.foremost.ticket.is_hint
+
+    @property
     def highest_priority(self) -> int:
         """Of the waiting and running tickets and the model's own."""
         tickets = [running.ticket.priority for running in self.running.values()]
@@ -171,7 +183,9 @@ class ModelRecord:
 
     def is_overdue(self, now: float, max_wait_s: float) -> bool:
         """Tell whether a ticket has waited so long that grouping must not hold it up any more."""
-        return self.waiting > 0 and now >= self.oldest.arrived + max_wait_s
+        if not self.waiting or self.is_hinted:
+            return False
+        return now >= self.foremost.arrived + max_wait_s
 
     def enqueue(self, ticket: Ticket, now: float) -> None:
         """Put `ticket` in the queue."""
@@ -190,7 +204,13 @@ class ModelRecord:
     def take_next(self, now: float, max_wait_s: float) -> Waiter:
         """Take the ticket whose turn it is: an overdue one, else the highest priority."""
         overdue = self.is_overdue(now, max_wait_s)
-        return self.remove(self.oldest.ticket.number if overdue else self._order[0][1])
+        return self.remove(self.foremost.ticket.number if overdue else self._order[0][1])
+
+    def plan(self, devices: tuple[str, ...], now: float) -> None:
+        """Take where it comes once evictions have ended; no devices: it waits for more than that."""
+        if devices and not self.planned:
+            self.ready_at = now + self.load_s
+        self.planned = devices
 
     def waiters(self) -> list[Waiter]:
         """Return who waits, in order of arrival."""
@@ -243,14 +263,15 @@ class ModelRecord:
         return ModelView(
             self.state, self.pinned, self.priority, len(self.running), self.waiting,
             self.leaves_at,
-            self.devices if self.is_on_device else (),
+            self.devices if self.is_on_device else self.planned,
         )  # fmt: skip
 
     def replica_view(self) -> ReplicaView:
-        """Return what other nodes may know of it while it takes device memory."""
+        """Return what other nodes may know of it while it takes device memory, or is about to."""
         return ReplicaView(
-            self.model, self.state, self.devices, tuple(share.size for share in self.shares),
+            self.model, self.state, self.devices if self.is_on_device else self.planned,
+            tuple(share.size for share in self.shares),
             tuple(self.running), tuple(self._arrivals), self.pinned,
             self.is_closed or self.is_stale or self.state is ModelState.EVICTING,
-            self.ready_at, self.last_used, self.service_s.value,
+            self.ready_at, self.last_used, self.service_s.value, self.load_s,
         )  # fmt: skip

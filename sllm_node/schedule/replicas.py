@@ -236,7 +236,11 @@ class Replicas(Generic[CodecT]):
             "elapsed_s": round(elapsed_s, 4),
             "opened_s": round(elapsed_s - early_s, 4),
         }
-        report = hosted.lease.report
+        checkpoint, report = hosted.lease.checkpoint, hosted.lease.report
+        limit = self._engines.context_limit(checkpoint)
+        if limit < checkpoint.index.context_tokens:
+            fields["context_tokens"] = limit
+            fields["limited_by"] = "engine.kv_cache_bytes"
         if report is not None:
             fields |= {
                 "begun_s": round(report.begun_s, 5),

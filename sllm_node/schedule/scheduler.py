@@ -11,12 +11,13 @@ Every `on_x` takes an event and the time, changes the state, and returns actions
 - A load that ends grants the tickets that waited for it before any other model's turn is
   considered: each load serves somebody, so turns make progress and nobody starves.
 - Eviction takes time (sessions' memory is torn down): the bytes count until on_evicted.
+- A hint's ticket never stands before another one: it ends once others take the room it counted on.
 - A load that fails refuses all who waited; the next request tries again.
 - A pin keeps a replica from being evicted for others or for idleness. It doesn't keep one that is
   broken or whose checkpoint was replaced.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Final
 
@@ -36,6 +37,7 @@ from sllm_node.schedule.actions import (
     AbortLoad,
     Action,
     Evict,
+    GiveWay,
     Grant,
     ModelView,
     Refuse,
@@ -45,9 +47,11 @@ from sllm_node.schedule.actions import (
     Ticket,
     TicketId,
 )
-from sllm_node.schedule.plan import make_plan, shortage
+from sllm_node.schedule.plan import Plan, make_plan, may_begin, shortage
 from sllm_node.schedule.record import ModelEvent, ModelRecord
 
+ELSEWHERE_S: Final = 1.0
+"""Whoever a drain turns away may ask another node so soon; this one takes nothing until it is restarted."""
 _LOADS: Final = (ModelState.QUEUED, ModelState.LOADING)
 
 
@@ -93,8 +97,9 @@ class Scheduler:
 
     @property
     def is_crowded(self) -> bool:
-        """Whether somebody waits for more than a load under way."""
-        return any(r.waiting and r.state is not ModelState.LOADING for r in self._records.values())
+        """Whether somebody, and not only a hint, waits for more than a load under way."""
+        waits = (r for r in self._records.values() if r.waiting and not r.is_hinted)
+        return any(record.state is not ModelState.LOADING for record in waits)
 
     @property
     def running(self) -> int:
@@ -111,12 +116,24 @@ class Scheduler:
         return tuple(self._records)
 
     def replicas(self) -> tuple[ReplicaView, ...]:
-        """Return the models that take device memory now."""
-        return tuple(r.replica_view() for r in self._records.values() if r.is_on_device)
+        """Return the models that take device memory, and those that do once evictions have ended."""
+        found = (r for r in self._records.values() if r.is_on_device or r.planned)
+        return tuple(record.replica_view() for record in found)
 
     def view(self, model: ModelId) -> ModelView:
         """Return how `model` stands."""
         return (self._records.get(model) or self._new_record(model)).view()
+
+    def can_begin(self, ticket: Ticket, now: float) -> bool:
+        """Tell whether the load of an idle model would begin with this ticket, at once or after evictions."""
+        record = self._new_record(ticket.model)
+        if (known := self._records.get(ticket.model)) is not None:
+            assert known.state is ModelState.IDLE
+            record.devices = known.devices
+        record.enqueue(ticket, now)
+        record.happen(ModelEvent.WANTED)
+        others = (r for r in self._records.values() if r.model != ticket.model)
+        return may_begin(self._plan((*others, record), now), record)
 
     def next_timer(self) -> float | None:
         """Return when `on_timer` is to be called, if ever; later events may change it."""
@@ -336,9 +353,11 @@ class Scheduler:
 
     def _follow_plan(self) -> Iterator[Action]:
         records = self._records.values()
-        plan = make_plan(records, self._capacities, self._now, self._config.max_wait_s)
+        plan = self._plan(records, self._now)
+        coming = {record.model: devices for record, devices in plan.coming}
         for record in records:
             record.is_closed = record in plan.closed
+            record.plan(coming.get(record.model, ()), self._now)
         for record in plan.evictions:
             yield self._evict(record, "room")
         for record, devices in plan.loads:
@@ -346,6 +365,21 @@ class Scheduler:
             record.ready_at = self._now + record.load_s
             record.happen(ModelEvent.LOAD_STARTED)
             yield StartLoad(record.model, devices)
+        for record in records:
+            if record.state is ModelState.QUEUED and record.is_hinted and not record.planned:
+                yield from self._give_way(record)
+
+    def _plan(self, records: Iterable[ModelRecord], now: float) -> Plan:
+        return make_plan(records, self._capacities, now, self._config.max_wait_s)
+
+    def _give_way(self, record: ModelRecord) -> Iterator[Action]:
+        """End the hints of a model whose room others take."""
+        for waiter in record.waiters():
+            number = waiter.ticket.number
+            record.remove(number)
+            del self._tickets[number]
+            yield GiveWay(number, record.model)
+        record.happen(ModelEvent.UNWANTED)
 
     def _evict(self, record: ModelRecord, reason: str) -> Action:
         assert record.is_idle
@@ -357,7 +391,7 @@ class Scheduler:
     def _refusal(self, record: ModelRecord, ticket: Ticket) -> SllmError | None:
         """Return why a new ticket is refused, or None."""
         if self._is_draining:
-            return DrainingError(self._drain_s)
+            return DrainingError(min(self._drain_s, ELSEWHERE_S))
         if (lack := shortage(ticket.shares, self._capacities)) is not None:
             return ModelTooLargeError(ticket.model, *lack)
         if self._is_open(record) or self.waiting < self._config.max_queue:

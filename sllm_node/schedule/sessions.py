@@ -3,7 +3,7 @@
 import asyncio
 
 from sllm_node.core.errors import CancelledByOperatorError, SllmError
-from sllm_node.core.types import ModelId, SessionStatus
+from sllm_node.core.types import ModelId, SessionId, SessionStatus
 from sllm_node.schedule.actions import TicketId
 from sllm_node.schedule.stream import Outcome, Stream, client_id_of, request_of
 
@@ -45,6 +45,14 @@ class Sessions:
         ]
         return sorted(found, key=lambda stream: -stream.request.priority)
 
+    def waiting(self) -> list[SessionStatus]:
+        """Return who waits here and could as well elsewhere: not sessions that move here, and run meanwhile."""
+        return [
+            stream.session_status()
+            for stream in self._streams.values()
+            if not (stream.is_granted or stream.request.held)
+        ]
+
     def statuses(self) -> list[SessionStatus]:
         """Return what `status` shows."""
         return [stream.session_status() for stream in self._streams.values()]
@@ -60,6 +68,16 @@ class Sessions:
         ]
         return self._stop(mine, CancelledByOperatorError("an operator ended it"))
 
+    def give_back(self, session: SessionId, error: SllmError) -> bool:
+        """End a session that still waits, and does not move here; tell whether it did."""
+        found = [s for s in self._streams.values() if s.request.session == session]
+        return self._stop([s for s in found if not (s.is_granted or s.request.held)], error) > 0
+
+    def give_back_all(self, model: ModelId, error: SllmError) -> None:
+        """End all sessions that wait for `model`, in order of arrival."""
+        found = (s for s in self._streams.values() if s.request.model == model)
+        self._stop([s for s in found if not s.is_granted], error, Outcome.REFUSED)
+
     def stop_all(self, error: SllmError) -> int:
         """End all sessions with `error`; return how many there were."""
         return self._stop(list(self._streams.values()), error)
@@ -68,11 +86,13 @@ class Sessions:
         """Wait until there is none."""
         await self._quiet.wait()
 
-    def _stop(self, streams: list[Stream], error: SllmError) -> int:
+    def _stop(
+        self, streams: list[Stream], error: SllmError, outcome: Outcome = Outcome.STOPPED
+    ) -> int:
         """End those that wait first, so that none is granted in between."""
         stopped = 0
         for stream in sorted(streams, key=lambda stream: stream.is_granted):
             if stream.ticket in self._streams:  # the end of one may have refused another
-                stream.fail(error, Outcome.STOPPED)
+                stream.fail(error, outcome)
                 stopped += 1
         return stopped

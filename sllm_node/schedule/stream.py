@@ -38,6 +38,8 @@ class Outcome(Enum):
     LENGTH = "length"
     CANCELLED = "cancelled"
     """The reader went away."""
+    MOVED = "moved"
+    """Its entry lets another node go on with it."""
     REFUSED = "refused"
     """It never ran."""
     STOPPED = "stopped"
@@ -69,6 +71,8 @@ class Stream:
         self.cached_tokens = 0
         """Of what was known of it, that needed no computing."""
         self.first_token: float | None = None
+        self.migration = ""
+        """The move that took it away."""
         self.tokens = 0
         """Output tokens passed on."""
         self.position = len(request.resumed)
@@ -106,6 +110,12 @@ class Stream:
         """End the session for a reader that went away; a second call does nothing."""
         if not self._is_ended:
             self._end(Outcome.CANCELLED)
+
+    def leave(self, migration: str) -> None:
+        """End the session here, as another node goes on with it; nothing if it has ended."""
+        if not self._is_ended:
+            self.migration = migration
+            self._end(Outcome.MOVED)
 
     def status(self) -> ModelStatus | None:
         """Return how the model stands while the session waits for it, else None."""

@@ -57,6 +57,8 @@ class Telemetry:
             "generated_tokens": stream.tokens,
             "elapsed_s": round(now - stream.opened, 4),
         }
+        if stream.migration:
+            fields["migration"] = stream.migration
         if stream.granted is not None:
             fields["queue_s"] = round(stream.granted - stream.opened, 4)
         if stream.first_token is not None:

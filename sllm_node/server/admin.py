@@ -1,4 +1,8 @@
-"""For operators: status, load, unload, pin, unpin, cancel, drain, pull; and the probes and metrics."""
+"""For operators: status, load, unload, pin, unpin, cancel, drain, pull; and the probes and metrics.
+
+A model may be named by an alias: what is done is done to the model, whatever the alias says later, and the
+answer names it.
+"""
 
 from collections.abc import Callable, Coroutine
 from dataclasses import asdict
@@ -41,8 +45,11 @@ class Admin:
         overview: Callable[[], dict[str, Any]],
         pull: Callable[[str], Coroutine[None, None, None]],
         explain: Callable[[str], dict[str, Any]] | None = None,
+        resolve: Callable[[str], str] = str,
     ) -> None:
+        """`resolve` returns the model behind a name."""
         self._service = service
+        self._resolve = resolve
         self._explain = explain
         self._pull = pull
         self._overview = overview
@@ -61,25 +68,28 @@ class Admin:
             raise InvalidRequestError("name a model: /admin/placement?model=NAME", param="model")
         if self._explain is None:
             raise InvalidRequestError("this node is in no cluster (cluster.file in its config)")
+        model = self._resolve(model)
         self._service.status(model)
         return json_response(self._explain(model))
 
     async def load(self, http: web.Request) -> web.Response:
         """Bring a model onto the device; answers when it serves."""
         await read_body(http, NoFields)
-        await self._service.load(http.match_info["id"])
-        return self._state_of(http)
+        model = self._model(http)
+        await self._service.load(model)
+        return self._state_of(model)
 
     async def unload(self, http: web.Request) -> web.Response:
         """Take a model off the device; answers when its memory is free."""
         body = await read_body(http, UnloadRequest)
-        await self._service.unload(http.match_info["id"], force=body.force)
-        return self._state_of(http)
+        model = self._model(http)
+        await self._service.unload(model, force=body.force)
+        return self._state_of(model)
 
     async def pin(self, http: web.Request) -> web.Response:
         """Keep a model on the device, and bring it there; if it can't come, it is not pinned."""
         await read_body(http, NoFields)
-        model = http.match_info["id"]
+        model = self._model(http)
         was_pinned = self._service.status(model).pinned
         await self._service.pin(model)
         try:
@@ -88,13 +98,14 @@ class Admin:
             if not was_pinned:
                 await self._service.unpin(model)
             raise
-        return self._state_of(http)
+        return self._state_of(model)
 
     async def unpin(self, http: web.Request) -> web.Response:
         """Let a model be evicted again."""
         await read_body(http, NoFields)
-        await self._service.unpin(http.match_info["id"])
-        return self._state_of(http)
+        model = self._model(http)
+        await self._service.unpin(model)
+        return self._state_of(model)
 
     async def cancel(self, http: web.Request) -> web.Response:
         """End the sessions of one request, or of all that came with this id."""
@@ -115,11 +126,16 @@ class Admin:
     async def pull(self, http: web.Request) -> web.Response:
         """Bring a model from its remote onto NVMe; answers when all of it is there."""
         await read_body(http, NoFields)
-        await self._pull(http.match_info["id"])
-        return self._state_of(http)
+        model = self._model(http)
+        await self._pull(model)
+        return self._state_of(model)
 
-    def _state_of(self, http: web.Request) -> web.Response:
-        status = self._service.status(http.match_info["id"])
+    def _model(self, http: web.Request) -> str:
+        """Return the model that is meant: once, so that all of one act is done to the same."""
+        return self._resolve(http.match_info["id"])
+
+    def _state_of(self, model: str) -> web.Response:
+        status = self._service.status(model)
         return json_response({"id": status.model, **described(status)})
 
 

@@ -191,7 +191,7 @@ async def _name(_: web.Request, response: web.StreamResponse) -> None:
 def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Handler]:
     models = Models(edge.service, edge.wishes)
     wishes = WishRoutes(edge.wishes)
-    admin = Admin(edge.service, edge.overview, edge.pull, edge.explain)
+    admin = Admin(edge.service, edge.overview, edge.pull, edge.explain, edge.wishes.resolve)
     peer = Peer(edge.catalog)
     probes = Probes(edge.service, edge.stalled, edge.metrics.registry)
     found: Sequence[Handler] = (

@@ -1,8 +1,10 @@
 """POST /v1/chat/completions and /v1/completions: from a body to sessions, from chunks to an answer."""
 
+import asyncio
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
@@ -15,6 +17,7 @@ from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import ServerConfig
 from sllm_node.core.errors import (
+    PROMPT_LIMIT,
     InternalError,
     InvalidRequestError,
     PromptTooLongError,
@@ -74,6 +77,9 @@ class Job:
             self.usage.cached += chunk.cached_tokens  # a prompt counts once, as it was first met
 
 
+_HELD_INTERVALS: Final = 5
+"""So long a stream's status stays open while its model's tokenizer is read, then comments begin."""
+
 current_job: Final[ContextVar[Job | None]] = ContextVar("current_job", default=None)
 """The job of the request under way: for the access log."""
 
@@ -119,8 +125,22 @@ class Completions:
     ) -> web.StreamResponse:
         request = msgspec.structs.replace(request, model=self._resolve(request.model))
         logs.model_id.set(request.model)
+        if request.stream:
+            return await self._stream(http, request, shape)
+        codec = await self._prepare(request)
+        return await self._collect(http, *await self._begun(request, shape, codec))
+
+    async def _prepare(self, request: ChatRequest | CompletionRequest) -> TextCodec:
         self._service.expect(request.model, characters_of(request))
-        codec = await self._service.prepare(request.model)
+        return await self._service.prepare(request.model)
+
+    async def _begun(
+        self,
+        request: ChatRequest | CompletionRequest,
+        shape: ChatShape | CompletionShape,
+        codec: TextCodec,
+    ) -> tuple[Job, list[Stream]]:
+        """Check the request and open its sessions."""
         wish = wish_of(
             request,
             random_seed=self._draw_seed(),
@@ -132,10 +152,7 @@ class Completions:
         prompts = await self._prompts.of(request, codec, limit)
         job = await self._job(request, wish, shape, codec, prompts)
         current_job.set(job)
-        streams = self._open(request, wish, prompts, limit)
-        if request.stream:
-            return await self._stream(http, job, streams)
-        return await self._collect(http, job, streams)
+        return job, self._open(request, wish, prompts, limit)
 
     def _check_choices(self, request: ChatRequest | CompletionRequest) -> None:
         """Refuse a request whose sessions would never be taken all together."""
@@ -196,7 +213,7 @@ class Completions:
         self, http: web.Request, job: Job, streams: Sequence[Stream]
     ) -> web.Response:
         """Wait for all choices and answer with one object."""
-        async with merged(streams) as queue:
+        async with merged(streams, self._config.progress_interval_s) as queue:
             async for item in items(queue, streams, self._config.progress_interval_s):
                 if not isinstance(item, ModelStatus):
                     for index, chunk in item:
@@ -208,17 +225,22 @@ class Completions:
     # --- streaming ----------------------------------------------------------------------------
 
     async def _stream(
-        self, http: web.Request, job: Job, streams: Sequence[Stream]
+        self,
+        http: web.Request,
+        request: ChatRequest | CompletionRequest,
+        shape: ChatShape | CompletionShape,
     ) -> web.StreamResponse:
         """Send chunks as they come.
 
-        Headers go out with the first chunk, or the first comment while the model loads: a failure
-        before that is answered with its own status, one after it as an event.
+        Headers go out with the first chunk, or the first comment while the model loads or nobody gives
+        its tokenizer: a failure before that is answered with its own status, one after it as an event.
         """
         response = web.StreamResponse(headers=HEADERS)
         writer = EventWriter(http, response, self._config.write_timeout_s)
         try:
             try:
+                codec = await self._prepare_audibly(http, response, writer, request)
+                job, streams = await self._begun(request, shape, codec)
                 await self._send(http, response, writer, job, streams)
             except (SlowClientError, ConnectionError):
                 raise
@@ -231,6 +253,32 @@ class Completions:
             abort(http)
         return response
 
+    async def _prepare_audibly(
+        self,
+        http: web.Request,
+        response: web.StreamResponse,
+        writer: EventWriter,
+        request: ChatRequest | CompletionRequest,
+    ) -> TextCodec:
+        """Return the model's codec; if that takes long, comments say so meanwhile."""
+        task = asyncio.create_task(self._prepare(request), name="codec")
+        interval_s = self._config.progress_interval_s
+        wait_s = _HELD_INTERVALS * interval_s
+        try:
+            while not task.done():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await asyncio.shield(task)
+                if task.done():
+                    break
+                if not response.prepared:
+                    await response.prepare(http)
+                await writer.comment(f"{request.model} waits for a node that gives its tokenizer")
+                wait_s = interval_s
+            return await task
+        finally:
+            task.cancel()
+
     async def _send(
         self,
         http: web.Request,
@@ -239,10 +287,12 @@ class Completions:
         job: Job,
         streams: Sequence[Stream],
     ) -> None:
-        async with merged(streams) as queue:
+        async with merged(streams, self._config.progress_interval_s) as queue:
+            is_begun = False
             async for item in items(queue, streams, self._config.progress_interval_s):
-                if not response.prepared:
-                    if explaining.is_wished(http):
+                if not is_begun:
+                    is_begun = True
+                    if explaining.is_wished(http) and not response.prepared:
                         response.headers.update(explaining.headers(streams))
                     await self._begin(http, response, writer, job)
                 if isinstance(item, ModelStatus):
@@ -258,7 +308,8 @@ class Completions:
     async def _begin(
         self, http: web.Request, response: web.StreamResponse, writer: EventWriter, job: Job
     ) -> None:
-        await response.prepare(http)
+        if not response.prepared:
+            await response.prepare(http)
         for choice in job.choices:
             opening = job.shape.opening(job.reply, choice)
             if opening is not None:
@@ -312,7 +363,7 @@ def _generation(
     left = limit - len(prompt)
     if wish.max_tokens is not None and wish.max_tokens > left:
         raise PromptTooLongError(
-            len(prompt) + wish.max_tokens, limit, "this node", param=limit_name(request)
+            len(prompt) + wish.max_tokens, limit, PROMPT_LIMIT, param=limit_name(request)
         )
     return GenerationRequest(
         session=session,

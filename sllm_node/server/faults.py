@@ -10,6 +10,7 @@ _STATUS: Final[dict[type[SllmError], int]] = {
     errors.BodyTooLargeError: 413,
     errors.ForbiddenOriginError: 403,
     errors.ModelBusyError: 409,
+    errors.ModelElsewhereError: 409,
     errors.ModelNotFoundError: 404,
     errors.MoveRefusedError: 409,
     errors.WishConflictError: 409,

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Final, TypeVar
 
-from sllm_node.core.errors import InvalidRequestError, PromptTooLongError
+from sllm_node.core.errors import PROMPT_LIMIT, InvalidRequestError, PromptTooLongError
 from sllm_node.core.types import TokenIds
 from sllm_node.server.openai import ChatRequest, CompletionRequest, Message, prompts_of
 from sllm_node.server.service import TextCodec
@@ -86,7 +86,7 @@ def _checked(prompt: TokenIds, vocabulary: int, limit: int, param: str) -> Token
     if not prompt:
         raise InvalidRequestError("the prompt has no tokens", param=param)
     if len(prompt) >= limit:
-        raise PromptTooLongError(len(prompt) + 1, limit, "this node", param=param)
+        raise PromptTooLongError(len(prompt) + 1, limit, PROMPT_LIMIT, param=param)
     if max(prompt) >= vocabulary:
         raise InvalidRequestError(
             f"{param} has the token id {max(prompt)}; this model's are 0 to {vocabulary - 1}",

@@ -71,7 +71,10 @@ class Wishes(Protocol):
         """Return the model that clients mean by `name`."""
 
     def aliases(self) -> dict[str, str]:
-        """Return the model behind each alias."""
+        """Return the model behind each alias that counts."""
+
+    def hidden(self) -> dict[str, str]:
+        """Return the model behind each alias that does not count, as a model is called so."""
 
     def desired(self) -> tuple[Desired, ...]: ...
 

@@ -7,8 +7,8 @@ write may take.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final
 
 import orjson
@@ -34,6 +34,8 @@ class SlowClientError(Exception):
 
 Item = tuple[int, GenerationChunk | BaseException | None]
 """Choice, and its next chunk; None: it has ended; an error: it has failed."""
+_TICK: Final[Item] = (-1, None)
+"""Nothing came for long: a stream may wait again, as its node was lost."""
 
 
 class EventWriter:
@@ -78,18 +80,39 @@ class EventWriter:
 
 
 @asynccontextmanager
-async def merged(streams: Sequence[Stream]) -> "AsyncIterator[asyncio.Queue[Item]]":
+async def merged(
+    streams: Sequence[Stream], interval_s: float
+) -> "AsyncIterator[asyncio.Queue[Item]]":
     """Read all `streams` into one queue; on leaving, cancel what is not at its end."""
     queue: asyncio.Queue[Item] = asyncio.Queue(len(streams))
     tasks = [asyncio.create_task(_read(i, s, queue)) for i, s in enumerate(streams)]
     try:
-        yield queue
+        with _ticking(queue, interval_s):
+            yield queue
     finally:
         for stream in streams:
             stream.cancel()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextmanager
+def _ticking(queue: "asyncio.Queue[Item]", interval_s: float) -> Iterator[None]:
+    """Wake who waits at `queue` now and then: one timer for all waits, as each would cost a token's time."""
+    loop = asyncio.get_running_loop()
+    timers: list[asyncio.TimerHandle] = []
+
+    def tick() -> None:
+        if queue.empty():
+            queue.put_nowait(_TICK)
+        timers[:] = [loop.call_later(interval_s, tick)]
+
+    timers.append(loop.call_later(interval_s, tick))
+    try:
+        yield
+    finally:
+        timers[0].cancel()
 
 
 async def _read(index: int, stream: Stream, queue: "asyncio.Queue[Item]") -> None:
@@ -116,18 +139,17 @@ async def items(
     waiting = list(streams)
     while left:
         status = next((s for stream in waiting if (s := stream.status()) is not None), None)
-        if status is None:
-            waiting = []
-            first = await queue.get()
-        else:
-            try:
-                async with asyncio.timeout(interval_s):
-                    first = await queue.get()
-            except TimeoutError:
-                yield status
-                continue
+        waiting = [] if status is None else waiting
+        first = await (queue.get() if status is None else _get(queue, interval_s))
+        if first is None:
+            assert status is not None
+            yield status
+            continue
         chunks: list[tuple[int, GenerationChunk]] = []
         for index, item in _queued(first, queue):
+            if index < 0:
+                waiting = list(streams)
+                continue
             if isinstance(item, BaseException):
                 if chunks:
                     yield chunks
@@ -138,6 +160,15 @@ async def items(
                 chunks.append((index, item))
         if chunks:
             yield chunks
+
+
+async def _get(queue: "asyncio.Queue[Item]", limit_s: float) -> Item | None:
+    """Return what comes next; None: nothing for so long."""
+    try:
+        async with asyncio.timeout(limit_s):
+            return await queue.get()
+    except TimeoutError:
+        return None
 
 
 def _queued(first: Item, queue: "asyncio.Queue[Item]") -> list[Item]:

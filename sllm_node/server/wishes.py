@@ -35,7 +35,10 @@ class WishRoutes:
     async def show(self, _: web.Request) -> web.Response:
         """Show what operators have wished for."""
         desired = [asdict(wish) for wish in self._wishes.desired()]
-        return json_response({"aliases": self._wishes.aliases(), "desired": desired})
+        wishes = self._wishes
+        return json_response(
+            {"aliases": wishes.aliases(), "hidden": wishes.hidden(), "desired": desired}
+        )
 
     async def scale(self, http: web.Request) -> web.Response:
         """Keep between so many replicas of a model in the cluster."""

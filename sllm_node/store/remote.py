@@ -98,6 +98,9 @@ class RemoteTier:
             for name, config in remotes.items()
         }
         self._seen = {name: _Seen() for name in remotes}
+        self._metrics = metrics
+        self._joined: dict[str, Remote] = {}
+        """Remotes that no config names: the peers of a cluster."""
         self._chunk_bytes = store.chunk_bytes
         self._writers = Writers(_WRITERS, _BUFFERS, store.chunk_bytes)
         self._open_disk = open_disk or partial(CardDisk, direct=store.direct_io)
@@ -125,8 +128,17 @@ class RemoteTier:
         self._threads.shutdown(wait=True)
         self.readers.shutdown(wait=True)
         self._writers.close()
-        for remote in self._remotes.values():
+        for remote in (*self._remotes.values(), *self._joined.values()):
             remote.close()
+
+    def join(
+        self, files: Files, *, threads: int, retries: int, offers: Callable[[ModelId], bool]
+    ) -> None:
+        """Load from `files`, too; its cards are made by others, and show while it offers them."""
+        self._joined[files.name] = Remote(
+            files, threads=threads, retries=retries, metrics=self._metrics
+        )
+        self.cards.offers[files.name] = offers
 
     # --- what is there ------------------------------------------------------------------------
 
@@ -167,7 +179,7 @@ class RemoteTier:
         """Return how many bytes of `model` have come; None: it is here, or at no remote."""
         if (self.path / model).is_dir():
             return None
-        checkpoint = self.cards.get(model)
+        checkpoint = self.cards.get(model, is_hidden=True)
         return None if checkpoint is None else self._partial(checkpoint).bytes_here
 
     # --- cards, in the refreshing thread ------------------------------------------------------
@@ -234,7 +246,7 @@ class RemoteTier:
 
     def _is_kept_for(self, owner: str, other: str, model: ModelId) -> bool:
         """Tell whether bytes from `owner` go before what `other` offers under that name."""
-        order = list(self._remotes)
+        order = [*self._joined, *self._remotes]
         return (
             owner in order
             and order.index(owner) < order.index(other)
@@ -269,12 +281,14 @@ class RemoteTier:
         """Return the partial of the card at `card` and its remote; None: it is complete."""
         if self.completed(card).is_dir():
             return None
-        checkpoint = self.cards.get(ModelId(card.name))
+        checkpoint = self.cards.get(ModelId(card.name), is_hidden=True)
         if self.completed(card).is_dir():
             return None  # in between: what the card says now is of no use
-        if checkpoint is None or checkpoint.remote is None:
+        name = (checkpoint and checkpoint.remote) or ""
+        remote = self._remotes.get(name) or self._joined.get(name)
+        if checkpoint is None or remote is None:
             raise FileNotFoundError(str(card))
-        return self._partial(checkpoint), self._remotes[checkpoint.remote]
+        return self._partial(checkpoint), remote
 
     def completed(self, card: Path) -> Path:
         """Return the folder of the checkpoint that the card at `card` became."""

@@ -5,6 +5,8 @@ import asyncio
 import aiohttp
 import pytest
 
+from sllm_node.checkpoint.catalog import open_checkpoint
+from sllm_node.checkpoint.verify import verify
 from tests.e2e import cluster_nodes as nodes
 from tests.models import make_checkpoint
 
@@ -103,7 +105,9 @@ async def test_placement_is_explained_with_all_estimates(pair):
     await nodes.sees(a, "a", "b")
     told = await nodes.get(a.url, "/admin/placement?model=beta")
     assert told["node"] == "b"
-    assert {candidate["node"] for candidate in told["candidates"]} == {"b"}
+    ways = {candidate["node"]: candidate["source"] for candidate in told["candidates"]}
+    assert ways["a"] == "peer"
+    assert ways.keys() == {"a", "b"}
     unknown = await nodes.get(a.url, "/admin/placement?model=none")
     assert unknown["error"]["code"] == "model_not_found"
 
@@ -120,6 +124,24 @@ async def test_a_wrong_cluster_file_is_refused_and_the_old_one_stays(pair):
     finally:
         file.write_text(good)
     assert (await answer(a, ask("beta")))["usage"]["completion_tokens"] == 24
+
+
+def has_drained(report):
+    return any(node["id"] == "a" and node["draining"] for node in report["cluster"]["nodes"])
+
+
+async def test_a_model_of_a_node_that_drains_is_loaded_from_it(pair):
+    """The last one for this pair: node a takes no requests from here on."""
+    a, b = pair
+    await nodes.sees(b, "a")
+    there = await answer(a, ask("alpha"))
+    store = b.config.parent.parent / "store-b"
+    await nodes.post(a.url, "/admin/drain", {})
+    await nodes.until(b.url, "/admin/status", has_drained)
+    here = await answer(b, ask("alpha"))
+    assert here["choices"] == there["choices"]
+    await nodes.until(b.url, "/admin/status", lambda _: (store / "alpha").is_dir())
+    assert verify(open_checkpoint(store / "alpha")) == []
 
 
 @pytest.fixture

@@ -207,16 +207,18 @@ async def test_a_drained_node_gives_its_sessions_away_and_no_stream_is_dropped(t
 
 @pytest.fixture
 def example(tmp_path):
-    """Make the paper's nodes: b lies on two only, which has room for one model; one has a, and readers."""
+    """Make the paper's nodes: b lies on two only, which has room for one model; one gets a, and has readers."""
     file = nodes.make_cluster(tmp_path / "shared", ["one", "two"])
+    file.write_text(file.read_text() + "[limits]\npeer_bandwidth = 0\n")
     stores = [tmp_path / "store-1", tmp_path / "store-2"]
     for name, seed in (("a", 3), ("b", 4)):
         make_checkpoint(stores[1], name, seed=seed, chunk_bytes=65536)
-    shutil.copytree(stores[1] / "a", stores[0] / "a")
+    shutil.copytree(stores[1] / "a", tmp_path / "a")
+    stores[0].mkdir()
     room = {"memory_bytes": 2 << 20}  # each takes half a MiB, and one MiB for its sessions
     with nodes.running(
-        nodes.made(tmp_path, "one", stores[0], file, **room),
-        nodes.made(tmp_path, "two", stores[1], file, **room),
+        nodes.made(tmp_path, "one", stores[0], file, braked=True, **room),
+        nodes.made(tmp_path, "two", stores[1], file, braked=True, **room),
     ) as example:
         yield example
 
@@ -226,17 +228,27 @@ async def act(node, model, *verbs):
         assert (await nodes.post(node.url, f"/admin/models/{model}/{verb}", {}))[0] == 200
 
 
-async def test_a_model_starts_from_dram_where_another_runs_whose_reader_sees_one_gap(example):
+def has(report, name, model, on_device=False):
+    """Tell whether a node knows that one has a model, and whether on its device."""
+    (there,) = [node for node in report["cluster"]["nodes"] if node["id"] == name]
+    return [found["device"] for found in there["models"] if found["id"] == model] == [on_device]
+
+
+async def test_a_model_starts_from_dram_where_another_runs_whose_reader_sees_one_gap(
+    example, tmp_path
+):
     one, two = example
     await nodes.sees(one, "two")
     body = ask("Hello there", 470, model="a")
-    unmoved = await nodes.Streamed().read(one.url, body)
-    await act(one, "a", "unload")
     await act(two, "b", "load", "unload")
-    await act(two, "a", "load")
+    unmoved = await nodes.Streamed().read(one.url, body)
     nodes.brake(one, two)
     reading = await started(one, body)
-    assert nodes.serving(one, two) is two
+    assert nodes.serving(one, two) is two  # nobody else has the model yet
+    shutil.move(tmp_path / "a", tmp_path / "store-1" / "a")
+    await act(one, "a", "load", "unload")
+    await nodes.until(one.url, "/admin/status", lambda report: has(report, "one", "a"))
+    await nodes.until(one.url, "/admin/status", lambda report: has(report, "two", "a", True))
     status, told = await nodes.post(one.url, "/v1/completions", ask("Hi", 5, model="b"))
     assert (status, told["usage"]["completion_tokens"]) == (200, 5)
     load = two.events("load finished")[-1]

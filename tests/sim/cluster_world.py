@@ -6,17 +6,20 @@ crash cuts the connections of a node at once; a cut link says nothing at all.
 
 import asyncio
 import contextlib
+import shutil
 from pathlib import Path
+from typing import Any
 
 from sllm_node.cluster.file import parse_cluster
 from sllm_node.cluster.hints import HINT
 from sllm_node.cluster.peers import Peers, Place
+from sllm_node.cluster.rebalancing import Rebalancing
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import BootId
-from sllm_node.core.errors import PeerUnreachableError
+from sllm_node.core.errors import PeerUnreachableError, RemoteUnreachableError
 from sllm_node.core.types import (
     GenerationRequest,
     ModelId,
@@ -38,20 +41,31 @@ class Connection:
     def __init__(self, world, source, target):
         self.world, self.source, self.target = world, source, target
         self.frames: asyncio.Queue = asyncio.Queue()
-        self.task = None
+        self.task: Any = None
+        self.delayed: list = []
+        self.is_left = False
+        """By its source, of which a cut link does not tell."""
 
     async def send(self, payload):
         await asyncio.sleep(DELAY_S)
-        while not self.world.is_open(self.target, self.source):
-            await asyncio.sleep(DELAY_S * 100)
-        self.frames.put_nowait(payload)
+        self.deliver(payload)
+
+    def deliver(self, *items):
+        """Let items arrive: now, or when the link is there again."""
+        self.delayed += items
+        if self.world.is_open(self.target, self.source):
+            for item in self.delayed:
+                self.frames.put_nowait(item)
+            self.delayed.clear()
 
     async def serve(self, handler, payload):
         try:
             await handler(self.source, payload, self)
-            self.frames.put_nowait(None)
+            self.deliver(None)
+        except (TimeoutError, ConnectionResetError):  # as the listener: it drops the connection
+            self.deliver(PeerUnreachableError(self.target, "it dropped the connection"))
         except Exception as error:
-            self.frames.put_nowait(error)
+            self.deliver(error)
 
     def reset(self, node):
         if self.task is not None:
@@ -87,10 +101,12 @@ class MemoryClient:
         try:
             yield self._frames(connection, silence_s)
         finally:
-            world.connections.pop(connection, None)
-            connection.task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await connection.task
+            connection.is_left = True
+            if world.is_open(self.me, peer):
+                world.connections.pop(connection, None)
+                connection.task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await connection.task
 
     async def _frames(self, connection, silence_s):
         while True:
@@ -109,6 +125,32 @@ class MemoryClient:
 class NoTrust:
     def set_peers(self, peers):
         pass
+
+
+class Copying:
+    """What `fetching.Fetching` is to a node: a peer's model is known once its folder is copied."""
+
+    COPY_S = 0.3
+
+    def __init__(self, node):
+        self.node = node
+        self.ensured: list[str] = []
+
+    def is_here(self, model):
+        return (self.node.root / model).is_dir()
+
+    async def ensure(self, model):
+        if self.is_here(model):
+            return
+        self.ensured.append(model)
+        await asyncio.sleep(self.COPY_S)
+        for other in self.node.world.nodes.values():
+            if other.is_up and other is not self.node and (other.root / model).is_dir():
+                if not self.is_here(model):
+                    shutil.copytree(other.root / model, self.node.root / model)
+                self.node.rig.store.catalog.scan()
+                return
+        raise RemoteUnreachableError(":peers", model, "no node that lives has all of it")
 
 
 class WorldNode:
@@ -131,14 +173,25 @@ class WorldNode:
         self.service = made.service
         clock = LoopClock()
         made.service.outlook._catalog.scan()
-        snapshot = Snapshot(self.name, BootId(str(self.lives)), made.service.outlook)
+        rates = (1e9, 0.1) if self.world.peer_loads else (0.0, 0.0)
+        boot = BootId(str(self.lives))
+        snapshot = Snapshot(self.name, boot, made.service.outlook, lambda: rates)
         place = Place(self.name, self.lives, self.world.path, self.world.file)
         self.peers = Peers(place, NoTrust(), snapshot, clock, made.metrics)  # type: ignore[arg-type]
         client = MemoryClient(self.world, self.name)
+        self.fetching = self._fetching()
         self.router = Router(made.service, self.peers, client, None, clock, made.metrics)  # type: ignore[arg-type]
+        self.router.fetching = self.fetching
         self.vacating = self.router.vacating
-        self.serving = Serving(made.service, self.peers, self.vacating, clock, 1.0)
-        self.scaling = Scaling(made.service, self.peers, self.peers.desired, clock, made.metrics)
+        self.serving = Serving(made.service, self.peers, self.vacating, clock, 1.0, self.fetching)
+        self.router.movers.entry_of = self.serving.entry_of
+        desired = self.peers.desired
+        self.scaling = Scaling(
+            made.service, self.peers, desired, clock, made.metrics, self.fetching
+        )
+        self.rebalancing = Rebalancing(
+            made.service, self.peers, self.vacating.under_way, clock, made.metrics
+        )
         self.handlers = {
             **self.serving.handlers(), **self.scaling.handlers(), **self.vacating.handlers(),
             HINT: self.router.hints.take,
@@ -146,6 +199,10 @@ class WorldNode:
         self.is_up = True
         self.peers.start(client)  # type: ignore[arg-type]
         self.scaling.start(client)  # type: ignore[arg-type]
+        self.rebalancing.start()
+
+    def _fetching(self) -> Any:
+        return Copying(self) if self.world.peer_loads else None
 
     async def crash(self):
         """End at once: whoever is connected hears it, nobody is told anything."""
@@ -157,6 +214,7 @@ class WorldNode:
 
     async def stop(self, *, is_told=True):
         await self.scaling.close()
+        self.rebalancing.close()
         if is_told:
             await self.router.close()
             await self.peers.close()
@@ -175,8 +233,9 @@ class WorldNode:
 class World:
     """All nodes and the network between them."""
 
-    def __init__(self, root: Path, nodes, pages=2, more=""):
+    def __init__(self, root: Path, nodes, pages=2, more="", *, peer_loads=False):
         """`nodes`: the models of each, by its name; `more`: of the cluster file."""
+        self.peer_loads = peer_loads
         entries = "".join(
             f'[[nodes]]\nid = "{name}"\naddress = "10.0.0.{i + 1}:8100"\n'
             for i, name in enumerate(nodes)
@@ -210,7 +269,13 @@ class World:
                     self.cut |= {(a, b), (b, a)}
 
     def heal(self):
+        """Open all links; who was left meanwhile is told."""
         self.cut.clear()
+        for connection in list(self.connections):
+            connection.deliver()
+            if connection.is_left:
+                del self.connections[connection]
+                connection.task.cancel()
 
     def open(self, entry, model, tokens=20, **options):
         self.sessions += 1

@@ -1,7 +1,9 @@
 """Real peers, routers and services on virtual time, while nodes die and links are cut."""
 
 import asyncio
+import contextlib
 import functools
+import logging
 import random
 from types import SimpleNamespace
 from typing import Any
@@ -9,10 +11,13 @@ from typing import Any
 import pytest
 
 from sllm_node.cluster.wire import Forward, pack, unpack_record
+from sllm_node.core import log as logs
 from sllm_node.core.errors import (
+    EngineError,
     HopLimitError,
     MisdirectedError,
     ModelNotFoundError,
+    MoveRefusedError,
     PeerUnreachableError,
     SllmError,
 )
@@ -21,14 +26,14 @@ from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
 
 
-def in_world(**nodes):
+def in_world(pages=2, **nodes):
     """Run an async test in a world; at its end no session, load or lease is left."""
 
     def decorate(test):
         @functools.wraps(test)
         def wrapper(tmp_path):
             async def play():
-                world = World(tmp_path, nodes)
+                world = World(tmp_path, nodes, pages)
                 await asyncio.sleep(3.0)
                 await test(world)
                 await asyncio.sleep(5.0)
@@ -70,6 +75,76 @@ async def test_a_session_goes_on_when_its_node_crashes(world):
     await asyncio.sleep(2.0)
     await world[stream.node].crash()
     assert await read(stream) == list(range(len(stream._tokens) - 60 + 2, 61))
+
+
+def logged(caplog, event):
+    """Return the fields of the one line that says so."""
+    (line,) = [record for record in caplog.records if record.message == event]
+    return line
+
+
+def test_where_a_session_goes_on_and_why_is_logged(tmp_path, caplog):
+    caplog.set_level("INFO", "sllm_node.cluster.retries")
+
+    @in_world(a=(), b=("m",), c=("m",))
+    async def crash(world):
+        stream = world.open("a", "m", tokens=60)
+        await anext(stream)
+        before = stream.node
+        await world[before].crash()
+        await read(stream)
+        line = logged(caplog, "session goes on")
+        assert (line.session, line.after, line.node) == ("a-1-0", before, stream.node)
+        assert line.why
+        assert line.tokens
+
+    crash(tmp_path)
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_move_takes_a_requests_id_and_names_the_entry_where_it_is_asked_elsewhere(world):
+    stream = world.open("a", "m", tokens=60)
+    await anext(stream)
+    to = "c" if stream.node == "b" else "b"
+    with pytest.raises(MoveRefusedError, match="ask node 'a'"):
+        world[stream.node].router.move("a-1", to)
+    assert world["a"].router.move("a-1", to)["session"] == "a-1-0"
+    await read(stream)
+    assert stream.node == to
+
+
+@pytest.mark.parametrize("entry", ["a", "b"])
+def test_a_move_is_no_cancellation_to_the_node_that_it_leaves(tmp_path, caplog, entry):
+    caplog.set_level("INFO", "sllm_node")
+
+    @in_world(a=(), b=("m",), c=("m",))
+    async def move(world):
+        stream = world.open(entry, "m", tokens=60)
+        await anext(stream)
+        to = "c" if world["b"].service.sessions() else "b"
+        with logs.of_request("of-the-operator"):
+            told = world[entry].router.move(stream.request.session, to)
+        await read(stream)
+        ends = [r for r in caplog.records if r.message == "session ended"]
+        assert sorted(end.outcome for end in ends) == ["length", "moved"]
+        (left,) = [end for end in ends if end.outcome == "moved"]
+        assert left.migration == told["migration"]
+
+    requests = {}
+
+    def spy(record):
+        requests[record.msg] = logs.request_id.get()
+        return True
+
+    movers = [logging.getLogger(f"sllm_node.cluster.{name}") for name in ("move", "movers")]
+    for logger in movers:
+        logger.addFilter(spy)
+    try:
+        move(tmp_path)
+    finally:
+        for logger in movers:
+            logger.removeFilter(spy)
+    assert requests == dict.fromkeys(("session moves", "session move ended"), f"{entry}-1")
 
 
 @in_world(a=(), b=("m",))
@@ -133,7 +208,7 @@ async def test_a_node_that_has_just_started_listens_before_it_says_that_there_is
     await asyncio.sleep(1.0)
     world["a"].start()
     router = world["a"].router
-    router._texts = HoldersAsTexts()
+    router.elsewhere.texts = HoldersAsTexts()
     assert not world["a"].peers.has_peers()
     assert await router.prepare("m") == ("m", ["b"])
     now = asyncio.get_running_loop().time()
@@ -157,7 +232,7 @@ class FirstUnreachable(HoldersAsTexts):
 
 @in_world(a=(), b=("m",))
 async def test_a_request_waits_for_a_tokenizer_whose_node_is_cut_off(world):
-    world["a"].router._texts = texts = FirstUnreachable(world)
+    world["a"].router.elsewhere.texts = texts = FirstUnreachable(world)
     world.part("b")
     asked = asyncio.create_task(world["a"].router.prepare("m"))
     await asyncio.sleep(8.0)
@@ -168,7 +243,7 @@ async def test_a_request_waits_for_a_tokenizer_whose_node_is_cut_off(world):
 
 @in_world(a=(), b=("m",))
 async def test_a_tokenizer_whose_node_stays_away_is_told_as_that(world):
-    world["a"].router._texts = FirstUnreachable(world)
+    world["a"].router.elsewhere.texts = FirstUnreachable(world)
     world.part("b")
     with pytest.raises(PeerUnreachableError):
         await world["a"].router.prepare("m")
@@ -192,7 +267,7 @@ async def test_a_node_that_starts_beside_dead_ones_waits_for_them_but_not_for_ev
     world["a"].start()
     await asyncio.sleep(10.0)
     router = world["a"].router
-    router._texts = HoldersAsTexts()
+    router.elsewhere.texts = HoldersAsTexts()
     asked = asyncio.create_task(router.prepare("m"))
     await asyncio.sleep(5.0)
     world["b"].start()
@@ -213,9 +288,11 @@ async def test_a_request_for_a_model_whose_node_stays_away_is_refused_in_the_end
 
 
 @in_world(a=(), b=("m",))
-async def test_what_a_node_had_that_left_is_forgotten(world):
+async def test_what_a_node_had_that_left_is_forgotten_after_a_while(world):
     await world["b"].stop()
-    await asyncio.sleep(1.0)
+    await asyncio.sleep(30.0)
+    assert [status.model for status in world["a"].router.models()] == ["m"]
+    await asyncio.sleep(10.0)
     assert world["a"].router.models() == []
     with pytest.raises(ModelNotFoundError):
         world.open("a", "m")
@@ -399,6 +476,31 @@ async def test_a_session_follows_its_hint_to_the_same_node(world):
     assert world["b"].rig.store.loads == []
 
 
+@in_world(pages=1, a=(), b=("m", "n"), c=("n", "o"))
+async def test_a_session_follows_its_hint_to_the_node_where_another_model_is_evicted_for_it(world):
+    await read(world.open("b", "m", tokens=1))
+    await read(world.open("c", "o", tokens=1))
+    await asyncio.sleep(1.0)  # their nodes have said that they are idle
+    world["a"].router.hints.give("n")
+    await asyncio.sleep(0.05)  # the eviction has not ended
+    assert world["b"].service.status("n").state is ModelState.QUEUED
+    stream = world.open("a", "n", tokens=3)
+    assert await read(stream) == [1, 2, 3]
+    assert (world["b"].rig.store.loads, world["c"].rig.store.loads) == (["m", "n"], ["o"])
+    assert world["b"].rig.count("sllm_hints_total", outcome="followed") == 1
+
+
+@in_world(pages=1, a=(), b=("m", "n"), c=("n", "o"))
+async def test_sessions_at_once_wait_for_one_load_while_another_model_is_evicted_for_it(world):
+    await read(world.open("b", "m", tokens=1))
+    await read(world.open("c", "o", tokens=1))
+    await asyncio.sleep(1.0)  # their nodes have said that they are idle
+    first = asyncio.create_task(read(world.open("a", "n", tokens=3)))
+    await asyncio.sleep(0.2)  # the eviction has not ended, and its node has said so
+    assert await read(world.open("a", "n", tokens=3)) == await first
+    assert (world["b"].rig.store.loads, world["c"].rig.store.loads) == (["m", "n"], ["o"])
+
+
 @in_world(a=(), b=("m",))
 async def test_a_hint_to_a_node_that_says_nothing_is_forgotten(world):
     world.part("b")
@@ -406,3 +508,213 @@ async def test_a_hint_to_a_node_that_says_nothing_is_forgotten(world):
     await asyncio.sleep(4.0)
     assert world["b"].rig.store.loads == []
     world.heal()
+
+
+# --- moves -----------------------------------------------------------------------------------------
+
+
+def elsewhere(name):
+    return "c" if name == "b" else "b"
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_drain_tries_again_although_nothing_is_heard_of_anybody(world):
+    stream = world.open("a", "m", tokens=200)
+    await anext(stream)
+    source = world[stream.node]
+    other = world[elsewhere(source.name)]
+    engines = other.rig.engines
+    engines.submit_error = EngineError("m", "no memory")
+    source.router.drain()
+    await asyncio.sleep(8.0)
+    world["a"].router._movers._peers.on_change = lambda: None  # deaf to news from here on
+    assert stream.node == source.name
+    engines.submit_error = None
+    await asyncio.sleep(8.0)
+    assert stream.node == other.name
+    tokens = await read(stream)
+    assert tokens == list(range(tokens[0], 201))
+
+
+async def turned_away(world, *, is_alone=False):
+    """Return a session that a drain of node a will turn away: its device is full until something is evicted."""
+    await read(world.open("a", "x"))
+    await read(world.open("a", "y"))
+    asked = world.open("b", "z")
+    asked.cancel()
+    await asyncio.sleep(1.0)
+    if is_alone:
+        world.part("b")
+        await asyncio.sleep(10.0)
+    return world["a"].router._open_here(asked.request, None, None)
+
+
+@in_world(a=("x", "y", "z"), b=("z",))
+async def test_a_drain_waits_for_sessions_that_it_turns_away_before_they_begin(world):
+    stream = await turned_away(world, is_alone=True)
+    world["a"].router.drain()
+    assert world["a"].service.sessions() == []
+    drained = asyncio.create_task(world["a"].router.drained(60.0))
+    await asyncio.sleep(0.5)
+    assert not drained.done()
+    world.heal()
+    assert await read(stream) == list(range(1, 21))
+    assert await drained == 0
+
+
+@in_world(a=("x", "y", "z"), b=("z",))
+async def test_a_move_of_a_session_that_a_drain_turns_away_is_told_as_failed(world):
+    stream = await turned_away(world)
+    reading = asyncio.create_task(read(stream))
+    await asyncio.sleep(0)
+    world["a"].router.move(stream.request.session, "b")
+    world["a"].router.drain()
+    assert await reading == list(range(1, 21))
+    (report,) = world["a"].router.moves()
+    assert (report["outcome"], report["reason"]) == ("failed", "operator")
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_move_of_a_session_that_ends_before_it_begins_is_told_as_ended(world):
+    stream = world.open("a", "m", tokens=1)
+    reading = asyncio.create_task(read(stream))
+    await asyncio.sleep(0.1)
+    world["a"].router.move(stream.request.session, "b")
+    await reading
+    assert [m["outcome"] for m in world["a"].router.moves()] == ["ended"]
+
+
+@pytest.mark.parametrize("holder", ["a", "b"])
+def test_a_load_that_a_requests_hint_began_is_told_as_its_own(tmp_path, holder):
+    @in_world(**{"a": (), "b": (), holder: ("m",)})
+    async def explain(world):
+        with logs.of_request("a-1"):
+            world["a"].router.hints.give("m")
+        await asyncio.sleep(0.05)  # of its load: the placement that follows sees it coming
+        first = world.open("a", "m")
+        await read(first)
+        told = first.startup()
+        assert (told.node, told.way) == (holder, "load")
+        assert told.expected_s > 0.05
+        second = world.open("a", "m")
+        await read(second)
+        told = second.startup()
+        assert told.way == "serve"
+        assert told.expected_s < 0.05
+
+    explain(tmp_path)
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_session_that_waits_for_its_load_moves_when_it_has_begun(world):
+    stream = world.open("a", "m")
+    await asyncio.sleep(0.1)
+    world["a"].router.move(stream.request.session, "b")
+    assert await read(stream) == list(range(1, 21))
+    (report,) = world["a"].router.moves()
+    assert (report["outcome"], report["to"]) == ("moved", "b")
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_who_serves_a_session_for_a_node_that_is_cut_off_lets_it_go(world):
+    stream = world.open("a", "m", tokens=1000)
+    await anext(stream)
+    source = world[stream.node]
+    (number,) = [world["a"].router.move(stream.request.session, elsewhere(source.name))]
+    assert number["to"] != source.name
+    world.part("a")
+    await asyncio.sleep(10.0)
+    for name in "bc":
+        assert world[name].service.sessions() == []
+    stream.cancel()
+    world.heal()
+    await asyncio.sleep(10.0)
+
+
+@in_world(a=(), b=("m",), c=("m",), d=("m",))
+async def test_a_destination_that_drains_during_a_move_is_left_again(world):
+    stream = world.open("a", "m", tokens=300)
+    await anext(stream)
+    first = world[stream.node]
+    to = world[elsewhere(first.name)]
+    world["a"].router.move(stream.request.session, to.name)
+    await asyncio.sleep(0.5)
+    to.router.drain()
+    first.router.drain()
+    await asyncio.sleep(15.0)
+    assert stream.node not in (to.name, first.name)
+    tokens = await read(stream)
+    assert tokens == list(range(tokens[0], 301))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_token_is_lost_or_doubled_while_sessions_move_and_nodes_drain_and_die(tmp_path, seed):
+    names = "abcd"
+
+    async def play():
+        rng = random.Random(seed)
+        world = World(tmp_path, dict.fromkeys(names, ("m",)), pages=1)
+        await asyncio.sleep(3.0)
+        faults = asyncio.create_task(trouble(world, rng))
+        sessions = []
+        for _ in range(60):
+            await asyncio.sleep(rng.expovariate(1.0))
+            entry = rng.choice([n for n in "ab" if not world[n].router.is_draining])
+            sessions.append(asyncio.create_task(one(world, rng, entry, rng.randint(1, 150))))
+        await asyncio.sleep(0.1)
+        faults.cancel()
+        await asyncio.gather(faults, return_exceptions=True)
+        world.heal()
+        await asyncio.gather(*sessions)
+        await asyncio.sleep(10.0)
+        for node in world.nodes.values():
+            if node.is_up:
+                assert node.router.sessions() == []
+                assert node.service.sessions() == []
+        await world.close()
+        assert len(asyncio.all_tasks()) == 1
+
+    async def one(world, rng, entry, count):
+        stream = world.open(entry, "m", tokens=count)
+        session = stream.request.session
+        moving = asyncio.create_task(movings(world, rng, entry, session))
+        try:
+            if rng.random() < 0.2:
+                for _ in range(rng.randint(1, count)):
+                    if (await anext(stream)).finish is not None:
+                        break
+                stream.cancel()
+            else:
+                assert await read(stream) == list(range(1, count + 1))
+        finally:
+            moving.cancel()
+            await asyncio.gather(moving, return_exceptions=True)
+
+    async def movings(world, rng, entry, session):
+        while True:
+            await asyncio.sleep(rng.uniform(0.1, 4.0))
+            with contextlib.suppress(MoveRefusedError):
+                world[entry].router.move(session, rng.choice(names))
+
+    async def trouble(world, rng):
+        """What befalls nodes without readers; a node with readers drains, one after the other."""
+        while True:
+            await asyncio.sleep(rng.uniform(2, 8))
+            node, way = world[rng.choice("cd")], rng.random()
+            if way < 0.3:
+                world.part(node.name)
+                await asyncio.sleep(rng.uniform(1, 12))
+                world.heal()
+            elif way < 0.7:
+                await node.crash()
+                await asyncio.sleep(rng.uniform(0.5, 10))
+                node.start()
+            else:
+                node = world[rng.choice(names)]
+                node.router.drain()
+                assert await node.router.drained(120.0) == 0
+                await node.stop()
+                await asyncio.sleep(rng.uniform(0.5, 5))
+                node.start()
+
+    run(play())

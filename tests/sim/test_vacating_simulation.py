@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from sllm_node.core.errors import MoveRefusedError
+from sllm_node.core.errors import InternalError, MoveRefusedError
+from sllm_node.core.types import GenerationRequest, ModelId, SamplingParameters, SessionId
 from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
 
@@ -29,7 +30,7 @@ def in_world(nodes=EXAMPLE, more="", pages=1):
                     if node.is_up:
                         assert node.router.sessions() == []
                         assert node.vacating._vacates.active == ()
-                        assert (node.vacating._waiting, node.vacating._wishes) == ({}, {})
+                        assert node.vacating._wishes == {}
                 await world.close()
                 for node in world.nodes.values():
                     assert node.rig.store.leased == set()
@@ -191,6 +192,38 @@ async def test_a_request_that_is_cancelled_meanwhile_leaves_the_replica_open(wor
     assert await reading == count(60)
 
 
+TWO = {"east": ("a", "b"), "gate": (), "north": ("b", "c"), "west": ("a",)}
+"""b lies on north as well, whose one place c takes."""
+
+
+@pytest.mark.parametrize("is_first_cancelled", [False, True])
+def test_all_who_wait_for_room_that_is_not_made_are_placed_anew(tmp_path, is_first_cancelled):
+    test = functools.partial(waits_in_vain, is_first_cancelled=is_first_cancelled)
+    in_world(TWO, "[placement]\nvacate_s = 8.0\n")(test)(tmp_path)
+
+
+async def waits_in_vain(world, is_first_cancelled):
+    other = world.open("gate", "c", 60, keep_alive_s=0.0)
+    await anext(other)
+    stays, reading = await running(world, "gate", 900)
+    world["gate"].router.leave = lambda *_: None  # it moves nobody, and does not say so
+    first, second = both = [world.open("gate", "b"), world.open("north", "b")]
+    waits = [asyncio.create_task(read(stream)) for stream in both]
+    await asyncio.sleep(0.5)
+    assert [outcomes(world), *(s.node for s in both)] == [["leaving"], "east", "east"]
+    if is_first_cancelled:
+        waits.pop(0).cancel()
+        first.cancel()
+    await read(other)
+    assert outcomes(world) == ["leaving"]
+    for wait in waits:
+        assert await wait == count(20)
+    assert (outcomes(world), second.node) == (["late"], "north")
+    assert not reading.done()
+    reading.cancel()
+    stays.cancel()
+
+
 @in_world()
 async def test_a_node_that_dies_meanwhile_costs_no_token_and_the_request_is_placed_again(world):
     _, reading = await running(world, "gate", 150)
@@ -249,6 +282,83 @@ async def test_a_session_that_has_just_moved_is_left_alone(world):
     assert await reading == count(250)
 
 
+@pytest.mark.parametrize("entry", ["gate", "east"])
+def test_who_counts_on_moves_where_room_is_free_since_loads_there_and_moves_nobody(tmp_path, entry):
+    nodes = {**EXAMPLE, "east": ("a", "b", "c")}
+    in_world(nodes, pages=2)(functools.partial(finds_room, entry=entry))(tmp_path)
+
+
+async def finds_room(world, entry):
+    _, reading = await running(world, "gate")
+    other = world.open("gate", "c", 10, keep_alive_s=0.0)
+    await anext(other)
+    await asyncio.sleep(0.5)
+    request, choice = chosen(world, entry, "b")
+    await read(other)
+    await asyncio.sleep(1.0)  # its page is free now, and the choice an old one
+    assert await read(world[entry].router._route(request, None, choice)) == count(20)
+    assert outcomes(world) == []
+    assert await reading == count(200)
+
+
+def chosen(world, entry, model, tokens=20):
+    """Return a request, and a choice for it that counts on moves."""
+    world.sessions += 1
+    name = SessionId(f"{entry}-{world.sessions}-0")
+    request = GenerationRequest(name, ModelId(model), (1, 2), SamplingParameters(), tokens)
+    choice = world[entry].router.choose(request, frozenset())
+    assert (choice.node, bool(choice.moves)) == ("east", True)
+    return request, choice
+
+
+@in_world({**EXAMPLE, "east": ("a", "b", "c")})
+async def test_two_of_the_nodes_own_that_count_on_the_same_moves_do_not_both_get_them(world):
+    _, reading = await running(world, "gate", 900)
+    placed = [chosen(world, "east", model) for model in ("b", "c")]
+    router = world["east"].router
+    waits = [read(router._route(request, None, choice)) for request, choice in placed]
+    both = asyncio.gather(*waits)
+    await asyncio.sleep(0.5)
+    assert [(v["model"], v["outcome"]) for v in world["east"].vacating.recent()] == [
+        ("b", "leaving")
+    ]
+    assert await both == [count(20)] * 2
+    assert outcomes(world) == ["freed"]
+    assert await reading == count(900)
+
+
+@in_world()
+async def test_two_of_the_nodes_own_that_count_on_moves_for_one_model_wait_for_the_same_room(world):
+    _, reading = await running(world, "gate")
+    placed = [chosen(world, "east", "b") for _ in range(2)]
+    router = world["east"].router
+    both = [router._route(request, None, choice) for request, choice in placed]
+    assert await asyncio.gather(*map(read, both)) == [count(20)] * 2
+    assert outcomes(world) == ["freed"]
+    ended = [world["east"].rig.count("sllm_forwards_total", peer="east", outcome=how)
+             for how in ("ok", "failed")]  # fmt: skip
+    assert ended == [2, None]
+    assert await reading == count(200)
+
+
+@pytest.mark.parametrize("entry", ["gate", "east"])
+def test_a_mistake_while_room_is_made_leaves_no_session_behind(tmp_path, entry):
+    in_world()(functools.partial(goes_wrong, entry=entry))(tmp_path)
+
+
+async def goes_wrong(world, entry):
+    _, reading = await running(world, "gate", 60)
+    world["east"].vacating.begin = broken
+    with pytest.raises((InternalError, ZeroDivisionError)):
+        await read(world.open(entry, "b"))
+    assert [s.model for s in world["east"].service.sessions()] == ["a"]
+    assert await reading == count(60)
+
+
+def broken(*_):
+    raise ZeroDivisionError("it")
+
+
 @in_world()
 async def test_sessions_of_a_higher_priority_are_not_moved(world):
     router = world["gate"].router
@@ -260,6 +370,56 @@ async def test_sessions_of_a_higher_priority_are_not_moved(world):
     assert len(await read(urgent)) == 59
     assert await wanted == count(20)
     assert outcomes(world) == []
+
+
+@in_world({"east": ("a",), "gate": (), "west": ("a",)}, "[placement]\nrebalance_s = 2.0\n")
+async def test_who_waits_where_all_is_full_goes_where_a_place_is_free_since(world):
+    for node in world.nodes.values():
+        node.service.outlook.slots = node.service._scheduler._max_sessions = 1
+    stream, other = await running(world, "gate", 300)
+    _, reading = await running(world, "gate", 300, at="west")
+    waits = [asyncio.create_task(read(world.open("east", "a", 20))) for _ in range(2)]
+    await asyncio.sleep(3.0)
+    waiting = [s for s in world["west"].service.sessions() if s.state == "waiting"]
+    assert len(waiting) == 2
+    assert given_back(world, "west") == 0  # there is no place anywhere
+    other.cancel()
+    stream.cancel()
+    assert await asyncio.gather(*waits) == [count(20)] * 2
+    assert not reading.done()
+    assert given_back(world, "west") == 2
+    assert await reading == count(300)
+
+
+@in_world({"east": ("a",), "gate": (), "west": ("a",)}, "[placement]\nrebalance_s = 1.0\n")
+async def test_who_moves_to_a_node_that_loads_for_it_is_not_given_back(world):
+    stream, reading = await running(world, "gate", 300)
+    world["west"].rig.engines.open_s = 5.0
+    world["gate"].router.move(str(stream.request.session), "west")
+    await asyncio.sleep(9.0)
+    assert [move["outcome"] for move in world["gate"].router.moves()] == ["moved"]
+    assert (stream.node, given_back(world, "west")) == ("west", 0)
+    assert await reading == count(300)
+
+
+@in_world({"east": ("a",), "gate": (), "west": ("a",)}, "[placement]\nrebalance_s = 1.0\n")
+async def test_who_waits_for_a_load_under_way_stays_though_a_place_is_free_since(world):
+    for node in world.nodes.values():
+        node.service.outlook.slots = node.service._scheduler._max_sessions = 1
+    other, _ = await running(world, "gate", 300)
+    world["west"].rig.engines.open_s = 8.0
+    wanted = world.open("gate", "a")
+    reading = asyncio.create_task(read(wanted))
+    await asyncio.sleep(2.0)
+    assert wanted.node == "west"
+    other.cancel()
+    assert await reading == count(20)
+    assert (wanted.node, given_back(world, "west")) == ("west", 0)
+    assert world["west"].rig.store.loads == ["a"]
+
+
+def given_back(world, name):
+    return world[name].rig.count("sllm_rebalanced_total", model="a") or 0
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -108,7 +108,8 @@ CLUSTER = {
     "me": "a", "version": 3,
     "peers": [
         {"id": "b", "address": "10.0.0.2:8100", "state": "alive", "age_s": 0.5, "boot": 1, "version": 2},
-        {"id": "c", "address": "10.0.0.3:8100", "state": "dead", "age_s": None, "boot": 0, "version": 0},
+        {"id": "c", "address": "10.0.0.3:8100", "state": "dead", "age_s": None, "boot": 0, "version": 0,
+         "problem": "refuses our key"},
     ],
     "nodes": [
         {
@@ -146,7 +147,7 @@ def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
     shown = run("status", "--cluster", "--url", node.url).stdout
     for part in (
         "this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s",
-        "10.0.0.9:2379: following", "a to b", "placement", "42", "beta", "freed", "0.250",
+        "10.0.0.9:2379: following", "c: refuses our key", "a to b", "placement", "42", "beta", "freed", "0.250",
     ):  # fmt: skip
         assert part in shown
     whole = run("status", "--cluster", "--json", "--url", node.url).stdout
@@ -177,7 +178,7 @@ def test_cancel_and_drain(node):
     node.answer = (200, {"cancelled": 2})
     assert "2 sessions" in run("cancel", "r-1", "--url", node.url).stdout
     assert run("drain", "--url", node.url).stdout == "draining\n"
-    run("cancel", "a?b#c", "--url", node.url)
+    assert run("cancel", "a?b#c", "--url", node.url).exit_code == 0
     assert node.seen[2][1] == "/admin/requests/a?b#c/cancel"
 
 
@@ -214,8 +215,18 @@ def test_a_node_that_is_not_there_is_one_sentence():
 
 
 def test_what_is_no_url_is_told():
-    done = run("status", "--url", "banana")
+    done = run("status", "--url", "ftp://banana")
     assert (done.exit_code, "no URL" in done.stderr) == (1, True)
+
+
+def test_an_address_without_a_scheme_is_http(node):
+    assert run("drain", "--url", f"127.0.0.1:{node.port}").stdout == "draining\n"
+
+
+def test_a_request_that_is_not_there_is_not_cancelled(node):
+    node.answer = (200, {"cancelled": 0})
+    done = run("cancel", "r-1", "--url", node.url)
+    assert (done.exit_code, "no session of request r-1" in done.stderr) == (1, True)
 
 
 # --- sllm-node cluster ----------------------------------------------------------------------------
@@ -240,7 +251,7 @@ def test_replicas_and_aliases_are_wished_for_on_a_running_node(node):
 def test_nodes_that_do_not_know_of_a_wish_yet_are_named(node):
     node.answer = (200, {"alias": "gpt", "model": "m", "missed": ["c"]})
     result = run("cluster", "alias", "gpt", "m", "--url", node.url)
-    assert result.exit_code == 0
+    assert result.exit_code == 1
     assert "not told: c" in result.stderr
 
 
@@ -271,3 +282,14 @@ def test_models_of_a_cluster_are_shown_with_what_is_desired(node):
         "id": "m", "nodes": ["a", "b"], "on_device": ["a"], "ready": 1,
         "desired": {"minimum": 1, "maximum": 3}, "aliases": ["gpt"],
     }  # fmt: skip
+    assert found["hidden_aliases"] == {}
+
+
+def test_an_alias_that_does_not_count_is_told_with_the_models(node):
+    node.answer = (200, {
+        "cluster": {"nodes": [], "scaling": []}, "aliases": {}, "hidden": {"n": "m"},
+    })  # fmt: skip
+    result = run("cluster", "models", "--url", node.url)
+    assert "the alias n of m does not count: a model is called n" in result.stderr
+    found = json.loads(run("cluster", "models", "--json", "--url", node.url).output)
+    assert found["hidden_aliases"] == {"n": "m"}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_node.cluster.choice import ask_for, choose, request_for
-from sllm_node.cluster.placement import Kind, explain
+from sllm_node.cluster.placement import Kind, PlacementRequest, explain
 from sllm_node.cluster.reservations import Granted, Reservations
 from sllm_node.cluster.state import (
     Bandwidths,
@@ -23,7 +23,17 @@ from sllm_node.cluster.state import (
 from sllm_node.cluster.vacate import objection
 from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId, SessionId
-from tests.unit.cluster.clusters import random_model_sizes, random_node
+from tests.unit.cluster.clusters import (
+    busy,
+    crowded_cluster,
+    one_node,
+    random_cluster,
+    random_model_sizes,
+    random_node,
+    tight_cluster,
+    viewed,
+)
+from tests.unit.cluster.plain_choice import plain_choose
 
 M = ModelId("m")
 A, B, C = NodeId("a"), NodeId("b"), NodeId("c")
@@ -142,6 +152,54 @@ def test_a_way_with_moves_is_chosen_where_it_is_so_much_sooner_than_the_best_wit
     if found is not None and found.startup_s is not None:
         assert found.startup_s == min(moving if expected else staying)
         assert found.moves == expected
+
+
+@pytest.mark.parametrize("batch", range(4))
+def test_a_choice_is_what_looking_at_every_way_on_every_node_finds(batch):
+    ways = set()
+    for seed in range(batch * 400, (batch + 1) * 400):
+        rng = Random(seed)
+        nodes, asked = (random_cluster, crowded_cluster, tight_cluster, tight_cluster)[seed % 4](
+            rng
+        )
+        view, now = viewed(nodes, 100.0), 100.0 + rng.choice([0.0, 0.5, 4.0])
+        names, share = [node.node for node in nodes], rng.choice([0.0, 0.3])
+        excluded = frozenset(name for name in names if rng.random() < share)
+        gain_s, me = (
+            rng.choice([None, 0.0, 0.25, 0.5, 2.0]),
+            rng.choice([*names, NodeId("elsewhere")]),
+        )
+        found = choose(view, asked, me, now, excluded, gain_s)
+        assert found == plain_choose(view, asked, me, now, excluded, gain_s), seed
+        ways.add(found and found.way)
+    assert ways == {None, "queue", *(kind.name.lower() for kind in Kind)}
+
+
+class Counted(ClusterView):
+    """Counts the nodes that are looked at for a load."""
+
+    looks = 0
+
+    def path(self, model, node):
+        self.looks += 1
+        return super().path(model, node)
+
+
+def test_who_asks_again_without_the_node_that_refused_looks_at_few_nodes():
+    view, ready = Counted(), replica(model=ModelId("a"))
+    states = [one_node(name=f"n{i:02}", replicas=[busy("b", 32)]) for i in range(40)]
+    states += [one_node(name=name, replicas=[ready]) for name in ("x", "y")]
+    states.append(one_node(name="z", free=32))
+    for state in states:
+        view.update(state, 0.0)
+    asked = PlacementRequest(ModelId("a"), 16)
+    found = choose(view, asked, A, 0.0, frozenset({NodeId("x")}), 0.5)
+    assert found is not None
+    assert (found.node, found.way, view.looks) == ("y", "serve", 0)
+    found = choose(view, asked, A, 0.0, frozenset({NodeId("x"), NodeId("y")}), 0.5)
+    assert found is not None
+    assert (found.node, found.way) == ("z", "load")
+    assert view.looks < 10
 
 
 def test_no_session_moves_to_a_node_that_is_excluded():

@@ -142,3 +142,12 @@ def test_what_forwarding_adds_is_learned_for_each_peer():
         forwarding.observe(NodeId("b"), 0.010)
     assert forwarding.seconds(NodeId("b")) == pytest.approx(0.010)
     assert forwarding.seconds(NodeId("c")) == 0.002
+
+
+def test_a_load_from_a_peer_begins_with_index_and_texts():
+    rates = replace(RATES, peer_s=0.5)
+    path = load_path(held(), rates, peer_rate=50, has_replica=False)
+    assert path.load_s == pytest.approx(20.5)
+    assert path.source is Source.PEER
+    near = load_path(held(nvme=100), rates, peer_rate=50, has_replica=False)
+    assert near.load_s == pytest.approx(10)

@@ -36,6 +36,7 @@ def test_a_file_with_nodes_and_trust_is_enough():
     assert cluster.peers(A) == {"b": "node-b.example:8100"}
     assert cluster.address(A) == "10.0.0.1:8100"
     assert cluster.limits.document_bytes == 64 << 10
+    assert (cluster.limits.peer_bandwidth, cluster.limits.files_at_once) == (10**9, 4)
 
 
 @pytest.mark.parametrize(
@@ -57,9 +58,13 @@ def test_a_file_with_nodes_and_trust_is_enough():
         ("[timing]\ndead_s = 3.5\n", "timing.dead_s = 3.5"),
         ("[timing]\npublish_gap_s = 2\n", "timing.publish_gap_s = 2.0"),
         ("[timing]\ndead_s = inf\n", "timing.dead_s = inf"),
+        ("[trust]\nmode = 'kerberos'\n", "trust.mode = 'kerberos': must be 'key' or 'tls'"),
+        ("[[nodes]]\nid = 'g 1'\naddress = 'x:1'\n", "id = 'g 1': must be letters, digits"),
         ("[timing]\ndead_s = nan\n", "timing.dead_s = nan"),
         ("[limits]\nmax_nodes = 1\n", "2 are above limits.max_nodes"),
         ("[limits]\ndocument_bytes = '1GiB'\n", "limits.document_bytes"),
+        ("[limits]\npeer_bandwidth = '1GB/h'\n", "limits.peer_bandwidth = '1GB/h'"),
+        ("[limits]\nfiles_at_once = 0\n", "limits.files_at_once = 0"),
         ("[limits]\ndocument_bytes = '1 lot'\n", "limits.document_bytes = '1 lot'"),
         ("[cluster]\n", "cluster: unknown key"),
     ],

@@ -12,8 +12,9 @@ from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream
+from sllm_node.cluster.placement import Candidate, Kind
 from sllm_node.cluster.reservations import Ask, ReservationId
-from sllm_node.cluster.retries import REFUSALS_MAX
+from sllm_node.cluster.retries import LOOK_S, REFUSALS_MAX
 from sllm_node.cluster.serving import EXTEND
 from sllm_node.cluster.state import BootId
 from sllm_node.cluster.ways import Limits, Tools
@@ -34,10 +35,11 @@ from sllm_node.core.errors import (
     CancelledByOperatorError,
     DrainingError,
     EngineError,
+    GivenBackError,
     InvalidRequestError,
     ModelNotFoundError,
     MoveRefusedError,
-    NotVacatedError,
+    NoPlaceError,
     PeerUnreachableError,
 )
 from sllm_node.core.types import (
@@ -53,6 +55,7 @@ from sllm_node.schedule.stream import Stream
 from tests.unit.cluster.test_choice import node as state_of
 from tests.unit.server.fake_service import FakeStream, status_of
 
+PATIENCE_S = 10.0
 REQUEST = GenerationRequest(SessionId("r-0"), ModelId("m"), (1, 2), SamplingParameters(), 10)
 
 
@@ -70,6 +73,8 @@ LET_GO = object()
 
 class LocalStream(FakeStream):
     """A session that this node serves itself."""
+
+    is_granted = True
 
     def __init__(self, chunks, position=0):
         super().__init__(chunks)
@@ -103,12 +108,15 @@ class World:
         self.ended_streams = []
         self.clock = ManualClock()
         self.here, self.local = [], []
+        self.known = []
         self.passes = []
         self.here_each = []
         """What each session here gives, before all others give `here`."""
         self.moves, self.leaves = [], []
         self.extends, self.extend_script = [], []
         self.let_go = asyncio.Event()
+        self.ways = {}
+        """Of nodes of which it is known how soon a session starts there."""
 
     # --- the client
 
@@ -147,10 +155,17 @@ class World:
 
     def choose(self, request, excluded):
         left = [name for name in self.scripts if name not in excluded]
-        return Choice(left[0], "load", f"{left[0]} is next") if left else None
+        if not left:
+            return None
+        return replace(
+            Choice(left[0], "load", f"{left[0]} is next"), candidate=self.ways.get(left[0])
+        )
 
     def ask(self, choice, request):
         return Ask(ReservationId("r"), BootId("" if choice.node == "here" else "1"), 1)
+
+    def standing(self, model):
+        return None
 
     def learn(self, state):
         self.learned.append(state.node)
@@ -179,7 +194,11 @@ class World:
             self.news.clear()
         else:
             self.clock.advance(timeout_s)
+            await asyncio.sleep(0)
         return self.is_heard
+
+    async def ensure(self, model):
+        self.known.append(model)
 
     def leave(self, session, node, wish):
         self.leaves.append((session, node, wish))
@@ -192,7 +211,7 @@ class World:
 
     def open(self, request=REQUEST):
         first = self.choose(request, frozenset())
-        limits = Limits(1.0, 10.0)
+        limits = Limits(1.0, PATIENCE_S)
         return RoutedStream(request, 5.0, first, self, Tools(self, self.clock, limits))
 
 
@@ -461,6 +480,71 @@ async def test_a_source_that_fails_during_a_move_is_followed_by_the_destination(
     assert [peer for peer, _ in world.asked] == ["a", "b"]
 
 
+def way(node, startup_s):
+    kind = Kind.LOAD if startup_s else Kind.SERVE
+    return Candidate(kind, startup_s, NodeId(node), ("d0",))
+
+
+@pytest.mark.parametrize("expected_s", [None, 60.0], ids=["queues", "loads"])
+async def test_a_session_whose_source_dies_goes_where_it_starts_sooner_than_its_destination_is_there(
+    expected_s,
+):
+    die = asyncio.Event()
+    world = World(
+        a=[[Granted(), tokens(1), die, PeerUnreachableError("a", "killed")]],
+        b=[[Waiting(), asyncio.Event()]],
+        c=[[Granted(), tokens(2, finish="stop")]],
+    )
+    world.ways = {"c": way("c", 0.0)}
+    stream, report = await moving_to_b(world, expected_s, die)
+    assert (await read(stream))[0] == (1, 2)
+    assert [(peer, f.request.resumed) for peer, f in world.asked] == [
+        ("a", ()), ("b", (1,)), ("c", (1,)),
+    ]  # fmt: skip
+    assert (report.outcome, world.moves) == ("failed", [report])
+    assert "'c' is sooner" in report.error
+    assert "b" in world.closed
+
+
+async def test_a_session_whose_source_dies_waits_for_a_destination_that_is_as_soon_until_it_is_late():
+    die = asyncio.Event()
+    world = World(
+        a=[[Granted(), tokens(1), die, PeerUnreachableError("a", "killed")]],
+        b=[[Waiting(), asyncio.Event()]],
+        c=[[Granted(), tokens(2, finish="stop")]],
+    )
+    world.ways, world.is_heard = {"c": way("c", 4.5)}, False
+    stream, report = await moving_to_b(world, 4.0, die)
+    assert (await read(stream))[0] == (1, 2)
+    assert (report.outcome, world.clock.now()) == ("failed", 9.0)  # 5 s later than was estimated
+
+
+async def test_a_session_whose_source_dies_leaves_a_destination_that_computes_only_if_nothing_comes_of_it():
+    die = asyncio.Event()
+    world = World(
+        a=[[Granted(), tokens(1), die, PeerUnreachableError("a", "killed")]],
+        b=[[Granted(), asyncio.Event()]],
+        c=[[Granted(), tokens(2, finish="stop")]],
+    )
+    world.ways, world.is_heard = {"c": way("c", 0.0)}, False
+    stream, report = await moving_to_b(world, 1.0, die)
+    assert (await read(stream))[0] == (1, 2)
+    assert (report.outcome, world.clock.now()) == ("failed", PATIENCE_S)
+
+
+async def moving_to_b(world, expected_s, die):
+    """Return a session that moves from `a`, which has died, to `b`."""
+    stream = world.open()
+    await until(lambda: stream.position == 1)
+    candidate = None if expected_s is None else way("b", expected_s)
+    report = stream.move(replace(to("b"), candidate=candidate), "operator")
+    is_granted = isinstance(world.scripts[NodeId("b")][0][0], Granted)
+    await until(lambda: len(world.asked) == 2 and stream._move._is_granted == is_granted)
+    die.set()
+    await until(lambda: world.lost_nodes)
+    return stream, report
+
+
 async def test_a_destination_that_dies_with_the_grant_is_replaced_from_the_tokens():
     never = asyncio.Event()
     world = World(
@@ -500,6 +584,9 @@ class Served(LocalStream):
     request = REQUEST
     opened, is_granted = 0.0, True
 
+    def leave(self, migration):
+        self.cancel()
+
 
 async def test_a_session_of_this_node_is_carried_from_its_next_chunk_on():
     held, more = asyncio.Event(), replace_struct(tokens(3, finish="stop"), position=2)
@@ -515,7 +602,7 @@ async def test_a_session_of_this_node_is_carried_from_its_next_chunk_on():
     assert (await anext(home)).tokens == (1,)
     reading = asyncio.create_task(anext(home))
     await asyncio.sleep(0)
-    home.when_routed(lambda routed: routed.move(to("b"), "drain"))
+    home.when_routed(lambda routed: routed and routed.move(to("b"), "drain"))
     assert (home.routed, home.is_moving) == (None, True)
     held.set()
     assert (await reading).tokens == (2,)
@@ -537,10 +624,39 @@ async def test_a_node_that_asks_to_have_a_session_moved_is_heard():
 
 async def test_a_session_that_got_no_room_here_is_placed_again_and_its_node_not_asked_for_ever():
     world = World(here=[], a=[[Granted(), tokens(1, finish="length")]])
-    refused = NotVacatedError("m", "a session stays")
+    refused = GivenBackError("m", "a session stays")
 
     world.here_each = [[refused]] * REFUSALS_MAX
     stream = world.open()
     assert (await read(stream))[0] == (1,)
     assert len(world.local) == REFUSALS_MAX
     assert world.lost_nodes == []
+    assert world.outcomes == [("here", "refused")] * REFUSALS_MAX + [("a", "ok")]
+
+
+async def test_a_session_that_its_only_node_gives_back_again_and_again_waits_for_its_turn_there():
+    world = World(here=[])
+    world.is_heard = False
+    refused = GivenBackError("m", "a session stays")
+    world.here_each = [[refused]] * (REFUSALS_MAX + 2)
+    world.here = [tokens(1, finish="length").chunk]
+    assert (await read(world.open()))[0] == (1,)
+    assert len(world.local) == REFUSALS_MAX + 3
+    assert world.clock.now() == 3 * LOOK_S  # once it is refused, it asks again with news or a look
+
+
+async def test_a_session_that_is_given_back_for_longer_than_it_waits_is_told_when_to_come_again():
+    world = World(here=[])
+    world.is_heard = False
+    world.here = [GivenBackError("m", "a session stays")]
+    stream = world.open()
+    with pytest.raises(NoPlaceError, match="a session stays") as caught:
+        await read(stream)
+    assert caught.value.retry_after_s > 0
+    assert world.clock.now() == PATIENCE_S
+
+
+async def test_refusals_of_one_node_are_not_held_against_another():
+    world = World(a=[[REFUSED]] * REFUSALS_MAX, b=[[REFUSED], [tokens(1, finish="stop")]], c=[])
+    assert (await read(world.open()))[0] == (1,)
+    assert [peer for peer, _ in world.asked] == ["a"] * REFUSALS_MAX + ["b"] * 2

@@ -1,8 +1,10 @@
+import io
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sllm_node.cluster.frames import FRAME_LIMIT, FrameReader, FrameWriter, only
+from sllm_node.cluster.frames import FRAME_LIMIT, FramePuller, FrameReader, FrameWriter, only
 from sllm_node.core.errors import (
     MessageError,
     MessageFormatError,
@@ -77,3 +79,59 @@ def test_an_answer_of_one_frame_has_one():
     assert only([b"x"]) == b"x"
     with pytest.raises(MessageFormatError):
         only([])
+
+
+def pulling(data, secret=SECRET):
+    """Return what pulls the frames of `data` as from a connection."""
+    source = io.BytesIO(data)
+
+    def read(view):
+        if source.readinto(view) < len(view):
+            raise EOFError
+
+    return FramePuller(secret, "b", read)
+
+
+@given(st.lists(st.binary(min_size=1, max_size=40), max_size=6), st.sampled_from([None, SECRET]))
+@settings(deadline=None)
+def test_frames_that_are_filled_in_place_are_the_same(payloads, secret):
+    writer = FrameWriter(secret)
+    filled = []
+    for payload in payloads:
+
+        def fill(view, payload=payload):
+            view[:] = payload
+
+        filled.append(bytes(writer.filled(len(payload), fill)))
+        assert len(filled[-1]) == writer.framed_bytes(len(payload))
+    assert filled == framed(payloads, secret)
+    puller, room = pulling(b"".join(filled), secret), bytearray(40)
+    found = [bytes(room[: puller.next_into(memoryview(room))]) for _ in payloads]
+    assert found == payloads
+
+
+@given(st.integers(min_value=0), st.integers(1, 255))
+@settings(deadline=None)
+def test_no_frame_with_a_changed_bit_is_pulled(place, change):
+    data = bytearray(b"".join(framed([b"one", b"two"])))
+    data[place % len(data)] ^= change
+    puller, found = pulling(bytes(data)), []
+    with pytest.raises((MessageError, EOFError)):
+        found += [puller.next(8), puller.next(8)]
+    assert found == []
+
+
+@pytest.mark.parametrize("order", [(1, 0), (1, 1), (0, 0)])
+def test_frames_in_another_order_are_not_pulled(order):
+    frames = framed([b"one", b"two"])
+    puller = pulling(b"".join(frames[i] for i in order))
+    with pytest.raises(WrongKeyError):
+        _ = [puller.next(8), puller.next(8)]
+
+
+def test_a_frame_that_is_longer_than_its_room_or_empty_is_refused():
+    room = memoryview(bytearray(2))
+    with pytest.raises(MessageTooLargeError):
+        pulling(framed([b"one"])[0]).next_into(room)
+    with pytest.raises(MessageFormatError):
+        pulling(framed([b""])[0]).next_into(room)

@@ -1,4 +1,5 @@
 import asyncio
+import contextlib
 import os
 import signal
 import sqlite3
@@ -8,7 +9,16 @@ import sys
 import pytest
 
 from sllm_node.cluster.journal import MIGRATIONS, SET_ASIDE_MAX, Journal
-from sllm_node.cluster.records import Alias, Desired, Drop, KnownPeer, Pin, Put, Registration
+from sllm_node.cluster.records import (
+    Alias,
+    Desired,
+    Drop,
+    KnownPeer,
+    Pin,
+    Put,
+    Registration,
+    Wished,
+)
 from sllm_node.core.errors import (
     InvalidRequestError,
     JournalDamagedError,
@@ -24,6 +34,7 @@ ALL = (
     Registration(M, "s3://bucket/models"),
     Desired(M, 1, 3, 60.0),
     KnownPeer(NodeId("b"), "10.0.0.2:8100"),
+    Wished("alias latest", 1_700_000_000_000, NodeId("b")),
 )
 CHILD = """
 import asyncio, sys
@@ -207,6 +218,19 @@ async def test_an_older_file_is_migrated_and_keeps_its_records(path):
     assert list(journal.records.pins) == ["m"]
     await journal.close()
     await (await Journal.open(path, newer)).close()
+
+
+async def test_aliases_of_the_first_release_with_a_journal_are_read(path):
+    old = await Journal.open(path)
+    await old.write(Put(Alias("latest", M)))
+    await old.close()
+    with contextlib.closing(sqlite3.connect(path)) as file:
+        file.execute("DROP TABLE wished")
+        file.execute("PRAGMA user_version = 1")
+    journal = await Journal.open(path)
+    assert (journal.damage, dict(journal.records.wished)) == (None, {})
+    assert journal.records.aliases == {"latest": Alias("latest", M)}
+    await journal.close()
 
 
 async def test_a_migration_that_fails_changes_nothing(path):

@@ -183,3 +183,13 @@ def test_a_load_from_dram_does_not_wait_for_the_disk():
     disk_is_busy = replace(one_node(free=32), nvme_done_s=100.0)
     best = explain(viewed([disk_is_busy]), PlacementRequest(ModelId("a"), 16), 0.0)[0]
     assert best.wait_s == 0
+
+
+def test_of_loads_that_are_equally_soon_the_one_that_evicts_nothing_wins_at_any_time():
+    rates = replace(one_node().bandwidths, dram=9.7, nvme=9.7)
+    evicting = one_node(name="n0", replicas=[replace(busy("b", 32), sessions=())])
+    nodes = [replace(node, bandwidths=rates) for node in (evicting, one_node(name="n1", free=32))]
+    for now in (0.0, 0.1, 100.0, 12345.678):
+        decision = decide(viewed(nodes, now), A, now)
+        assert isinstance(decision, LoadThere)
+        assert (decision.best.node, decision.best.kind) == ("n1", Kind.LOAD)

@@ -49,8 +49,9 @@ def replica(model, ready_at, state=ModelState.LOADING, *, is_leaving=False):
     )  # fmt: skip
 
 
-def state(replicas, by_tier):
+def state(replicas, by_tier, evict_s=0.0):
     outlook: Any = Outlook(tuple(replicas), by_tier)
+    outlook.evict_s = evict_s
     snapshot = Snapshot(NodeId("a"), BootId("1"), outlook)
     snapshot.look()
     return snapshot.state(10.0)
@@ -76,6 +77,33 @@ def test_what_is_loaded_or_overdue_keeps_nothing_busy():
     assert (made.nvme_done_s, made.link_done_s) == (0.0, 0.0)
 
 
+def test_a_model_that_waits_for_evictions_is_told_as_a_replica_that_comes():
+    leaving = replica("m", 0.0, ModelState.EVICTING)
+    coming = replace(replica("n", 13.0, ModelState.QUEUED), load_s=2.5, sizes=(150,))
+    made = state([leaving, coming], {"m": {}, "n": {Tier.NVME: 100}}, evict_s=0.5)
+    assert [(r.model, r.ready_s, r.free_slots) for r in made.replicas] == [("n", 3.5, 4)]
+    (device,) = made.devices
+    assert (device.bytes_free, device.loads_done_s) == (
+        250,
+        (3.5,),
+    )  # 400 less 150, and m's are n's
+    assert made.nvme_done_s == 3.5
+
+
+def test_what_leaves_for_a_smaller_model_is_free_when_it_has_left():
+    leaving, coming = replica("m", 0.0, ModelState.EVICTING), replica("n", 13.0, ModelState.QUEUED)
+    told = [state(views, {}).devices[0].bytes_free for views in (
+        [replica("m", 0.0, ModelState.READY)], [leaving, replace(coming, sizes=(60,))],
+        [replace(coming, sizes=(60,), state=ModelState.LOADING)],
+    )]  # fmt: skip
+    assert told == [300, 300, 340]
+
+
+def test_a_model_that_waits_for_evictions_is_away_for_its_load_at_least():
+    coming = replace(replica("n", 8.0, ModelState.QUEUED), load_s=2.5)
+    assert state([coming], {}).replicas[0].ready_s == 2.5
+
+
 def test_nobody_is_to_wait_for_a_replica_that_leaves():
     leaving = replica("m", 0.0, ModelState.READY, is_leaving=True)
     assert state([leaving], {"m": {}}).replicas[0].next_free_s is None
@@ -85,6 +113,13 @@ def test_who_leaves_and_who_waits_is_told():
     made = state([replica("m", 0.0, ModelState.READY, is_leaving=True)], {"m": {}})
     assert made.replicas[0].is_leaving
     assert made.models[0].waiting == 2
+
+
+def test_what_loads_from_peers_are_reckoned_with_is_told():
+    outlook: Any = Outlook((), {})
+    snapshot = Snapshot(NodeId("a"), BootId("1"), outlook, lambda: (7.0, 0.25))
+    rates = snapshot.state(10.0).bandwidths
+    assert (rates.peer, rates.peer_s) == (7.0, 0.25)
 
 
 def test_a_session_that_moved_here_is_said_to_stay_until_it_has_settled():

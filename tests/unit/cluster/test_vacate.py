@@ -119,6 +119,13 @@ def test_what_its_own_node_can_not_make_is_refused():
     assert ended(vacates.refuse(B, "pinned", 100.0)) == ("refused", 0.0)
 
 
+def test_what_comes_after_its_end_changes_nothing():
+    vacates, _ = begun()
+    vacates.on_news(B, view(ModelState.LOADING), 101.0)
+    assert vacates.refuse(B, "pinned", 101.0) == []
+    assert vacates.on_news(B, view(), 101.0) == []
+
+
 def test_others_see_the_model_coming_and_its_memory_taken():
     vacates, _ = begun()
     shown = vacates.shown(NOW, 100.5)

@@ -34,7 +34,7 @@ RECORDS = [
 ]  # fmt: skip
 READERS = [
     wire.unpack_forward, wire.unpack_describe, wire.unpack_described, wire.unpack_extend,
-    wire.unpack_record, wire.unpack_hint,
+    wire.unpack_record, wire.unpack_hint, wire.unpack_left,
 ]  # fmt: skip
 
 

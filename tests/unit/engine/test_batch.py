@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm_node.core.types import GenerationRequest, ModelId, SamplingParameters, SessionId
-from sllm_node.engine.batch import Batch
+from sllm_node.engine.batch import Batch, becoming_due
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.session import Session, SessionEvent, SessionState
 
@@ -70,6 +70,17 @@ def test_many_sessions_that_decode_take_more_of_prompts_beside_them(decoding, be
     step(made)
     made.add(make(9, prompt=25))
     assert [part.count for part in step(made)] == [*[1] * decoding, beside]
+
+
+def test_sessions_become_due_that_have_a_token_and_wait_for_one_more():
+    made = batch(budget=16)
+    for session in (make(1, max_tokens=1), make(2), make(3)):
+        made.add(session)
+    plan = made.plan()  # 1 has its last token, 3 has not all of its prompt
+    assert [part.is_last for part in plan] == [True, True, False]
+    assert becoming_due(plan) == 1
+    made.end(plan[1].session)
+    assert becoming_due(plan) == 0
 
 
 def test_higher_priority_is_admitted_first():

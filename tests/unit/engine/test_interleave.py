@@ -14,6 +14,7 @@ from sllm_node.engine.interleave import Interleaving, Job
 from sllm_node.engine.turns import Need, Turns
 from tests.models import make_checkpoint
 from tests.unit.engine.rig import Weights, ask, collect, engines_of
+from tests.unit.engine.test_stall import Hang
 
 
 class Engine:
@@ -133,14 +134,14 @@ def checkpoints(tmp_path_factory):
 
 
 @contextlib.asynccontextmanager
-async def two_models(checkpoints, **more):
+async def two_models(checkpoints, clock=None, **more):
     """Yield two engines of one device."""
     config = EngineConfig(
         kv_cache_bytes=ByteSize(8 << 20), torch_threads=1, prefill_beside_tokens=8,
         inter_token_target_s=0.0, prefix_cache=False, **more,
     )  # fmt: skip
     with CpuDevice(1 << 30) as device:
-        made = engines_of(device, config)
+        made = engines_of(device, config, clock)
         weights, opened = [], []
         for checkpoint in checkpoints:
             weights.append(Weights(checkpoint, device))
@@ -188,6 +189,23 @@ async def test_a_models_readers_wait_for_one_piece_of_anothers_prompt_at_a_time(
     assert all("reads" in [step[0] for step in one] for one in between)
 
 
+@pytest.mark.parametrize("ahead", ["never", "always"])
+async def test_a_prompt_is_cut_from_the_first_token_of_anothers_reader_on(checkpoints, ahead):
+    more = {"launch_ahead": ahead, "max_step_tokens": 32}
+    async with two_models(checkpoints, **more) as (reads, asks):
+        steps = []
+        watch_steps("reads", reads, steps)
+        watch_steps("asks", asks, steps)
+        long = asks.submit(ask(PROMPT * 10, 1))
+        await collect(reads.submit(ask(PROMPT[:5], 6)))
+        await collect(long)
+    first = next(number for number, step in enumerate(steps) if step[0] == "reads")
+    behind = steps[first + 1 :]
+    last = max(number for number, step in enumerate(behind) if step[0] == "reads")
+    assert {step[1] for step in steps[:first] if step[0] == "asks"} <= {32, 2 * 32}  # two at once
+    assert {step[1] for step in behind[:last] if step[0] == "asks"} == {8}
+
+
 async def test_without_readers_elsewhere_a_prompt_is_one_step(checkpoints):
     async with two_models(checkpoints) as (reads, asks):
         await collect(reads.submit(ask(PROMPT[:5], 4)))
@@ -195,6 +213,46 @@ async def test_without_readers_elsewhere_a_prompt_is_one_step(checkpoints):
         watch_steps("asks", asks, steps)
         await collect(asks.submit(ask(PROMPT, 1)))
         assert steps == [("asks", len(PROMPT), 1)]
+
+
+async def test_an_engine_with_nothing_to_do_is_not_stalled_while_anothers_step_hangs(checkpoints):
+    clock = ManualClock()
+    async with two_models(checkpoints, clock, stall_after_s=5.0) as (reads, asks):
+        with Hang(reads._runner.advance) as hang:
+            reads._runner.advance = hang
+            last = asks.submit(ask(PROMPT[:5], 1))
+            hung = reads.submit(ask(PROMPT[:5], 1))
+            await collect(last)
+            await hang.begun.wait()  # its turn began before that token was handed out
+            await settle()
+            clock.advance(6.0)
+            assert (reads.stalled_s, asks.stalled_s) == (6.0, None)
+            late = asks.submit(ask(PROMPT[:5], 1))
+            clock.advance(6.0)
+            assert (reads.stalled_s, asks.stalled_s) == (12.0, 6.0)  # this one has work
+            late.cancel()  # before its turn comes
+            assert asks.stalled_s is None
+        await collect(hung)
+
+
+class Unknown(Weights):
+    """Weights whose way nobody can tell."""
+
+    @property
+    def arrival(self):
+        raise ZeroDivisionError
+
+
+async def test_an_engine_that_can_not_be_opened_leaves_no_seat_behind(checkpoints):
+    device = CpuDevice(1 << 30)  # not closed: its KV memory is not given back
+    config = EngineConfig(kv_cache_bytes=ByteSize(8 << 20), torch_threads=1)
+    made, weights = engines_of(device, config), Unknown(checkpoints[0], device)
+    codec = await made.load_codec(checkpoints[0].path)
+    with pytest.raises(ZeroDivisionError):
+        await made.open(weights, await made.skeleton(checkpoints[0]), codec)
+    assert [one.seats for one in made._turns.values()] == [0]
+    weights.buffer.close()
+    made.close()
 
 
 async def test_the_time_before_a_step_begins_is_counted(checkpoints):

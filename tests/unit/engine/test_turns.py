@@ -93,6 +93,19 @@ def test_who_rests_or_leaves_has_no_turn():
     assert turns.begin(1.0) is None
 
 
+def test_a_turn_that_is_not_used_is_not_the_rounds_turn_for_prompts():
+    turns = Turns(0.05, LEAST)
+    reader, prompted, idle = seats(turns, 3)
+    turns.ready(reader, decoding(0.0), 0.0)
+    turns.ready(prompted, PROMPTS, 2.0)
+    turns.ready(idle, PROMPTS, 1.0)
+    assert order_of(turns, 1) == [reader]
+    turns.ready(reader, decoding(1.0), 3.0)
+    assert turns.begin(3.0) == idle
+    turns.rest(idle)
+    assert order_of(turns, 2) == [prompted, reader]
+
+
 def test_who_leaves_in_its_turn_ends_it():
     turns = Turns(0.05, LEAST)
     first, second = seats(turns, 2)
@@ -114,6 +127,15 @@ def step(turns, seat, need, tokens, took_s, now=0.0):
     turns.ended(seat, tokens, now + took_s)
 
 
+def limit(turns, seat, need=PROMPTS):
+    """Return how much of prompts it may have in a turn that it makes no use of."""
+    turns.ready(seat, need, 0.0)
+    assert turns.begin(0.0) == seat
+    tokens = turns.prompt_tokens(seat)
+    turns.rest(seat)
+    return tokens
+
+
 def test_prompts_are_not_limited_while_nobody_else_decodes():
     turns = Turns(0.05, LEAST)
     one, other = seats(turns, 2)
@@ -125,19 +147,31 @@ def test_prompts_are_not_limited_while_nobody_else_decodes():
     assert turns.prompt_tokens(other) is None
 
 
+def test_a_first_token_limits_the_prompts_of_who_is_next_before_its_engine_asks_again():
+    turns = Turns(0.05, LEAST)
+    reader, prompted = seats(turns, 2)
+    turns.ready(reader, PROMPTS, 0.0)
+    assert turns.begin(0.0) == reader
+    assert turns.prompt_tokens(prompted) is None
+    turns.ended(reader, 5, 0.01, 1)
+    assert turns.prompt_tokens(prompted) == LEAST
+    turns.rest(reader)  # it was its last
+    assert turns.prompt_tokens(prompted) is None
+
+
 def test_beside_others_readers_a_piece_is_as_long_as_their_target_leaves():
     turns = Turns(0.05, LEAST)
     one, other, third = seats(turns, 3)
     step(turns, one, decoding(0.0), 0, 0.020)  # half of it is known after one step
-    assert turns.prompt_tokens(other) == LEAST  # what its tokens cost is not known
+    assert limit(turns, other) == LEAST  # what its tokens cost is not known
     step(turns, other, PROMPTS, 1000, 0.1)
-    assert turns.prompt_tokens(other) == 400
+    assert limit(turns, other) == 400
     step(turns, third, decoding(0.0), 0, 0.040)
-    assert turns.prompt_tokens(other) == 200
+    assert limit(turns, other) == 200
     step(turns, third, decoding(0.0), 0, 0.100)
-    assert turns.prompt_tokens(other) == LEAST
+    assert limit(turns, other) == LEAST
     turns.leave(third)
-    assert turns.prompt_tokens(other) == 400
+    assert limit(turns, other) == 400
 
 
 def test_a_target_of_0_means_the_shortest_pieces():
@@ -145,7 +179,7 @@ def test_a_target_of_0_means_the_shortest_pieces():
     one, other = seats(turns, 2)
     step(turns, one, decoding(0.0), 0, 0.001)
     step(turns, other, PROMPTS, 1000, 0.001)
-    assert turns.prompt_tokens(other) == LEAST
+    assert limit(turns, other) == LEAST
 
 
 def test_what_a_short_piece_takes_says_nothing_about_long_ones():
@@ -153,9 +187,84 @@ def test_what_a_short_piece_takes_says_nothing_about_long_ones():
     one, other = seats(turns, 2)
     step(turns, one, decoding(0.0), 0, 0.0)
     step(turns, other, PROMPTS, 1000, 0.1)
-    before = turns.prompt_tokens(other)
+    before = limit(turns, other)
     step(turns, other, PROMPTS, 2, 0.1)
-    assert turns.prompt_tokens(other) == before == 500
+    assert limit(turns, other) == before == 500
+
+
+def known(turns, seat):
+    return pytest.approx((turns._seats[seat].step_s, turns._seats[seat].token_s), rel=1e-4)
+
+
+def test_one_odd_step_changes_what_is_known_by_a_little():
+    turns = Turns(0.05, LEAST)
+    (one,) = seats(turns, 1)
+    for _ in range(20):
+        step(turns, one, decoding(0.0), 0, 0.010)
+        step(turns, one, decoding(0.0), 1000, 0.110)
+    assert known(turns, one) == (0.010, 100e-6)
+    step(turns, one, decoding(0.0), 0, 5.0)
+    assert known(turns, one) == (0.025, 100e-6)
+    step(turns, one, decoding(0.0), 1000, 5.0)
+    assert known(turns, one) == (0.025, 250e-6)
+    step(turns, one, decoding(0.0), 0, 0.001)
+    assert known(turns, one) == (0.015625, 250e-6)
+
+
+def test_a_turn_that_only_reads_what_was_computed_before_says_nothing():
+    turns = Turns(0.05, LEAST)
+    (one,) = seats(turns, 1)
+    step(turns, one, decoding(0.0), 0, 0.010)
+    step(turns, one, decoding(0.0), 1000, 0.105)
+    before = known(turns, one)
+    step(turns, one, decoding(0.0), 1000, 0.00005)
+    step(turns, one, decoding(0.0), 0, 0.00005)
+    assert before == (0.005, 100e-6) == known(turns, one)
+
+
+def test_of_a_step_with_prompts_its_tokens_cost_what_it_takes_longer_than_one_without():
+    turns = Turns(0.05, LEAST)
+    one, other = seats(turns, 2)
+    for _ in range(20):
+        step(turns, one, decoding(0.0), 0, 0.010)
+        step(turns, one, decoding(0.0), 200, 0.030)
+        step(turns, other, decoding(0.0), 0, 0.005)
+    assert limit(turns, one, decoding(0.0)) == pytest.approx(350, abs=1)
+
+
+def test_a_step_with_prompts_shorter_than_what_is_known_of_steps_without_corrects_that():
+    turns = Turns(0.05, LEAST)
+    (one,) = seats(turns, 1)
+    step(turns, one, decoding(0.0), 0, 0.100)
+    step(turns, one, decoding(0.0), 128, 0.020)
+    assert known(turns, one) == (0.035, 0.0)
+
+
+def gaps_beside_mixed(mixed, prompted, readers):
+    """Return gaps of all who decode, of which `mixed` have endless prompts of their own too."""
+    decoding = [Model(0.005, 25e-6, streams=1) for _ in range(mixed + readers)]
+    prompted = [Model(0.005, 25e-6) for _ in range(prompted)]
+    for model in (*decoding[:mixed], *prompted):
+        model.prompts = [(0.0, 10**6)]
+    simulate(Turns(0.05, LEAST), [*decoding, *prompted], 4.0, beside=MOST)
+    taken = [10**6 - model.prompts[0][1] for model in (*decoding[:mixed], *prompted)]
+    return [gap for model in decoding for at, gap in model.gaps if at > 1.0], taken
+
+
+@pytest.mark.parametrize(
+    ("mixed", "prompted", "readers"),
+    [(0, 3, 1), (1, 1, 1), (2, 0, 1), (3, 0, 0), (3, 1, 1), (5, 0, 1), (2, 3, 2)],
+)
+def test_models_that_decode_and_have_prompts_share_one_target_a_round(mixed, prompted, readers):
+    gaps, taken = gaps_beside_mixed(mixed, prompted, readers)
+    assert max(gaps) < 0.055
+    if mixed:
+        assert max(taken[:mixed]) < 1.5 * min(taken[:mixed])
+
+
+def test_where_the_shortest_pieces_leave_no_room_each_has_one_a_round():
+    gaps, _ = gaps_beside_mixed(12, 0, 1)
+    assert max(gaps) == pytest.approx(13 * 0.005 + 12 * LEAST * 25e-6)
 
 
 # --- nobody starves -----------------------------------------------------------------------------
@@ -230,10 +339,10 @@ class Model:
             return decoding(self.last_token, self.streams)
         return PROMPTS if any(arrival <= now for arrival, _ in self.prompts) else None
 
-    def begin(self, now, limit):
+    def begin(self, now, limit, beside):
         """Return what its step takes."""
         arrived = self.prompts and self.prompts[0][0] <= now
-        budget = min(MOST if limit is None else limit, LEAST if self.streams else MOST)
+        budget = min(MOST if limit is None else limit, beside if self.streams else MOST)
         self.piece = min(self.prompts[0][1], budget) if arrived else 0
         return self.decode_s + self.piece * self.token_s
 
@@ -249,7 +358,7 @@ class Model:
                 self.first_tokens.append(now - arrival)
 
 
-def simulate(order, models, until_s):
+def simulate(order, models, until_s, beside=LEAST):
     """Let the models take turns; whoever had one asks again when the next one has begun."""
     by_seat = {order.join(): model for model in models}
     asking, now, busy = set(), 0.0, None
@@ -268,7 +377,7 @@ def simulate(order, models, until_s):
             continue
         asking.discard(busy)
         model = by_seat[busy]
-        now += model.begin(now, order.prompt_tokens(busy))
+        now += model.begin(now, order.prompt_tokens(busy), beside)
         for seat, one in by_seat.items():  # who came while it lasted
             need = one.need(now)
             if seat != busy and seat not in asking and need is not None:

@@ -23,13 +23,23 @@ class Board:
         self.now = 0.0
         self.tickets = 0
 
-    def request(self, model, size=4, priority=0, keep_alive_s=None, *, session=True, load_s=1.0):
+    def request(
+        self, model, size=4, priority=0, keep_alive_s=None, *, session=True, load_s=1.0, hint=False
+    ):
         """Ask for `model`; returns the actions. The ticket is `self.tickets`."""
         self.tickets += 1
         ticket = Ticket(
-            TicketId(self.tickets), model, shares(size), load_s, priority, keep_alive_s, session
-        )
+            TicketId(self.tickets), model, shares(size), load_s, priority, keep_alive_s, session,
+            is_hint=hint,
+        )  # fmt: skip
         return self.scheduler.on_request(ticket, self.now)
+
+    def hint(self, model, size=4):
+        """Ask for `model` though nobody waits for it, if that can begin; None: it can't."""
+        ticket = Ticket(TicketId(0), model, shares(size), 1.0, is_session=False, is_hint=True)
+        if not self.scheduler.can_begin(ticket, self.now):
+            return None
+        return self.request(model, size, session=False, hint=True)
 
     def wait(self, seconds):
         """Let time pass, up to timers and on."""

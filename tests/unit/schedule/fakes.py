@@ -243,6 +243,7 @@ class FakeEngines:
         self.open_error: Exception | None = None
         self.open_s = 0.0
         self.stalled_s: float | None = None
+        self.capacity_tokens = 1 << 30
         self.submit_error: Exception | None = None
         self.close_error: Exception | None = None
 
@@ -251,7 +252,7 @@ class FakeEngines:
         return (Share(None, 0, size, size),)
 
     def context_limit(self, checkpoint):
-        return checkpoint.index.context_tokens
+        return min(self.capacity_tokens, checkpoint.index.context_tokens)
 
     def check_request(self, request, checkpoint):
         if len(request.prompt) > checkpoint.index.context_tokens:

@@ -2,6 +2,7 @@ import asyncio
 import functools
 import logging
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sllm_node.core.errors import (
     CheckpointChangedError,
     DrainingError,
     EngineError,
+    GivenBackError,
     InvalidRequestError,
     JournalError,
     LoadFailedError,
@@ -73,6 +75,21 @@ async def test_a_session_of_a_cold_model_loads_it_and_streams(node):
     assert n.count("sllm_time_to_first_token_seconds_sum", model="a") == pytest.approx(
         LOAD_S + STEP_S
     )
+
+
+def test_kv_memory_that_holds_less_than_the_models_context_is_told(tmp_path, caplog):
+    caplog.set_level("INFO", "sllm_node.schedule.replicas")
+
+    @on_virtual_time
+    async def tell(node):
+        n = node()
+        n.engines.capacity_tokens = 80
+        assert n.service.status("a").context_tokens == 80
+        await n.ask("a")
+
+    tell(tmp_path)
+    (line,) = [record for record in caplog.records if record.message == "load finished"]
+    assert (line.context_tokens, line.limited_by) == (80, "engine.kv_cache_bytes")
 
 
 @on_virtual_time
@@ -265,6 +282,24 @@ async def test_an_operator_ends_all_sessions_of_a_request(node):
     for stream in (running, waiting):
         with pytest.raises(CancelledByOperatorError):
             await anext(stream)
+
+
+@on_virtual_time
+async def test_who_waits_can_be_given_back_but_not_who_moves_here_or_runs(node):
+    n = node()
+    running = n.open("a")
+    await anext(running)
+    waiting, again = n.open("b"), n.open("b")
+    moving = n.service.open(replace(waiting.request, session=SessionId("m-0"), held=True))
+    error = GivenBackError("b", "there is a place")
+    assert [one.session for one in n.service.outlook.waiting()] == ["r-2-0", "r-3-0"]
+    given = [n.service.give_back(SessionId(name), error) for name in ("r-1-0", "r-2-0", "m-0")]
+    assert given == [False, True, False]
+    n.service.give_back_all(ModelId("b"), error)
+    for stream in (waiting, again, moving):
+        with pytest.raises(GivenBackError):
+            await anext(stream)
+    running.cancel()
 
 
 @on_virtual_time

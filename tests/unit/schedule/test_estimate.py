@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from sllm_node.core.types import LoadReport, ModelId
-from sllm_node.schedule.estimate import LoadEstimator, MovingAverage, RunningMedian
+from sllm_node.schedule.estimate import PEER, LoadEstimator, MovingAverage, RunningMedian
 
 
 def report(total, from_nvme, elapsed_s):
@@ -66,6 +66,24 @@ def test_what_is_at_a_remote_comes_at_the_remotes_rate():
     assert estimator.load_s(10**9, 10**9, 10**9) == pytest.approx(10.0)
     estimator.observe(LoadReport(ModelId("a"), 10**9, 10**9, 0, 0, 0, 0, 2.0, 0.0, 0, 10**9))
     assert estimator.load_s(10**9, 10**9, 10**9) == pytest.approx(2.0)
+    assert estimator.load_s(10**9, 10**9) == pytest.approx(1.0)
+
+
+def test_loads_from_peers_have_a_rate_of_their_own():
+    estimator = LoadEstimator()
+    estimator.expect_from_peers(2e8)
+    assert estimator.load_s(10**9, 10**9, 10**9, is_peer=True) == pytest.approx(5.0)
+    far = LoadReport(ModelId("a"), 10**9, 10**9, 0, 0, 0, 0, 4.0, 0.0, 0, 10**9)
+    estimator.observe(far, is_peer=True)
+    assert estimator.bandwidth(PEER) == pytest.approx(2.5e8)
+    assert estimator.load_s(10**9, 10**9, 10**9) == pytest.approx(10.0)
+
+
+def test_of_equal_guesses_a_load_from_a_peer_teaches_the_peers_rate():
+    estimator = LoadEstimator()
+    far = LoadReport(ModelId("a"), 10**9, 10**9, 0, 0, 0, 0, 4.0, 0.0, 0, 10**9)
+    estimator.observe(far, is_peer=True)
+    assert estimator.bandwidth(PEER) == pytest.approx(2.5e8)
     assert estimator.load_s(10**9, 10**9) == pytest.approx(1.0)
 
 

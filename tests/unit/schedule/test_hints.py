@@ -1,4 +1,5 @@
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,10 @@ from tests.unit.schedule.fakes import EVICTION_S, LOAD_S, STEP_S
 from tests.unit.schedule.test_driver import now, on_virtual_time
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
+
+
+def twice(shares):
+    return tuple(replace(share, size=2 * share.size) for share in shares)
 
 
 def count(n, outcome):
@@ -64,6 +69,60 @@ async def test_a_hint_takes_the_room_of_an_idle_model(node):
     assert n.service.hint(A)
     assert await n.ask("a", tokens=1) == "x"
     assert now() - start == pytest.approx(EVICTION_S + LOAD_S + STEP_S)
+
+
+@on_virtual_time
+async def test_a_hint_of_higher_priority_leaves_those_alone_whom_it_can_not_replace(node):
+    n = node(pages=2, models={"a": ModelConfig(priority=1)})
+    one_page = n.engines.shares
+    n.engines.shares = lambda cp: twice(one_page(cp)) if cp.model == A else one_page(cp)
+    stream = n.open("b", tokens=100)
+    await stream.started.wait()
+    await n.ask("c", tokens=1)
+    assert not n.service.hint(A)
+    assert n.service.status("c").state is ModelState.READY
+    assert n.open("b", tokens=1).is_granted
+    stream.cancel()
+
+
+@on_virtual_time
+async def test_an_eviction_for_another_reason_makes_no_room_for_a_hint(node):
+    n = node(pages=2)
+    one_page = n.engines.shares
+    n.engines.shares = lambda cp: twice(one_page(cp)) if cp.model == A else one_page(cp)
+    stream = n.open("b", tokens=100)
+    await stream.started.wait()
+    await n.ask("c", tokens=1)
+    unloading = asyncio.create_task(n.service.unload("c"))
+    await asyncio.sleep(0)
+    assert not n.service.hint(A)
+    assert n.service.status("a").state is ModelState.IDLE
+    await unloading
+    stream.cancel()
+
+
+@on_virtual_time
+async def test_a_hint_ends_when_a_session_needs_the_room_that_is_made_for_it(node):
+    n = node()
+    await n.ask("b", tokens=1)
+    assert n.service.hint(A)
+    start = now()
+    assert await n.ask("c", tokens=1) == "x"
+    assert now() - start == pytest.approx(EVICTION_S + LOAD_S + STEP_S)
+    assert (n.store.loads, count(n, "gave way")) == (["b", "c"], 1)
+    await asyncio.sleep(HINT_S)
+    assert count(n, "not followed") is None
+    assert n.service.hint(A)  # its model gets hints as before
+
+
+@on_virtual_time
+async def test_hints_that_wait_for_an_eviction_keep_no_other_hint_away(node):
+    n = node(names=("a", "b", "c", "d"), pages=2)
+    await n.ask("b", tokens=1)
+    await n.ask("c", tokens=1)
+    assert n.service.hint(A)
+    assert n.service.status("a").state is ModelState.QUEUED
+    assert n.service.hint(ModelId("d"))
 
 
 @on_virtual_time

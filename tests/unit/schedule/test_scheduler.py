@@ -11,7 +11,7 @@ from sllm_node.core.errors import (
     QueueTimeoutError,
 )
 from sllm_node.core.types import ModelId, ModelState
-from sllm_node.schedule.actions import AbortLoad, Evict, Refuse, Stop
+from sllm_node.schedule.actions import AbortLoad, Evict, GiveWay, Refuse, Stop, TicketId
 from sllm_node.schedule.record import TRANSITIONS
 from tests.unit.schedule.board import (
     A,
@@ -616,6 +616,7 @@ def test_a_draining_node_refuses_new_requests():
     assert board.scheduler.on_drain(0.0) == []
     error = refused(board.request(A))[2]
     assert isinstance(error, DrainingError)
+    assert error.retry_after_s == 1.0
     assert board.scheduler.is_draining
 
 
@@ -657,6 +658,134 @@ def test_a_drain_opens_a_model_that_was_closed_for_another():
     board.wait(10.0)
     board.request(A)
     assert granted(board.scheduler.on_drain(10.0)) == [3]
+
+
+# --- what comes -----------------------------------------------------------------------------------
+
+
+def coming(board):
+    return [
+        (r.model, r.devices) for r in board.scheduler.replicas() if r.state is ModelState.QUEUED
+    ]
+
+
+def test_a_model_that_waits_for_evictions_only_is_told_to_come():
+    board = Board()
+    board.rest(A)
+    board.request(B, load_s=2.0)
+    assert coming(board) == [(B, ("cpu",))]
+    assert board.scheduler.view(B).devices == ("cpu",)
+    board.evicted(A)
+    assert coming(board) == []
+
+
+def test_a_model_that_waits_for_sessions_is_not_told_to_come():
+    board = Board()
+    board.serve(A)
+    board.request(B, priority=1)
+    assert board.scheduler.replicas()[0].is_leaving
+    assert coming(board) == []
+    board.finish(1)
+    assert coming(board) == [(B, ("cpu",))]
+
+
+def test_what_a_closed_model_leaves_over_is_no_room_that_comes():
+    board = Board(capacity=12)
+    board.serve(A, size=8)
+    board.request(B, size=6, priority=2)  # with the 4 that are free it has 6 to spare
+    board.request(C, size=6, priority=1)
+    assert coming(board) == []
+
+
+def test_a_model_that_nobody_waits_for_any_more_does_not_come():
+    board = Board()
+    board.rest(A)
+    board.request(B)
+    board.cancel(2)
+    assert coming(board) == []
+
+
+# --- hints ----------------------------------------------------------------------------------------
+
+
+def test_a_hint_begins_what_has_room_or_idle_models_that_suffice():
+    board = Board()
+    assert board.hint(A) == [start(A)]
+    board.loaded(A)
+    assert board.hint(B) == [Evict(A, "room")]
+    assert coming(board) == [(B, ("cpu",))]
+
+
+def test_a_hint_evicts_nobody_where_idle_models_do_not_suffice():
+    board = Board(capacity=8)
+    board.serve(A)
+    board.rest(B)
+    assert board.hint(C, size=8) is None
+    assert (board.state(B), board.state(C)) == (ModelState.READY, ModelState.IDLE)
+
+
+def test_a_hint_for_a_model_of_higher_priority_closes_nobody():
+    board = Board(capacity=8, models={"c": ModelConfig(priority=1)})
+    board.serve(A)
+    board.rest(B)
+    assert board.hint(C, size=8) is None
+    assert not any(replica.is_leaving for replica in board.scheduler.replicas())
+
+
+def test_a_hint_does_not_wait_for_what_a_closed_model_will_leave():
+    board = Board(capacity=12)
+    board.serve(A, size=8)
+    board.request(B, size=6, priority=2)
+    assert board.hint(C, size=6) is None
+    assert board.hint(C) is None  # the 4 that are free are B's
+
+
+def test_a_hint_gives_way_to_a_session_that_needs_its_room():
+    board = Board()
+    board.rest(A)
+    board.hint(B)
+    hint = board.tickets
+    assert board.request(C) == [GiveWay(TicketId(hint), B)]
+    assert board.state(B) is ModelState.IDLE
+    assert board.evicted(A) == [start(C)]
+
+
+def test_a_hint_gives_way_to_sessions_of_the_model_that_was_evicted_for_it():
+    board = Board()
+    board.rest(A)
+    board.hint(B)
+    hint = board.tickets
+    assert board.request(A) == []
+    assert board.evicted(A) == [start(A), GiveWay(TicketId(hint), B)]
+
+
+def test_a_hint_stands_while_there_is_room_for_all():
+    board = Board(capacity=8)
+    board.rest(A, size=8)
+    board.hint(B)
+    assert board.request(C) == []
+    assert [model for model, _ in coming(board)] == [B, C]
+    assert board.evicted(A) == [start(C), start(B)]
+
+
+def test_a_hint_is_never_overdue():
+    board = Board(capacity=8, max_wait_s=1.0)
+    board.rest(A, size=8)
+    board.hint(B)
+    board.wait(2.0)
+    assert board.request(C) == []
+    assert board.evicted(A) == [start(C), start(B)]
+
+
+def test_a_session_that_joins_a_hint_has_its_own_age():
+    board = Board(max_wait_s=2.0)
+    board.rest(A)
+    board.hint(B)
+    board.wait(1.5)
+    board.request(B)
+    board.request(C, priority=1)
+    board.wait(1.0)  # the hint would be overdue
+    assert board.evicted(A) == [start(C)]
 
 
 # --- room by moves --------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from typing_extensions import override
 
 from sllm_node.core.config import ModelConfig, ScheduleConfig
 from sllm_node.core.errors import LoadFailedError, ModelBusyError
-from sllm_node.core.types import ModelId
+from sllm_node.core.types import ModelId, ModelState
 from sllm_node.schedule.actions import (
     AbortLoad,
     Evict,
+    GiveWay,
     Grant,
     Refuse,
     StartLoad,
@@ -48,6 +49,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count = 0
         self.waiting: dict[TicketId, tuple[ModelId, float]] = {}
         self.loads_only: set[TicketId] = set()
+        self.hints: set[TicketId] = set()
         self.running: dict[TicketId, ModelId] = {}
         self.places: dict[ModelId, dict[str, int]] = {}
         self.loading: set[ModelId] = set()
@@ -81,6 +83,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                         self.running[ticket] = model
                 case Refuse(ticket, _):
                     del self.waiting[ticket]
+                case GiveWay(ticket, model):
+                    assert ticket in self.hints
+                    assert self.waiting.pop(ticket)[0] == model
                 case Stop(ticket, _):
                     del self.running[ticket]
                 case _:
@@ -102,6 +107,34 @@ class SchedulerMachine(RuleBasedStateMachine):
             number, model, shares(self.sizes[model]), 1.0, priority, keep_alive_s, session
         )
         self.carry_out(self.scheduler.on_request(ticket, self.now))
+
+    @precondition(lambda self: not self.scheduler.is_draining)
+    @rule(model=models)
+    def hint(self, model):
+        """A load that can begin begins, and closes nobody; of one that can't, nobody notices."""
+        number = TicketId(self.count + 1)
+        parts = shares(self.sizes[model])
+        ticket = Ticket(number, model, parts, 1.0, is_session=False, is_hint=True)
+        is_idle = self.scheduler.view(model).state is ModelState.IDLE
+        if not is_idle or not self.scheduler.can_begin(ticket, self.now):
+            return
+        if self.scheduler.waiting >= MAX_QUEUE:
+            return
+        self.count += 1
+        closed = {m for m in SIZES if self.scheduler._record(m).is_closed}
+        self.waiting[number] = (model, self.now)
+        self.loads_only.add(number)
+        self.hints.add(number)
+        self.carry_out(self.scheduler.on_request(ticket, self.now))
+        assert closed == {m for m in SIZES if self.scheduler._record(m).is_closed}
+        assert self.scheduler.view(model).devices
+
+    @invariant()
+    def a_model_that_only_hints_wait_for_comes(self):
+        for model in SIZES:
+            if self.scheduler._record(model).is_hinted:
+                view = self.scheduler.view(model)
+                assert view.state is not ModelState.QUEUED or view.devices
 
     @precondition(lambda self: self.waiting)
     @rule(data=st.data())
@@ -204,7 +237,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert view.waiting == [m for m, _ in self.waiting.values()].count(model)
             assert view.pinned == (model in self.pinned)
             is_here = model in self.loading | self.ready | self.evicting
-            assert view.devices == (tuple(self.places[model]) if is_here else ())
+            if is_here:
+                assert view.devices == tuple(self.places[model])
+            elif view.devices:  # it comes once evictions have ended
+                assert view.waiting
+                assert self.evicting
+
+    @invariant()
+    def what_comes_fits_once_evictions_have_ended(self):
+        used = dict.fromkeys(self.capacities, 0)
+        for replica in self.scheduler.replicas():
+            if replica.state is not ModelState.EVICTING:
+                for device, size in zip(replica.devices, replica.sizes, strict=True):
+                    used[device] += size
+        assert all(used[device] <= size for device, size in self.capacities.items())
 
     @invariant()
     def nobody_waits_while_there_is_room(self):

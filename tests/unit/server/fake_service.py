@@ -113,6 +113,7 @@ class FakeWishes:
     def __init__(self):
         self.names = {}
         self.scales = {}
+        self.covered = {}
         self.error = None
 
     def resolve(self, name):
@@ -120,6 +121,9 @@ class FakeWishes:
 
     def aliases(self):
         return self.names
+
+    def hidden(self):
+        return self.covered
 
     def desired(self):
         return tuple(self.scales.values())
@@ -160,6 +164,7 @@ class FakeService:
         self.refuse = None
         self.pinned = False
         self.load_error = None
+        self.prepare_gate = None
         self.make_stream = lambda request: FakeStream(
             chunks_of("Hello", logprobs=request.logprobs is not None)
         )
@@ -168,6 +173,8 @@ class FakeService:
         self.expected.append((model, characters))
 
     async def prepare(self, model):
+        if self.prepare_gate is not None:
+            await self.prepare_gate.wait()
         self._check(model)
         return self.codec
 

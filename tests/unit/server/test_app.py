@@ -209,6 +209,27 @@ async def test_a_model_that_only_waits_says_so(rig):
         gate.set()
 
 
+async def test_while_a_tokenizer_is_waited_for_comments_tell_it(rig):
+    rig.service.prepare_gate = asyncio.Event()
+    async with rig.http.post(rig.url + CHATS, json={**CHAT, "stream": True}) as response:
+        comment = await response.content.readuntil(b"\n\n")
+        assert comment == b": m waits for a node that gives its tokenizer\n\n"
+        rig.service.prepare_gate.set()
+        text = await response.read()
+    assert b'"role":"assistant"' in text
+    assert text.endswith(b"data: [DONE]\n\n")
+
+
+async def test_a_tokenizer_that_nobody_gives_after_all_is_told_as_an_event(rig):
+    rig.service.prepare_gate = asyncio.Event()
+    async with rig.http.post(
+        rig.url + CHATS, json={**CHAT, "model": "other", "stream": True}
+    ) as response:
+        await response.content.readuntil(b"\n\n")
+        rig.service.prepare_gate.set()
+        assert b"model_not_found" in await response.read()
+
+
 async def test_an_error_before_the_first_token_has_its_own_status(rig):
     error = ChecksumError("m", "shard-00000.bin", 0, 4096)
     rig.service.make_stream = lambda request: FakeStream([error])

@@ -1,9 +1,5 @@
 import pytest
 
-from sllm_node.checkpoint.cards import Cards
-from sllm_node.checkpoint.catalog import Catalog
-from sllm_node.core.types import ModelId
-from sllm_node.server.peer import Peer
 from tests.unit.server.rig import serving
 from tests.unit.store.handmade import write_checkpoint
 
@@ -69,15 +65,6 @@ async def test_peers_are_let_in_by_an_admin_key_only(store):
             assert (await raw(rig, path))[0] == 401
             assert (await raw(rig, path, Authorization="Bearer client"))[0] == 401
             assert (await raw(rig, path, Authorization="Bearer admin"))[0] == 200
-
-
-async def test_what_is_at_a_remote_is_not_passed_on(store):
-    cards = Cards(store)
-    index = (store / "a" / "tensor_index.json").read_bytes()
-    cards.write(ModelId("far"), "r", {"tensor_index.json": index, "config.json": b"{}"})
-    peer = Peer(Catalog(store, cards))
-    assert peer._catalog.models() == ("far",)
-    assert peer._local(ModelId("far")) is None
 
 
 async def test_a_pull_is_passed_to_the_node_and_told(rig):

@@ -8,7 +8,7 @@ from aiohttp.test_utils import make_mocked_request
 
 from sllm_node.core.errors import EngineError
 from sllm_node.server.stream import EventWriter, SlowClientError, items, merged
-from tests.unit.server.fake_service import FakeStream, chunks_of
+from tests.unit.server.fake_service import FakeStream, chunks_of, status_of
 
 
 class FakeResponse(web.StreamResponse):
@@ -44,7 +44,7 @@ def request_over(transport):
 
 
 async def read(streams):
-    async with merged(streams) as queue:
+    async with merged(streams, 1.0) as queue:
         return [batch async for batch in items(queue, streams, 1.0)]
 
 
@@ -64,7 +64,7 @@ async def test_what_came_before_a_failure_is_shown():
     streams = [FakeStream([*chunks_of("ab")[:2], EngineError("m", "broke")]) for _ in range(2)]
     seen = ""
     with contextlib.suppress(EngineError):
-        async with merged(streams) as queue:
+        async with merged(streams, 1.0) as queue:
             async for batch in items(queue, streams, 1.0):
                 assert isinstance(batch, list)
                 seen += "".join(chunk.text for i, chunk in batch if i == 0)
@@ -93,3 +93,33 @@ async def test_a_client_that_takes_nothing_is_given_up(transport, text):
     writer = EventWriter(request_over(transport), FakeResponse(hangs=True), 0.001)
     with pytest.raises(SlowClientError):
         await writer.comment(text)
+
+
+class LosesItsNode(FakeStream):
+    """Gives chunks, and waits again at an event in their middle."""
+
+    def __init__(self, chunks, lost):
+        super().__init__(chunks)
+        self.lost = lost
+
+    def status(self):
+        return status_of() if self.lost.is_set() else None
+
+
+async def test_a_stream_that_waits_again_in_its_middle_says_so():
+    lost, found = asyncio.Event(), asyncio.Event()
+    chunks = chunks_of("ab")
+    stream = LosesItsNode([chunks[0], found, *chunks[1:]], lost)
+    seen = []
+    async with merged([stream], 0.001) as queue:
+        async for item in items(queue, [stream], 0.001):
+            if not isinstance(item, list):
+                seen.append("waits")
+                lost.clear()
+                found.set()
+                continue
+            seen += [chunk.text for _, chunk in item]
+            if not found.is_set():
+                lost.set()
+    assert seen[:2] == ["a", "waits"]
+    assert "".join(text for text in seen if text != "waits") == "ab"

@@ -36,11 +36,31 @@ async def test_wishes_are_shown_and_taken_back(rig):
     wish = {"model": "m", "minimum": 1, "maximum": 2, "keep_alive_s": 300.0}
     assert report == {**wish, "missed": ["c"]}
     _, shown, _ = await rig.get("/admin/wishes")
-    assert shown == {"aliases": {"gpt": "m"}, "desired": [wish]}
+    assert shown == {"aliases": {"gpt": "m"}, "hidden": {}, "desired": [wish]}
     await rig.post("/admin/aliases/gpt/unset", {})
     await rig.post("/admin/models/m/unscale", {})
     _, shown, _ = await rig.get("/admin/wishes")
-    assert shown == {"aliases": {}, "desired": []}
+    assert shown == {"aliases": {}, "hidden": {}, "desired": []}
+
+
+@pytest.mark.parametrize(
+    ("act", "done"),
+    [
+        ("load", [("load", "m")]), ("unload", [("unload", "m", False)]),
+        ("pin", [("pin", "m"), ("load", "m")]), ("unpin", [("unpin", "m")]), ("pull", []),
+    ],
+)  # fmt: skip
+async def test_operators_may_name_a_model_by_an_alias(rig, act, done):
+    await rig.post("/admin/aliases/gpt/set", {"model": "m"})
+    status, answer, _ = await rig.post(f"/admin/models/gpt/{act}", {})
+    assert (status, answer["id"], rig.service.acts) == (200, "m", done)
+    assert rig.pulled == (["m"] if act == "pull" else [])
+
+
+async def test_aliases_that_do_not_count_are_shown(rig):
+    rig.service.wishes.covered = {"n": "m"}
+    _, shown, _ = await rig.get("/admin/wishes")
+    assert (shown["aliases"], shown["hidden"]) == ({}, {"n": "m"})
 
 
 async def test_a_wish_that_conflicts_is_told_so(rig):

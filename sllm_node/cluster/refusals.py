@@ -1,0 +1,94 @@
+"""Who takes no messages of whom in this cluster, and why: a warning now and then, and words for `status`.
+
+Keys, certificates and files that differ look like dead nodes otherwise. What is refused is not proven to
+come from whom it names: so one warning a minute for each peer, and one for all strangers together.
+"""
+
+import logging
+from collections.abc import Container
+from typing import Final
+
+from sllm_node.core.clock import Clock
+from sllm_node.core.errors import (
+    MessageError,
+    MisdirectedError,
+    PeerDeniedError,
+    SllmError,
+    StrangerError,
+    WrongKeyError,
+)
+from sllm_node.core.types import NodeId
+
+log = logging.getLogger(__name__)
+
+TELL_S: Final = 60.0
+"""Least time between two warnings of one peer in one direction."""
+CERTIFICATE: Final = "certificate: "
+"""How the reason of a `PeerDeniedError` begins where the connection failed for a certificate."""
+_STRANGERS: Final = NodeId("")
+_OURS: Final = {
+    "wrong_key": "refuses our key",
+    "unknown_sender": "its cluster file does not have this node",
+    "misdirected": "another node has its address",
+    "protocol_version": "another release",
+}
+"""Why a peer refused us, by the code that its answer begins with."""
+_THEIRS: Final[dict[type[MessageError], str]] = {
+    WrongKeyError: "has another key",
+    StrangerError: "not in the cluster file",
+    MisdirectedError: "sends us what is another's",
+}
+
+
+class Refusals:
+    """What one node knows of refusals: of its messages, and by itself."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._ours: dict[NodeId, str] = {}
+        """By peer: why it takes nothing of us."""
+        self._theirs: dict[NodeId, str] = {}
+        """By peer: why we take nothing of it."""
+        self._told: dict[tuple[NodeId, str], float] = {}
+
+    def problem(self, peer: NodeId) -> str | None:
+        """Return why this node and `peer` don't understand each other; None: they do."""
+        return self._ours.get(peer) or self._theirs.get(peer)
+
+    def failed(self, peer: NodeId, error: SllmError) -> None:
+        """Take note that a message to `peer` failed."""
+        if not isinstance(error, PeerDeniedError):
+            self._ours.pop(peer, None)
+            return
+        if error.reason.startswith(CERTIFICATE):
+            problem = error.reason.removeprefix(CERTIFICATE).partition(";")[0]
+        else:
+            problem = _OURS.get(error.reason.partition(":")[0], "refuses our messages")
+        self._ours[peer] = problem
+        self._tell("a peer refuses this node", peer, error)
+
+    def taken(self, peer: NodeId) -> None:
+        """Take note that `peer` took a message."""
+        self._ours.pop(peer, None)
+
+    def refused(self, error: MessageError, known: Container[str]) -> None:
+        """Take note that a message was not taken here."""
+        problem, sender = _THEIRS.get(type(error)), getattr(error, "sender", "")
+        if problem is None:
+            return
+        peer = NodeId(sender) if sender in known else _STRANGERS
+        if peer is not _STRANGERS:
+            self._theirs[peer] = problem
+        self._tell("messages of a peer refused", peer, error)
+
+    def heard(self, peer: NodeId) -> None:
+        """Take note that a message of `peer` was taken."""
+        self._theirs.pop(peer, None)
+
+    def _tell(self, what: str, peer: NodeId, error: SllmError) -> None:
+        now = self._clock.now()
+        last = self._told.get((peer, what))
+        if last is not None and now - last < TELL_S:
+            return
+        self._told[peer, what] = now
+        log.warning(what, extra={"peer": peer or None, "error": str(error)})

@@ -1,0 +1,50 @@
+"""What commands print, on terminals of any width."""
+
+import sys
+
+import pytest
+
+from sllm_node.cli.output import print_table
+
+COLUMNS = ("model", "tier", ">size", ">device", ">DRAM", ">run", ">wait", "notes")
+ROW = (
+    "tiny-a",
+    "device",
+    "256.6 MiB",
+    "256.6 MiB",
+    "256.6 MiB",
+    "0",
+    "0",
+    "pinned, leaves in 299 s, on cpu",
+)
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 200])
+def test_a_table_loses_nothing_on_a_narrow_terminal(monkeypatch, capsys, columns):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("TERM", "dumb")
+    print_table(COLUMNS, [ROW])
+    shown = capsys.readouterr().out
+    for word in (
+        "model",
+        "tier",
+        "size",
+        "device",
+        "DRAM",
+        "run",
+        "wait",
+        "notes",
+        *ROW[:-1],
+        *ROW[-1].split(),
+    ):
+        assert word in shown, word
+    assert len(shown.splitlines()) < 9  # no column of single letters
+
+
+def test_a_wide_terminal_is_kept_to(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "dumb")
+    print_table(("name", "why"), [("a", "because " * 40)])
+    assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 100
