@@ -1,6 +1,13 @@
+import contextlib
 import gc
 
 import pytest
+
+with contextlib.suppress(ImportError):  # tests on a GPU machine may do without
+    from hypothesis import settings
+
+    settings.register_profile("gate", deadline=None)  # a busy machine decides nothing
+    settings.load_profile("gate")
 
 
 @pytest.fixture(autouse=True, scope="module")

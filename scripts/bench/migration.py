@@ -234,19 +234,7 @@ async def read(
 ) -> nodes.Streamed:
     """Read a stream under a request id of ours, into `found`, which keeps what came if it breaks."""
     found = nodes.Streamed() if found is None else found
-    asked = {**body, "stream": True, "stream_options": {"include_usage": True}}
-    count = 0
-    async with (
-        aiohttp.ClientSession(headers={"x-request-id": name}) as http,
-        http.post(url + "/v1/completions", json=asked) as response,
-    ):
-        assert response.status == 200, await response.text()
-        async for line in response.content:
-            if line.startswith(b"data: {"):
-                found.take(orjson.loads(line[6:]))
-                count += 1
-                at(count)
-    return found
+    return await found.read(url, body, at, {"x-request-id": name})
 
 
 def summary(moves: list[dict[str, Any]]) -> dict[str, Any]:

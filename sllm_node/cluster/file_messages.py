@@ -4,11 +4,11 @@
 frames, as many as the head says; or `FileRefused` alone.
 """
 
-from typing import Final, Literal, TypeVar
+from typing import Final, Literal
 
 import msgspec
 
-from sllm_node.core.errors import MessageFormatError
+from sllm_node.cluster.packing import unpack
 
 FILE: Final = "file"
 RANGE_BYTES: Final = 16 << 20
@@ -49,30 +49,17 @@ class FileRefused(msgspec.Struct, frozen=True, array_like=True, tag="refused"):
     reason: Refused
 
 
-MessageT = TypeVar("MessageT")
 _asks: Final = msgspec.msgpack.Decoder(AskFile)
 _heads: Final[msgspec.msgpack.Decoder[FileHead | FileRefused]] = msgspec.msgpack.Decoder(
     FileHead | FileRefused
 )
 
 
-def pack(message: AskFile | FileHead | FileRefused) -> bytes:
-    """Return a message of this module as bytes."""
-    return msgspec.msgpack.encode(message)
-
-
 def unpack_ask(data: bytes) -> AskFile:
     """Return a request for a file, or raise MessageFormatError."""
-    return _decode(_asks, data)
+    return unpack(_asks, data)
 
 
 def unpack_head(data: bytes) -> FileHead | FileRefused:
     """Return the first frame of its answer, or raise MessageFormatError."""
-    return _decode(_heads, data)
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[MessageT], data: bytes) -> MessageT:
-    try:
-        return decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MessageFormatError(str(error)) from error
+    return unpack(_heads, data)

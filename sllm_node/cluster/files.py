@@ -19,7 +19,8 @@ from sllm_node.checkpoint.cards import PEERS, Cards
 from sllm_node.checkpoint.given import index_digest
 from sllm_node.checkpoint.index import INDEX_FILE, TensorIndex
 from sllm_node.cluster.file_link import Answer, Call, Links
-from sllm_node.cluster.file_messages import RANGE_BYTES, AskFile, FileHead, FileRefused, pack
+from sllm_node.cluster.file_messages import RANGE_BYTES, AskFile, FileHead, FileRefused
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.senders import BUSY_S, Senders, Version
 from sllm_node.cluster.trust import Trust

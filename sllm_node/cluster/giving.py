@@ -29,10 +29,10 @@ from sllm_node.cluster.file_messages import (
     FileHead,
     FileRefused,
     Refused,
-    pack,
     unpack_ask,
 )
 from sllm_node.cluster.frames import FrameWriter
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.transport import Handler, Reply
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, NodeId

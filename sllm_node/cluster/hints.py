@@ -13,9 +13,10 @@ from typing import Any, Final
 
 from sllm_node.cluster.choice import Choice, choose, request_for
 from sllm_node.cluster.document import decode_state, encode_state
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.transport import Client, Reply
-from sllm_node.cluster.wire import Hint, pack, unpack_hint
+from sllm_node.cluster.wire import Hint, unpack_hint
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import SllmError

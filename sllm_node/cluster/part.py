@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, aclosing, suppress
 from typing import Final, Protocol
 
 from sllm_node.cluster.choice import Choice
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.serving import EXTEND, GENERATE, LEFT
 from sllm_node.cluster.wire import (
     Extend,
@@ -21,7 +22,6 @@ from sllm_node.cluster.wire import (
     Standing,
     Tokens,
     error_of,
-    pack,
     unpack_record,
 )
 from sllm_node.core.errors import PeerUnreachableError, SllmError

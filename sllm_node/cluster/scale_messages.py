@@ -1,13 +1,11 @@
 """What a model's home asks of a node that is to start or retire a replica, and the answer: bounded data."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Final, Literal
 
 import msgspec
 from msgspec import Meta
 
-from sllm_node.core.errors import MessageFormatError
-
-MessageT = TypeVar("MessageT")
+from sllm_node.cluster.packing import unpack
 
 
 class ScaleAsk(msgspec.Struct, frozen=True, array_like=True):
@@ -23,25 +21,15 @@ class ScaleAnswer(msgspec.Struct, frozen=True, array_like=True):
     problem: str
 
 
-def pack(message: ScaleAsk | ScaleAnswer) -> bytes:
-    """Return a message as bytes."""
-    return msgspec.msgpack.encode(message)
+_asks: Final = msgspec.msgpack.Decoder(ScaleAsk)
+_answers: Final = msgspec.msgpack.Decoder(ScaleAnswer)
 
 
 def unpack_ask(data: bytes) -> ScaleAsk:
     """Return a home's request, or raise MessageFormatError."""
-    return _decode(ScaleAsk, data)
+    return unpack(_asks, data)
 
 
 def unpack_answer(data: bytes) -> ScaleAnswer:
     """Return a node's answer, or raise MessageFormatError."""
-    return _decode(ScaleAnswer, data)
-
-
-def _decode(kind: type[MessageT], data: bytes) -> MessageT:
-    try:
-        found: Any = msgspec.msgpack.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MessageFormatError(str(error)) from error
-    checked: MessageT = found
-    return checked
+    return unpack(_answers, data)

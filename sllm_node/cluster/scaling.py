@@ -22,9 +22,10 @@ from sllm_node.cluster.autoscale import (
 from sllm_node.cluster.choice import request_for
 from sllm_node.cluster.demand import demand_of, load_of
 from sllm_node.cluster.fetching import Fetching
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.records import Desired
-from sllm_node.cluster.scale_messages import ScaleAnswer, ScaleAsk, pack, unpack_answer, unpack_ask
+from sllm_node.cluster.scale_messages import ScaleAnswer, ScaleAsk, unpack_answer, unpack_ask
 from sllm_node.cluster.transport import Client, Handler, Reply
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock

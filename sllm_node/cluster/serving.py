@@ -13,6 +13,7 @@ from typing import Any, Final, Protocol
 from sllm_node.checkpoint.cards import TEXT_FILES
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.fetching import Fetching
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.peers import HEARTBEAT, Peers
 from sllm_node.cluster.reservations import Ask, Refused, Reservations
 from sllm_node.cluster.state import NodeState
@@ -27,7 +28,6 @@ from sllm_node.cluster.wire import (
     Tokens,
     Waiting,
     failed,
-    pack,
     unpack_describe,
     unpack_extend,
     unpack_forward,

@@ -16,6 +16,7 @@ from typing import Any, Final, Generic
 import msgspec
 
 from sllm_node.checkpoint.cards import TEXT_FILES
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.serving import DESCRIBE
 from sllm_node.cluster.state import HeldModel
 from sllm_node.cluster.transport import Client
@@ -24,7 +25,6 @@ from sllm_node.cluster.wire import (
     Described,
     Failed,
     error_of,
-    pack,
     unpack_described,
     unpack_record,
 )

@@ -11,6 +11,7 @@ from collections import deque
 from typing import Any, Final
 
 from sllm_node.cluster.movers import Movers
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.reservations import Ask
 from sllm_node.cluster.state import NodeState
@@ -24,7 +25,7 @@ from sllm_node.cluster.vacate import (
     joined,
     objection,
 )
-from sllm_node.cluster.wire import Leave, Stays, pack, unpack_stays
+from sllm_node.cluster.wire import Leave, Stays, unpack_stays
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import GivenBackError, MoveRefusedError, SllmError

@@ -10,13 +10,14 @@ computed, each `Extend` brings more of them, and the last one lets it go. All of
 which grows with each node that serves the session.
 """
 
-from typing import Any, Final, TypeVar
+from typing import Final
 
 import msgspec
 
+from sllm_node.cluster.packing import unpack
 from sllm_node.cluster.reservations import Ask
 from sllm_node.core import errors
-from sllm_node.core.errors import MessageFormatError, SllmError
+from sllm_node.core.errors import SllmError
 from sllm_node.core.types import GenerationChunk, GenerationRequest, ModelStatus
 
 VERSION: Final = "v1"
@@ -136,8 +137,14 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     param: str | None = None
 
 
-MessageT = TypeVar("MessageT")
 Record = Waiting | Granted | Standing | Tokens | Leave | Refusal | Failed
+_forward_decoder: Final = msgspec.msgpack.Decoder(Forward)
+_extend_decoder: Final = msgspec.msgpack.Decoder(Extend)
+_left_decoder: Final = msgspec.msgpack.Decoder(Left)
+_hint_decoder: Final = msgspec.msgpack.Decoder(Hint)
+_stays_decoder: Final = msgspec.msgpack.Decoder(Stays)
+_describe_decoder: Final = msgspec.msgpack.Decoder(Describe)
+_described_decoder: Final = msgspec.msgpack.Decoder(Described)
 _record_decoder: Final[msgspec.msgpack.Decoder[Record]] = msgspec.msgpack.Decoder(Record)
 _PLAIN: Final = {
     kind.code: kind
@@ -147,49 +154,44 @@ _PLAIN: Final = {
 }  # fmt: skip
 
 
-def pack(message: Any) -> bytes:
-    """Return a message of this module as bytes."""
-    return msgspec.msgpack.encode(message)
-
-
 def unpack_forward(data: bytes) -> Forward:
     """Return a request for a session, or raise MessageFormatError."""
-    return _decode(msgspec.msgpack.Decoder(Forward), data)
+    return unpack(_forward_decoder, data)
 
 
 def unpack_extend(data: bytes) -> Extend:
     """Return tokens for a session that holds, or raise MessageFormatError."""
-    return _decode(msgspec.msgpack.Decoder(Extend), data)
+    return unpack(_extend_decoder, data)
 
 
 def unpack_left(data: bytes) -> Left:
     """Return the word that a session has moved away, or raise MessageFormatError."""
-    return _decode(msgspec.msgpack.Decoder(Left), data)
+    return unpack(_left_decoder, data)
 
 
 def unpack_hint(data: bytes) -> Hint:
     """Return a hint, or raise MessageFormatError."""
-    return _decode(msgspec.msgpack.Decoder(Hint), data)
+    return unpack(_hint_decoder, data)
 
 
 def unpack_stays(data: bytes) -> Stays:
     """Return an entry's word about a session that was to leave, or raise MessageFormatError."""
-    return _decode(msgspec.msgpack.Decoder(Stays), data)
+    return unpack(_stays_decoder, data)
 
 
 def unpack_describe(data: bytes) -> Describe:
     """Return a request for what is known of a model, or raise MessageFormatError."""
-    return _decode(msgspec.msgpack.Decoder(Describe), data)
+    return unpack(_describe_decoder, data)
 
 
 def unpack_described(data: bytes) -> Described:
     """Return the head of its answer, or raise MessageFormatError."""
-    return _decode(msgspec.msgpack.Decoder(Described), data)
+    return unpack(_described_decoder, data)
 
 
 def unpack_record(data: bytes) -> Record:
     """Return a record, or raise MessageFormatError."""
-    return _decode(_record_decoder, data)
+    return unpack(_record_decoder, data)
 
 
 def failed(error: SllmError) -> Failed:
@@ -212,10 +214,3 @@ def error_of(record: Failed) -> SllmError:
     if record.param is not None:
         vars(error)["param"] = record.param
     return error
-
-
-def _decode(decoder: msgspec.msgpack.Decoder[MessageT], data: bytes) -> MessageT:
-    try:
-        return decoder.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MessageFormatError(str(error)) from error

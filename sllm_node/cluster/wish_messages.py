@@ -8,6 +8,7 @@ from typing import Final
 
 import msgspec
 
+from sllm_node.cluster.packing import unpack
 from sllm_node.cluster.records import Alias, Change, Desired, Drop, Put, Wished
 from sllm_node.cluster.wire import Failed
 from sllm_node.core.errors import MessageFormatError
@@ -94,15 +95,9 @@ def is_about_same(wish: Wish, other: Wish) -> bool:
 
 def unpack_wish(data: bytes) -> Wish:
     """Return a wish, or raise MessageFormatError."""
-    try:
-        return _wishes.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MessageFormatError(f"a wish: {error}") from error
+    return unpack(_wishes, data, "a wish")
 
 
 def unpack_kept(data: bytes) -> Kept | Failed:
     """Return a peer's answer, or raise MessageFormatError."""
-    try:
-        return _answers.decode(data)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise MessageFormatError(f"an answer to a wish: {error}") from error
+    return unpack(_answers, data, "an answer to a wish")

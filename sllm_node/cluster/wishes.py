@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 from sllm_node.cluster.journal import Journal
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.records import Alias, Change, Desired, Drop, Put, Wished, check
 from sllm_node.cluster.transport import Reply
-from sllm_node.cluster.wire import Failed, error_of, failed, pack
+from sllm_node.cluster.wire import Failed, error_of, failed
 from sllm_node.cluster.wish_messages import (
     WISH,
     Kept,

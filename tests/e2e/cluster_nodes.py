@@ -146,10 +146,10 @@ class Streamed:
         self.finish: str | None = None
         self.usage: dict[str, int] = {}
 
-    async def read(self, url: str, body, on_event=lambda count: None) -> "Streamed":
+    async def read(self, url: str, body, on_event=lambda count: None, headers=None) -> "Streamed":
         """Read to the end; tell `on_event` how many events have come."""
         count = 0
-        async with aiohttp.ClientSession() as http:
+        async with aiohttp.ClientSession(headers=headers) as http:
             options = {"stream": True, "stream_options": {"include_usage": True}}
             async with http.post(url + "/v1/completions", json={**body, **options}) as response:
                 assert response.status == 200, await response.text()

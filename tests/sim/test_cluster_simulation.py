@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from sllm_node.cluster.wire import Forward, pack, unpack_record
+from sllm_node.cluster.packing import pack
+from sllm_node.cluster.wire import Forward, unpack_record
 from sllm_node.core import log as logs
 from sllm_node.core.errors import (
     EngineError,

@@ -5,7 +5,8 @@ import asyncio
 import pytest
 
 from sllm_node.cluster.autoscale import home_of
-from sllm_node.cluster.scale_messages import ScaleAnswer, ScaleAsk, pack, unpack_answer, unpack_ask
+from sllm_node.cluster.packing import pack
+from sllm_node.cluster.scale_messages import ScaleAnswer, ScaleAsk, unpack_answer, unpack_ask
 from sllm_node.core.errors import MessageFormatError, ModelNotFoundError
 from sllm_node.core.types import ModelId, NodeId
 from tests.sim.cluster_world import read

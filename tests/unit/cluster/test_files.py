@@ -26,13 +26,13 @@ from sllm_node.cluster.file_messages import (
     AskFile,
     FileHead,
     FileRefused,
-    pack,
     unpack_ask,
     unpack_head,
 )
 from sllm_node.cluster.files import Sender as Chosen
 from sllm_node.cluster.frames import FrameWriter
 from sllm_node.cluster.giving import _Sending
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.transport import Client
 from sllm_node.cluster.trust import KeyTrust, Outgoing
 from sllm_node.core.errors import (

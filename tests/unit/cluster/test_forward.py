@@ -12,6 +12,7 @@ from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.placement import Candidate, Kind
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.retries import LOOK_S, REFUSALS_MAX
@@ -26,7 +27,6 @@ from sllm_node.cluster.wire import (
     Tokens,
     Waiting,
     failed,
-    pack,
     unpack_extend,
     unpack_forward,
 )

@@ -3,6 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sllm_node.cluster import wire
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.state import BootId, DeviceShare, ReplicaId
 from sllm_node.core import errors
@@ -40,17 +41,17 @@ READERS = [
 
 def test_what_is_asked_comes_back_as_it_was():
     forward = wire.Forward(REQUEST, ASK, 1, "because", -1.0)
-    assert wire.unpack_forward(wire.pack(forward)) == forward
-    assert wire.unpack_describe(wire.pack(wire.Describe("m"))).model == "m"
+    assert wire.unpack_forward(pack(forward)) == forward
+    assert wire.unpack_describe(pack(wire.Describe("m"))).model == "m"
     hint = wire.Hint("m", "r-1")
-    assert wire.unpack_hint(wire.pack(hint)) == hint
+    assert wire.unpack_hint(pack(hint)) == hint
     head = wire.Described(5, (("config.json", 3),))
-    assert wire.unpack_described(wire.pack(head)) == head
+    assert wire.unpack_described(pack(head)) == head
 
 
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 def test_records_come_back_as_they_were(record):
-    assert wire.unpack_record(wire.pack(record)) == record
+    assert wire.unpack_record(pack(record)) == record
 
 
 @given(st.binary(max_size=100), st.sampled_from(READERS))
@@ -63,7 +64,7 @@ def test_noise_is_refused_with_a_typed_error(data, read):
 
 @given(st.data(), st.sampled_from([wire.Forward(REQUEST, ASK, 1, "x"), *RECORDS]))
 def test_messages_cut_off_are_refused(data, message):
-    whole = wire.pack(message)
+    whole = pack(message)
     cut = whole[: data.draw(st.integers(0, len(whole) - 1))]
     read = wire.unpack_forward if isinstance(message, wire.Forward) else wire.unpack_record
     with pytest.raises(errors.MessageFormatError):
@@ -81,7 +82,7 @@ def test_messages_cut_off_are_refused(data, message):
     ids=lambda error: error.code,
 )  # fmt: skip
 def test_an_error_is_told_to_the_client_as_its_own_node_would(error):
-    record = wire.unpack_record(wire.pack(wire.failed(error)))
+    record = wire.unpack_record(pack(wire.failed(error)))
     assert isinstance(record, wire.Failed)
     told = wire.error_of(record)
     assert type(told) is type(error)

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from sllm_node.cluster.journal import Journal
+from sllm_node.cluster.packing import pack
 from sllm_node.cluster.records import Alias, Desired, Records
-from sllm_node.cluster.wire import Failed, pack
+from sllm_node.cluster.wire import Failed
 from sllm_node.cluster.wish_messages import WISH, Kept, Wish, unpack_kept
 from sllm_node.cluster.wishes import Reach, Wishes
 from sllm_node.core.errors import (
