@@ -94,6 +94,7 @@ class EngineConfig(Section, frozen=True):
     torch_threads: NotNegative = 0
     overlap_load: bool = True
     stall_after_s: Seconds = 120.0
+    graphs_max: Count = 4096
 
 
 class ScheduleConfig(Section, frozen=True):
