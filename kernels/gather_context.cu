@@ -1,8 +1,9 @@
 // gather_context: brings together keys and values that lie apart, and queries as often as they are asked for.
 //
 // keys, values: (slots, width), contiguous; slots: (tokens,); key, value: (tokens, width). query: rows at a
-// stride; rows: (queries,); queries: (queries, query_width). Widths are multiples of 8, all are aligned to
-// 16 bytes. Bound: bytes of what is gathered, read once and written once.
+// stride; rows: (queries,); queries: (queries * group, query_width / group): the heads of a query that share
+// keys, `group` of them, become rows of their own. Widths and heads are multiples of 8, all are aligned to 16
+// bytes. Bound: bytes of what is gathered, read once and written once.
 // Grid: tokens * width / 8,192, rounded up, then the same of queries; 256 threads.
 #include "ptx.cuh"
 
@@ -10,13 +11,19 @@ struct Gather {  // the same in device/step_parameters.py: GATHER
     const u16 *keys, *values, *query;
     const u32 *slots, *rows;
     u16 *key, *value, *queries;
-    u32 tokens, width, query_rows, query_width, query_stride;
+    u32 tokens, width, query_rows, query_width, query_stride, size, group;
 };
 
 const u32 THREADS = 256, VECTORS = 4;  // VECTORS: of 8 elements, of a thread
 
+// Where vector i lies when heads of `size` vectors, `group` of which share keys, become rows of their own.
+__device__ __forceinline__ u32 apart(u32 i, u32 vectors, u32 size, u32 group) {
+    const u32 row = i / vectors, head = i % vectors / size, shared = vectors / size / group;
+    return ((row * group + head % group) * shared + head / group) * size + i % size;
+}
+
 __device__ __forceinline__ void copy(
-    u16 *to, const u16 *from, const u32 *rows, u32 count, u32 width, u32 stride, u32 block) {
+    u16 *to, const u16 *from, const u32 *rows, u32 count, u32 width, u32 stride, u32 block, u32 size, u32 group) {
     const u32 vectors = width / 8, all = count * vectors, first = block * THREADS * VECTORS + threadIdx.x;
     uint4 kept[VECTORS];
 #pragma unroll
@@ -27,7 +34,8 @@ __device__ __forceinline__ void copy(
 #pragma unroll
     for (u32 v = 0; v < VECTORS; v++) {
         const u32 i = first + v * THREADS;
-        if (i < all) *(uint4 *)(to + (u64)i * 8) = kept[v];
+        const u32 place = group == 1 ? i : apart(i, vectors, size, group);
+        if (i < all) *(uint4 *)(to + (u64)place * 8) = kept[v];
     }
 }
 
@@ -36,9 +44,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) gather_context(const __gri
     wait_for_prior();
     const u32 tile = THREADS * VECTORS, blocks = (g.tokens * (g.width / 8) + tile - 1) / tile;
     if (blockIdx.x < blocks) {
-        copy(g.key, g.keys, g.slots, g.tokens, g.width, g.width, blockIdx.x);
-        copy(g.value, g.values, g.slots, g.tokens, g.width, g.width, blockIdx.x);
+        copy(g.key, g.keys, g.slots, g.tokens, g.width, g.width, blockIdx.x, 1, 1);
+        copy(g.value, g.values, g.slots, g.tokens, g.width, g.width, blockIdx.x, 1, 1);
     } else {
-        copy(g.queries, g.query, g.rows, g.query_rows, g.query_width, g.query_stride, blockIdx.x - blocks);
+        copy(g.queries, g.query, g.rows, g.query_rows, g.query_width, g.query_stride, blockIdx.x - blocks,
+             g.size / 8, g.group);
     }
 }

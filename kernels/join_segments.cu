@@ -1,8 +1,9 @@
 // join_segments: puts together what queries gave over parts of their context, by the logarithms of sums.
 //
-// near, output: (tokens, heads, size), tokens at strides; far: (rows, heads, size), contiguous; size is a
-// multiple of 8, all are aligned to 16 bytes. near_logs, far_logs: fp32, a row of tokens or rows for each
-// head. places: (3, tokens): of each token its first row in far, how many there are, how far apart.
+// near, output: (tokens, heads, size), tokens at strides; far: (rows, heads / group, size), contiguous: the
+// heads of a token that share keys, `group` of them, are rows one after another; size is a multiple of 8, all
+// are aligned to 16 bytes. near_logs, far_logs: fp32, a row of tokens or rows for each head. places: (3,
+// tokens): of each token its first row in far, how many times it is there, how far apart.
 // Bound: bytes of near, far and output, once each. Grid: (heads * size / 2,048, rounded up, tokens), 256
 // threads.
 #include "ptx.cuh"
@@ -12,7 +13,7 @@ struct Join {  // the same in device/step_parameters.py: JOIN
     const float *near_logs, *far_logs;
     const u32 *places;
     u16 *output;
-    u32 heads, size, tokens, near_stride, output_stride, near_logs_stride, far_logs_stride;
+    u32 heads, size, tokens, near_stride, output_stride, near_logs_stride, far_logs_stride, group;
 };
 
 __device__ __forceinline__ void add(float *sums, const u16 *from, float weight) {
@@ -29,10 +30,11 @@ extern "C" __global__ void __launch_bounds__(256) join_segments(const __grid_con
     const u64 token = blockIdx.y, width = (u64)j.heads * j.size;
     const u32 i = (blockIdx.x * 256 + threadIdx.x) * 8;
     if (i >= width) return;
-    const u64 head = i / j.size;
-    const u64 first = j.places[token], apart = j.places[2 * (u64)j.tokens + token];
+    const u64 head = i / j.size, shared = head / j.group, far_width = width / j.group;
+    const u64 first = j.places[token] + head % j.group, apart = j.places[2 * (u64)j.tokens + token];
     const u32 count = j.places[j.tokens + token];
-    const float *logs = j.far_logs + head * j.far_logs_stride + first;
+    const float *logs = j.far_logs + shared * j.far_logs_stride + first;
+    const u16 *parts = j.far_parts + first * far_width + shared * j.size + i % j.size;
     const float own = j.near_logs[head * j.near_logs_stride + token];
     float most = own;
     for (u32 s = 0; s < count; s++) most = fmaxf(most, logs[s * apart]);
@@ -40,7 +42,7 @@ extern "C" __global__ void __launch_bounds__(256) join_segments(const __grid_con
     add(sums, j.near_part + token * j.near_stride + i, total);
     for (u32 s = 0; s < count; s++) {
         const float weight = power_of_two(1.4426950409f * (logs[s * apart] - most));
-        add(sums, j.far_parts + (first + s * apart) * width + i, weight);
+        add(sums, parts + s * apart * far_width, weight);
         total += weight;
     }
     const float share = 1.f / total;

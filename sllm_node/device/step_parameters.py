@@ -59,9 +59,9 @@ NORM: Final = _structure(
 GATE: Final = _structure("gate up output", "size gate_stride up_stride output_stride is_gelu")
 JOIN: Final = _structure(
     "near_part far_parts near_logs far_logs places output",
-    "heads size tokens near_stride output_stride near_logs_stride far_logs_stride",
+    "heads size tokens near_stride output_stride near_logs_stride far_logs_stride group",
 )
 GATHER: Final = _structure(
     "keys values query slots rows key value queries",
-    "tokens width query_rows query_width query_stride",
+    "tokens width query_rows query_width query_stride size group",
 )

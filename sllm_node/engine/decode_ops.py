@@ -178,7 +178,7 @@ class ReferenceOps:
         rows: torch.Tensor,
     ) -> GatherLayer:
         def gather_layer(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Gathered:
-            return keys[slots], values[slots], query[rows]
+            return keys[slots], values[slots], reference.grouped(query[rows], keys.shape[1])
 
         return gather_layer
 

@@ -63,6 +63,13 @@ def _attend(query: torch.Tensor, cache: KvTables, session: int, scoring: Scoring
     return torch.einsum("ht,thd->hd", weights, values)
 
 
+def grouped(query: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """Return queries, (rows, heads, size), with heads that share keys as rows one after another."""
+    rows, heads, size = query.shape
+    apart = query.view(rows, kv_heads, heads // kv_heads, size).transpose(1, 2)
+    return apart.reshape(-1, kv_heads, size)
+
+
 def joined(
     near: tuple[torch.Tensor, torch.Tensor],
     far: tuple[torch.Tensor, torch.Tensor],
@@ -70,10 +77,14 @@ def joined(
 ) -> torch.Tensor:
     """Return what looks at parts of a context give together; as `segments.prepared` takes them."""
     first, count, apart = places.long()
+    (tokens, heads, size), kv_heads = near[0].shape, far[0].shape[1]
     number = torch.arange(int(count.max()), device=places.device)[:, None]
     is_there = number < count
-    rows = torch.where(is_there, first + number * apart, 0)  # (segments, tokens)
-    logs = far[1][:, rows].masked_fill(~is_there, -torch.inf)
+    row = torch.where(is_there, first + number * apart, 0)  # (segments, tokens)
+    rows = row[..., None] + torch.arange(heads // kv_heads, device=places.device)
+    parts = far[0][rows].transpose(2, 3).reshape(-1, tokens, heads, size)
+    logs = far[1][:, rows].permute(0, 3, 1, 2).reshape(heads, -1, tokens)
+    logs = logs.masked_fill(~is_there, -torch.inf)
     shares = torch.softmax(torch.cat((near[1][:, None], logs), 1), 1)
     weights = shares.permute(1, 2, 0)[..., None]  # (segments + 1, tokens, heads, 1)
-    return near[0] * weights[0] + (far[0][rows] * weights[1:]).sum(0)
+    return near[0] * weights[0] + (parts * weights[1:]).sum(0)

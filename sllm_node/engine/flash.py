@@ -3,9 +3,11 @@
 Theory of operation. A piece of n tokens that ends a context of m looks at all m. Torch's kernel gives
 128 queries of a head to one thread block, which walks through the whole context: a short piece behind a
 long context would keep a few multiprocessors busy and the rest idle. So the context is cut into segments
-of equal length that are attended to side by side, the last of which holds the piece itself and is causal;
+of equal length that are attended to side by side, and the rest, which holds the piece itself and is causal;
 what they give is put together by the logarithms of their sums (`segments`), as flash decoding does
-(https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Two launches serve all pieces of a step.
+(https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Two launches serve all pieces of a step. For
+segments, heads that share keys become queries one after another of one head: 32 tokens with 4 such heads fill
+the 128 queries that a thread block takes, so that a short piece costs what it should.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +29,6 @@ _WAVES: Final = 2
 """Thread blocks for each multiprocessor that are enough."""
 _SEGMENT_TOKENS: Final = 1024
 """Shorter segments do not pay."""
-_ALIGNMENT: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,22 +47,30 @@ class Cut:
     size: int
 
 
-def cuts_of(pieces: Sequence[Piece], heads: int, multiprocessors: int) -> list[Cut]:
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """How all pieces of a step are cut."""
+
+    group: int
+    """Heads that share keys."""
+    each: tuple[Cut, ...]
+
+
+def cuts_of(pieces: Sequence[Piece], kv_heads: int, group: int, multiprocessors: int) -> Cuts:
     """Return how to cut each context so that all multiprocessors have something to do. Pure.
 
-    Without multiprocessors nothing is cut, as it must be where a layer has a window.
+    `group`: heads that share each of the `kv_heads`. Without multiprocessors nothing is cut, as it must
+    be where a layer has a window.
     """
-    blocks = heads * sum(-(-piece.count // _QUERIES) for piece in pieces)
-    wanted = -(-_WAVES * multiprocessors // max(1, blocks))
-    return [_cut(piece, wanted) for piece in pieces]
+    blocks = kv_heads * sum(-(-piece.count * group // _QUERIES) for piece in pieces)
+    wanted = _WAVES * multiprocessors // max(1, blocks)
+    return Cuts(group, tuple(_cut(piece, wanted) for piece in pieces))
 
 
 def _cut(piece: Piece, wanted: int) -> Cut:
-    parts = min(wanted, piece.length // _SEGMENT_TOKENS)
-    if parts < 2:
-        return Cut(0, 0)
-    size = piece.length // parts // _ALIGNMENT * _ALIGNMENT
-    return Cut(min(parts - 1, (piece.length - piece.count) // size), size)
+    before = piece.length - piece.count
+    parts = min(wanted, before // _SEGMENT_TOKENS)
+    return Cut(0, 0) if parts < 2 else Cut(parts, before // parts)
 
 
 Kernel = Callable[
@@ -99,29 +108,33 @@ class Numbers:
     """Where queries and keys of each piece begin that are in no segment, and the end."""
     far: Array  # (2, segments + 1)
     """The same of segments."""
-    rows: Array  # of the queries of segments, among all
+    rows: Array
+    """Of the queries of segments, among all; their heads that share keys become rows of their own."""
     places: Array  # (3, tokens): where results of segments lie, as `segments` wants to know
 
     @classmethod
-    def of(cls, pieces: Sequence[Piece], cuts: Sequence[Cut], slots: Sequence[Array]) -> "Numbers":
+    def of(cls, pieces: Sequence[Piece], cuts: Cuts, slots: Sequence[Array]) -> "Numbers":
         """Return them; `slots`: of each piece, where all its context lies in the cache. Pure."""
-        ends = [one.segments * one.size for one in cuts]
+        group = cuts.group
+        ends = [one.segments * one.size for one in cuts.each]
         order = [s[:end] for s, end in zip(slots, ends, strict=True)]
         order += [s[end:] for s, end in zip(slots, ends, strict=True)]
         counts = [piece.count for piece in pieces]
         near = [piece.length - end for piece, end in zip(pieces, ends, strict=True)]
         firsts = np.cumsum([0, *counts[:-1]])
-        times = [one.segments for one in cuts]
+        times = [one.segments for one in cuts.each]
         rows = [
             np.tile(np.arange(first, first + count), one.segments)
-            for first, count, one in zip(firsts, counts, cuts, strict=True)
+            for first, count, one in zip(firsts, counts, cuts.each, strict=True)
         ]
         return cls(
             np.concatenate(order).astype(np.int32),
             _starts(counts, near),
-            _starts(np.repeat(counts, times), np.repeat([one.size for one in cuts], times)),
+            _starts(
+                group * np.repeat(counts, times), np.repeat([one.size for one in cuts.each], times)
+            ),
             np.concatenate(rows).astype(np.int32),
-            _places(counts, times),
+            _places(counts, times, group),
         )
 
     def arrays(self) -> list[Array]:
@@ -135,13 +148,12 @@ def _starts(queries: Sequence[int] | Array, keys: Sequence[int] | Array) -> Arra
     return starts
 
 
-def _places(counts: Sequence[int], segments: Sequence[int]) -> Array:
+def _places(counts: Sequence[int], segments: Sequence[int], group: int) -> Array:
     """Return where the results of each token's segments lie: the first, how many, how far apart."""
-    each = np.array(
-        [(0, *np.cumsum(np.multiply(counts, segments))[:-1]), segments, counts], np.int32
-    )
+    rows = [group * count for count in counts]
+    each = np.array([(0, *np.cumsum(np.multiply(rows, segments))[:-1]), segments, rows], np.int32)
     places = np.repeat(each, counts, axis=1)
-    within = [np.arange(count, dtype=np.int32) for count in counts]
+    within = [group * np.arange(count, dtype=np.int32) for count in counts]
     places[0] += np.concatenate(within)
     return places
 
@@ -152,7 +164,7 @@ class FlashPieces:
     def __init__(
         self,
         pieces: Sequence[Piece],
-        cuts: Sequence[Cut],
+        cuts: Cuts,
         numbers: Sequence[torch.Tensor],
         ops: Ops,
         kernel: Kernel | None = None,
@@ -161,15 +173,16 @@ class FlashPieces:
         self._kernel = kernel or flash
         self._ops = ops
         self._slots, near, far, self._rows, self._places = numbers
-        ends = [one.segments * one.size for one in cuts]
+        ends = [one.segments * one.size for one in cuts.each]
         self._far = sum(ends)
         """Tokens in segments; they are gathered before the others."""
         longest = max(piece.count for piece in pieces)
         rest = max(piece.length - end for piece, end in zip(pieces, ends, strict=True))
         self._near = Lengths(near[0], near[1], longest, rest, is_causal=True)
-        cut = [piece.count for piece, one in zip(pieces, cuts, strict=True) if one.segments]
-        size = max(one.size for one in cuts)
-        self._segments = Lengths(far[0], far[1], max(cut, default=0), size, is_causal=False)
+        cut = [piece.count for piece, one in zip(pieces, cuts.each, strict=True) if one.segments]
+        size = max(one.size for one in cuts.each)
+        most = cuts.group * max(cut, default=0)
+        self._segments = Lengths(far[0], far[1], most, size, is_causal=False)
         self._gather: GatherLayer | None = None
         self._join: JoinLayer | None = None
 
@@ -177,7 +190,7 @@ class FlashPieces:
     def of(
         cls,
         pieces: Sequence[Piece],
-        cuts: Sequence[Cut],
+        cuts: Cuts,
         slots: Sequence[Array],
         device: torch.device,
         ops: Ops,

@@ -23,7 +23,8 @@ from sllm_node.engine.kernel_tensors import (
 )
 
 Gathered = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Keys, values and queries, (tokens, heads, size) each; the next layer's take their place."""
+"""Keys and values, (tokens, heads, size); queries, (rows * group, heads, size), whose heads that share keys,
+`group` of them, are rows one after another. The next layer's take their place."""
 GatherLayer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Gathered]
 """Of one layer's queries, keys and values; all are alike in all layers."""
 _NAME: Final = "gather_context"
@@ -43,6 +44,8 @@ def prepared(
 ) -> GatherLayer:
     """Return what gathers keys and values from `slots`, and the `rows` of queries, on this stream.
 
+    Few queries fill a thread block of the attention kernel only together with their other heads.
+
     Raises:
         KernelError: the tensors don't fit.
     """
@@ -50,13 +53,15 @@ def prepared(
     check_integers(_NAME, "slots", slots, query, (len(slots),))
     check_integers(_NAME, "rows", rows, query, (len(rows),))
     made = [keys.new_empty(len(slots), *keys.shape[1:]) for _ in range(2)]
-    made.append(query.new_empty(len(rows), *query.shape[1:]))
+    kv_heads, size = keys.shape[1:]
+    group = query.shape[1] // kv_heads
+    made.append(query.new_empty(len(rows) * group, kv_heads, size))
     need(_NAME, max(one.numel() for one in made) < _ELEMENTS_MAX, "so many elements")
     record = np.zeros(1, GATHER)
     record["slots"], record["rows"] = slots.data_ptr(), rows.data_ptr()
     record["tokens"], record["query_rows"] = len(slots), len(rows)
     record["width"], record["query_width"] = keys[0].numel(), query[0].numel()
-    record["query_stride"] = query.stride(0)
+    record["query_stride"], record["size"], record["group"] = query.stride(0), size, group
     for label, one in zip(("key", "value", "queries"), made, strict=True):
         record[label] = one.data_ptr()
     blocks = -(-made[0].numel() // _TILE) + -(-made[2].numel() // _TILE)
@@ -85,5 +90,7 @@ def _check(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Non
         check_heads(_NAME, label, tensor, query, tuple(like.shape))
         aligned_address(_NAME, label, tensor)
         need(_NAME, label == "query" or tensor.is_contiguous(), f"{label} that are not contiguous")
-        elements = tensor[0].numel()
-        need(_NAME, elements % 8 == 0, f"{label} of {elements} elements, which is no multiple of 8")
+    (heads, size), (kv_heads, other) = query.shape[1:], keys.shape[1:]
+    need(_NAME, size % 8 == 0, f"heads of {size} elements, which is no multiple of 8")
+    fits = size == other and heads % kv_heads == 0
+    need(_NAME, fits, f"keys of {kv_heads} heads of {other} for {heads} of {size}")

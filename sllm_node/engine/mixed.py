@@ -111,7 +111,9 @@ class _Attention:
         pieces = [Piece(part.count, part.start + part.count) for part in rest]
         multiprocessors = decoder.ops.flash_multiprocessors
         is_flash = bool(rest) and multiprocessors is not None
-        cuts = cuts_of(pieces, decoder.heads, 0 if decoder.has_windows else multiprocessors or 0)
+        kv_heads = cache.keys[0].shape[1]
+        multiprocessors = 0 if decoder.has_windows else multiprocessors
+        cuts = cuts_of(pieces, kv_heads, decoder.heads // kv_heads, multiprocessors or 0)
         numbers = [
             _written(parts, block_tokens, room),
             *_tables(parts[: extent.decoding], extent.rows, block_tokens),

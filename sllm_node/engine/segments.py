@@ -39,7 +39,8 @@ def prepared(
 ) -> JoinLayer:
     """Return what joins looks like these, on this stream.
 
-    `places`: (3, tokens) int32; of each token its first row in `far`, how many there are, how far apart.
+    In `far` the heads of a token that share keys are rows one after another, as `gathered` brings them.
+    `places`: (3, tokens) int32; of each token its first row in `far`, how many times it is there, how far apart.
 
     Raises:
         KernelError: the tensors don't fit.
@@ -52,7 +53,7 @@ def prepared(
     _check(near, far, output)
     record = np.zeros(1, JOIN)
     record["places"], record["tokens"] = places.data_ptr(), tokens
-    record["heads"], record["size"] = heads, size
+    record["heads"], record["size"], record["group"] = heads, size, heads // far[0].shape[1]
     record["near_stride"], record["output_stride"] = near[0].stride(0), output.stride(0)
     record["near_logs_stride"], record["far_logs_stride"] = near[1].stride(0), far[1].stride(0)
     grid = (-(-heads * size // _ELEMENTS), tokens, 1)
@@ -75,14 +76,17 @@ def prepared(
 
 def _check(near: Look, far: Look, output: torch.Tensor) -> None:
     tokens, heads, size = near[0].shape
-    rows = len(far[0])
-    for label, tensor, count in (
-        ("near", near[0], tokens), ("far", far[0], rows), ("output", output, tokens),
+    rows, kv_heads = far[0].shape[:2]
+    need(_NAME, heads % kv_heads == 0, f"far of {kv_heads} heads for {heads}")
+    for label, tensor, shape in (
+        ("near", near[0], (tokens, heads, size)), ("far", far[0], (rows, kv_heads, size)),
+        ("output", output, (tokens, heads, size)),
     ):  # fmt: skip
-        check_heads(_NAME, label, tensor, output, (count, heads, size))
+        check_heads(_NAME, label, tensor, output, shape)
         aligned_address(_NAME, label, tensor)
     need(_NAME, far[0].is_contiguous(), "far parts that are not contiguous")
-    for label, logs, count in (("near", near[1], tokens), ("far", far[1], rows)):
-        fits = logs.dtype == torch.float32 and tuple(logs.shape) == (heads, count)
+    for label, (part, logs) in (("near", near), ("far", far)):
+        wanted = (part.shape[1], len(part))
+        fits = logs.dtype == torch.float32 and tuple(logs.shape) == wanted
         found = f"logarithms of {label} sums of {tuple(logs.shape)} in {logs.dtype}"
         need(_NAME, fits and logs.stride(1) == 1 and logs.device == output.device, found)

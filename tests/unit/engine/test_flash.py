@@ -22,7 +22,7 @@ def attend(pieces, multiprocessors, window=None):
     keys, values = torch.randn(2, room, KV_HEADS, SIZE, dtype=torch.float64)
     query = torch.randn(sum(p.count for p in pieces), HEADS, SIZE, dtype=torch.float64)
     output = torch.empty_like(query)
-    cuts = cuts_of(pieces, HEADS, multiprocessors)
+    cuts = cuts_of(pieces, KV_HEADS, HEADS // KV_HEADS, multiprocessors)
     step = FlashPieces.of(pieces, cuts, slots, CPU, ReferenceOps(), oracle)
     step.attend(query, keys, values, Scoring(0.3, window), output)
     return cuts, output
@@ -39,7 +39,7 @@ def attend(pieces, multiprocessors, window=None):
 def test_segments_change_nothing(pieces):
     cuts, found = attend(pieces, 132)
     _, wanted = attend(pieces, 0)
-    assert any(one.segments for one in cuts)
+    assert any(one.segments for one in cuts.each)
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -57,16 +57,21 @@ def test_a_window_is_passed_on():
         min_size=1,
         max_size=8,
     ),
-    heads=st.integers(1, 64),
+    kv_heads=st.integers(1, 64),
+    group=st.integers(1, 8),
     multiprocessors=st.integers(0, 200),
 )
-def test_the_piece_itself_is_never_cut(pieces, heads, multiprocessors):
-    for piece, one in zip(pieces, cuts_of(pieces, heads, multiprocessors), strict=True):
+def test_the_piece_itself_is_never_cut(pieces, kv_heads, group, multiprocessors):
+    cuts = cuts_of(pieces, kv_heads, group, multiprocessors)
+    for piece, one in zip(pieces, cuts.each, strict=True):
         assert one.segments * one.size <= piece.length - piece.count
         assert one.segments == 0 or one.size >= 512
         assert multiprocessors or one.segments == 0
 
 
 def test_a_short_piece_behind_a_long_context_keeps_all_multiprocessors_busy():
-    (one,) = cuts_of([Piece(128, 32768)], 32, 132)
-    assert 32 * (one.segments + 1) >= 2 * 132
+    (one,) = cuts_of([Piece(128, 32768)], 8, 4, 132).each
+    assert 32 * one.segments == 256
+    assert one.segments * one.size > 32768 - 128 - one.segments
+    (short,) = cuts_of([Piece(32, 32768)], 8, 4, 132).each
+    assert short.segments == 31

@@ -5,6 +5,7 @@ import torch
 
 from sllm_node.core.errors import KernelError
 from sllm_node.engine import gathered
+from sllm_node.engine.decode_reference import grouped
 from tests.emulation.cpu_kernels import CpuKernels, is_possible
 from tests.unit.engine import decode_cases as cases
 
@@ -29,7 +30,9 @@ def test_keys_values_and_queries_are_gathered(tokens, rows):
     for seed in range(2):
         query, keys, values = layer(seed)
         found = gather(query, keys, values)
-        for one, wanted in zip(found, (keys[slots], values[slots], query[places]), strict=True):
+        for one, wanted in zip(
+            found, (keys[slots], values[slots], grouped(query[places], KV_HEADS)), strict=True
+        ):
             assert torch.equal(one, wanted)
 
 

@@ -15,14 +15,19 @@ PLACES = torch.tensor([[0, 1, 0, 6], [3, 3, 0, 2], [2, 2, 1, 1]], dtype=torch.in
 HEADS, SIZE, ROWS = 36, 64, 8
 
 
-def looks(dtype=torch.bfloat16, seed=0):
+def places(group):
+    """Return the places where `group` heads are rows of their own."""
+    return PLACES * torch.tensor([[group], [1], [group]], dtype=torch.int32)
+
+
+def looks(dtype=torch.bfloat16, seed=0, group=1):
     tokens = PLACES.shape[1]
     packed = RIG.random(tokens, HEADS + 2, SIZE, seed=seed, dtype=dtype)
     logs = [
-        RIG.random(HEADS, count, seed=seed + count, scale=4, dtype=torch.float32)
-        for count in (tokens, ROWS)
+        RIG.random(heads, count, seed=seed + count, scale=4, dtype=torch.float32)
+        for heads, count in ((HEADS, tokens), (HEADS // group, ROWS * group))
     ]
-    far = RIG.random(ROWS, HEADS, SIZE, seed=seed + 1, dtype=dtype)
+    far = RIG.random(ROWS * group, HEADS // group, SIZE, seed=seed + 1, dtype=dtype)
     return (packed[:, :HEADS], logs[0]), (far, logs[1])
 
 
@@ -31,15 +36,16 @@ def doubled(look):
 
 
 @pytest.mark.skipif(not is_possible(), reason="needs g++")
+@pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_looks_are_joined_layer_by_layer(dtype):
-    near, far = looks(dtype)
+def test_looks_are_joined_layer_by_layer(dtype, group):
+    near, far, where = *looks(dtype, 0, group), places(group)
     output = RIG.poisoned(len(near[0]), HEADS, SIZE, dtype=dtype)
-    join = segments.prepared(RIG.kernels, near, far, PLACES, output)
+    join = segments.prepared(RIG.kernels, near, far, where, output)
     for seed in range(2):
-        near, far = looks(dtype, seed)
+        near, far = looks(dtype, seed, group)
         join(near, far, output)
-        truth = reference.joined(doubled(near), doubled(far), PLACES)
+        truth = reference.joined(doubled(near), doubled(far), where)
         cases.check(output, truth)
         assert torch.equal(output[2], near[0][2])  # nothing to join
 
