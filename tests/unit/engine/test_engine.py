@@ -311,7 +311,7 @@ async def test_values_that_are_no_numbers_stay_in_their_own_session(checkpoint, 
 
 async def test_a_mistake_in_the_engine_itself_ends_all_sessions_and_refuses_new_ones(checkpoint):
     async with engine_of(checkpoint) as engine:
-        engine._batch.stepped = lambda parts: 1 / 0
+        engine._batch.stepped = lambda parts, took_s: 1 / 0
         waiting = engine.submit(ask(PROMPT, 8))
         with pytest.raises(EngineError, match="ZeroDivisionError"):
             await collect(waiting)
