@@ -21,6 +21,8 @@ ConfigFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Model = Annotated[str, typer.Argument(help="the model's name")]
+SERVED_SHOWN = 50
+"""Sessions of the cluster."""
 DEFAULT_URL = "http://127.0.0.1:8000"
 MOVES_SHOWN = 5
 """Of the last moves, and of the last times that sessions had to leave."""
@@ -178,11 +180,13 @@ def _show_cluster(report: dict[str, Any]) -> None:
     for name in sorted({report["me"], *peers, *nodes}):
         peer, node = peers.get(name), nodes.get(name)
         state = "this node" if peer is None else peer["state"]
-        heard = "" if peer is None or peer["age_s"] is None else f"{peer['age_s']:.1f}"
+        heard, age = ("" if peer is None else _seconds(peer[k]) for k in ("heard_s", "age_s"))
         free = "" if node is None else format_size(sum(d["free"] for d in node["devices"]))
         sessions = "" if node is None else str(node["sessions"])
-        rows.append((name, "" if peer is None else peer["address"], state, heard, free, sessions))
-    print_table(("node", "address", "state", ">state's age s", ">free", ">sessions"), rows)
+        address, why = ("", "") if peer is None else (peer["address"], peer["why"])
+        rows.append((name, address or "", state, heard, age, free, sessions, why))
+    heads = (">heard s ago", ">state's age s", ">free", ">sessions", "why")
+    print_table(("node", "address", "state", *heads), rows)
     for peer in report["peers"]:
         if peer.get("problem"):
             say(f"{peer['id']}: {peer['problem']} (its log and this node's say more)")
@@ -192,6 +196,7 @@ def _show_cluster(report: dict[str, Any]) -> None:
         for model in node["models"]
     ]
     print_table(("model", "node", "tier", ">stored"), sorted(places))
+    _show_served(report["nodes"])
     _show_scaling(report["scaling"])
     _show_moves(report)
     if (directory := report["directory"]) is not None:
@@ -209,6 +214,26 @@ def _show_cluster(report: dict[str, Any]) -> None:
             f"startup estimates: {estimates['count']}, off by {estimates['mean_error_s']:.3f} s on "
             f"average, {estimates['worst_s']:.3f} s at most"
         )
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _show_served(nodes: list[dict[str, Any]]) -> None:
+    """Show who serves which session, and whose client has it."""
+    found = [(node["id"], one) for node in nodes for one in node["served"]]
+    rows: list[tuple[str, ...]] = [
+        (
+            one["session"], one["model"], name, one["entry"],
+            str(one["prompt_tokens"]), str(one["generated_tokens"]),
+        )
+        for name, one in found[:SERVED_SHOWN]
+    ]  # fmt: skip
+    if rows:
+        print_table(("session", "model", "node", "entry", ">prompt", ">generated"), rows)
+    if (left := len(found) - len(rows)) > 0:
+        say(f"and {left} more sessions; --json has all")
 
 
 def _show_scaling(scaled: list[dict[str, Any]]) -> None:
@@ -284,22 +309,21 @@ def _show_status(report: dict[str, Any]) -> None:
     for tier, rate in report.get("bandwidth", {}).items():
         if rate:
             say(f"loads from {tier}: {format_rate(rate)} observed")
-    if report["sessions"]:
-        print_table(
-            ("session", "model", "state", ">prompt", ">generated", ">age s", "node"),
-            [
-                (
-                    s["session"],
-                    s["model"],
-                    s["state"],
-                    str(s["prompt_tokens"]),
-                    str(s["generated_tokens"]),
-                    f"{s['age_s']:.1f}",
-                    (s.get("node") or "") + (", moves" if s.get("migration") else ""),
-                )
-                for s in report["sessions"]
-            ],
-        )
+    me = node["id"] if report.get("cluster") else ""
+    rows = [_session_row(session, me) for session in report["sessions"]]
+    heads = (">prompt", ">generated", ">age s", "entry", "node")
+    if rows:
+        print_table(("session", "model", "state", *heads), rows)
+
+
+def _session_row(session: dict[str, Any], me: str) -> tuple[str, ...]:
+    """Return a session; its entry has the client's connection, its node serves it."""
+    moves = ", moves" if session.get("migration") else ""
+    return (
+        session["session"], session["model"], session["state"],
+        str(session["prompt_tokens"]), str(session["generated_tokens"]), f"{session['age_s']:.1f}",
+        session.get("entry") or me, (session.get("node") or me) + moves,
+    )  # fmt: skip
 
 
 def _model_row(model: dict[str, Any]) -> tuple[str, ...]:

@@ -34,6 +34,7 @@ from sllm_node.cluster.messages import decode, encode
 from sllm_node.cluster.peer import REACHABLE, PeerState
 from sllm_node.cluster.records import Desired
 from sllm_node.cluster.refusals import Refusals
+from sllm_node.cluster.shown import why
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.transport import Client
@@ -202,6 +203,8 @@ class Peers:
                 "id": peer.id, "address": self.address(peer.id), "state": peer.state.value,
                 "boot": peer.edition.boot, "version": peer.edition.version,
                 "age_s": None if seen is None else round(now - seen[1], 3),
+                "heard_s": round(now - peer.heard_at, 3) if peer.was_heard else None,
+                "why": why(peer, now, self.cluster.timing, self._refusals.unreachable(peer.id)),
                 "problem": self._refusals.problem(peer.id) or self._disagreement(peer.id),
             })  # fmt: skip
         return found

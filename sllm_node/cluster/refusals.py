@@ -13,6 +13,7 @@ from sllm_node.core.errors import (
     MessageError,
     MisdirectedError,
     PeerDeniedError,
+    PeerUnreachableError,
     SllmError,
     StrangerError,
     WrongKeyError,
@@ -47,6 +48,8 @@ class Refusals:
         self._clock = clock
         self._ours: dict[NodeId, str] = {}
         """By peer: why it takes nothing of us."""
+        self._unreachable: dict[NodeId, str] = {}
+        """By peer: why our last message did not get there."""
         self._theirs: dict[NodeId, str] = {}
         """By peer: why we take nothing of it."""
         self._told: dict[tuple[NodeId, str], float] = {}
@@ -55,10 +58,17 @@ class Refusals:
         """Return why this node and `peer` don't understand each other; None: they do."""
         return self._ours.get(peer) or self._theirs.get(peer)
 
+    def unreachable(self, peer: NodeId) -> str | None:
+        """Return why the last message to `peer` did not get there; None: it did."""
+        return self._unreachable.get(peer)
+
     def failed(self, peer: NodeId, error: SllmError) -> None:
         """Take note that a message to `peer` failed."""
+        self._unreachable.pop(peer, None)
         if not isinstance(error, PeerDeniedError):
             self._ours.pop(peer, None)
+            if isinstance(error, PeerUnreachableError):
+                self._unreachable[peer] = error.problem
             return
         if error.reason.startswith(CERTIFICATE):
             problem = error.reason.removeprefix(CERTIFICATE).partition(";")[0]
@@ -70,6 +80,7 @@ class Refusals:
     def taken(self, peer: NodeId) -> None:
         """Take note that `peer` took a message."""
         self._ours.pop(peer, None)
+        self._unreachable.pop(peer, None)
 
     def refused(self, error: MessageError, known: Container[str]) -> None:
         """Take note that a message was not taken here."""

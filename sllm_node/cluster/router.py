@@ -7,6 +7,7 @@ nodes. What an operator does to models (load, pin, unload) is this node's alone.
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any, Generic
 
 from sllm_node.cluster import shown
@@ -355,7 +356,8 @@ class Router(Generic[CodecT]):
         mine = self._service.sessions()
         known = {session.session for session in mine}
         routed = [stream.session_status() for stream in self._routed]
-        return mine + [session for session in routed if session.session not in known]
+        found = mine + [session for session in routed if session.session not in known]
+        return [replace(one, entry=one.entry or self._peers.me) for one in found]
 
     def cancel_request(self, request_id: str) -> int:
         """End the sessions of a request, wherever they run; return how many there were."""

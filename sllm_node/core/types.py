@@ -254,3 +254,5 @@ class SessionStatus:
     """Who serves it; None: this node, or nobody yet."""
     migration: str | None = None
     """The id of the move that is under way."""
+    entry: NodeId | None = None
+    """The node of its client; None: this node, in no cluster."""

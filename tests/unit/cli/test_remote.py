@@ -33,7 +33,7 @@ REPORT = {
     "sessions": [
         {
             "session": "r-1-0", "model": "alpha", "state": "waiting", "prompt_tokens": 7,
-            "generated_tokens": 0, "age_s": 0.5,
+            "generated_tokens": 0, "age_s": 0.5, "entry": "entry-b", "node": None,
         }
     ],
 }  # fmt: skip
@@ -95,6 +95,7 @@ def test_status_shows_models_device_pool_and_sessions(node):
         "1 of 4 chunks",
         "1.50 GB/s",
         "r-1-0",
+        "entry-b",
     ):
         assert part in shown
 
@@ -107,13 +108,20 @@ def test_status_as_json_is_the_report(node):
 CLUSTER = {
     "me": "a", "version": 3,
     "peers": [
-        {"id": "b", "address": "10.0.0.2:8100", "state": "alive", "age_s": 0.5, "boot": 1, "version": 2},
+        {"id": "b", "address": "10.0.0.2:8100", "state": "alive", "age_s": 0.5, "boot": 1, "version": 2,
+         "heard_s": 0.75, "why": ""},
         {"id": "c", "address": "10.0.0.3:8100", "state": "dead", "age_s": None, "boot": 0, "version": 0,
-         "problem": "refuses our key"},
+         "heard_s": None, "why": "never heard, for 12.0 s (dead after 10 s)", "problem": "refuses our key"},
     ],
     "nodes": [
         {
             "id": name, "draining": False, "sessions": 4,
+            "served": [
+                {
+                    "session": f"r-{name}-0", "model": "alpha", "entry": "entry-c",
+                    "prompt_tokens": 5, "generated_tokens": 6,
+                }
+            ],
             "devices": [{"name": "cpu", "free": 1 << 30, "total": 2 << 30}],
             "models": [
                 {"id": "alpha", "bytes": 1 << 20, "dram": dram, "nvme": 1 << 20, "device": False}
@@ -147,6 +155,7 @@ def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
     shown = run("status", "--cluster", "--url", node.url).stdout
     for part in (
         "this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s",
+        "r-b-0", "entry-c", "0.8", "never heard, for 12.0 s (dead after 10 s)",
         "10.0.0.9:2379: following", "c: refuses our key", "a to b", "placement", "42", "beta", "freed", "0.250",
     ):  # fmt: skip
         assert part in shown
