@@ -1,4 +1,4 @@
-"""Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, move, drain."""
+"""Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, move, drain, undrain."""
 
 import asyncio
 from pathlib import Path
@@ -30,7 +30,7 @@ MOVES_SHOWN = 5
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, load, unload, pull, pin, unpin, cancel, move, drain):
+    for command in (status, load, unload, pull, pin, unpin, cancel, move, drain, undrain):
         app.command()(command)
 
 
@@ -114,7 +114,13 @@ def move(
 def drain(url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
     """Take no new requests; what runs moves to peers, or finishes. The process goes on until stopped."""
     call("POST", "/admin/drain", (url, key, config))
-    say("draining")
+    say("draining; 'undrain' takes it back")
+
+
+def undrain(url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
+    """Take a drain back: new requests are served again; sessions that moved away stay there."""
+    call("POST", "/admin/undrain", (url, key, config))
+    say("serving")
 
 
 Target = tuple[str, str | None, Path | None]

@@ -226,6 +226,11 @@ class Peers:
         self._membership.drain()
         self._arm()
 
+    def undrain(self) -> None:
+        """Tell that this node takes requests again."""
+        self._membership.resume()
+        self._arm()
+
     async def close(self) -> None:
         """Tell everybody who listens that this node leaves, once; then say nothing more."""
         self._is_closed = True

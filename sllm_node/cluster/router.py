@@ -319,6 +319,16 @@ class Router(Generic[CodecT]):
         self._peers.refresh()
         self._movers.evacuate()
 
+    def undrain(self) -> None:
+        """Take new requests again, and tell peers; what has moved to them stays there.
+
+        Raises:
+            StoppingError: the node stops.
+        """
+        self._service.undrain()
+        self._peers.undrain()
+        self._peers.refresh()
+
     # --- models -------------------------------------------------------------------------------
 
     def models(self) -> list[ModelStatus]:

@@ -139,6 +139,18 @@ class DrainingError(SllmError):
         self.retry_after_s = retry_after_s
 
 
+class StoppingError(SllmError):
+    """A drain that can't be taken back, as the process ends after it."""
+
+    fault = Fault.CALLER
+    code = "stopping"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the node was told to stop (SIGTERM) and ends after its drain; start it again"
+        )
+
+
 class CancelledByOperatorError(SllmError):
     """A session was ended through the admin interface, or its model was."""
 

@@ -28,6 +28,7 @@ from sllm_node.core.errors import (
     MoveRefusedError,
     NotServableError,
     SllmError,
+    StoppingError,
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import (
@@ -108,6 +109,8 @@ class Service(Generic[CodecT]):
         self._alarm = Alarm(clock, self._on_timer)
         self._drain_end = Alarm(clock, self._on_drain_end)
         self._ended_by_drain = 0
+        self._is_stopping = False
+        """The process ends after the drain."""
         self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
         self._hints = Hints(self._scheduler, clock, metrics, self._ask_ahead, self._drop_ahead)
         self.on_change: Callable[[], None] = lambda: None
@@ -342,15 +345,32 @@ class Service(Generic[CodecT]):
         figures = self.health()
         del figures["draining"]  # from here on
         log.info("drain started", extra=figures)
-        self._telemetry.draining()
+        self._telemetry.draining(is_draining=True)
         self._drain_end.set(self._clock.now() + self._config.node.drain_s)
         self._do(self._scheduler.on_drain(self._clock.now()))
 
+    def undrain(self) -> None:
+        """Take new requests again; what the drain has not ended goes on. Nothing if there is none.
+
+        Raises:
+            StoppingError: the node stops.
+        """
+        if self._is_stopping:
+            raise StoppingError
+        if not self.is_draining:
+            return
+        log.info("drain taken back", extra={"sessions_ended": self._ended_by_drain})
+        self._telemetry.draining(is_draining=False)
+        self._drain_end.set(None)
+        self._ended_by_drain = 0
+        self._do(self._scheduler.on_undrain(self._clock.now()))
+
     async def drained(self, limit_s: float) -> int:
-        """Wait until no session is left; end those that are left after `limit_s`.
+        """Wait until no session is left; end those that are left after `limit_s`. No drain is taken back now.
 
         Returns how many had to be ended since the drain began.
         """
+        self._is_stopping = True
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._sessions.quiet()

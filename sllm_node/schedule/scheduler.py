@@ -51,7 +51,7 @@ from sllm_node.schedule.plan import Plan, make_plan, may_begin, shortage
 from sllm_node.schedule.record import ModelEvent, ModelRecord
 
 ELSEWHERE_S: Final = 1.0
-"""Whoever a drain turns away may ask another node so soon; this one takes nothing until it is restarted."""
+"""Whoever a drain turns away may ask another node so soon; this one takes nothing until a restart or `undrain`."""
 _LOADS: Final = (ModelState.QUEUED, ModelState.LOADING)
 
 
@@ -302,6 +302,11 @@ class Scheduler:
     def on_drain(self, now: float) -> list[Action]:
         """Refuse new requests and those whose model is neither on the device nor coming."""
         self._is_draining = True
+        return self._dispatch(now)
+
+    def on_undrain(self, now: float) -> list[Action]:
+        """Take new requests again."""
+        self._is_draining = False
         return self._dispatch(now)
 
     def on_timer(self, now: float) -> list[Action]:

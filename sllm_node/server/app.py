@@ -84,6 +84,7 @@ ROUTES: Final = (
     Route("POST", "/admin/requests/{id}/cancel", "admin"),
     Route("POST", "/admin/sessions/{id}/move", "admin"),
     Route("POST", "/admin/drain", "admin"),
+    Route("POST", "/admin/undrain", "admin"),
     Route("POST", "/admin/models/{id}/pull", "admin"),
     Route("GET", "/admin/wishes", "admin"),
     Route("POST", "/admin/models/{id}/scale", "admin"),
@@ -198,7 +199,7 @@ def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Han
         completions.chat, completions.complete, models.list, models.retrieve,
         probes.livez, probes.readyz, probes.health, probes.metrics,
         admin.status, admin.placement, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.move, admin.drain,
-        admin.pull,
+        admin.undrain, admin.pull,
         wishes.show, wishes.scale, wishes.unscale, wishes.set_alias, wishes.unset_alias,
         peer.list, peer.file,
     )  # fmt: skip

@@ -118,6 +118,25 @@ async def test_a_peer_that_follows_another_cluster_file_is_shown_until_the_files
     assert [peer["problem"] for peer in peers.status()] == [None]
 
 
+@in_world(a=("m",), b=("m",))
+async def test_a_node_that_is_undrained_is_alive_to_its_peers_and_serves_again(world):
+    peers, drained = world["a"].peers, world["b"].router
+    drained.drain()
+    await asyncio.sleep(1.0)
+    assert (peers.status()[0]["state"], peers.view.nodes["b"].state.is_draining) == (
+        "draining",
+        True,
+    )
+    drained.undrain()
+    await asyncio.sleep(1.0)
+    assert (peers.status()[0]["state"], peers.view.nodes["b"].state.is_draining) == ("alive", False)
+    assert await read(world.open("b", "m")) == list(range(1, 21))
+    running = world.open("a", "m", tokens=1000)
+    await anext(running)  # where the model is ready
+    assert [session.node for session in world["a"].router.sessions()] == ["b"]
+    running.cancel()
+
+
 @in_world(a=(), b=("m",))
 async def test_a_peer_that_falls_silent_is_shown_with_its_last_heartbeat_and_what_followed(world):
     peers = world["a"].peers

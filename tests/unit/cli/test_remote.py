@@ -186,9 +186,11 @@ def test_force_is_passed_on(node):
 def test_cancel_and_drain(node):
     node.answer = (200, {"cancelled": 2})
     assert "2 sessions" in run("cancel", "r-1", "--url", node.url).stdout
-    assert run("drain", "--url", node.url).stdout == "draining\n"
+    assert run("drain", "--url", node.url).stdout.startswith("draining;")
+    assert run("undrain", "--url", node.url).stdout == "serving\n"
     assert run("cancel", "a?b#c", "--url", node.url).exit_code == 0
-    assert node.seen[2][1] == "/admin/requests/a?b#c/cancel"
+    assert [path for _, path, _, _ in node.seen[1:3]] == ["/admin/drain", "/admin/undrain"]
+    assert node.seen[3][1] == "/admin/requests/a?b#c/cancel"
 
 
 def test_address_and_key_can_come_from_the_nodes_config(node, tmp_path):
@@ -229,7 +231,7 @@ def test_what_is_no_url_is_told():
 
 
 def test_an_address_without_a_scheme_is_http(node):
-    assert run("drain", "--url", f"127.0.0.1:{node.port}").stdout == "draining\n"
+    assert run("drain", "--url", f"127.0.0.1:{node.port}").stdout.startswith("draining")
 
 
 def test_a_request_that_is_not_there_is_not_cancelled(node):
