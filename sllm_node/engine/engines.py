@@ -229,6 +229,11 @@ class Engines:
             skeleton.take_kv(())
             skeleton = await self._builder.run_alone(build, lease.checkpoint.path)
         place = await self._kv_place(lease, skeleton, blocks.capacity_tokens, steps)
+        try:
+            arriving = self._arriving(lease, skeleton.model)
+        except BaseException:
+            place.close()
+            raise
 
         def let_go(is_trusted: bool) -> None:  # noqa: FBT001 - the one thing that it is told
             if is_trusted:
@@ -244,7 +249,7 @@ class Engines:
             lease.checkpoint.model, skeleton.model, place.cache,
             tuple(one.buffer for one in place.memory), blocks, place.decode, index.context_tokens,
             common_window(skeleton.shapes), codec, self._check, let_go, keep,
-            arriving=self._arriving(lease, skeleton.model),
+            arriving=arriving,
             seat=self._turns[device].join(),  # last: what fails leaves none behind
         )  # fmt: skip
         engine = Engine(parts, self._config, steps, self._clock, self._metrics)
