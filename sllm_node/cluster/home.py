@@ -109,7 +109,7 @@ class HomeStream:
             self._carry(self._begun())
 
     def _begun(self) -> Begun:
-        return Begun(self._stream, tuple(self._tokens), self._cached)
+        return Begun(self._stream, tuple(self._tokens), self._cached, self.startup())
 
     def _carry(self, begun: Begun | None) -> RoutedStream:
         self.routed = routed = self._route(self, begun)

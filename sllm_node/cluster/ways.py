@@ -17,6 +17,7 @@ from sllm_node.core.types import (
     ModelStatus,
     NodeId,
     SessionId,
+    Startup,
     TokenIds,
 )
 from sllm_node.schedule.stream import Stream
@@ -99,3 +100,4 @@ class Begun:
     stream: Stream
     tokens: TokenIds
     cached: int | None
+    startup: Startup

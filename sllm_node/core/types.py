@@ -133,6 +133,17 @@ class SamplingParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class Stay:
+    """What a node gave of a session that went on at another one."""
+
+    node: str
+    tokens: int
+    """Of its output, that came from there."""
+    left: str
+    """`moved`, or the code of the error that ended it there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Startup:
     """How a session came to run; None: not known, or not yet."""
 
@@ -143,7 +154,9 @@ class Startup:
     why: str | None = None
     expected_s: float | None = None
     startup_s: float | None = None
-    """From when it was asked for until it ran."""
+    """From when it was asked for until it ran first."""
+    earlier: tuple[Stay, ...] = ()
+    """Where it ran before, the first one first; in a cluster."""
 
 
 @dataclass(frozen=True, slots=True)
