@@ -80,7 +80,7 @@ class RoutedStream:
         self._ways = ways
         self._client, self._clock, self._limits = tools.client, tools.clock, tools.limits
         self._retries = Retries(request, ways, tools)
-        self._opened = self._placed = tools.clock.now()
+        self._placed = tools.clock.now()
         self._tokens: list[int] = []
         """All output so far, resumed tokens of the request not included."""
         self._cached: int | None = None
@@ -94,7 +94,7 @@ class RoutedStream:
         """When its last token came."""
         self._held_since: float | None = None
         """When the first token came that its client does not have."""
-        self._course = Course(startup_of(first, None))
+        self._course = Course(startup_of(first, None), self._placed - request.waited_s)
         self.pace = Pace()
         self.is_orphaned = False
         """Its node failed while it moves: it only waits for the destination."""
@@ -106,10 +106,10 @@ class RoutedStream:
         self._is_ended = False
         if begun is not None and first is not None:
             self._tokens += begun.tokens
-            self._cached, self._opened, self._epoch = begun.cached, begun.stream.opened, 1
-            self._course = Course(begun.startup, len(begun.tokens))
-            self._part = Part(first, 1, LocalSource(stream=begun.stream))
+            self._cached, self._epoch = begun.cached, 1
             self._is_running = begun.stream.is_granted
+            self._course = begun.course()
+            self._part = Part(first, 1, LocalSource(stream=begun.stream))
             self._last_at = self._clock.now() if begun.tokens else None
         self._task = asyncio.create_task(self._live(first), name=f"route {request.session}")
 
@@ -170,7 +170,7 @@ class RoutedStream:
         return SessionStatus(
             self.request.session, self.request.model,
             "running" if self._is_running else "waiting",
-            len(self.request.prompt), len(self._tokens), self._clock.now() - self._opened,
+            len(self.request.prompt), len(self._tokens), self._clock.now() - self._course.arrived,
             self.node or None, self.migration,
         )  # fmt: skip
 
@@ -256,7 +256,7 @@ class RoutedStream:
         """Take note that its node failed, or raise the error if nobody else can do better."""
         self._retries.failed(part.choice, error, len(self._tokens))
         if self._is_running:
-            self._course.left(part.choice.node, error.code)
+            self._course.left(part.choice.node, error.code, self._clock.now())
         self._is_running, self._status = False, None
 
     def _begin(self, choice: Choice) -> Part:
@@ -267,7 +267,8 @@ class RoutedStream:
 
     def _make(self, choice: Choice, epoch: int, migration: str, *, is_held: bool) -> Part:
         ask = self._ways.ask(choice, self.request)
-        request = replace(self._as_it_stands(), held=is_held)
+        waited_s = self._course.waited_s(self._clock.now())
+        request = replace(self._as_it_stands(), held=is_held, waited_s=waited_s)
         if not ask.boot:  # here
             opening = partial(self._ways.open_local, request, self._keep_alive_s, choice)
             known = partial(self._ways.ensure, request.model)
@@ -313,7 +314,7 @@ class RoutedStream:
 
     def _granted(self, choice: Choice) -> None:
         self._is_running = True
-        self._course.granted(choice, self._clock.now() - self._opened)
+        self._course.granted(choice, self._clock.now())
         self._ways.started(choice, self.request.model, self._clock.now() - self._placed)
 
     def _give(self, chunk: GenerationChunk) -> None:
@@ -390,7 +391,7 @@ class RoutedStream:
             return False
         self._epoch = part.epoch
         if self._is_running:
-            self._course.left(old.choice.node, "moved")
+            self._course.left(old.choice.node, "moved", self._clock.now())
         self._course.goes_on(part.choice)
         self._part, self.node = part, part.choice.node
         old.end(part)

@@ -191,7 +191,8 @@ class Router(Generic[CodecT]):
             return self._route(home.request, home.keep_alive_s, here, begun)
         excluded = frozenset({me}) if self.is_draining else frozenset()
         choice = self.choose(home.request, excluded)
-        return self._route(home.request, home.keep_alive_s, choice)
+        request = replace(home.request, waited_s=home.waited_s(self._clock.now()))
+        return self._route(request, home.keep_alive_s, choice)
 
     def _open_here(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None

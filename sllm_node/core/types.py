@@ -185,6 +185,8 @@ class GenerationRequest:
     held: bool = False
     """Compute what is known and draw nothing until let go: another node decodes meanwhile, and its
     tokens are added. How a session moves."""
+    waited_s: float = 0.0
+    """How long it has waited for its turn before it came here, at other nodes or given back by this one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -174,6 +174,7 @@ class Service(Generic[CodecT]):
         checkpoint = self._servable(request.model)
         self._engines.check_request(request, checkpoint)
         ticket = self._ticket(checkpoint, priority=request.priority, keep_alive_s=keep_alive_s)
+        ticket = replace(ticket, waited_s=request.waited_s)
         stream = Stream(
             ticket.number,
             request,

@@ -320,9 +320,9 @@ class Scheduler:
         self._now = now
         actions: list[Action] = []
         for record in self._records.values():
+            actions += self._grants(record)  # first: one that waited elsewhere may come overdue
             actions += self._refuse_overdue(record)
             actions += self._refuse_drained(record)
-            actions += self._grants(record)
             actions += [*self._tidy(record), *self._refuse_drained(record)]  # it may leave by now
         actions += self._refuse_hopeless()
         actions += self._follow_plan()

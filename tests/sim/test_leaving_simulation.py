@@ -10,6 +10,7 @@ from sllm_node.cluster.peer import PeerState, PeerView
 from sllm_node.cluster.shown import served, why
 from sllm_node.core.errors import (
     DrainingError,
+    GivenBackError,
     ModelNotFoundError,
     NoPlaceError,
     PeerDeniedError,
@@ -188,3 +189,21 @@ async def test_a_session_is_shown_with_the_node_of_its_client_at_both_ends(world
 def test_every_state_but_alive_says_why(state, was_heard, unreachable, said):
     peer = PeerView(NodeId("b"), state, Edition(0, 0), None, 96.0, was_heard)
     assert why(peer, 100.0, TimingConfig(), unreachable).startswith(said)
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_request_that_a_drain_turns_away_keeps_its_age_in_the_queue(world):
+    """It waits for its model's load at one node, and counts from then on at the other."""
+    world["b"].router.drain()
+    await asyncio.sleep(0.5)
+    stream = world.open("a", "m")
+    await asyncio.sleep(0.05)
+    assert stream.session_status().state == "waiting"
+    age_s = stream.waited_s(asyncio.get_running_loop().time())
+    world["b"].router.undrain()
+    world["a"].service.give_back(stream.request.session, GivenBackError("m", "there is a place"))
+    reading = asyncio.create_task(read(stream))
+    await asyncio.sleep(0.05)
+    assert stream.routed.request.waited_s >= age_s
+    assert await reading == list(range(1, 21))
+    assert stream.startup().startup_s > age_s
