@@ -168,15 +168,26 @@ async def _request(
             answer = await response.json(content_type=None)
             if not isinstance(answer, dict):
                 fail(f"what answers at {url} is no sllm_node")
+            if response.status == 401:
+                fail(f"{_message(answer)} (--key, SLLM_NODE_KEY, or --config of the node)")
             if response.status >= 400:
-                fail(str(answer.get("error", {}).get("message", response.reason)))
+                fail(_message(answer) or str(response.reason))
             return answer
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
         fail(f"{url!r} is no URL; write http://HOST:PORT")
+    except aiohttp.ClientConnectorError as error:
+        reason = error.os_error.strerror or str(error.os_error)
+        fail(
+            f"no node answers at {url}: {reason.lower()}; does it run, and is --url (or --config) right?"
+        )
     except aiohttp.ClientError as error:
         fail(f"no node answers at {url}: {error}")
     except ValueError:
         fail(f"what answers at {url} is no sllm_node")
+
+
+def _message(answer: dict[str, Any]) -> str:
+    return str(answer.get("error", {}).get("message", ""))
 
 
 def _show_cluster(report: dict[str, Any]) -> None:
@@ -295,6 +306,10 @@ def _show_status(report: dict[str, Any]) -> None:
     rows = [_model_row(model) for model in report["models"]]
     columns = ("model", "state", "tier", ">size", ">device", ">DRAM", ">run", ">wait", "notes")
     print_table(columns, rows)
+    for name, problem in report.get("unusable", {}).items():
+        say(f"not usable: {name}: {problem}")
+    for one in report.get("failures", []):
+        say(f"{one['model']}: its last load failed {one['age_s']:.0f} s ago: {one['error']}")
     pool = report["pool"]
     for device in report["devices"]:
         used, cached, total = (format_size(device[key]) for key in ("used", "cached", "total"))

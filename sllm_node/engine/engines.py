@@ -13,7 +13,7 @@ from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.split import Cut, layer_starts, split
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
-from sllm_node.core.errors import CheckpointFormatError, SllmError
+from sllm_node.core.errors import KvMemoryError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, Share, Stall
 from sllm_node.core.units import align_up
@@ -211,16 +211,14 @@ class Engines:
 
         Raises:
             CheckpointFormatError: index and module do not agree.
+            KvMemoryError: not one block of it may be had.
             DeviceMemoryError: there is no room for KV memory.
         """
         index, config = lease.checkpoint.index, self._config
         count = self._blocks_for(skeleton.token_bytes)
         if not count:
-            raise CheckpointFormatError(
-                index.model,
-                f"one block of its KV cache is {skeleton.token_bytes * self._config.block_tokens} "
-                f"bytes, more than engine.kv_cache_bytes = {self._config.kv_cache_bytes}",
-            )
+            size = skeleton.token_bytes * config.block_tokens
+            raise KvMemoryError(lease.checkpoint.model, size, config.kv_cache_bytes)
         blocks = Blocks(count, config.block_tokens, is_caching=config.prefix_cache)
         device = lease.parts[0].part.device
         steps = self._steps[device]

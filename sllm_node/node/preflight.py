@@ -13,10 +13,11 @@ from typing import Final, Literal
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.cluster.cluster import own_address
 from sllm_node.cluster.file import ClusterFile, load_cluster
+from sllm_node.cluster.journal import TAKEN, is_taken
 from sllm_node.core.config import CPU_MEMORY_BYTES, Config, is_loopback
 from sllm_node.core.errors import ClusterKeyError, ConfigError, DeviceError, SllmError
 from sllm_node.core.types import NodeId
-from sllm_node.core.units import GIB, format_size
+from sllm_node.core.units import GIB, PAGE, format_size
 from sllm_node.node import folders
 from sllm_node.node.kept import journal_path
 from sllm_node.node.machine import Machine
@@ -47,7 +48,7 @@ def preflight(config: Config, file: Path, machine: Machine) -> Iterator[Finding]
     is_running = _node_there(config, machine) == config.node.id
     yield from _file_findings(config, file)
     yield from _store_findings(config)
-    yield from _journal_findings(config)
+    yield from _journal_findings(config, is_running=is_running)
     yield from _memory_findings(config, machine, is_running=is_running)
     yield from _device_findings(config, machine, is_running=is_running)
     yield from _remote_findings(config)
@@ -83,7 +84,7 @@ def _store_findings(config: Config) -> Iterator[Finding]:
         level: Level = (
             "error" if look.is_fatal or config.remotes or config.cluster.file else "warning"
         )
-        todo = f"let the user of the node write {look.place}, or change store.path"
+        todo = f"{_mending(look)}, or change store.path"
         yield Finding(level, key, f"{path}: {look.problem}", todo)
     elif not look.exists:
         yield Finding("ok", key, f"{path} is not there yet; the node makes it")
@@ -104,6 +105,13 @@ def _store_findings(config: Config) -> Iterator[Finding]:
         yield Finding("ok", "store.direct_io", "direct I/O works")
 
 
+def _mending(look: folders.Look) -> str:
+    """Return what makes a folder writable."""
+    if look.free is not None and look.free < PAGE:
+        return f"make room on the disk of {look.place}"
+    return f"let the user of the node write {look.place}"
+
+
 def _catalog_findings(config: Config, path: Path) -> Iterator[Finding]:
     catalog = Catalog(path)
     try:
@@ -115,7 +123,7 @@ def _catalog_findings(config: Config, path: Path) -> Iterator[Finding]:
     found = catalog.models()
     yield Finding("ok", "store.path", f"{path}: {len(found)} checkpoints")
     for name, problem in sorted(catalog.problems.items()):
-        todo = f"the node starts without it; 'rm {name}', or convert it again"
+        todo = f"the node starts without it; 'sllm-node rm {name}' deletes it"
         yield Finding("warning", "store.path", f"checkpoint {name}: {problem}", todo)
     is_alone = not (config.remotes or config.cluster.file)
     for name in sorted(config.models):
@@ -124,15 +132,14 @@ def _catalog_findings(config: Config, path: Path) -> Iterator[Finding]:
             yield Finding("warning", f"models.{name}", said, "convert it, or mend the name")
 
 
-def _journal_findings(config: Config) -> Iterator[Finding]:
+def _journal_findings(config: Config, *, is_running: bool) -> Iterator[Finding]:
     path = journal_path(config)
-    if path.parent.parent == Path(config.store.path):
-        look = folders.look(path.parent)
-        todo = "let the user of the node write there, or set node.journal to a file elsewhere"
-    else:
-        look, todo = folders.look(path.parent), f"let the user of the node write {path.parent}"
+    look = folders.look(path.parent)
     if look.problem is not None:
+        todo = f"{_mending(look)}, or set node.journal to a file elsewhere"
         yield Finding("error", "node.journal", f"{path.parent}: {look.problem}", todo)
+    elif not is_running and is_taken(path):
+        yield Finding("error", "node.journal", f"{path}: {TAKEN}")
     else:
         yield Finding("ok", "node.journal", f"{path} can be written")
 

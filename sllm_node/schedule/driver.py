@@ -102,6 +102,8 @@ class Service(Generic[CodecT]):
         self._early = EarlySessions(config.engine.max_sessions)
         self._load_waiters: dict[TicketId, asyncio.Future[None]] = {}
         self._departures: dict[ModelId, asyncio.Future[None]] = {}
+        self._failures: dict[ModelId, tuple[SllmError, float]] = {}
+        """Of models whose last load failed: why and when."""
         self._evicting: dict[ModelId, float] = {}
         """When evictions under way began."""
         self._actions: deque[Action] = deque()
@@ -329,6 +331,15 @@ class Service(Generic[CodecT]):
         """Return what a request is told while this node drains."""
         return DrainingError(self._config.node.drain_s)
 
+    def failures(self) -> list[dict[str, object]]:
+        """Return the models whose last load failed, why, and how long ago."""
+        now, present = self._clock.now(), set(self._catalog.models())
+        return [
+            {"model": model, "error": str(error), "code": error.code, "age_s": round(now - at, 1)}
+            for model, (error, at) in sorted(self._failures.items())
+            if model in present
+        ]
+
     def health(self) -> dict[str, object]:
         """Return a few figures of the whole node."""
         return {
@@ -408,6 +419,7 @@ class Service(Generic[CodecT]):
 
     def on_loaded(self, model: ModelId) -> None:
         """For `Replicas`: a load succeeded."""
+        self._failures.pop(model, None)
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
             is_peer = hosted.lease.checkpoint.remote == PEERS
@@ -423,6 +435,7 @@ class Service(Generic[CodecT]):
 
     def on_load_failed(self, model: ModelId, error: SllmError) -> None:
         """For `Replicas`: a load gave up."""
+        self._failures[model] = (error, self._clock.now())
         self._do(self._scheduler.on_load_failed(model, error, self._clock.now()))
 
     def on_evicted(self, model: ModelId) -> None:

@@ -301,7 +301,7 @@ def _entrance(config: ServerConfig) -> Any:
         wanted = access.get(route, "open")
         keys = {"open": [], "client": client_keys, "admin": admin_keys}[wanted]
         if keys:
-            _check_key(http, keys)
+            _check_key(http, keys, needs_admin=wanted == "admin" and bool(config.admin_keys))
         elif is_loopback(config.host) and not client_keys:
             _check_origin(http)
         if http.method == "POST" and route in access:
@@ -312,12 +312,12 @@ def _entrance(config: ServerConfig) -> Any:
     return middleware
 
 
-def _check_key(http: web.Request, keys: Sequence[bytes]) -> None:
+def _check_key(http: web.Request, keys: Sequence[bytes], *, needs_admin: bool) -> None:
     scheme, _, key = http.headers.get("Authorization", "").partition(" ")
     given = key.strip().encode()
     matches = [hmac.compare_digest(given, known) for known in keys]  # all of them: constant time
     if scheme.lower() != "bearer" or not any(matches):
-        raise UnauthorizedError
+        raise UnauthorizedError(needs_admin=needs_admin)
 
 
 def _check_origin(http: web.Request) -> None:

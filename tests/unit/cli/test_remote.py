@@ -24,6 +24,8 @@ REPORT = {
     "devices": [{"name": "cpu", "used": 1 << 20, "cached": 1 << 10, "total": 1 << 30}],
     "pool": {"used": 1, "chunks": 4, "chunk_bytes": 1 << 20},
     "bandwidth": {"nvme": 1.5e9, "dram": None},
+    "unusable": {"broken": "broken/shard-00000.bin: is too short"},
+    "failures": [{"model": "alpha", "error": "it was damaged", "code": "c", "age_s": 61.2}],
     "remotes": [
         {
             "name": "far", "url": "http://far/x", "state": "down", "problem": "gone",
@@ -96,6 +98,8 @@ def test_status_shows_models_device_pool_and_sessions(node):
         "1.50 GB/s",
         "r-1-0",
         "entry-b",
+        "not usable: broken: broken/shard-00000.bin: is too short",
+        "alpha: its last load failed 61 s ago: it was damaged",
     ):
         assert part in shown
 

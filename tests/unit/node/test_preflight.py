@@ -1,5 +1,7 @@
 """What a preflight says of a config, on a machine that is made up, in real folders."""
 
+import sqlite3
+from contextlib import closing
 from dataclasses import dataclass, field
 
 import pytest
@@ -74,6 +76,21 @@ def test_a_store_that_can_not_be_made_is_an_error_with_its_place(found, tmp_path
         ("error", "store.path"), ("error", "node.journal"),
     ]  # fmt: skip
     assert f"{tmp_path}/file is no folder" in lines[0][2]
+
+
+def test_a_journal_that_another_process_has_is_an_error_but_for_the_node_that_runs(found, tmp_path):
+    journal = tmp_path / "models" / ".journal" / "node-0.sqlite"
+    journal.parent.mkdir(parents=True)
+    with closing(sqlite3.connect(journal)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("CREATE TABLE one (x)")
+        level, key, line = only(found())
+        assert (level, key) == ("error", "node.journal")
+        assert "need ids of their own (node.id)" in line
+        assert found("", FakeMachine(nodes={8000: "node-0"})) == []
+    assert found() == []
+    assert [path.name for path in journal.parent.iterdir()] == ["node-0.sqlite"]
 
 
 def test_damaged_checkpoints_and_models_that_are_not_there_are_warnings(found, tmp_path):

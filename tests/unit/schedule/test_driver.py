@@ -770,6 +770,20 @@ async def test_a_drain_that_is_taken_back_ends_nobody_and_takes_requests_again(n
 
 
 @on_virtual_time
+async def test_a_load_that_failed_is_told_until_one_succeeds(node):
+    n = node()
+    n.store.error = LoadFailedError("a", "the disk is gone")
+    with pytest.raises(LoadFailedError):
+        await n.ask("a")
+    await asyncio.sleep(3.0)
+    (failure,) = n.service.failures()
+    assert (failure["model"], failure["code"], failure["age_s"]) == ("a", "load_failed", 3.0)
+    n.store.error = None
+    await n.ask("a")
+    assert n.service.failures() == []
+
+
+@on_virtual_time
 async def test_a_node_that_stops_can_not_be_undrained(node):
     n = node()
     running = n.open("a", tokens=1000)
