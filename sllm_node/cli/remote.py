@@ -1,6 +1,7 @@
 """Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, move, drain, undrain."""
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -176,7 +177,8 @@ async def _request(
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
         fail(f"{url!r} is no URL; write http://HOST:PORT")
     except aiohttp.ClientConnectorError as error:
-        reason = error.os_error.strerror or str(error.os_error)
+        number = error.os_error.errno or 0
+        reason = os.strerror(number) if number > 0 else str(error.os_error)
         fail(
             f"no node answers at {url}: {reason.lower()}; does it run, and is --url (or --config) right?"
         )
@@ -204,6 +206,8 @@ def _show_cluster(report: dict[str, Any]) -> None:
         rows.append((name, address or "", state, heard, age, free, sessions, why))
     heads = (">heard s ago", ">state's age s", ">free", ">sessions", "why")
     print_table(("node", "address", "state", *heads), rows)
+    if report.get("problem"):
+        say(f"this node: {report['problem']}")
     for peer in report["peers"]:
         if peer.get("problem"):
             say(f"{peer['id']}: {peer['problem']} (its log and this node's say more)")

@@ -171,6 +171,7 @@ class Cluster(Generic[CodecT]):
         return {
             "me": self.peers.me,
             "version": state.version,
+            "problem": self.peers.problem(),
             "peers": self.peers.status(),
             "migrations": self.router.moves(),
             "vacates": self.router.vacating.recent(),

@@ -207,3 +207,22 @@ async def test_a_request_that_a_drain_turns_away_keeps_its_age_in_the_queue(worl
     assert stream.routed.request.waited_s >= age_s
     assert await reading == list(range(1, 21))
     assert stream.startup().startup_s > age_s
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_node_whose_later_life_a_peer_knew_says_so_in_its_status(world):
+    peers = world["b"].peers
+    assert peers.problem() is None
+    await world["b"].crash()
+    world["b"].lives = 100
+    world["b"].start()  # another process with this id
+    await asyncio.sleep(2.0)
+    await world["b"].crash()
+    world["b"].lives = 50
+    world["b"].start()
+    await asyncio.sleep(2.0)
+    assert "node 'a' knew a later life of this node" in world["b"].peers.problem()
+    assert "another process runs with its id" in world["b"].peers.problem()
+    assert world["a"].peers.problem() is None
+    await asyncio.sleep(600.0)
+    assert world["b"].peers.problem() is None

@@ -110,7 +110,7 @@ def test_status_as_json_is_the_report(node):
 
 
 CLUSTER = {
-    "me": "a", "version": 3,
+    "me": "a", "version": 3, "problem": "node 'b' knew a later life of this node",
     "peers": [
         {"id": "b", "address": "10.0.0.2:8100", "state": "alive", "age_s": 0.5, "boot": 1, "version": 2,
          "heard_s": 0.75, "why": ""},
@@ -159,7 +159,7 @@ def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
     shown = run("status", "--cluster", "--url", node.url).stdout
     for part in (
         "this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s",
-        "r-b-0", "entry-c", "0.8", "never heard, for 12.0 s (dead after 10 s)",
+        "this node: node 'b' knew a later life", "r-b-0", "entry-c", "0.8", "never heard, for 12.0 s (dead after 10 s)",
         "10.0.0.9:2379: following", "c: refuses our key", "a to b", "placement", "42", "beta", "freed", "0.250",
     ):  # fmt: skip
         assert part in shown
