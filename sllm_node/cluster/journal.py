@@ -304,4 +304,7 @@ def _named(path: Path, error: sqlite3.Error) -> JournalError:
     code: int = getattr(error, "sqlite_errorcode", 0)
     if code & 0xFF in _LOCKED:
         return JournalError(str(path), TAKEN)
+    if code & 0xFF == sqlite3.SQLITE_FULL:
+        problem = f"{error}; make room there, or set node.journal to a file on another disk"
+        return JournalError(str(path), problem)
     return JournalError(str(path), str(error))
