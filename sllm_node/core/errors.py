@@ -8,7 +8,7 @@ import math
 from enum import Enum
 from typing import ClassVar, Final
 
-from sllm_node.core.units import format_size
+from sllm_node.core.units import KIB, format_size
 
 
 class Fault(Enum):
@@ -31,7 +31,7 @@ class SllmError(Exception):
 
 def _in_bytes(size: int) -> str:
     """Return a size as people read it, and to the byte."""
-    return f"{format_size(size)} ({size} bytes)"
+    return f"{size} bytes" if size < KIB else f"{format_size(size)} ({size} bytes)"
 
 
 # --- requests -----------------------------------------------------------------------------------
