@@ -334,20 +334,19 @@ def _show_status(report: dict[str, Any]) -> None:
     for tier, rate in report.get("bandwidth", {}).items():
         if rate:
             say(f"loads from {tier}: {format_rate(rate)} observed")
-    me = node["id"] if report.get("cluster") else ""
-    rows = [_session_row(session, me) for session in report["sessions"]]
+    rows = [_session_row(session) for session in report["sessions"]]
     heads = (">prompt", ">generated", ">age s", "entry", "node")
     if rows:
         print_table(("session", "model", "state", *heads), rows)
 
 
-def _session_row(session: dict[str, Any], me: str) -> tuple[str, ...]:
+def _session_row(session: dict[str, Any]) -> tuple[str, ...]:
     """Return a session; its entry has the client's connection, its node serves it."""
     moves = ", moves" if session.get("migration") else ""
     return (
         session["session"], session["model"], session["state"],
         str(session["prompt_tokens"]), str(session["generated_tokens"]), f"{session['age_s']:.1f}",
-        session.get("entry") or me, (session.get("node") or me) + moves,
+        session.get("entry") or "", (session.get("node") or "") + moves,
     )  # fmt: skip
 
 

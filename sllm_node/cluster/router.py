@@ -367,8 +367,10 @@ class Router(Generic[CodecT]):
         mine = self._service.sessions()
         known = {session.session for session in mine}
         routed = [stream.session_status() for stream in self._routed]
-        found = mine + [session for session in routed if session.session not in known]
-        return [replace(one, entry=one.entry or self._peers.me) for one in found]
+        me = self._peers.me
+        return [replace(one, entry=one.entry or me, node=me) for one in mine] + [
+            replace(one, entry=me) for one in routed if one.session not in known
+        ]
 
     def cancel_request(self, request_id: str) -> int:
         """End the sessions of a request, wherever they run; return how many there were."""

@@ -266,7 +266,7 @@ class SessionStatus:
     generated_tokens: int
     age_s: float
     node: NodeId | None = None
-    """Who serves it; None: this node, or nobody yet."""
+    """Who serves it, or has it in its queue; None: nobody yet, or this node, in no cluster."""
     migration: str | None = None
     """The id of the move that is under way."""
     entry: NodeId | None = None

@@ -170,7 +170,7 @@ async def test_a_session_is_shown_with_the_node_of_its_client_at_both_ends(world
     await asyncio.sleep(1.5)
     for name in ("a", "b"):
         (session,) = world[name].router.sessions()
-        assert session.entry == "a"
+        assert (session.entry, session.node) == ("a", "b")
         (told,) = served(world[name].peers.view.nodes["b"].state)
         assert (told["session"], told["model"], told["entry"]) == (session.session, "m", "a")
     stream.cancel()
