@@ -14,6 +14,7 @@ from sllm_node.core.errors import (
     DeviceMemoryError,
     EngineError,
     InvalidRequestError,
+    KvMemoryError,
     PromptTooLongError,
     UnsupportedArchitectureError,
 )
@@ -431,7 +432,7 @@ async def test_no_room_for_kv_memory_is_told_and_nothing_stays(checkpoint):
     with CpuDevice(checkpoint.index.size + 4096) as device:
         with pytest.raises(DeviceMemoryError):
             await open_with(checkpoint, device)
-        with pytest.raises(CheckpointFormatError, match="one block of its KV cache"):
+        with pytest.raises(KvMemoryError, match="raise that in the node's config"):
             await open_with(checkpoint, device, kv_cache_bytes=ByteSize(100))
         assert device.memory_used == 0
 
