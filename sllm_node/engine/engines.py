@@ -15,7 +15,7 @@ from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.split import Cut, layer_starts, split
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
-from sllm_node.core.errors import CheckpointFormatError, SllmError
+from sllm_node.core.errors import KvMemoryError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, Share, Stall
 from sllm_node.core.units import align_up
@@ -214,16 +214,14 @@ class Engines:
 
         Raises:
             CheckpointFormatError: index and module do not agree.
+            KvMemoryError: not one block of it may be had.
             DeviceMemoryError: there is no room for KV memory.
         """
         index, config = lease.checkpoint.index, self._config
         count = self._blocks_for(skeleton.token_bytes)
         if not count:
-            raise CheckpointFormatError(
-                index.model,
-                f"one block of its KV cache is {skeleton.token_bytes * self._config.block_tokens} "
-                f"bytes, more than engine.kv_cache_bytes = {self._config.kv_cache_bytes}",
-            )
+            size = skeleton.token_bytes * config.block_tokens
+            raise KvMemoryError(lease.checkpoint.model, size, config.kv_cache_bytes)
         blocks = Blocks(count, config.block_tokens, is_caching=config.prefix_cache)
         device = lease.parts[0].part.device
         steps = self._steps[device]
@@ -232,6 +230,11 @@ class Engines:
             skeleton.take_kv(())
             skeleton = await self._builder.run_alone(build, lease.checkpoint.path)
         place = await self._kv_place(lease, skeleton, blocks.capacity_tokens, steps)
+        try:
+            arriving = self._arriving(lease, skeleton.model)
+        except BaseException:
+            place.close()
+            raise
 
         def let_go(is_trusted: bool) -> None:  # noqa: FBT001 - the one thing that it is told
             if is_trusted:
@@ -247,7 +250,7 @@ class Engines:
             lease.checkpoint.model, skeleton.model, place.cache,
             tuple(one.buffer for one in place.memory), blocks, place.decode, index.context_tokens,
             common_window(skeleton.shapes), codec, self._check, let_go, keep,
-            arriving=self._arriving(lease, skeleton.model),
+            arriving=arriving,
             seat=self._turns[device].join(),  # last: what fails leaves none behind
         )  # fmt: skip
         engine = Engine(parts, self._config, steps, self._clock, self._metrics)
