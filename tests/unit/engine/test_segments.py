@@ -39,7 +39,8 @@ def doubled(look):
 @pytest.mark.parametrize("group", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_looks_are_joined_layer_by_layer(dtype, group):
-    near, far, where = *looks(dtype, 0, group), places(group)
+    where = places(group)
+    near, far = looks(dtype, 0, group)
     output = RIG.poisoned(len(near[0]), HEADS, SIZE, dtype=dtype)
     join = segments.prepared(RIG.kernels, near, far, where, output)
     for seed in range(2):
