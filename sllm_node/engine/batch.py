@@ -186,8 +186,8 @@ class Batch:
         `took_s`: how long it took; 0: that is not known.
         """
         self._under_way -= 1
-        if any(part.count == 1 for part in parts):
-            self._beside.learn(prompt_tokens(parts), took_s)
+        if decoding := sum(part.count == 1 for part in parts):
+            self._beside.learn(prompt_tokens(parts), decoding, took_s)
         for part in parts:
             session = part.session
             self._landed(part)

@@ -6,8 +6,9 @@ what lies before the piece: at the end of 32,768 tokens a piece of 128 takes an 
 three times as long as at the beginning. So the length follows what was measured: after a step with n
 tokens of prompts that took e longer than one without, where b longer is allowed, n * b / e would have
 been right, were all of e in proportion to n. Part of it is not, so the length comes near the right one over
-a few steps, from either side. A share of each finding counts, and a single late
-step no more than halves the length.
+a few steps, from either side. A share of each finding counts, and a single late step takes no more than a
+third off the length. Steps without prompts take longer with more sessions, so each power of two of
+sessions has its own; where none was seen without prompts, nothing limits the length.
 
 A piece has a quarter of the usual length at least: where what lies before costs more than a step, shorter
 pieces would make the prompt wait and help nobody.
@@ -27,7 +28,9 @@ LEAST_SHARE: Final = 4
 _WEIGHT: Final = 0.5
 """Of the newest step in what is known."""
 _FACTOR: Final = 4.0
-"""By how much a finding may be above what was tried."""
+"""A finding counts as that part of what is known at least; a step without prompts, as so many times that at most."""
+_LATE: Final = 2.0
+"""A finding that is longer counts as so many times what is known at most."""
 _MARGIN: Final = 1.15
 """A finding that would allow more allows less by this, or lengths near the limit would swing around it."""
 _NOTHING_S: Final = 1e-4
@@ -39,43 +42,46 @@ class Beside:
 
     def __init__(self, usual_tokens: int, ratio: float) -> None:
         """A step takes `ratio` times as long as one without prompts at most; 0: any number."""
-        self._usual = usual_tokens
         self._least = max(1, usual_tokens // LEAST_SHARE)
         self._ratio = ratio
-        self._step_s = 0.0
-        """What a step without prompts takes; 0: not known yet."""
-        self._tokens = float("inf")
+        self._step_s: dict[int, float] = {}
+        """What a step without prompts takes, by the power of two of the sessions that decode."""
+        self._token_s = 0.0
+        """What each token of a piece adds; 0: not known yet."""
 
-    def learn(self, prompt_tokens: int, took_s: float) -> None:
-        """Take note of a step in which sessions decoded, with so many tokens of prompts."""
+    def learn(self, prompt_tokens: int, decoding: int, took_s: float) -> None:
+        """Take note of a step in which so many sessions decoded, with so many tokens of prompts."""
         if took_s < _NOTHING_S or not self._ratio:
             return
-        if not prompt_tokens or took_s <= self._step_s:
-            self._step_s = self._step_learned(took_s)
-        if not prompt_tokens or not self._step_s:
+        size = decoding.bit_length()
+        if not prompt_tokens or took_s <= self._step_s.get(size, 0.0):
+            known_s = self._step_s.setdefault(size, took_s)
+            self._step_s[size] += _WEIGHT * (min(took_s, _FACTOR * known_s) - known_s)
+        if not prompt_tokens or size not in self._step_s:
             return
-        allowed_s, more_s = (self._ratio - 1) * self._step_s, took_s - self._step_s
-        right = prompt_tokens * (allowed_s / more_s if more_s > 0 else _FACTOR)
-        if right > prompt_tokens:
-            right = max(prompt_tokens, right / _MARGIN)
-        right = min(max(right, prompt_tokens / 2), prompt_tokens * _FACTOR)
-        known = min(self._tokens, _FACTOR * prompt_tokens)
-        self._tokens = known + _WEIGHT * (right - known)
-
-    def _step_learned(self, took_s: float) -> float:
-        if not self._step_s:
-            return took_s
-        return self._step_s + _WEIGHT * (min(took_s, _FACTOR * self._step_s) - self._step_s)
+        token_s = max(0.0, took_s - self._step_s[size]) / prompt_tokens
+        if token_s * prompt_tokens < self._allowed_s(size):
+            token_s *= _MARGIN
+        known_s = self._token_s or token_s
+        self._token_s = known_s + _WEIGHT * (
+            min(max(token_s, known_s / _FACTOR), _LATE * known_s) - known_s
+        )
 
     def tokens(self, decoding: int, usual: int) -> int:
         """Return the most of prompts beside so many sessions, where it is `usual` without a limit.
 
         Never less than a quarter of the usual length for few sessions.
         """
-        room = usual
+        room, size = usual, decoding.bit_length()
         if usual >= STEP_TOKENS:
             room = align_up(decoding + usual, STEP_TOKENS) - decoding
-        if self._tokens >= room:
+        if not self._token_s or size not in self._step_s:
             return room
-        filled = (decoding + int(self._tokens)) // STEP_TOKENS * STEP_TOKENS - decoding
-        return max(self._least, filled if filled > 0 else int(self._tokens))
+        tokens = int(self._allowed_s(size) / self._token_s)
+        if tokens >= room:
+            return room
+        filled = (decoding + tokens) // STEP_TOKENS * STEP_TOKENS - decoding
+        return max(self._least, filled if filled > 0 else tokens)
+
+    def _allowed_s(self, size: int) -> float:
+        return (self._ratio - 1) * self._step_s[size]
