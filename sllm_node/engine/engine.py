@@ -11,17 +11,17 @@ the sessions that were in it or in the one launched after it, and no other.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
 from sllm_node.core.errors import CancelledByOperatorError, EngineError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import FinishReason, GenerationRequest
+from sllm_node.core.types import GenerationRequest
 from sllm_node.engine.arriving import WeightsMissingError
 from sllm_node.engine.batch import Batch, Part, becoming_due, prompt_tokens
-from sllm_node.engine.generation import Generation, logprob_of
+from sllm_node.engine.generation import Generation, finish_of, logprob_of
 from sllm_node.engine.interleave import Job
 from sllm_node.engine.parts import Parts
 from sllm_node.engine.refusals import check_capacity, check_request
@@ -55,6 +55,7 @@ class Engine:
         self._batch = Batch(
             parts.blocks, config.max_sessions, config.max_step_tokens, parts.window,
             config.prefill_beside_tokens,
+            None if parts.offloading is None else parts.offloading.offload,
         )  # fmt: skip
         self._resume = config.resume
         # Only the module's forward pass knows how to wait for weights.
@@ -160,10 +161,12 @@ class Engine:
         for generation in list(self._generations.values()):
             self._end(generation)
             generation.fail(error)
-        self._parts.blocks.forget()
+        self._batch.forget()
         assert runner is not None
         # On the step thread, where the last step's tensors were made and freed.
         await self._steps.run(self._let_go, runner)
+        if self._parts.offloading is not None:
+            self._parts.offloading.offload.close()
         if self._is_trusted:
             self._parts.keep()
 
@@ -237,12 +240,18 @@ class Engine:
         oldest = self._flight[0]
         self.watch.began(len(oldest), sum(part.count for part in oldest))
         try:
-            future = self._stepping.submit(runner.advance, self._launches(planned))
+            future = self._stepping.submit(self._advance(runner), self._launches(planned))
         except Exception as error:  # noqa: BLE001 - told like one of the step itself
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
         draws = 0 if self._parts.seat.is_alone else becoming_due(oldest)  # alone: nobody asks
         return Job(future, prompt_tokens(oldest), draws)
+
+    def _advance(self, runner: Runner) -> Callable[[list[list[StepPart]]], list[Drawn | None]]:
+        offloading = self._parts.offloading
+        if offloading is None:
+            return runner.advance
+        return offloading.before(runner.advance, prompt_tokens(self._flight[0]))
 
     @property
     def _is_idle(self) -> bool:
@@ -297,7 +306,7 @@ class Engine:
         if drawn.token < 0:
             error = EngineError(name, "the model's logits are not numbers for this request")
             self._is_trusted = False
-            self._parts.blocks.forget()  # its keys and values may be no numbers either
+            self._batch.forget()  # its keys and values may be no numbers either
             self._end(generation)
             generation.fail(error)
             return
@@ -310,7 +319,7 @@ class Engine:
         is_eos = drawn.token in self._parts.codec.eos_ids and not session.request.ignore_eos
         offset = generation.text.detokenizer.characters
         text = "" if is_eos else generation.text.add(drawn.token)
-        finish = self._finish(generation, is_eos=is_eos)
+        finish = finish_of(generation, self._parts.context_tokens, is_eos=is_eos)
         if finish is not None:
             if generation.text.scanner.found is None:
                 text += generation.text.flush()
@@ -319,15 +328,6 @@ class Engine:
             self._end(generation)
         logprob = logprob_of(session.request, drawn, offset, self._parts.codec.token_text)
         generation.give(text, drawn.token, logprob, finish)
-
-    def _finish(self, generation: Generation, *, is_eos: bool) -> FinishReason | None:
-        session = generation.session
-        if is_eos or generation.text.scanner.found is not None:
-            return "stop"
-        is_full = session.length >= self._parts.context_tokens
-        if is_full or len(session.output) >= session.request.max_tokens:
-            return "length"
-        return None
 
     # --- ends ---------------------------------------------------------------------------------
 
