@@ -182,6 +182,11 @@ class Residency:
         """Chunks that a reader fills or a copy reads."""
         return self._in_flight
 
+    @property
+    def lent(self) -> int:
+        """Chunks that are lent."""
+        return len(self._lent)
+
     def models(self) -> tuple[ModelId, ...]:
         """Return the known models, least recently used first."""
         return tuple(self._rows)

@@ -248,6 +248,11 @@ class Store:
         """Chunks that hold or await bytes."""
         return self._ledger.chunks - self._ledger.free
 
+    @property
+    def pool_chunks_lent(self) -> int:
+        """Chunks that are lent for something that is no checkpoint."""
+        return self._ledger.lent
+
     # --- the way up ---------------------------------------------------------------------------
 
     def whole(self, model: ModelId, device: str | None = None) -> Placement:
