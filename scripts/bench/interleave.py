@@ -83,6 +83,14 @@ class Switch:
         """As the current one."""
         return self.current.begin(now)
 
+    def following(self) -> int | None:
+        """As the current one."""
+        return self.current.following()
+
+    def follow(self, seat: int) -> None:
+        """As the current one."""
+        self.current.follow(seat)
+
     def ended(self, seat: int, prompt_tokens: int, now: float, draws: int = 0) -> None:
         """As the current one."""
         self.current.ended(seat, prompt_tokens, now, draws)

@@ -114,6 +114,13 @@ class Batch:
         """Sessions with blocks."""
         return len(self._running)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all that is to be computed is one token each of sessions that have their blocks."""
+        return all(session.is_resting for session in self._waiting) and all(
+            session.due <= 1 for session in self._running
+        )
+
     def sessions(self) -> list[Session]:
         """Return all sessions that have not ended."""
         return [*self._running, *self._waiting]

@@ -12,6 +12,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 from sllm_node.core.clock import Clock
@@ -222,14 +223,13 @@ class Engine:
             return self._begin(runner)
         generations = () if seat.is_alone else self._generations.values()
         times = [since for g in generations if (since := g.due_since) is not None]
-
-        def begin() -> Job | None:
-            job = self._begin(runner)
-            if job is not None:
-                self._step_wait.observe(self._clock.now() - asked)
-            return job
-
-        return await seat.turn(Need(len(times), min(times, default=0.0)), begin)
+        need = Need(len(times), min(times, default=0.0))
+        # What a step takes of prompts, and of whose, shows when its turn begins.
+        certain = lambda: self._depth == 1 and self._batch.is_decoding  # noqa: E731 - asked later
+        job = await seat.turn(need, partial(self._begin, runner), certain)
+        if job is not None:
+            self._step_wait.observe(self._clock.now() - asked)
+        return job
 
     def _begin(self, runner: Runner) -> Job | None:
         """Plan, and put on the thread what is to be launched and read; None: nothing is."""
