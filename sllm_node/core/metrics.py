@@ -124,6 +124,9 @@ class Metrics:
             "sllm_kv_offload_bytes", "Bytes of KV blocks copied to the pool and back",
             ["model", "direction"],
         )  # fmt: skip
+        self.graph_failures = counter(
+            "sllm_graph_failures", "Kinds of steps that could not be captured as graphs", ["device"]
+        )
 
     def _gauges(self) -> None:
         gauge = partial(Gauge, registry=self.registry)

@@ -11,7 +11,7 @@ the sessions that were in it or in the one launched after it, and no other.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
 
@@ -24,6 +24,7 @@ from sllm_node.engine.arriving import WeightsMissingError
 from sllm_node.engine.batch import Batch, Part, becoming_due, prompt_tokens
 from sllm_node.engine.generation import Generation, finish_of, logprob_of
 from sllm_node.engine.interleave import Job
+from sllm_node.engine.offloading import with_copies
 from sllm_node.engine.parts import Parts
 from sllm_node.engine.refusals import check_capacity, check_request
 from sllm_node.engine.runner import Runner, StepPart, step_parts
@@ -55,9 +56,9 @@ class Engine:
         self._step_wait = metrics.step_wait_seconds.labels(parts.name)
         self._batch = Batch(
             parts.blocks, config.max_sessions, config.max_step_tokens, parts.window,
-            config.prefill_beside_tokens,
-            None if parts.offloading is None else parts.offloading.offload,
+            config.prefill_beside_tokens, config.prefill_beside_ratio,
         )  # fmt: skip
+        self._batch.offload = None if parts.offloading is None else parts.offloading.offload
         self._resume = config.resume
         # Only the module's forward pass knows how to wait for weights.
         decode = parts.decode if parts.arriving is None else None
@@ -210,7 +211,7 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - told to the sessions, and logged
                 await self._fail(runner, error)
             else:
-                self._take(self._flight.popleft(), drawn)
+                self._take(self._flight.popleft(), drawn, job.began)
             self.watch.ended()
 
     async def _job(self, runner: Runner) -> Job | None:
@@ -237,21 +238,16 @@ class Engine:
         planned = self._plan()
         if not self._flight:
             return None
-        oldest = self._flight[0]
+        oldest, began = self._flight[0], self._clock.now()
         self.watch.began(len(oldest), sum(part.count for part in oldest))
         try:
-            future = self._stepping.submit(self._advance(runner), self._launches(planned))
+            advance = with_copies(self._parts.offloading, runner.advance, prompt_tokens(oldest))
+            future = self._stepping.submit(advance, self._launches(planned))
         except Exception as error:  # noqa: BLE001 - told like one of the step itself
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
         draws = 0 if self._parts.seat.is_alone else becoming_due(oldest)  # alone: nobody asks
-        return Job(future, prompt_tokens(oldest), draws)
-
-    def _advance(self, runner: Runner) -> Callable[[list[list[StepPart]]], list[Drawn | None]]:
-        offloading = self._parts.offloading
-        if offloading is None:
-            return runner.advance
-        return offloading.before(runner.advance, prompt_tokens(self._flight[0]))
+        return Job(future, prompt_tokens(oldest), began, draws)
 
     @property
     def _is_idle(self) -> bool:
@@ -291,9 +287,9 @@ class Engine:
         steps = list(pairwise([[], *self._flight]))[len(self._flight) - count :]
         return [step_parts(before, plan, size) for before, plan in steps]
 
-    def _take(self, plan: list[Part], drawn: Sequence[Drawn | None]) -> None:
-        self._batch.stepped(plan)
+    def _take(self, plan: list[Part], drawn: Sequence[Drawn | None], began: float) -> None:
         now = self._clock.now()
+        self._batch.stepped(plan, now - began)
         for part, token in zip(plan, drawn, strict=True):
             generation = self._generations.get(part.session.number)
             if generation is None or token is None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 from weakref import WeakSet
 
+import torch
+
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.split import Cut, split
 from sllm_node.core.clock import Clock
@@ -40,6 +42,7 @@ from sllm_node.engine.skeleton import (
     common_window,
     read_config,
 )
+from sllm_node.engine.step_graphs import StepGraphs
 from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.text import TextCodec, load_codec
 from sllm_node.engine.turns import Turns
@@ -92,7 +95,7 @@ class Engines:
         self._ops_of = ops_of or self._kernel_ops
         self._kernels: dict[str, Any] = {}
         self._scratch: dict[str, ScratchMemory] = {}
-        self._graphs: dict[str, CudaGraphs] = {}
+        self._graphs: dict[str, StepGraphs] = {}
         self._memory = memory
         self._config = config
         self._clock = clock
@@ -320,20 +323,21 @@ class Engines:
         device = next(device for device in self._devices if device.name == name)
         longest = min(lease.checkpoint.index.context_tokens, slots)
         ops = self._ops_of(device, longest)
-        if ops is None:
-            return None
-        decoder = FusedDecoder.of(skeleton.model, skeleton.shapes, ops)
+        decoder = None if ops is None else FusedDecoder.of(skeleton.model, skeleton.shapes, ops)
         if decoder is None:
             return None
-        block_tokens = self._config.block_tokens
+        size = self._config.block_tokens
         torch_device = cache.keys[0].device
         memory = self._scratch.setdefault(name, ScratchMemory(torch_device))
-        graphs = None
-        # torch captures on one stream of one device: what others launch meanwhile is not in the graph.
-        if torch_device.type == "cuda" and not torch_device.index:
-            graphs = self._graphs.setdefault(name, CudaGraphs())
-        blocks = -(-longest // block_tokens)
-        return DecodeBatch(decoder, cache, block_tokens, blocks, memory, graphs)
+        graphs = self._step_graphs(name, torch_device) if torch_device.type == "cuda" else None
+        return DecodeBatch(decoder, cache, size, -(-longest // size), memory, graphs)
+
+    def _step_graphs(self, name: str, device: torch.device) -> StepGraphs:
+        """Return the graphs of a device's steps."""
+        if name not in self._graphs:
+            most, failed = self._config.graphs_max, self._metrics.graph_failures.labels(name)
+            self._graphs[name] = StepGraphs(CudaGraphs(device), most, name, failed.inc)
+        return self._graphs[name]
 
     def _kernel_ops(self, device: Device, longest: int) -> DecodeOps | None:
         """Return our kernels; None: the device has none."""

@@ -8,7 +8,7 @@ the thread goes from one to the other; its turn begins when that one ends all th
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -37,6 +37,8 @@ class Job:
     future: asyncio.Future[Any]
     prompt_tokens: int
     """Of prompts, in the step that ends with it."""
+    began: float
+    """When, by the engine's clock; of one behind another, when its turn began."""
     draws: int = 0
     """Sessions that wait for their next token when it has ended."""
 
@@ -106,9 +108,9 @@ class Interleaving:
 
     def _go(self) -> None:
         """Begin turns until one lasts, and start the job behind it if that is certain."""
-        while (seat := self._order.begin(self._clock.now())) is not None:
+        while (seat := self._order.begin(now := self._clock.now())) is not None:
             one = self._waiting.pop(seat)
-            job = one.job or self._start(seat, one)
+            job = self._start(seat, one) if one.job is None else replace(one.job, began=now)
             if not one.granted.done():
                 one.granted.set_result(job)
             if job is not None:

@@ -62,6 +62,13 @@ class Offloading:
         self._bytes("in").inc(back * self.offload.block_bytes)
 
 
+def with_copies(
+    offloading: Offloading | None, advance: Callable[[StepsT], DrawnT], prompt_tokens: int
+) -> Callable[[StepsT], DrawnT]:
+    """Return `advance`, behind the copies that were decided, if any ever are."""
+    return advance if offloading is None else offloading.before(advance, prompt_tokens)
+
+
 class Offloads:
     """Makes them for the engines of a node; `room` is what they share, None: nothing is kept."""
 

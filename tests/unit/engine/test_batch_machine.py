@@ -267,7 +267,8 @@ class OffloadMachine(BatchMachine):
         self.room = Room(self.host, 5 * HostMemory.chunk_bytes)
         self.offload = Offload(self.room, BLOCK)
         blocks = Blocks(self.BLOCKS, BLOCK)
-        self.batch = Batch(blocks, 3, 11, self.WINDOW, offload=self.offload)
+        self.batch = Batch(blocks, 3, 11, self.WINDOW)
+        self.batch.offload = self.offload
         self.job: list[Any] = []
 
     def begin_copies(self):

@@ -27,7 +27,7 @@ class Engine:
     def begin(self):
         self.log.append(f"{self.name} begins")
         self.job = asyncio.get_running_loop().create_future()
-        return Job(self.job, 0)
+        return Job(self.job, 0, 0.0)
 
     async def go(self, begin=None):
         job = await self.seat.turn(Need(), begin or self.begin)
@@ -196,7 +196,7 @@ async def test_a_job_that_fails_before_its_turn_is_told_and_ends_no_other_turn()
     def begin():
         job = asyncio.get_running_loop().create_future()
         job.set_exception(ZeroDivisionError())
-        return Job(job, 0)
+        return Job(job, 0, 0.0)
 
     first, second = asyncio.create_task(a.go()), asyncio.create_task(b.go(begin))
     with pytest.raises(ZeroDivisionError):

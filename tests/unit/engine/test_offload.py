@@ -94,7 +94,8 @@ def crowded(chunks=8, limit=8, **more):
     """Return a batch without cache, its pool, and a session of seven tokens that was preempted."""
     pool = Chunks(chunks)
     offload = Offload(Room(pool, limit * pool.chunk_bytes), BLOCK)
-    made = Batch(Blocks(8, BLOCK, is_caching=False), 8, 16, offload=offload)
+    made = Batch(Blocks(8, BLOCK, is_caching=False), 8, 16)
+    made.offload = offload
     session = make(1, prompt=6, max_tokens=9, **more)
     made.add(session)
     step(made)
@@ -170,7 +171,8 @@ def test_chunks_come_back_when_a_session_ends_on_its_way_back_and_its_step_has()
 
 def test_what_was_cached_is_found_and_only_the_rest_comes_back():
     offload = Offload(Room(Chunks(8), 99), BLOCK)
-    made = Batch(Blocks(8, BLOCK), 8, 16, offload=offload)
+    made = Batch(Blocks(8, BLOCK), 8, 16)
+    made.offload = offload
     session = make(1, prompt=10)
     made.add(session)
     step(made)
