@@ -37,6 +37,13 @@ class FirstCome:
             return self._taken
         return None
 
+    def following(self) -> int | None:
+        """Return nobody: jobs begin when it is their turn."""
+        return None
+
+    def follow(self, seat: int) -> None:
+        """Never asked for."""
+
     def ended(self, seat: int, prompt_tokens: int, now: float, draws: int = 0) -> None:
         """Take note that a turn has ended."""
         self._taken = None

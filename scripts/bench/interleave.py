@@ -10,6 +10,9 @@ each. Measured: time between the streams' tokens from then until the last prompt
 each prompt's first token. The order of turns is changed between rounds, in one process, round robin:
 `first_come` takes turns as they are asked for, with steps of `max_step_tokens`; `deadline` is the node's with
 its default target; `shortest` is that with a target of 0. `alone`: the streams without any prompt.
+
+`two_decode`: two models with 8 streams each and no prompts, tokens/s of both and the part of the time in which the
+step thread computes; `in_turn` is `deadline` without putting a step behind another model's while that runs.
 """
 
 import argparse
@@ -54,6 +57,14 @@ SMALL: Final[dict[str, Any]] = {
 }  # fmt: skip
 
 
+class InTurn(Turns):
+    """Turns by deadline, of which each begins when the one before has ended."""
+
+    @override
+    def following(self) -> int | None:
+        return None
+
+
 class Switch:
     """Several orders, one of which counts; changed while no engine has anything to do."""
 
@@ -83,6 +94,14 @@ class Switch:
         """As the current one."""
         return self.current.begin(now)
 
+    def following(self) -> int | None:
+        """As the current one."""
+        return self.current.following()
+
+    def follow(self, seat: int) -> None:
+        """As the current one."""
+        self.current.follow(seat)
+
     def ended(self, seat: int, prompt_tokens: int, now: float, draws: int = 0) -> None:
         """As the current one."""
         self.current.ended(seat, prompt_tokens, now, draws)
@@ -104,6 +123,7 @@ class SwitchedEngines(Engines):
             "first_come": FirstCome(),
             "deadline": Turns(config.inter_token_target_s, config.prefill_beside_tokens),
             "shortest": Turns(0.0, config.prefill_beside_tokens),
+            "in_turn": InTurn(config.inter_token_target_s, config.prefill_beside_tokens),
         })  # fmt: skip
         return self.switch
 
@@ -115,6 +135,8 @@ class Bench:
         self.arguments = arguments
         self.numbers = torch.Generator().manual_seed(0)
         self.asked = 0
+        self.busy_s = 0.0
+        """What steps took on the step thread."""
         self.leases: list[Any] = []
         self.opened: list[Engine] = []
 
@@ -141,6 +163,20 @@ class Bench:
             skeleton = await self.engines.skeleton(checkpoint)
             self.leases.append(await self.store.acquire(checkpoint.model))
             self.opened.append(await self.engines.open(self.leases[-1], skeleton, codec))
+            self.time_steps(self.opened[-1])
+
+    def time_steps(self, engine: Any) -> None:
+        """Add what its steps take to `busy_s`."""
+        advance = engine._runner.advance  # noqa: SLF001
+
+        def timed(steps: Any) -> Any:
+            began = time.perf_counter()
+            try:
+                return advance(steps)
+            finally:
+                self.busy_s += time.perf_counter() - began
+
+        engine._runner.advance = timed  # noqa: SLF001
 
     async def close(self) -> None:
         """Give everything back."""
@@ -159,10 +195,12 @@ class Bench:
             ignore_eos=True,
         )  # fmt: skip
 
-    async def stream(self, started: asyncio.Event, stop: asyncio.Event) -> list[float]:
+    async def stream(
+        self, started: asyncio.Event, stop: asyncio.Event, model: int = 0
+    ) -> list[float]:
         """Return when each token of an endless session came."""
         times: list[float] = []
-        generation = self.opened[0].submit(self.request(64, 60000))
+        generation = self.opened[model].submit(self.request(64, 60000))
         async for chunk in generation:
             times += [time.perf_counter()] * len(chunk.tokens)
             if len(times) >= WARM_TOKENS:
@@ -178,11 +216,34 @@ class Bench:
             pass
         return time.perf_counter() - began
 
-    async def round(self, order: str, prompted: int) -> dict[str, Any]:
-        """Return gaps (seconds) and the prompts' first tokens of one round."""
+    async def use(self, order: str) -> None:
+        """Change the order of turns when no engine has anything to do."""
         while any(engine._flight for engine in self.opened):  # noqa: SLF001, ASYNC110 - of cancelled streams
             await asyncio.sleep(0.01)
         self.engines.switch.current = self.engines.switch.orders[order]
+
+    async def both(self, order: str) -> dict[str, Any]:
+        """Return what two models that decode do with the device."""
+        await self.use(order)
+        stop = asyncio.Event()
+        starts = [asyncio.Event() for _ in range(2 * self.arguments.streams)]
+        tasks = [self.stream(start, stop, number % 2) for number, start in enumerate(starts)]
+        streams = [asyncio.create_task(task) for task in tasks]
+        for start in starts:
+            await start.wait()
+        began, busy_s = time.perf_counter(), self.busy_s
+        await asyncio.sleep(self.arguments.alone_s)
+        ended, busy_s = time.perf_counter(), self.busy_s - busy_s
+        stop.set()
+        times = await asyncio.gather(*streams)
+        tokens = sum(began < at < ended for one in times for at in one)
+        gaps = [b - a for one in times for a, b in pairwise(one) if a > began and b < ended]
+        took_s = ended - began
+        return {"tokens_per_s": tokens / took_s, "busy": busy_s / took_s, "gaps": gaps}
+
+    async def round(self, order: str, prompted: int) -> dict[str, Any]:
+        """Return gaps (seconds) and the prompts' first tokens of one round."""
+        await self.use(order)
         stop = asyncio.Event()
         starts = [asyncio.Event() for _ in range(self.arguments.streams)]
         streams = [asyncio.create_task(self.stream(start, stop)) for start in starts]
@@ -213,14 +274,40 @@ def summary(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+async def two_decode(bench: Bench) -> dict[str, Any]:
+    """Compare two orders while two models decode; they alternate."""
+    orders = ("in_turn", "deadline")
+    rounds: dict[str, list[dict[str, Any]]] = {order: [] for order in orders}
+    for number in range(bench.arguments.decode_rounds):
+        for order in orders if number % 2 else orders[::-1]:
+            rounds[order].append(await bench.both(order))
+    made: dict[str, Any] = {}
+    for order, ones in rounds.items():
+        gaps = sorted(1e3 * gap for one in ones for gap in one["gaps"])
+        made[order] = {
+            "tokens_per_s": [round(one["tokens_per_s"]) for one in ones],
+            "busy": [round(one["busy"], 3) for one in ones],
+            "busy_median": round(statistics.median(one["busy"] for one in ones), 3),
+            "p50_ms": round(gaps[len(gaps) // 2], 2), "p99_ms": round(gaps[int(0.99 * (len(gaps) - 1))], 2),
+        }  # fmt: skip
+    pairs = zip(rounds["deadline"], rounds["in_turn"], strict=True)
+    ratios = sorted(new["tokens_per_s"] / old["tokens_per_s"] for new, old in pairs)
+    made["tokens_of_in_turn"] = [round(ratio, 3) for ratio in ratios]
+    made["tokens_of_in_turn_median"] = round(statistics.median(ratios), 3)
+    print(json.dumps({"two_decode": made}, indent=1), flush=True)
+    return made
+
+
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run all rounds."""
     bench = Bench(arguments)
     await bench.start()
-    orders = list(bench.engines.switch.orders)
+    orders = [order for order in bench.engines.switch.orders if order != "in_turn"]
     await bench.round("first_come", 2)  # warm
     found: dict[str, Any] = {"alone": summary([await bench.round("deadline", 0)])}
-    for prompted in (1, 2):
+    if arguments.decode_rounds:
+        found["two_decode"] = await two_decode(bench)
+    for prompted in (1, 2) if arguments.rounds else ():
         rounds: dict[str, list[dict[str, Any]]] = {order: [] for order in orders}
         for number in range(arguments.rounds):
             for place in range(len(orders)):
@@ -266,6 +353,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--kv-mib", type=int, default=512)
+    parser.add_argument("--decode-rounds", type=int, default=6)
     parser.add_argument("--alone-s", type=float, default=3.0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

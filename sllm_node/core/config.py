@@ -85,6 +85,8 @@ class EngineConfig(Section, frozen=True):
     kv_cache_bytes: ByteSize = _size("512MiB")
     block_tokens: Count = 16
     prefix_cache: bool = True
+    kv_offload: bool = False
+    kv_offload_bytes: ByteSize = _size("1GiB")
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
     prefill_beside_tokens: Count = 128
@@ -323,7 +325,7 @@ def _suggest(key: str, fields: dict[str, Any]) -> str:
 
 def _contradictions(config: Config) -> Iterator[str]:
     checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_blocks, _check_pool, _check_bind, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
+        _check_chunks, _check_blocks, _check_pool, _check_offload, _check_bind, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
     )  # fmt: skip
     for check in checks:
         if (problem := check(config)) is not None:
@@ -350,6 +352,17 @@ def _check_pool(config: Config) -> str | None:
         return (
             f"store.pool_bytes = {config.store.pool_bytes}: must hold two chunks at least "
             f"({smallest} bytes), so that one is read while the other is copied"
+        )
+    return None
+
+
+def _check_offload(config: Config) -> str | None:
+    chunk, pool = config.store.chunk_bytes, config.store.pool_bytes
+    size = config.engine.kv_offload_bytes
+    if config.engine.kv_offload and not chunk <= size <= pool - 2 * chunk:
+        return (
+            f"engine.kv_offload_bytes = {size}: must be one chunk of the pool at least ({chunk} bytes) and "
+            f"leave two of store.pool_bytes = {pool} to loads, while engine.kv_offload is on"
         )
     return None
 

@@ -115,6 +115,15 @@ class Metrics:
         self.preemptions = counter(
             "sllm_preemptions", "Sessions set back for want of KV blocks", ["model"]
         )
+        self.kv_offload_decisions = counter(
+            "sllm_kv_offload_decisions",
+            "Sessions set back whose blocks are copied, computed again, or find no room in the pool",
+            ["model", "decision"],
+        )
+        self.kv_offload_bytes = counter(
+            "sllm_kv_offload_bytes", "Bytes of KV blocks copied to the pool and back",
+            ["model", "direction"],
+        )  # fmt: skip
         self.graph_failures = counter(
             "sllm_graph_failures", "Kinds of steps that could not be captured as graphs", ["device"]
         )

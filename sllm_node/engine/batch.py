@@ -12,7 +12,8 @@ there are blocks for all its tokens and one more; nobody behind it overtakes it,
 never start. It begins behind the blocks that it finds cached, so that these are not computed again;
 one token at least is, because the next is drawn from its logits. When a running session needs a
 block and there is none, the youngest of the lowest priority gives its blocks back and waits again;
-those that are full stay cached for it, until others take them.
+those that are full stay cached for it, until others take them; or all are copied first, where `offload`
+says so, and come back when it is admitted again.
 
 A session that is replayed computes output tokens one a step, those that are known too, so that the
 same kernels see them as when they were generated. Of blocks with output tokens it takes only such as
@@ -44,6 +45,7 @@ from typing import Final
 
 from sllm_node.engine.beside import Beside
 from sllm_node.engine.blocks import Blocks
+from sllm_node.engine.offload import Offload
 from sllm_node.engine.session import Session, SessionEvent, SessionState
 
 _BESIDE_EACH: Final = 3
@@ -97,6 +99,8 @@ class Batch:
         `prefill_beside_ratio`: as for `Beside`.
         """
         self.blocks = blocks
+        self.offload: Offload | None = None
+        """What keeps the blocks of preempted sessions; None: nothing. Set before any comes."""
         self.preemptions = 0
         self.asked_tokens = 0
         """Tokens of sessions that were admitted for the first time."""
@@ -122,6 +126,13 @@ class Batch:
         """Sessions with blocks."""
         return len(self._running)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether all that is to be computed is one token each of sessions that have their blocks."""
+        return all(session.is_resting for session in self._waiting) and all(
+            session.due <= 1 for session in self._running
+        )
+
     def sessions(self) -> list[Session]:
         """Return all sessions that have not ended."""
         return [*self._running, *self._waiting]
@@ -137,6 +148,8 @@ class Batch:
             return
         (self._running if session.state is SessionState.RUNNING else self._waiting).remove(session)
         session.happen(SessionEvent.ENDED)
+        if self.offload is not None:
+            self.offload.drop(session)
         if not session.in_flight:
             self.blocks.give_back(session.table)
 
@@ -192,7 +205,8 @@ class Batch:
             session = part.session
             self._landed(part)
             session.computed = part.start + part.count
-            self._fill(session, part.start)
+            restored = None if self.offload is None else self.offload.landed(session)
+            self._fill(session, part.start if restored is None else restored)
             if session.state is not SessionState.ENDED:
                 self._leave(session)
             elif not session.in_flight:
@@ -201,15 +215,23 @@ class Batch:
     def failed(self, parts: list[Part]) -> None:
         """Take note that a step has ended and may have written anything to its sessions' blocks.
 
-        Its sessions must end. Nothing stays cached: who knows what else went wrong.
+        Its sessions must end. Nothing stays cached or in the pool: who knows what else went wrong.
         """
         self._under_way -= 1
         self.blocks.forget()
+        if self.offload is not None:
+            self.offload.close()
         for part in parts:
             session = part.session
             self._landed(part)
             if session.state is SessionState.ENDED and not session.in_flight:
                 self.blocks.give_back(session.table)
+
+    def forget(self) -> None:
+        """Let no session begin behind what was computed: some of it may be no numbers."""
+        self.blocks.forget()
+        if self.offload is not None:
+            self.offload.forget()
 
     def _landed(self, part: Part) -> None:
         part.session.in_flight -= 1
@@ -239,11 +261,15 @@ class Batch:
         if session is None or len(self._running) >= self._max_sessions:
             return None
         size = self.blocks.block_tokens
-        found = self._find(session)
-        if not self.blocks.begin(session.table, found, session.length + 1):
+        passed = 0 if self.offload is None else self.offload.passed_blocks(session)
+        found = [] if passed else self._find(session)
+        if not self.blocks.begin(session.table, found, session.length + 1 - passed * size):
             return None
         self._waiting.remove(session)
-        session.computed = session.planned = len(found) * size
+        session.computed = len(found) * size
+        if self.offload is not None:
+            session.computed = self.offload.restore(session, len(found), size)
+        session.planned, session.passed_blocks = session.computed, passed
         if session.found is None:
             session.found = session.computed
             self.asked_tokens += session.length
@@ -277,6 +303,8 @@ class Batch:
         return True
 
     def _preempt(self, session: Session) -> None:
+        if self.offload is not None:
+            self.offload.pause(session, self.blocks.block_tokens)
         self.blocks.give_back(session.table)
         session.computed = session.planned = session.passed_blocks = 0
         session.happen(SessionEvent.PREEMPTED)

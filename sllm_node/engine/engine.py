@@ -12,17 +12,19 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
 from sllm_node.core.errors import CancelledByOperatorError, EngineError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import FinishReason, GenerationRequest
+from sllm_node.core.types import GenerationRequest
 from sllm_node.engine.arriving import WeightsMissingError
 from sllm_node.engine.batch import Batch, Part, becoming_due, prompt_tokens
-from sllm_node.engine.generation import Generation, logprob_of
+from sllm_node.engine.generation import Generation, finish_of, logprob_of
 from sllm_node.engine.interleave import Job
+from sllm_node.engine.offloading import with_copies
 from sllm_node.engine.parts import Parts
 from sllm_node.engine.refusals import check_capacity, check_request
 from sllm_node.engine.runner import Runner, StepPart, step_parts
@@ -56,6 +58,7 @@ class Engine:
             parts.blocks, config.max_sessions, config.max_step_tokens, parts.window,
             config.prefill_beside_tokens, config.prefill_beside_ratio,
         )  # fmt: skip
+        self._batch.offload = None if parts.offloading is None else parts.offloading.offload
         self._resume = config.resume
         # Only the module's forward pass knows how to wait for weights.
         decode = parts.decode if parts.arriving is None else None
@@ -160,10 +163,12 @@ class Engine:
         for generation in list(self._generations.values()):
             self._end(generation)
             generation.fail(error)
-        self._parts.blocks.forget()
+        self._batch.forget()
         assert runner is not None
         # On the step thread, where the last step's tensors were made and freed.
         await self._steps.run(self._let_go, runner)
+        if self._parts.offloading is not None:
+            self._parts.offloading.offload.close()
         if self._is_trusted:
             self._parts.keep()
 
@@ -219,14 +224,13 @@ class Engine:
             return self._begin(runner)
         generations = () if seat.is_alone else self._generations.values()
         times = [since for g in generations if (since := g.due_since) is not None]
-
-        def begin() -> Job | None:
-            job = self._begin(runner)
-            if job is not None:
-                self._step_wait.observe(self._clock.now() - asked)
-            return job
-
-        return await seat.turn(Need(len(times), min(times, default=0.0)), begin)
+        need = Need(len(times), min(times, default=0.0))
+        # What a step takes of prompts, and of whose, shows when its turn begins.
+        certain = lambda: self._depth == 1 and self._batch.is_decoding  # noqa: E731 - asked later
+        job = await seat.turn(need, partial(self._begin, runner), certain)
+        if job is not None:
+            self._step_wait.observe(self._clock.now() - asked)
+        return job
 
     def _begin(self, runner: Runner) -> Job | None:
         """Plan, and put on the thread what is to be launched and read; None: nothing is."""
@@ -237,7 +241,8 @@ class Engine:
         oldest, began = self._flight[0], self._clock.now()
         self.watch.began(len(oldest), sum(part.count for part in oldest))
         try:
-            future = self._stepping.submit(runner.advance, self._launches(planned))
+            advance = with_copies(self._parts.offloading, runner.advance, prompt_tokens(oldest))
+            future = self._stepping.submit(advance, self._launches(planned))
         except Exception as error:  # noqa: BLE001 - told like one of the step itself
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
@@ -297,7 +302,7 @@ class Engine:
         if drawn.token < 0:
             error = EngineError(name, "the model's logits are not numbers for this request")
             self._is_trusted = False
-            self._parts.blocks.forget()  # its keys and values may be no numbers either
+            self._batch.forget()  # its keys and values may be no numbers either
             self._end(generation)
             generation.fail(error)
             return
@@ -310,7 +315,7 @@ class Engine:
         is_eos = drawn.token in self._parts.codec.eos_ids and not session.request.ignore_eos
         offset = generation.text.detokenizer.characters
         text = "" if is_eos else generation.text.add(drawn.token)
-        finish = self._finish(generation, is_eos=is_eos)
+        finish = finish_of(generation, self._parts.context_tokens, is_eos=is_eos)
         if finish is not None:
             if generation.text.scanner.found is None:
                 text += generation.text.flush()
@@ -319,15 +324,6 @@ class Engine:
             self._end(generation)
         logprob = logprob_of(session.request, drawn, offset, self._parts.codec.token_text)
         generation.give(text, drawn.token, logprob, finish)
-
-    def _finish(self, generation: Generation, *, is_eos: bool) -> FinishReason | None:
-        session = generation.session
-        if is_eos or generation.text.scanner.found is not None:
-            return "stop"
-        is_full = session.length >= self._parts.context_tokens
-        if is_full or len(session.output) >= session.request.max_tokens:
-            return "length"
-        return None
 
     # --- ends ---------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from weakref import WeakSet
 import torch
 
 from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.checkpoint.split import Cut, layer_starts, split
+from sllm_node.checkpoint.split import Cut, split
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
 from sllm_node.core.errors import KvMemoryError, SllmError
@@ -29,13 +29,14 @@ from sllm_node.engine.engine import Engine
 from sllm_node.engine.fused import FusedDecoder
 from sllm_node.engine.graphs import CudaGraphs
 from sllm_node.engine.interleave import Interleaving, Order
-from sllm_node.engine.kept import KvPlace, Skeleton, build
+from sllm_node.engine.kept import KvPlace, Skeleton, build, layers_on
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
+from sllm_node.engine.offload import Pool, Room
+from sllm_node.engine.offloading import Offloads
 from sllm_node.engine.parts import Parts
 from sllm_node.engine.refusals import check_capacity, check_request
 from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import (
-    LayerShape,
     Model,
     build_skeleton,
     common_window,
@@ -65,8 +66,8 @@ class WeightSource(Protocol):
         """Which bytes are there; None: all."""
 
 
-class Memory(Protocol):
-    """Where KV memory comes from; the store satisfies it."""
+class Memory(Pool, Protocol):
+    """Where KV memory comes from, and chunks for what leaves it; the store satisfies it."""
 
     def capacity(self, device: str) -> int:
         """Return the bytes that weights and KV memory may share."""
@@ -105,6 +106,8 @@ class Engines:
         self._early = EarlyThreads(lambda: StepThread(clock, gate, config.torch_threads))
         self._builder = StepThread(clock, gate, config.torch_threads)
         self._readers = ThreadPoolExecutor(2, "sllm-codec")
+        room = Room(memory, config.kv_offload_bytes) if config.kv_offload else None
+        self._offloads = Offloads(room, clock, metrics)
         self._capacity: dict[Path, int] = {}
         """Tokens that the KV memory of a model holds, by its folder; known from its config."""
         self._kept: OrderedDict[Path, tuple[Checkpoint, Skeleton]] = OrderedDict()
@@ -251,6 +254,7 @@ class Engines:
             tuple(one.buffer for one in place.memory), blocks, place.decode, index.context_tokens,
             common_window(skeleton.shapes), codec, self._check, let_go, keep,
             arriving=arriving,
+            offloading=self._offloads.of(lease.checkpoint.model, place.cache, blocks.block_tokens),
             seat=self._turns[device].join(),  # last: what fails leaves none behind
         )  # fmt: skip
         engine = Engine(parts, self._config, steps, self._clock, self._metrics)
@@ -261,7 +265,7 @@ class Engines:
         self, lease: WeightSource, skeleton: Skeleton, slots: int, steps: StepThread
     ) -> KvPlace:
         """Take KV memory, where it was before if it can be; bind weights that are not bound yet."""
-        layers = self._layers_on(lease, skeleton)
+        layers = layers_on(lease.parts, lease.checkpoint.index, skeleton.shapes)
         dtype = skeleton.model.dtype
         sizes = [(device, bytes_per_token(shapes, dtype) * slots) for device, shapes in layers]
         known = skeleton.take_kv(sizes)
@@ -348,20 +352,6 @@ class Engines:
     def _check(self) -> None:
         for device in self._devices:
             device.check()
-
-    def _layers_on(
-        self, lease: WeightSource, skeleton: Skeleton
-    ) -> list[tuple[str, tuple[LayerShape, ...]]]:
-        """Return the device of each part and the shapes of the layers there."""
-        if len(lease.parts) == 1:
-            return [(lease.parts[0].part.device, skeleton.shapes)]
-        starts = layer_starts(lease.checkpoint.index)
-        found = []
-        for one in lease.parts:
-            inside = [n for n, start in enumerate(starts) if one.part.start <= start < one.part.end]
-            layers = tuple(skeleton.shapes[number] for number in inside)
-            found.append((one.part.device, layers))
-        return found
 
     async def warm(self, checkpoints: Sequence[Checkpoint]) -> None:
         """Import what these models need before the first request: seconds, once per architecture."""

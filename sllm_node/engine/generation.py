@@ -160,6 +160,17 @@ class Generation:
         self._looked.set()
 
 
+def finish_of(generation: Generation, context_tokens: int, *, is_eos: bool) -> FinishReason | None:
+    """Return why a session ends with its last token; None: it goes on."""
+    session = generation.session
+    if is_eos or generation.text.scanner.found is not None:
+        return "stop"
+    is_full = session.length >= context_tokens
+    if is_full or len(session.output) >= session.request.max_tokens:
+        return "length"
+    return None
+
+
 def logprob_of(
     request: GenerationRequest, drawn: Drawn, offset: int, name: Callable[[int], str]
 ) -> TokenLogprob | None:

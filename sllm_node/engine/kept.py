@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sllm_node.checkpoint.index import TensorIndex
+from sllm_node.checkpoint.split import layer_starts
 from sllm_node.device.base import DeviceBuffer
 from sllm_node.engine.decode_batch import DecodeBatch
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token
@@ -89,3 +90,17 @@ def build(directory: Path) -> Skeleton:
     model = build_skeleton(directory)
     shapes = layer_shapes(model)
     return Skeleton(model, shapes, bytes_per_token(shapes, model.dtype))
+
+
+def layers_on(
+    parts: Sequence[WeightPart], index: TensorIndex, shapes: Sequence[LayerShape]
+) -> list[tuple[str, tuple[LayerShape, ...]]]:
+    """Return the device of each part of a model and the shapes of the layers there."""
+    if len(parts) == 1:
+        return [(parts[0].part.device, tuple(shapes))]
+    starts = layer_starts(index)
+    found = []
+    for one in parts:
+        inside = [n for n, start in enumerate(starts) if one.part.start <= start < one.part.end]
+        found.append((one.part.device, tuple(shapes[number] for number in inside)))
+    return found

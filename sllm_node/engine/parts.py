@@ -10,6 +10,7 @@ from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.decode_batch import DecodeBatch
 from sllm_node.engine.interleave import Seat
 from sllm_node.engine.kv import KvCache
+from sllm_node.engine.offloading import Offloading
 from sllm_node.engine.skeleton import Model
 from sllm_node.engine.text import TextCodec
 
@@ -39,3 +40,5 @@ class Parts:
     """Its place among the engines of the device."""
     arriving: Arriving | None = None
     """What steps wait through while the weights are on their way; None: they are all there."""
+    offloading: Offloading | None = None
+    """Where blocks of preempted sessions go; None: they are computed again."""

@@ -21,8 +21,13 @@ share the time that is left beside all their steps, by what these have taken lat
 last turn had prompts, and who comes after it is spent has `prefill_beside_tokens`, as all have at least.
 So a gap is longer than the target where these leave no room; and by up to as much again for a round
 or two after a model began to take prompts. When nobody else decodes, nothing limits a piece.
+
+While a turn lasts, the one behind it may be certain already: sessions decode in it, and nobody who may
+ask meanwhile would go before it (`following`). Its job can be put behind the one under way then (`follow`), so
+that nothing lies between the two; the order is the same.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -91,6 +96,8 @@ class Turns:
         self._last_seat = self._last_number = 0
         self._taken: int | None = None
         """Whose turn it is."""
+        self._following: int | None = None
+        """Who has the next one for certain."""
         self._gone: set[int] = set()
         """Engines that decode and had a turn since the last one for prompts, or in this round."""
         self._gone_before: set[int] = set()
@@ -110,6 +117,8 @@ class Turns:
         self._gone.discard(seat)
         if self._taken == seat:
             self._taken = None
+        if self._following == seat:
+            self._following = None
 
     def ready(self, seat: int, need: Need, now: float) -> None:
         """Take note that an engine waits for a turn."""
@@ -122,6 +131,8 @@ class Turns:
         """Take note that an engine wants no turn, or makes no use of its own: it has nothing to do."""
         one = self._seats[seat]
         one.is_ready, one.need, one.had_prompts = False, Need(), False
+        if self._following == seat:
+            self._following = None
         if self._taken == seat:  # as if it had not been: it is nobody's turn for prompts
             self._taken, self._gone = None, self._gone_before & self._seats.keys()
 
@@ -130,18 +141,47 @@ class Turns:
         ready = {seat: one for seat, one in self._seats.items() if one.is_ready}
         if self._taken is not None or not ready:
             return None
-        due = [seat for seat, one in ready.items() if one.need.decoding and seat not in self._gone]
+        seat, is_new_round = self._choice(ready)
+        if (
+            self._following is not None
+        ):  # the same, but for who came with a need that nobody foresaw
+            seat, is_new_round = self._following, self._following in self._gone
+            self._following = None
         self._gone_before = set(self._gone)
-        if not due:
+        if is_new_round:
             self._gone.clear()
             self._spent_s = 0.0
-            due = [seat for seat, one in ready.items() if not one.need.decoding] or list(ready)
-        seat = min(due, key=lambda seat: (self._deadline(ready[seat]), ready[seat].number))
         one = ready[seat]
         if one.need.decoding:
             self._gone.add(seat)
         one.is_ready, one.began, self._taken = False, now, seat
         return seat
+
+    def _choice(self, ready: Mapping[int, _Seat]) -> tuple[int, bool]:
+        """Return who of them goes first, and whether a round begins with it."""
+        due = [seat for seat, one in ready.items() if one.need.decoding and seat not in self._gone]
+        is_new_round = not due
+        if is_new_round:
+            due = [seat for seat, one in ready.items() if not one.need.decoding] or list(ready)
+        seat = min(due, key=lambda seat: (self._deadline(ready[seat]), ready[seat].number))
+        return seat, is_new_round
+
+    def following(self) -> int | None:
+        """Return who goes when the turn under way has ended, whoever asks until then; None: it is open."""
+        ready = {seat: one for seat, one in self._seats.items() if one.is_ready}
+        if self._taken is None or self._following is not None or not ready:
+            return None
+        seat, is_new_round = self._choice(ready)
+        if not ready[seat].need.decoding:
+            return None
+        away = self._seats.keys() - ready.keys() - {self._taken}
+        if not is_new_round:  # who has prompts only comes behind those who decode, in this one
+            away = {one for one in away if self._seats[one].need.decoding} - self._gone
+        return None if away else seat
+
+    def follow(self, seat: int) -> None:
+        """Take note that the job of who is `following` is behind the one under way."""
+        self._following = seat
 
     def ended(self, seat: int, prompt_tokens: int, now: float, draws: int = 0) -> None:
         """Take note that a turn has ended, and with it a step with so many tokens of prompts.

@@ -68,7 +68,8 @@ class Observed:
         """Set the gauges of pool and device."""
         ledger = self._ledger
         self._metrics.pool_chunks.labels("free").set(ledger.free)
-        self._metrics.pool_chunks.labels("used").set(ledger.chunks - ledger.free)
+        self._metrics.pool_chunks.labels("used").set(ledger.chunks - ledger.free - ledger.lent)
+        self._metrics.pool_chunks.labels("lent").set(ledger.lent)
         for tier in self._tiers:
             device, cached = tier.device, tier.arena.cached_bytes
             for state, size in (

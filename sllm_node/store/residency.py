@@ -9,6 +9,9 @@ least recently used model that isn't pinned or loading, so that a victim stays p
 eviction is by bytes; else one of its own that was copied already, the latest unit first, so that a
 model larger than the pool streams through it and keeps its head for the next time. None is the
 answer when all that is left is in flight: whoever asked waits until something is given back.
+
+Chunks can be lent for something that is no checkpoint: free ones, else other models', as a load takes them.
+Of what pins leave, two chunks stay for loads, as many as any load needs.
 """
 
 from bisect import bisect_right
@@ -16,12 +19,16 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from sllm_node.checkpoint.index import FileChunk, TensorIndex
 from sllm_node.codec.names import RAW
 from sllm_node.core.errors import CheckpointFormatError
 from sllm_node.core.types import ModelId
 from sllm_node.device.base import ChunkJobs
+
+LOAD_CHUNKS: Final = 2
+"""What a load needs at least: one chunk is read while the other is copied."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +161,7 @@ class Residency:
         self._chunks = chunks
         self._free = list(range(chunks - 1, -1, -1))
         self._in_flight = 0
+        self._lent: set[int] = set()
         self._rows: OrderedDict[ModelId, _Row] = OrderedDict()
         """Least recently used first."""
 
@@ -173,6 +181,11 @@ class Residency:
     def in_flight(self) -> int:
         """Chunks that a reader fills or a copy reads."""
         return self._in_flight
+
+    @property
+    def lent(self) -> int:
+        """Chunks that are lent."""
+        return len(self._lent)
 
     def models(self) -> tuple[ModelId, ...]:
         """Return the known models, least recently used first."""
@@ -331,6 +344,26 @@ class Residency:
             slot.is_damaged = True
         elif slot.state is UnitState.FILLED:  # and not given up by another copy's end
             self._empty(row, unit)
+
+    # --- loans --------------------------------------------------------------------------------
+
+    def lend(self) -> tuple[int, ModelId | None] | None:
+        """Lend a chunk; return it and the model it was taken from, if from one; None: there is none."""
+        pinned = [row for row in self._rows.values() if row.is_pinned]
+        kept = sum(slot.state is not UnitState.EMPTY for row in pinned for slot in row.slots)
+        if len(self._lent) + kept + LOAD_CHUNKS >= self._chunks:
+            return None
+        victim = None if self._free else self._evict_one()
+        if not self._free:
+            return None
+        chunk = self._free.pop()
+        self._lent.add(chunk)
+        return chunk, victim
+
+    def take_back(self, chunk: int) -> None:
+        """A lent chunk is free again."""
+        self._lent.remove(chunk)
+        self._free.append(chunk)
 
     # --- victims ------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Part, Placem
 from sllm_node.device.base import Device, DeviceRange, Event
 from sllm_node.store.lease import Lease, LeasedPart, Resident, parts_of, report_of
 from sllm_node.store.loader import Load
+from sllm_node.store.loan import Loan
 from sllm_node.store.observed import Observed
 from sllm_node.store.pipeline import LoadCancelledError, Machinery, Source, Target, call_on
 from sllm_node.store.pool import PinnedPool
@@ -250,6 +251,11 @@ class Store:
     def pool_chunks_used(self) -> int:
         """Chunks that hold or await bytes."""
         return self._ledger.chunks - self._ledger.free
+
+    @property
+    def pool_chunks_lent(self) -> int:
+        """Chunks that are lent for something that is no checkpoint."""
+        return self._ledger.lent
 
     # --- the way up ---------------------------------------------------------------------------
 
@@ -578,6 +584,38 @@ class Store:
         """A chunk may be free: the load that has waited longest tries again."""
         if self._chunk_queue:
             self._chunk_queue.popleft().pump()
+
+    @property
+    def chunk_bytes(self) -> int:
+        """Size of a chunk of the pinned pool."""
+        return self._config.chunk_bytes
+
+    def lend(self, count: int) -> Loan | None:
+        """Lend `count` chunks of the pinned pool for something that is no checkpoint; None: there is no room.
+
+        Who waits for a chunk to load goes first.
+        """
+        assert self._machinery is not None, "the store is not started"
+        chunks: list[int] = []
+        pool, size = self._machinery.pool, self._config.chunk_bytes
+        while len(chunks) < count:
+            taken = None if self._chunk_queue else self._ledger.lend()
+            if taken is None:
+                self._take_back_chunks(chunks)
+                return None
+            chunk, victim = taken
+            chunks.append(chunk)
+            if victim is not None:
+                self._observed.gave_way(victim)
+        self._observed.show()
+        views = [pool.view(chunk, size) for chunk in chunks]
+        return Loan(views, partial(self._take_back_chunks, chunks))
+
+    def _take_back_chunks(self, chunks: Sequence[int]) -> None:
+        for chunk in chunks:
+            self._ledger.take_back(chunk)
+            self._wake_one()
+        self._observed.show()
 
     # --- the way down -------------------------------------------------------------------------
 

@@ -78,6 +78,8 @@ def test_sizes_may_carry_units():
         ),
         ('[device]\nname = "cpu"', "device.name: unknown key; did you mean 'names'?"),
         ('[engine]\nkv_cache_bytes = "8GiB"', "engine.kv_cache_bytes"),
+        ('[engine]\nkv_offload = true\nkv_offload_bytes = "8MiB"', "engine.kv_offload_bytes"),
+        ('[engine]\nkv_offload = true\nkv_offload_bytes = "4GiB"', "engine.kv_offload_bytes"),
         ("node = 3", "node"),
         ("models = 3", "models"),
         ("[models]\na = 3", "models.a"),

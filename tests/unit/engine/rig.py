@@ -39,11 +39,32 @@ class WeightsPart:
     buffer: DeviceBuffer
 
 
+class LentChunks:
+    """Pinned memory in the place of the store's chunks."""
+
+    def __init__(self, device, count, size):
+        self.buffers = [device.pin(size, huge_pages=False) for _ in range(count)]
+        self.views = [buffer.view for buffer in self.buffers]
+
+    def close(self):
+        for buffer in self.buffers:
+            buffer.close()
+        self.buffers.clear()
+
+
 class DeviceMemory:
-    """KV memory straight from the devices."""
+    """KV memory straight from the devices, and chunks of pinned memory."""
+
+    chunk_bytes = 64 << 10
 
     def __init__(self, *devices):
         self.devices = {device.name: device for device in devices}
+        self.loans = []
+
+    def lend(self, count):
+        device = next(iter(self.devices.values()))
+        self.loans.append(LentChunks(device, count, self.chunk_bytes))
+        return self.loans[-1]
 
     def capacity(self, device):
         return self.devices[device].memory_total

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sllm_node.engine.batch import Batch
 from sllm_node.engine.blocks import Blocks
+from sllm_node.engine.offload import Offload, Room
 from sllm_node.engine.session import SessionState
 from tests.unit.engine.test_batch import BLOCK, LIKES, PENALISED, PLAIN, make
 
@@ -23,6 +24,8 @@ class Step:
     plan: list[Any]
     tables: list[tuple[list[int], int]]
     has_run: bool = False
+    back: tuple[Any, ...] = ()
+    """Copies from the pool that run right before it."""
 
 
 class BatchMachine(RuleBasedStateMachine):
@@ -60,6 +63,7 @@ class BatchMachine(RuleBasedStateMachine):
         self.begin_step()
 
     def begin_step(self):
+        self.end_copies()
         plan = self.batch.plan()
         tables = [(list(part.session.table), part.session.passed_blocks) for part in plan]
         if not plan:
@@ -77,14 +81,25 @@ class BatchMachine(RuleBasedStateMachine):
                 assert session.request.sampling is not PENALISED
             else:
                 assert len(session.tokens(part.start, part.count)) == part.count
-        self.flight.append(Step(plan, tables))
+        self.flight.append(Step(plan, tables, back=self.begin_copies()))
         return True
+
+    def begin_copies(self):
+        """Launch what the plan needs; return the copies that run with the step."""
+        return ()
+
+    def end_copies(self):
+        """End the job that launched copies."""
+
+    def bring_back(self, step):
+        """Run the copies from the pool."""
 
     @precondition(lambda self: not all(step.has_run for step in self.flight))
     @rule()
     def run_step(self):
         step = next(step for step in self.flight if not step.has_run)
         step.has_run = True
+        self.bring_back(step)
         written = [slot for slot, _, _ in self.writes(step)]
         assert len(written) == len(set(written))
         for slot, session, at in self.writes(step):
@@ -103,6 +118,7 @@ class BatchMachine(RuleBasedStateMachine):
     @rule(surprise=st.integers(0, 9), is_number=st.booleans())
     def end_step(self, surprise=9, is_number=True):
         """End the oldest; the session of part `surprise` ends with its token, or without one."""
+        self.end_copies()
         if not self.flight[0].has_run:
             self.run_step()
         step = self.flight.popleft()
@@ -112,7 +128,7 @@ class BatchMachine(RuleBasedStateMachine):
             if not part.is_last or session.state is SessionState.ENDED:
                 continue
             if place == surprise and not is_number:
-                self.batch.blocks.forget()
+                self.batch.forget()
                 self.batch.end(session)
                 continue
             session.output.append(session.length)
@@ -217,6 +233,100 @@ class BatchMachine(RuleBasedStateMachine):
                 yield slot_of(table, passed, at), part.session, at
 
 
+class HostMemory:
+    """Chunks of two blocks; what lies in a block is what KV memory held of it."""
+
+    chunk_bytes = 2 * BLOCK
+
+    def __init__(self):
+        self.loans = []
+
+    def lend(self, count):
+        self.loans.append(FakeLoan(count))
+        return self.loans[-1]
+
+
+class FakeLoan:
+    def __init__(self, count):
+        self.views = (memoryview(b""),) * count
+        self.blocks = {}
+        self.is_closed = False
+
+    def close(self):
+        assert not self.is_closed
+        self.is_closed = True
+        self.blocks.clear()
+
+
+class OffloadMachine(BatchMachine):
+    """The same where preempted sessions' blocks go to the pool, and come back."""
+
+    def __init__(self):
+        super().__init__()
+        self.host = HostMemory()
+        self.room = Room(self.host, 5 * HostMemory.chunk_bytes)
+        self.offload = Offload(self.room, BLOCK)
+        blocks = Blocks(self.BLOCKS, BLOCK)
+        self.batch = Batch(blocks, 3, 11, self.WINDOW)
+        self.batch.offload = self.offload
+        self.job: list[Any] = []
+
+    def begin_copies(self):
+        self.job = self.offload.take()
+        if any(not one.is_back for one in self.job):
+            assert not self.flight, "blocks are copied while a step may write to them"
+        for one in self.job:
+            loan: Any = one.loan
+            assert not loan._loan.is_closed
+            if not one.is_back:
+                loan._loan.blocks = dict(enumerate(map(self.content, one.blocks)))
+        return tuple(one for one in self.job if one.is_back)
+
+    def content(self, block):
+        slots = range(block * BLOCK, (block + 1) * BLOCK)
+        return [(self.memory.get(slot), self.decoded.get(slot)) for slot in slots]
+
+    def bring_back(self, step):
+        for one in step.back:
+            assert not one.loan._loan.is_closed
+            for place, block in enumerate(one.blocks, one.first):
+                for offset, held in enumerate(one.loan._loan.blocks[place]):
+                    self.memory[block * BLOCK + offset], self.decoded[block * BLOCK + offset] = held
+
+    def end_copies(self):
+        job, self.job = self.job, []
+        self.offload.carried_out(job, None)
+
+    @precondition(lambda self: self.flight)
+    @rule()
+    def fail_steps(self):
+        self.job = []  # what it launched has ended, however
+        super().fail_steps()
+
+    @invariant()
+    def loans_are_of_sessions_that_have_not_ended_or_are_worked_on(self):
+        wanted = {s.number for s in self.batch.sessions()}
+        at_work = {part.session.number for step in self.flight for part in step.plan}
+        at_work |= {n for n in self.offload._aside if self.job}
+        assert set(self.offload._aside) <= wanted | at_work
+
+    @invariant()
+    def the_room_counts_what_is_lent(self):
+        lent = [loan for loan in self.host.loans if not loan.is_closed]
+        assert self.room.lent == sum(len(loan.views) for loan in lent) <= 5
+        assert len(lent) == self.offload.kept
+
+    def teardown(self):
+        super().teardown()
+        assert not self.room.lent
+
+
+class WindowedOffloadMachine(OffloadMachine):
+    """Both."""
+
+    WINDOW: ClassVar[int | None] = 6
+
+
 def slot_of(table, passed, at):
     return table[at // BLOCK - passed] * BLOCK + at % BLOCK
 
@@ -235,6 +345,8 @@ class WindowMachine(BatchMachine):
 
 TestBatchMachine = BatchMachine.TestCase
 TestWindowMachine = WindowMachine.TestCase
-TestBatchMachine.settings = TestWindowMachine.settings = settings(
-    deadline=None, max_examples=60, stateful_step_count=40, derandomize=True
-)
+TestOffloadMachine = OffloadMachine.TestCase
+TestWindowedOffloadMachine = WindowedOffloadMachine.TestCase
+_SETTINGS = settings(deadline=None, max_examples=60, stateful_step_count=40, derandomize=True)
+TestBatchMachine.settings = TestWindowMachine.settings = _SETTINGS
+TestOffloadMachine.settings = TestWindowedOffloadMachine.settings = _SETTINGS

@@ -110,6 +110,105 @@ async def test_who_is_cancelled_while_it_waits_has_no_turn():
     await again
 
 
+class Decoder(Engine):
+    """One that decodes, and whose job may be put behind another one's."""
+
+    is_certain = True
+
+    async def go(self, begin=None):
+        need = Need(1, 0.0)
+        job = await self.seat.turn(need, begin or self.begin, lambda: self.is_certain)
+        self.log.append(f"{self.name} has its turn")
+        if job is not None:
+            await job.future
+            self.log.append(f"{self.name} has its result")
+
+
+def decoders():
+    device, log = Interleaving(Turns(0.05, 128), ManualClock()), []
+    return [Decoder(device, log, name) for name in "ab"], log
+
+
+async def test_who_follows_for_certain_begins_ahead_and_has_its_turn_when_it_comes():
+    (a, b), log = decoders()
+    tasks = [asyncio.create_task(one.go()) for one in (a, b)]
+    await settle()
+    assert log == ["a begins", "a has its turn", "b begins"]
+    a.job.set_result(None)
+    await settle()
+    assert set(log[3:]) == {"b has its turn", "a has its result"}
+    again = asyncio.create_task(a.go())
+    await settle()
+    assert log[5:] == ["a begins"]
+    b.job.set_result(None)
+    await settle()
+    a.job.set_result(None)
+    await asyncio.gather(*tasks, again)
+
+
+async def test_who_may_do_something_else_when_its_turn_comes_waits_for_it():
+    (a, b), log = decoders()
+    b.is_certain = False
+    tasks = [asyncio.create_task(one.go()) for one in (a, b)]
+    await settle()
+    assert log == ["a begins", "a has its turn"]
+    a.job.set_result(None)
+    await settle()
+    assert log[2:] == ["b begins", "a has its result", "b has its turn"]
+    b.job.set_result(None)
+    await asyncio.gather(*tasks)
+
+
+@pytest.mark.parametrize("how", ["nothing", "raises", "cancelled"])
+async def test_who_was_to_follow_and_does_not_makes_room_for_others(how):
+    (a, b), log = decoders()
+
+    def begin():
+        if how == "raises":
+            raise ZeroDivisionError
+        return
+
+    first = asyncio.create_task(a.go())
+    await settle()
+    second = asyncio.create_task(b.go(None if how == "cancelled" else begin))
+    await settle()
+    if how == "cancelled":
+        second.cancel()
+    a.job.set_result(None)
+    await first
+    found = (await asyncio.gather(second, return_exceptions=True))[0]
+    kinds = {
+        "nothing": type(None),
+        "raises": ZeroDivisionError,
+        "cancelled": asyncio.CancelledError,
+    }
+    assert type(found) is kinds[how]
+    again = asyncio.create_task(a.go())
+    await settle()
+    a.job.set_result(None)
+    await again
+    assert log.count("a has its result") == 2
+
+
+async def test_a_job_that_fails_before_its_turn_is_told_and_ends_no_other_turn():
+    (a, b), log = decoders()
+
+    def begin():
+        job = asyncio.get_running_loop().create_future()
+        job.set_exception(ZeroDivisionError())
+        return Job(job, 0, 0.0)
+
+    first, second = asyncio.create_task(a.go()), asyncio.create_task(b.go(begin))
+    with pytest.raises(ZeroDivisionError):
+        await second
+    again = asyncio.create_task(b.go())
+    await settle()
+    assert log == ["a begins", "a has its turn", "b has its turn", "b begins"]
+    a.job.set_result(None)
+    b.job.set_result(None)
+    await asyncio.gather(first, again)
+
+
 async def test_an_engine_is_alone_until_another_joins_and_when_it_has_left():
     device = Interleaving(Turns(0.05, 128), ManualClock())
     first = device.join()
@@ -213,6 +312,26 @@ async def test_without_readers_elsewhere_a_prompt_is_one_step(checkpoints):
         watch_steps("asks", asks, steps)
         await collect(asks.submit(ask(PROMPT, 1)))
         assert steps == [("asks", len(PROMPT), 1)]
+
+
+async def test_of_models_that_decode_the_next_step_is_planned_while_one_runs(checkpoints):
+    async with two_models(checkpoints) as (reads, asks):
+        alone = [await collect(one.submit(ask(PROMPT[:5], 40))) for one in (reads, asks)]
+        sent = [one.submit(ask(PROMPT[:5], 40)) for one in (reads, asks)]
+        begun = [await anext(generation) for generation in sent]
+        with Hang(reads._runner.advance) as hang:
+            reads._runner.advance = hang
+            await hang.begun.wait()
+            await asyncio.gather(*(wait_for_flight(one) for one in (reads, asks)))
+            assert asks.submit(ask(PROMPT[:5], 1)).session.in_flight == 0  # too late for this step
+        rest = [await collect(generation) for generation in sent]
+    tokens = [first.tokens + last[1] for first, last in zip(begun, rest, strict=True)]
+    assert tokens == [one[1] for one in alone]
+
+
+async def wait_for_flight(engine):
+    while not engine._flight:
+        await asyncio.sleep(0)
 
 
 async def test_an_engine_with_nothing_to_do_is_not_stalled_while_anothers_step_hangs(checkpoints):

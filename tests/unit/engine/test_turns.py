@@ -267,6 +267,127 @@ def test_where_the_shortest_pieces_leave_no_room_each_has_one_a_round():
     assert max(gaps) == pytest.approx(13 * 0.005 + 12 * LEAST * 25e-6)
 
 
+# --- who follows for certain ----------------------------------------------------------------------
+
+
+def taken_by_one_of_three():
+    """Return turns, of the first of three, and the others, which are away."""
+    turns = Turns(0.05, LEAST)
+    first, second, third = seats(turns, 3)
+    turns.ready(first, decoding(0.0), 0.0)
+    assert turns.begin(0.0) == first
+    return turns, first, second, third
+
+
+def test_who_decodes_follows_for_certain_although_others_may_come_with_prompts():
+    turns, first, second, third = taken_by_one_of_three()
+    assert turns.following() is None
+    turns.ready(second, decoding(1.0), 1.0)
+    assert turns.following() == second
+    turns.follow(second)
+    turns.ready(third, PROMPTS, 1.0)
+    assert (turns.following(), turns.begin(1.0)) == (None, None)
+    turns.ended(first, 0, 2.0)
+    assert order_of(turns, 2) == [second, third]
+
+
+def test_nothing_is_certain_about_prompts():
+    turns, _, second, _ = taken_by_one_of_three()
+    turns.ready(second, PROMPTS, 1.0)
+    assert turns.following() is None
+
+
+def test_it_is_open_who_follows_while_one_that_decodes_may_come_with_an_earlier_deadline():
+    turns, first, second, third = taken_by_one_of_three()
+    turns.ready(second, decoding(1.0), 1.0)
+    turns.ended(first, 0, 2.0, draws=1)
+    assert turns.begin(2.0) == second
+    turns.ready(first, decoding(2.0), 2.0)
+    turns.ended(second, 0, 3.0, draws=1)
+    assert turns.begin(3.0) == first  # a new round, in which the second has not gone
+    turns.ready(third, decoding(2.5), 3.0)
+    assert turns.following() is None
+    turns.ready(second, decoding(3.0), 3.0)
+    assert turns.following() == third
+
+
+def test_a_round_begins_ahead_only_if_nobody_may_come_with_prompts():
+    turns, first, second, third = taken_by_one_of_three()
+    turns.ready(second, decoding(1.0), 1.0)
+    turns.ended(first, 0, 2.0, draws=1)
+    assert turns.begin(2.0) == second
+    turns.ready(first, decoding(2.0), 2.0)
+    assert turns.following() is None
+    turns.leave(third)
+    assert turns.following() == first
+
+
+def test_a_piece_of_the_round_before_is_not_counted_to_the_one_that_was_begun_ahead():
+    turns = Turns(0.05, LEAST)
+    first, second = seats(turns, 2)
+    for seat in (first, second):
+        turns.ready(seat, decoding(0.0), 0.0)
+    assert turns.begin(0.0) == first
+    turns.ended(first, 0, 1.0, draws=1)
+    assert turns.begin(1.0) == second
+    turns.ready(first, decoding(1.0), 1.0)
+    assert turns.following() == first
+    turns.follow(first)
+    turns.ended(second, 500, 1.04, draws=1)
+    assert turns._spent_s > 0
+    assert turns.begin(1.04) == first
+    assert turns._spent_s == 0
+
+
+@pytest.mark.parametrize("end", ["rest", "leave"])
+def test_who_was_to_follow_and_does_not_gives_its_turn_to_the_next(end):
+    turns, first, second, third = taken_by_one_of_three()
+    turns.ready(second, decoding(1.0), 1.0)
+    turns.follow(second)
+    turns.ready(third, decoding(1.5), 1.5)
+    getattr(turns, end)(second)
+    turns.ended(first, 0, 2.0)
+    assert turns.begin(2.0) == third
+
+
+@given(st.data())
+@settings(max_examples=100, deadline=None)
+def test_who_follows_for_certain_goes_next_whatever_comes(data):
+    count = data.draw(st.integers(2, 4))
+    plain, ahead = Turns(0.05, LEAST), Turns(0.05, LEAST)
+    away = dict.fromkeys(seats(plain, count), PROMPTS)
+    assert seats(ahead, count) == list(away)
+    taken, now = None, 0.0
+    for _ in range(60):
+        now += 0.01
+        event = data.draw(st.sampled_from(("ready", "ready", "rest", "follow", "end")))
+        if event == "ready" and away:
+            seat = data.draw(st.sampled_from(sorted(away)))
+            need = away.pop(seat)
+            if need.decoding and data.draw(st.booleans()):
+                need = PROMPTS  # its sessions have ended
+            for turns in (plain, ahead):
+                turns.ready(seat, need, now)
+        elif event == "rest" and away:
+            seat = data.draw(st.sampled_from(sorted(away)))
+            away[seat] = PROMPTS
+            for turns in (plain, ahead):
+                turns.rest(seat)
+        elif event == "follow" and (seat := ahead.following()) is not None:
+            ahead.follow(seat)
+        elif event == "end" and taken is not None:
+            draws, prompts = data.draw(st.sampled_from(((0, 9), (1, 0), (2, 200))))
+            for turns in (plain, ahead):
+                turns.ended(taken, prompts, now, draws)
+            away[taken] = decoding(now, draws) if draws else PROMPTS
+            taken = None
+        if taken is None:
+            taken = plain.begin(now)
+            assert taken == ahead.begin(now)
+            assert plain._gone == ahead._gone
+            assert plain._spent_s == ahead._spent_s
+
+
 # --- nobody starves -----------------------------------------------------------------------------
 
 

@@ -49,6 +49,25 @@ def test_a_pinned_or_loading_model_is_no_victim(protect):
     assert victim == "b"
 
 
+def test_lent_chunks_are_free_ones_then_those_of_the_least_recently_used_and_two_stay():
+    ledger = ledger_with(a=3)
+    lent = [ledger.lend() for _ in range(5)]
+    assert [taken and taken[1] for taken in lent] == [None, None, None, "a", None]
+    assert ledger.free == 0
+    assert lent[-1] is None
+    ledger.take_back(lent[0][0])
+    assert ledger.lend() == (lent[0][0], None)
+
+
+def test_two_chunks_stay_for_loads_besides_pinned_ones():
+    ledger = ledger_with(a=3)
+    ledger.pin(ModelId("a"), pinned=True)
+    assert ledger.lend() is not None
+    assert ledger.lend() is None
+    ledger.pin(ModelId("a"), pinned=False)
+    assert ledger.lend() is not None
+
+
 def test_a_load_without_victims_recycles_its_own_latest_copied_unit():
     ledger = ledger_with(c=6)
     model = ModelId("c")
@@ -95,6 +114,7 @@ class Ledger(RuleBasedStateMachine):
         super().__init__()
         self.ledger = ledger_with()
         self.loading = set()
+        self.lent = []
 
     def slots(self, model):
         return self.ledger._rows[model].slots
@@ -126,6 +146,8 @@ class Ledger(RuleBasedStateMachine):
         taken = self.ledger.take(model, unit)
         if taken is None:
             assert self.ledger.free == 0
+        else:
+            assert taken[0] not in self.lent
         for (m, i), chunk in safe.items():
             if (m, i) != (model, unit):
                 assert self.slots(m)[i].chunk == chunk
@@ -183,10 +205,27 @@ class Ledger(RuleBasedStateMachine):
         before = self.ledger.bytes_of(model)
         assert self.ledger.evict(model) == before - self.ledger.bytes_of(model)
 
+    @rule()
+    def lend(self):
+        protected = [m for m in MODELS if m in self.loading or self.ledger.is_pinned(m)]
+        before = [self.ledger.bytes_of(model) for model in protected]
+        taken = self.ledger.lend()
+        if taken is not None:
+            self.lent.append(taken[0])
+            pinned = [s for m in MODELS if self.ledger.is_pinned(m) for s in self.slots(m)]
+            kept = sum(slot.state is not UnitState.EMPTY for slot in pinned)
+            assert len(self.lent) + kept <= CHUNKS - 2
+        assert [self.ledger.bytes_of(model) for model in protected] == before
+
+    @precondition(lambda self: self.lent)
+    @rule()
+    def take_back(self):
+        self.ledger.take_back(self.lent.pop())
+
     @invariant()
     def every_chunk_has_one_owner(self):
         owned = [s.chunk for m in MODELS for s in self.slots(m) if s.state is not UnitState.EMPTY]
-        assert sorted(owned + self.ledger._free) == list(range(CHUNKS))
+        assert sorted(owned + self.ledger._free + self.lent) == list(range(CHUNKS))
 
     @invariant()
     def sums_are_right(self):

@@ -281,6 +281,23 @@ async def test_a_pool_whose_chunks_are_all_pinned_is_told_at_once(tmp_path):
         await rig.check("b")
 
 
+async def test_lent_chunks_are_nobody_elses_until_they_are_given_back(tmp_path):
+    async with Rig(tmp_path, chunks=6) as rig:
+        await rig.store.prefetch(A)
+        assert rig.store.lend(5) is None
+        loan = rig.store.lend(4)
+        assert [len(view) for view in loan.views] == [rig.store.chunk_bytes] * 4
+        for number, view in enumerate(loan.views):
+            view[:] = bytes([number]) * len(view)
+        await rig.check("b")  # through the two that are left
+        assert [bytes(view) for view in loan.views] == [
+            bytes([number]) * rig.store.chunk_bytes for number in range(4)
+        ]
+        loan.close()
+        loan.close()
+        assert rig.store.lend(4) is not None
+
+
 async def test_a_full_device_is_told_at_once(tmp_path):
     async with Rig(tmp_path, memory=10 * CHUNK) as rig:
         lease = await rig.store.acquire(A)
