@@ -51,6 +51,7 @@ from sllm_node.core.types import (
     SessionStatus,
     Startup,
     TokenIds,
+    Waited,
 )
 
 log = logging.getLogger(__name__)
@@ -287,8 +288,8 @@ class RoutedStream:
         match record:
             case Waiting(status):
                 self._status = status or self._status
-            case Granted():
-                self._granted(part.choice)
+            case Granted(waited):
+                self._granted(part.choice, waited)
             case Tokens(chunk, position):
                 if position != self.position:
                     what = f"tokens at {position} of a session that is at {self.position}"
@@ -303,10 +304,11 @@ class RoutedStream:
         if isinstance(record, Leave):  # how far the owner is, its tokens tell
             self._ways.leave(self.request.session, part.choice.node, record)
 
-    def _granted(self, choice: Choice) -> None:
+    def _granted(self, choice: Choice, waited: Waited | None) -> None:
         self._is_running = True
         self._startup = startup_of(choice, self._clock.now() - self._opened)
-        self._ways.started(choice, self.request.model, self._clock.now() - self._placed)
+        seconds = self._clock.now() - self._placed
+        self._ways.started(choice, self.request.model, seconds, waited)
 
     def _give(self, chunk: GenerationChunk) -> None:
         now = self._clock.now()

@@ -260,3 +260,9 @@ class Metrics:
             ["where"],
             buckets=(0.0005, *LATENCY_BUCKETS_S),
         )
+        self.estimate_part_error_seconds = histogram(
+            "sllm_startup_estimate_part_error_seconds",
+            "The same of what it is made of: queue, load, forward",
+            ["where", "part"],
+            buckets=(0.0005, *LATENCY_BUCKETS_S),
+        )

@@ -487,7 +487,7 @@ class Service(Generic[CodecT]):
             log.exception("engine took no request", extra={"model": model})
             failure = EngineError(model, f"{type(error).__name__}: {error}")
         else:
-            stream.grant(generation, is_early=early is not None)
+            stream.grant(generation, is_early=early is not None, load=hosted.load)
             self._telemetry.granted(stream)
             return
         self._end(stream.ticket, failure, Outcome.REFUSED)

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Final
 
-from sllm_node.core.types import LoadReport, Tier
+from sllm_node.core.types import LoadReport, Tier, Waited
 
 PEER: Final = "peer"
 """Other nodes of the cluster: farther than this node's tiers, and mostly nearer than its remotes."""
@@ -51,9 +51,9 @@ class RunningMedian:
 
     __slots__ = ("_guess", "_last")
 
-    def __init__(self, guess: float) -> None:
+    def __init__(self, guess: float, count: int = _MEDIAN_OF) -> None:
         self._guess = guess
-        self._last: deque[float] = deque(maxlen=_MEDIAN_OF)
+        self._last: deque[float] = deque(maxlen=count)
 
     @property
     def value(self) -> float:
@@ -78,6 +78,13 @@ def path_s(parts: Iterable[tuple[float, float]]) -> float:
         if size > 0:
             slowest = max(slowest, size / bandwidth if bandwidth > 0 else math.inf)
     return slowest
+
+
+def waited(opened: float, granted: float, load: tuple[float, float] | None) -> Waited:
+    """Return what a session waited for that came and ran then; `load`: when its model's began and ended."""
+    begun, ended = load or (granted, granted)
+    load_s = max(0.0, min(granted, ended) - max(opened, begun))
+    return Waited(granted - opened - load_s, load_s)
 
 
 class LoadEstimator:

@@ -50,10 +50,17 @@ class Hosted:
     lease: WeightLease
     opened: float
     """When sessions could begin."""
+    begun: float = 0.0
+    """When its load began."""
     elapsed_s: float = 0.0
     """From the start of its load until all of it was there."""
     was_kept: bool = False
     """Its module was there from an earlier replica."""
+
+    @property
+    def load(self) -> tuple[float, float]:
+        """Return when its load began and ended."""
+        return self.begun, self.begun + self.elapsed_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +168,8 @@ class Replicas(Generic[CodecT]):
             listener.on_closing(model)
             await _to_its_end(self._undo(model, lease, replica))
             raise
-        return Hosted(replica, lease, opened, self._clock.now() - started, was_kept)
+        elapsed_s = self._clock.now() - started
+        return Hosted(replica, lease, opened, started, elapsed_s, was_kept)
 
     async def _undo(self, model: ModelId, lease: WeightLease, replica: Replica | None) -> None:
         """Give everything back that a load has brought so far; its memory is free then."""
