@@ -46,6 +46,7 @@ import orjson
 from scripts.bench.cluster_load import Answer, Request, ask, compared, requests_of_trace, run_trace
 from scripts.bench.cluster_logs import Logs
 from scripts.bench.cluster_net import relayed
+from scripts.bench.cluster_noise import RunDelays
 from scripts.bench.figures import commit, describe_machine
 from tests.e2e import cluster_nodes
 from tests.e2e.process import NodeProcess
@@ -93,6 +94,8 @@ class Rig:
         self.nodes: dict[str, NodeProcess] = {}
         self.alive: dict[str, str] = {}
         """Node -> its URL, while it runs."""
+        self.processes: dict[str, int] = {}
+        """Node -> its process, of its last life."""
         self.logs = Logs()
 
     def _store(self, name: str) -> None:
@@ -138,6 +141,7 @@ class Rig:
     def start(self, name: str) -> None:
         """Start a node."""
         self.alive[name] = self.nodes[name].__enter__().url
+        self.processes[name] = self.nodes[name].process.pid
 
     def stop(self, name: str, *, kill: bool = False) -> None:
         """Stop a node and keep its log, which its next life begins anew."""
@@ -193,9 +197,12 @@ async def trace_phase(
     rig.logs = Logs()
     begun = time.perf_counter()
     is_done = asyncio.Event()
+    delays = RunDelays()
+    delays.watch(rig.processes)
     async with rig.running():
         trouble = asyncio.create_task(troubled(rig, tag, arguments.kill_every, is_done))
-        answers = await run_trace(requests, entry, tag, 60 * arguments.minutes)
+        with delays:
+            answers = await run_trace(requests, entry, tag, 60 * arguments.minutes)
         is_done.set()
         troubles = await trouble
     wall_s = time.perf_counter() - begun
@@ -205,7 +212,9 @@ async def trace_phase(
         "first_token_median_s": round(statistics.median(firsts), 4),
         "first_token_p99_s": round(firsts[int(0.99 * (len(firsts) - 1))], 4),
         "worst_gap_s": round(max(a.worst_gap_s for a in answers.values()), 3),
-        **rig.logs.report({f"{tag}-{name}-0": a.sent_at for name, a in answers.items()}),
+        **rig.logs.report(
+            {f"{tag}-{name}-0": a.sent_at for name, a in answers.items()}, delays.between
+        ),
     }  # fmt: skip
 
 
