@@ -31,6 +31,8 @@ class Ticket:
     is_session: bool = True
     is_hint: bool = False
     """Nobody waits for it: it gives way to all others."""
+    beside_s: float = 0.0
+    """Of `load_s`: beside its bytes."""
 
     @property
     def device_bytes(self) -> int:
@@ -136,3 +138,5 @@ class ReplicaView:
     """How long its sessions last."""
     load_s: float = 0.0
     """What its load was, or is, expected to take."""
+    beside_s: float = 0.0
+    """Of that: beside its bytes, when other loads have the links to themselves."""

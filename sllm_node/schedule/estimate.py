@@ -39,6 +39,11 @@ class MovingAverage:
         self.value = guess
         self._is_guess = True
 
+    def observe_least(self, sample: float) -> None:
+        """Take a sample that tells no more than that the value is not below it."""
+        if self._is_guess or sample > self.value:
+            self.observe(sample)
+
     def observe(self, sample: float) -> None:
         """Take one more sample; the first one replaces the guess."""
         weight = 1.0 if self._is_guess else _WEIGHT
@@ -139,8 +144,12 @@ class LoadEstimator:
         """Learn from a replica that came, its bytes as `report` says, so long after it was asked for."""
         self._beside[is_kept].observe(max(0.0, elapsed_s - report.elapsed_s))
 
-    def observe(self, report: LoadReport, *, is_peer: bool = False) -> None:
-        """Learn from a finished load: it tells the bandwidth of the tier that held it up."""
+    def observe(self, report: LoadReport, *, is_peer: bool = False, is_alone: bool = True) -> None:
+        """Learn from a finished load: it tells the bandwidth of the tier that held it up.
+
+        One that had others beside it shared that, and tells no more than that it is not less: who
+        waits behind others has their time added anyway.
+        """
         moved = report.bytes_total - report.bytes_kept
         if moved <= 0 or report.elapsed_s <= 0 or report.bytes_from_sibling:
             return
@@ -149,7 +158,11 @@ class LoadEstimator:
         bandwidth = self._encoded if report.is_encoded else self._raw
         parts = _parts(bandwidth, sizes)
         slowest = max(parts, key=lambda tier: parts[tier])
-        bandwidth[slowest].observe(sizes[slowest] / report.elapsed_s)
+        rate = sizes[slowest] / report.elapsed_s
+        if is_alone:
+            bandwidth[slowest].observe(rate)
+        else:
+            bandwidth[slowest].observe_least(rate)
 
 
 def _first_guesses() -> _Bandwidth:

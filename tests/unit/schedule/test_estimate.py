@@ -54,6 +54,16 @@ def test_raw_and_encoded_checkpoints_do_not_spoil_each_others_estimates():
     assert estimator.load_s(10**10, 10**10, is_encoded=True) == pytest.approx(20.0)
 
 
+def test_a_load_beside_others_tells_only_that_the_tier_is_not_slower():
+    estimator = LoadEstimator()
+    estimator.observe(report(10**10, 10**10, 4.0), is_alone=False)
+    assert estimator.load_s(10**10, 10**10) == pytest.approx(4.0), "more than a guess"
+    estimator.observe(report(10**10, 10**10, 8.0), is_alone=False)
+    assert estimator.load_s(10**10, 10**10) == pytest.approx(4.0)
+    estimator.observe(report(10**10, 10**10, 2.0), is_alone=False)
+    assert estimator.load_s(10**10, 10**10) < 4.0
+
+
 @pytest.mark.parametrize(("total", "elapsed_s"), [(0, 1.0), (10, 0.0)])
 def test_a_load_that_tells_nothing_changes_nothing(total, elapsed_s):
     estimator = LoadEstimator()
