@@ -16,7 +16,7 @@ PARTS: Final = ("queue", "load", "forward")
 Delay = Callable[[str, float, float], float]
 """How long a node's event loop waited for a processor, between two times."""
 _LINES: Final = {
-    "serving", "load started", "load finished", "load failed", "request placed", "session started",
+    "serving", "first token given", "load started", "load finished", "load failed", "request placed", "session started",
     "forwarded session refused", "placement refused", "session lost its node", "peer lost",
     "routed session failed",
 }  # fmt: skip
@@ -58,6 +58,7 @@ class Logs:
             "arrival_to_load_begun_ms": self._begun(sent_at, placed),
             "startup_ms_by_way": self._startups(placed),
             "estimates": self._estimates(placed, delay),
+            "prefill_estimates": self._prefills(),
         }
 
     def _begun(
@@ -85,6 +86,12 @@ class Logs:
             if line["event"] == "session started":
                 known.add((line["life"], line["model"]))
         return {way: summary(found) for way, found in sorted(by_way.items())}
+
+    def _prefills(self) -> dict[str, Any]:
+        """Return how good estimates were of the time from a session's grant to its first token."""
+        told = [line for line in self.lines if line["event"] == "first token given"]
+        ones = [Started(line["expected_s"], line["prefill_s"]) for line in told]
+        return errors(ones) if ones else {}
 
     def _started(self) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["event"] == "session started"]

@@ -262,7 +262,7 @@ class Metrics:
         )
         self.estimate_part_error_seconds = histogram(
             "sllm_startup_estimate_part_error_seconds",
-            "The same of what it is made of: queue, load, forward",
+            "The same of its parts queue, load, forward; and prefill, which follows",
             ["where", "part"],
             buckets=(0.0005, *LATENCY_BUCKETS_S),
         )
