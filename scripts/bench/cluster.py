@@ -11,7 +11,8 @@ node answers that has all models. Phases, none longer than `--minutes` (requests
 later are left out):
 
 - (always first) the single node answers all requests.
-- calm: the cluster does. From its logs: arrival to load begun, startup time by way, estimates' errors.
+- calm: the cluster does. From its logs: arrival to load begun, startup time by way, estimates' errors in all
+  and by part; and how many are good but for what nodes' event loops waited for a processor (`cluster_noise`).
 - tight: the same with room for two models on a device, so models come and go.
 - killed: again, while a node is killed with -9 every `--kill-every` seconds and started again. A client
   whose own entry node dies loses its connection, which nobody can help; it asks another node, and what
