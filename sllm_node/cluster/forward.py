@@ -16,6 +16,7 @@ from functools import partial
 from typing import Self
 
 from sllm_node.cluster.choice import Choice, startup_of
+from sllm_node.cluster.course import Course
 from sllm_node.cluster.move import Move, MoveReport
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import LocalSource, Part, PeerSource
@@ -80,7 +81,7 @@ class RoutedStream:
         self._ways = ways
         self._client, self._clock, self._limits = tools.client, tools.clock, tools.limits
         self._retries = Retries(request, ways, tools)
-        self._opened = self._placed = tools.clock.now()
+        self._placed = tools.clock.now()
         self._tokens: list[int] = []
         """All output so far, resumed tokens of the request not included."""
         self._cached: int | None = None
@@ -94,7 +95,7 @@ class RoutedStream:
         """When its last token came."""
         self._held_since: float | None = None
         """When the first token came that its client does not have."""
-        self._startup = startup_of(first, None)
+        self._course = Course(startup_of(first, None), self._placed - request.waited_s)
         self.pace = Pace()
         self.is_orphaned = False
         """Its node failed while it moves: it only waits for the destination."""
@@ -106,9 +107,10 @@ class RoutedStream:
         self._is_ended = False
         if begun is not None and first is not None:
             self._tokens += begun.tokens
-            self._cached, self._opened, self._epoch = begun.cached, begun.stream.opened, 1
-            self._part = Part(first, 1, LocalSource(stream=begun.stream))
+            self._cached, self._epoch = begun.cached, 1
             self._is_running = begun.stream.is_granted
+            self._course = begun.course()
+            self._part = Part(first, 1, LocalSource(stream=begun.stream))
             self._last_at = self._clock.now() if begun.tokens else None
         self._task = asyncio.create_task(self._live(first), name=f"route {request.session}")
 
@@ -156,7 +158,7 @@ class RoutedStream:
 
     def startup(self) -> Startup:
         """Return how it came to run, as far as that is known."""
-        return self._startup
+        return self._course.startup()
 
     def passed_on(self) -> None:
         """Take note that its client has what it gave so far."""
@@ -169,7 +171,7 @@ class RoutedStream:
         return SessionStatus(
             self.request.session, self.request.model,
             "running" if self._is_running else "waiting",
-            len(self.request.prompt), len(self._tokens), self._clock.now() - self._opened,
+            len(self.request.prompt), len(self._tokens), self._clock.now() - self._course.arrived,
             self.node or None, self.migration,
         )  # fmt: skip
 
@@ -232,8 +234,7 @@ class RoutedStream:
                 error = self._retries.given_back(part.choice, end)
             elif isinstance(end, SllmError):
                 error = end
-                self._retries.failed(part.choice, error, len(self._tokens))
-                self._is_running, self._status = False, None
+                self._lost(part, error)
             else:
                 raise end
         finally:
@@ -252,6 +253,13 @@ class RoutedStream:
         following.start(self.take)
         return following
 
+    def _lost(self, part: Part, error: SllmError) -> None:
+        """Take note that its node failed, or raise the error if nobody else can do better."""
+        self._retries.failed(part.choice, error, len(self._tokens))
+        if self._is_running:
+            self._course.left(part.choice.node, error.code, self._clock.now())
+        self._is_running, self._status = False, None
+
     def _begin(self, choice: Choice) -> Part:
         """Make the part that a node is to take next, not started."""
         self._placed = self._clock.now()
@@ -260,7 +268,8 @@ class RoutedStream:
 
     def _make(self, choice: Choice, epoch: int, migration: str, *, is_held: bool) -> Part:
         ask = self._ways.ask(choice, self.request)
-        request = replace(self._as_it_stands(), held=is_held)
+        waited_s = self._course.waited_s(self._clock.now())
+        request = replace(self._as_it_stands(), held=is_held, waited_s=waited_s)
         if not ask.boot:  # here
             opening = partial(self._ways.open_local, request, self._keep_alive_s, choice)
             known = partial(self._ways.ensure, request.model)
@@ -306,9 +315,9 @@ class RoutedStream:
 
     def _granted(self, choice: Choice, waited: Waited | None) -> None:
         self._is_running = True
-        self._startup = startup_of(choice, self._clock.now() - self._opened)
-        seconds = self._clock.now() - self._placed
-        self._ways.started(choice, self.request.model, seconds, waited)
+        now = self._clock.now()
+        self._course.granted(choice, now)
+        self._ways.started(choice, self.request.model, now - self._placed, waited)
 
     def _give(self, chunk: GenerationChunk) -> None:
         now = self._clock.now()
@@ -316,6 +325,7 @@ class RoutedStream:
             self._cached = chunk.cached_tokens
         self._retries.forget()
         self._tokens += chunk.tokens
+        self._course.took(len(chunk.tokens))
         if self._moved is not None:
             self._tell_move(None if self._last_at is None else now - self._last_at)
         elif self._last_at is not None:
@@ -382,6 +392,9 @@ class RoutedStream:
         if self._is_ended or old is None:
             return False
         self._epoch = part.epoch
+        if self._is_running:
+            self._course.left(old.choice.node, "moved", self._clock.now())
+        self._course.goes_on(part.choice)
         self._part, self.node = part, part.choice.node
         old.end(part)
         if self._move is not None:

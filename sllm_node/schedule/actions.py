@@ -33,6 +33,8 @@ class Ticket:
     """Nobody waits for it: it gives way to all others."""
     beside_s: float = 0.0
     """Of `load_s`: beside its bytes."""
+    waited_s: float = 0.0
+    """How long it has waited elsewhere: its age in the queue counts from its first arrival."""
 
     @property
     def device_bytes(self) -> int:
