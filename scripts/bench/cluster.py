@@ -11,7 +11,8 @@ node answers that has all models. Phases, none longer than `--minutes` (requests
 later are left out):
 
 - (always first) the single node answers all requests.
-- calm: the cluster does. From its logs: arrival to load begun, startup time by way, estimates' errors.
+- calm: the cluster does. From its logs: arrival to load begun, startup time by way, estimates' errors in all
+  and by part; and how many are good but for what nodes' event loops waited for a processor (`cluster_noise`).
 - tight: the same with room for two models on a device, so models come and go.
 - killed: again, while a node is killed with -9 every `--kill-every` seconds and started again. A client
   whose own entry node dies loses its connection, which nobody can help; it asks another node, and what
@@ -46,6 +47,7 @@ import orjson
 from scripts.bench.cluster_load import Answer, Request, ask, compared, requests_of_trace, run_trace
 from scripts.bench.cluster_logs import Logs
 from scripts.bench.cluster_net import relayed
+from scripts.bench.cluster_noise import RunDelays
 from scripts.bench.figures import commit, describe_machine
 from tests.e2e import cluster_nodes
 from tests.e2e.process import NodeProcess
@@ -93,6 +95,8 @@ class Rig:
         self.nodes: dict[str, NodeProcess] = {}
         self.alive: dict[str, str] = {}
         """Node -> its URL, while it runs."""
+        self.processes: dict[str, int] = {}
+        """Node -> its process, of its last life."""
         self.logs = Logs()
 
     def _store(self, name: str) -> None:
@@ -138,6 +142,7 @@ class Rig:
     def start(self, name: str) -> None:
         """Start a node."""
         self.alive[name] = self.nodes[name].__enter__().url
+        self.processes[name] = self.nodes[name].process.pid
 
     def stop(self, name: str, *, kill: bool = False) -> None:
         """Stop a node and keep its log, which its next life begins anew."""
@@ -193,9 +198,12 @@ async def trace_phase(
     rig.logs = Logs()
     begun = time.perf_counter()
     is_done = asyncio.Event()
+    delays = RunDelays()
+    delays.watch(rig.processes)
     async with rig.running():
         trouble = asyncio.create_task(troubled(rig, tag, arguments.kill_every, is_done))
-        answers = await run_trace(requests, entry, tag, 60 * arguments.minutes)
+        with delays:
+            answers = await run_trace(requests, entry, tag, 60 * arguments.minutes)
         is_done.set()
         troubles = await trouble
     wall_s = time.perf_counter() - begun
@@ -205,7 +213,9 @@ async def trace_phase(
         "first_token_median_s": round(statistics.median(firsts), 4),
         "first_token_p99_s": round(firsts[int(0.99 * (len(firsts) - 1))], 4),
         "worst_gap_s": round(max(a.worst_gap_s for a in answers.values()), 3),
-        **rig.logs.report({f"{tag}-{name}-0": a.sent_at for name, a in answers.items()}),
+        **rig.logs.report(
+            {f"{tag}-{name}-0": a.sent_at for name, a in answers.items()}, delays.between
+        ),
     }  # fmt: skip
 
 

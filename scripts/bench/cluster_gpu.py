@@ -39,7 +39,7 @@ import orjson
 
 from scripts.bench.cluster_gpu_rig import KV_BYTES, NAMES, ROOM, Rig
 from scripts.bench.cluster_load import Answer, Request, ask, requests_of_trace, run_trace
-from scripts.bench.cluster_logs import errors, summary
+from scripts.bench.cluster_logs import Started, errors, started_of, summary
 from scripts.bench.cluster_moves import Moves
 from scripts.bench.figures import commit, describe_machine
 
@@ -99,7 +99,7 @@ class Startup:
         placed = {line["asked"]: line for line in logs.lines if line["event"] == "request placed"}
         began = {line["asked"]: line for line in logs.lines if line["event"] == "session started"}
         firsts: dict[str, list[float]] = defaultdict(list)
-        pairs: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        starts: dict[str, list[Started]] = defaultdict(list)
         for name, (_, answer) in self._answers.items():
             told, start = placed.get(name), began.get(name)
             if told is None or answer.first_s is None:
@@ -108,18 +108,18 @@ class Startup:
             when = "cold" if name.startswith("s0-") else "warm"
             firsts[f"{way}, {when}"].append(1e3 * answer.first_s)
             if start is not None:
-                pairs[f"{way}, {when}"].append((start["expected_s"], start["startup_s"]))
+                starts[f"{way}, {when}"].append(started_of(start))
         return {
             "first_token_ms": {way: summary(values) for way, values in sorted(firsts.items())},
             "startup_ms": {
-                way: summary([1e3 * actual for _, actual in found])
-                for way, found in sorted(pairs.items())
+                way: summary([1e3 * one.actual_s for one in found])
+                for way, found in sorted(starts.items())
             },
             "expected_ms": {
-                way: round(1e3 * statistics.median(expected for expected, _ in found), 2)
-                for way, found in sorted(pairs.items())
+                way: round(1e3 * statistics.median(one.expected_s for one in found), 2)
+                for way, found in sorted(starts.items())
             },
-            "estimates": {way: errors(found) for way, found in sorted(pairs.items())},
+            "estimates": {way: errors(found) for way, found in sorted(starts.items())},
         }
 
 

@@ -3,7 +3,8 @@
 import json
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final
@@ -11,8 +12,11 @@ from typing import Any, Final
 WARM_LOADS: Final = 5
 """Loads of a node after which its estimates count as warm."""
 GOOD_SHARE, GOOD_S = 0.20, 0.005
+PARTS: Final = ("queue", "load", "forward")
+Delay = Callable[[str, float, float], float]
+"""How long a node's event loop waited for a processor, between two times."""
 _LINES: Final = {
-    "load started", "load finished", "load failed", "request placed", "session started",
+    "serving", "first token given", "load started", "load finished", "load failed", "request placed", "session started",
     "forwarded session refused", "placement refused", "session lost its node", "peer lost",
     "routed session failed",
 }  # fmt: skip
@@ -42,7 +46,7 @@ class Logs:
                 line["asked"] = line.get("request", "").rpartition("-")[0]
                 self.lines.append({**line, "on": node, "life": self._lives})
 
-    def report(self, sent_at: Mapping[str, float]) -> dict[str, Any]:
+    def report(self, sent_at: Mapping[str, float], delay: Delay | None = None) -> dict[str, Any]:
         """Return the figures; `sent_at`: the wall clock when a request was sent, by its id."""
         self.lines.sort(key=lambda line: line["at"])
         counts = Counter(line["event"] for line in self.lines)
@@ -53,7 +57,8 @@ class Logs:
             "log_errors_count": len(self.errors),
             "arrival_to_load_begun_ms": self._begun(sent_at, placed),
             "startup_ms_by_way": self._startups(placed),
-            "estimates": self._estimates(placed),
+            "estimates": self._estimates(placed, delay),
+            "prefill_estimates": self._prefills(),
         }
 
     def _begun(
@@ -82,6 +87,12 @@ class Logs:
                 known.add((line["life"], line["model"]))
         return {way: summary(found) for way, found in sorted(by_way.items())}
 
+    def _prefills(self) -> dict[str, Any]:
+        """Return how good estimates were of the time from a session's grant to its first token."""
+        told = [line for line in self.lines if line["event"] == "first token given"]
+        ones = [Started(line["expected_s"], line["prefill_s"]) for line in told]
+        return errors(ones) if ones else {}
+
     def _started(self) -> list[dict[str, Any]]:
         return [line for line in self.lines if line["event"] == "session started"]
 
@@ -91,17 +102,24 @@ class Logs:
             found[_way(line, placed)].append(1e3 * line["startup_s"])
         return {way: summary(values) for way, values in sorted(found.items())}
 
-    def _estimates(self, placed: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    def _estimates(
+        self, placed: Mapping[str, Mapping[str, Any]], delay: Delay | None
+    ) -> dict[str, Any]:
+        """Return how good estimates of nodes were that had loaded a few times since they started."""
         loads: Counter[str] = Counter()
-        found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+        found: dict[str, list[Started]] = defaultdict(list)
         for line in self.lines:
+            if line["event"] == "serving":
+                loads[line["on"]] = 0
             if line["event"] == "load finished":
                 loads[line["on"]] += 1
             if line["event"] == "session started" and loads[line["node"]] >= WARM_LOADS:
-                pair = (line["expected_s"], line["startup_s"])
-                found[_way(line, placed)].append(pair)
-                found["all"].append(pair)
-        return {way: errors(pairs) for way, pairs in sorted(found.items())}
+                begun, nodes = line["at"] - line["startup_s"], {line["on"], line["node"]}
+                delay_s = delay and sum(delay(node, begun, line["at"]) for node in nodes)
+                one = started_of(line, delay_s)
+                found[_way(line, placed)].append(one)
+                found["all"].append(one)
+        return {way: errors(ones) for way, ones in sorted(found.items())}
 
 
 def _way(line: Mapping[str, Any], placed: Mapping[str, Mapping[str, Any]]) -> str:
@@ -127,16 +145,64 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def errors(pairs: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """Return how far estimates were from what came; good is 20 % or 5 ms, whichever is more."""
-    apart = [abs(actual - expected) for expected, actual in pairs]
-    good = [
-        gap <= max(GOOD_S, GOOD_SHARE * actual)
-        for gap, (_, actual) in zip(apart, pairs, strict=True)
-    ]
-    signed = [actual - expected for expected, actual in pairs]
-    return {
-        "error_ms": summary([1e3 * gap for gap in apart]),
-        "bias_ms": round(1e3 * statistics.mean(signed), 2),
-        "share_good": round(sum(good) / len(good), 4),
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A session that ran so long after it was placed."""
+
+    expected_s: float
+    actual_s: float
+    delay_s: float | None = None
+    """Of it, the event loops of its nodes waited for a processor; None: not measured."""
+    off_s: Mapping[str, float] = field(default_factory=dict)
+    """By part: how much longer it took than estimated."""
+
+    @property
+    def error_s(self) -> float:
+        """Return how much longer it took in all."""
+        return self.actual_s - self.expected_s
+
+    def is_good(self, *, without_delays: bool = False) -> bool:
+        """Tell whether it was within 20 % or 5 ms, whichever is more; `without_delays`: but for these."""
+        excess_s = self.error_s
+        if without_delays and excess_s > 0:
+            excess_s = max(0.0, excess_s - (self.delay_s or 0.0))
+        return abs(excess_s) <= max(GOOD_S, GOOD_SHARE * self.actual_s)
+
+
+def started_of(line: Mapping[str, Any], delay_s: float | None = None) -> Started:
+    """Return what a line of a node's log says of a session that started."""
+    off = {part: line[f"{part}_off_s"] for part in PARTS if f"{part}_off_s" in line}
+    return Started(line["expected_s"], line["startup_s"], delay_s, off)
+
+
+def errors(ones: Sequence[Started]) -> dict[str, Any]:
+    """Return how far estimates were from what came, in all and by part."""
+    found = {
+        "error_ms": summary([1e3 * abs(one.error_s) for one in ones]),
+        "bias_ms": round(1e3 * statistics.mean(one.error_s for one in ones), 2),
+        "share_good": _share(one.is_good() for one in ones),
     }
+    delays = [1e3 * one.delay_s for one in ones if one.delay_s is not None]
+    if delays:
+        clear = _share(one.is_good(without_delays=True) for one in ones)
+        found |= {"share_good_without_run_delays": clear, "run_delay_ms": summary(delays)}
+    split = [one for one in ones if one.off_s]
+    if split:
+        found["parts"] = {part: _part(part, split) for part in PARTS}
+    return found
+
+
+def _part(part: str, ones: Sequence[Started]) -> dict[str, Any]:
+    """Return by how much a part was off, and of how many bad estimates it was most of the error."""
+    off = [1e3 * one.off_s[part] for one in ones]
+    bad = [one.off_s for one in ones if not one.is_good()]
+    return {
+        "error_ms": summary([abs(value) for value in off]),
+        "bias_ms": round(statistics.mean(off), 2),
+        "most_of_bad": sum(part == max(PARTS, key=lambda name: abs(one[name])) for one in bad),
+    }
+
+
+def _share(values: Iterable[bool]) -> float:
+    kept = list(values)
+    return round(sum(kept) / len(kept), 4)

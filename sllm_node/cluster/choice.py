@@ -8,9 +8,10 @@ And where no way is left a request queues, at a node that has the model: its sch
 
 import math
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
+from sllm_node.cluster.estimate import StartupParts
 from sllm_node.cluster.placement import (
     Candidate,
     Kind,
@@ -41,13 +42,27 @@ class Choice:
     candidate: Candidate | None = None
     forward_s: float = 0.0
     """What passing the request on is expected to add."""
+    busy_ends: int = 0
+    """How many of the two nodes of a forward have something to do."""
     began: "Choice | None" = None
     """What the request's hint began: this load is its own, however it stands now."""
+    began_s: float = 0.0
+    """How long before this choice."""
+
+    @property
+    def parts(self) -> StartupParts | None:
+        """Return what the estimate is made of; None: it queues."""
+        if self.began is not None and self.began.parts is not None:
+            return replace(self.began.parts.later(self.began_s), forward_s=self.forward_s)
+        if self.candidate is None:
+            return None
+        return StartupParts(self.candidate.wait_s, self.candidate.load_s, self.forward_s)
 
     @property
     def startup_s(self) -> float | None:
-        """Return the estimate; None: it queues."""
-        return None if self.candidate is None else self.candidate.startup_s + self.forward_s
+        """Return the estimate for the moment of the choice; None: it queues."""
+        found = self.parts
+        return None if found is None else found.queue_s + found.load_s + found.forward_s
 
     @property
     def moves(self) -> bool:
@@ -59,8 +74,8 @@ def startup_of(choice: Choice | None, startup_s: float | None) -> Startup:
     """Return how a session came to run that was placed so."""
     if choice is None:
         return Startup(startup_s=startup_s)
-    choice = choice.began or choice
-    return Startup(choice.node, choice.way, choice.reason, choice.startup_s, startup_s)
+    shown = choice.began or choice
+    return Startup(shown.node, shown.way, shown.reason, choice.startup_s, startup_s)
 
 
 def request_for(view: ClusterView, model: ModelId, priority: int = 0) -> PlacementRequest:

@@ -1,9 +1,11 @@
 """This node's part in a cluster, put together: file, trust, peers, listener, router; start, drain, close."""
 
+import logging
 import secrets
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Generic
 
@@ -36,10 +38,12 @@ from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
 from sllm_node.core.errors import ConfigError, MessageError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import NodeId
+from sllm_node.core.types import ModelId, NodeId
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.ports import CodecT
 from sllm_node.store.remote import RemoteTier
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,7 @@ class Cluster(Generic[CodecT]):
         self._outlook = service.outlook
         self._outlook.expect_from_peers(self._expected)
         snapshot = Snapshot(me, BootId(str(boot)), self._outlook, self._from_peers)
-        resumes = Resumes()
+        resumes = Resumes(partial(_tell_prefill, metrics))
         snapshot.fit_of = resumes.fit
         service.on_session_end = resumes.observe
         place = Place(me, boot, path, file)
@@ -219,3 +223,12 @@ def own_address(config: Config, file: ClusterFile) -> str:
         )
         raise ConfigError(config.cluster.file, (problem,))
     return named or own
+
+
+def _tell_prefill(metrics: Metrics, model: ModelId, expected_s: float, actual_s: float) -> None:
+    """Compare what a session was to take from its grant to its first token with what it took."""
+    off_s = actual_s - expected_s
+    metrics.estimate_part_error_seconds.labels("here", "prefill").observe(abs(off_s))
+    log.debug("first token given", extra={
+        "model": model, "expected_s": round(expected_s, 4), "prefill_s": round(actual_s, 4),
+    })  # fmt: skip

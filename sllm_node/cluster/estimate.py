@@ -18,6 +18,10 @@ RESUME_GUESS: Final = ResumeFit(2e-4, 0.05)
 """Before the first observation: prefill of 5,000 tokens a second, 50 ms for the rest."""
 _FORGET: Final = 0.98
 """What an observation weighs after the next one: about the last fifty count."""
+ENDS: Final = 2
+"""Of a forward: the entry node and the one that serves."""
+_FORWARDS: Final = 11
+"""Forwards that count for the next one: single ones vary widely, what they hang on changes slowly."""
 _LEAST_SPREAD: Final = 1e-6
 """Of token counts, relative to their mean square: below it they tell nothing of the slope."""
 
@@ -85,6 +89,24 @@ def resume_s(fit: ResumeFit | None, tokens: float, sessions: int = 1) -> float:
     return fit.a_s_per_token * tokens + fit.b_s * sessions
 
 
+@dataclass(frozen=True, slots=True)
+class StartupParts:
+    """What a startup is made of: estimated, or as it came."""
+
+    queue_s: float = 0.0
+    """For a place and for room at the node that serves."""
+    load_s: float = 0.0
+    """For a load of its own, or the rest of one that is under way."""
+    forward_s: float = 0.0
+    """For passing the request on and hearing that it runs: what the others leave."""
+
+    def later(self, seconds: float) -> "StartupParts":
+        """Return what is left of it so long after: first the queue passes, then the load."""
+        queue_s = max(0.0, self.queue_s - seconds)
+        load_s = max(0.0, self.load_s - max(0.0, seconds - self.queue_s))
+        return StartupParts(queue_s, load_s, self.forward_s)
+
+
 class ErrorTrack:
     """How far estimates were from what came: a mean of the last ones and the worst."""
 
@@ -116,20 +138,36 @@ class ErrorTrack:
 
 
 class ForwardEstimator:
-    """What passing a request on adds to its startup, for each peer: as long as a ready replica took, mostly."""
+    """What passing a request on adds to its startup: mostly as long as lately, from the same to the same.
+
+    A node that computes or loads answers later than one with nothing to do, many times so where it computes
+    on its CPU. So times are learned apart by how many of the two ends are busy.
+    """
 
     def __init__(self, guess_s: float) -> None:
         self._guess_s = guess_s
-        self._peers: dict[NodeId, RunningMedian] = {}
+        self._peers: dict[tuple[NodeId, int], RunningMedian] = {}
 
-    def seconds(self, peer: NodeId) -> float:
-        """Return what is expected."""
-        known = self._peers.get(peer)
-        return self._guess_s if known is None else known.value
+    def seconds(self, peer: NodeId, busy_ends: int) -> float:
+        """Return what is expected; of a peer not seen so, what the most alike case took."""
+        alike = (busy_ends, *range(busy_ends - 1, -1, -1), *range(busy_ends + 1, ENDS + 1))
+        known = (self._peers.get((peer, count)) for count in alike)
+        found = next((one for one in known if one is not None), None)
+        return self._guess_s if found is None else found.value
 
-    def observe(self, peer: NodeId, elapsed_s: float) -> None:
-        """Learn from a session that a peer could begin at once."""
-        self._peers.setdefault(peer, RunningMedian(self._guess_s)).observe(elapsed_s)
+    def observe(self, peer: NodeId, busy_ends: int, elapsed_s: float) -> None:
+        """Learn from a session: what it took until it ran, less what it waited for at the peer."""
+        fresh = RunningMedian(self._guess_s, _FORWARDS)
+        self._peers.setdefault((peer, busy_ends), fresh).observe(elapsed_s)
+
+
+def errors_by_part(expected: StartupParts, actual: StartupParts) -> dict[str, float]:
+    """Return how much longer than estimated each part took, in seconds."""
+    return {
+        "queue": actual.queue_s - expected.queue_s,
+        "load": actual.load_s - expected.load_s,
+        "forward": actual.forward_s - expected.forward_s,
+    }
 
 
 class ResumeEstimator:

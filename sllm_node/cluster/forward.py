@@ -52,6 +52,7 @@ from sllm_node.core.types import (
     SessionStatus,
     Startup,
     TokenIds,
+    Waited,
 )
 
 log = logging.getLogger(__name__)
@@ -296,8 +297,8 @@ class RoutedStream:
         match record:
             case Waiting(status):
                 self._status = status or self._status
-            case Granted():
-                self._granted(part.choice)
+            case Granted(waited):
+                self._granted(part.choice, waited)
             case Tokens(chunk, position):
                 if position != self.position:
                     what = f"tokens at {position} of a session that is at {self.position}"
@@ -312,10 +313,11 @@ class RoutedStream:
         if isinstance(record, Leave):  # how far the owner is, its tokens tell
             self._ways.leave(self.request.session, part.choice.node, record)
 
-    def _granted(self, choice: Choice) -> None:
+    def _granted(self, choice: Choice, waited: Waited | None) -> None:
         self._is_running = True
-        self._course.granted(choice, self._clock.now())
-        self._ways.started(choice, self.request.model, self._clock.now() - self._placed)
+        now = self._clock.now()
+        self._course.granted(choice, now)
+        self._ways.started(choice, self.request.model, now - self._placed, waited)
 
     def _give(self, chunk: GenerationChunk) -> None:
         now = self._clock.now()

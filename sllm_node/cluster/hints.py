@@ -43,8 +43,8 @@ class Hinting:
         self._client = client
         self._clock = clock
         self._sending: set[asyncio.Task[None]] = set()
-        self._given: dict[RequestId, Choice] = {}
-        """The last hints, by request."""
+        self._given: dict[RequestId, tuple[Choice, float]] = {}
+        """The last hints and when they were given, by request."""
 
     def give(self, model: ModelId) -> None:
         """Let the load of `model` begin where its request will go, if it needs one."""
@@ -65,15 +65,15 @@ class Hinting:
 
     def followed(self, request: GenerationRequest, choice: Choice) -> Choice:
         """Return the choice with what the request's own hint began there, if it did."""
-        began = self._given.get(request_of(request.session))
-        return (
-            choice if began is None or began.node != choice.node else replace(choice, began=began)
-        )
+        began, at = self._given.get(request_of(request.session), (None, 0.0))
+        if began is None or began.node != choice.node:
+            return choice
+        return replace(choice, began=began, began_s=self._clock.now() - at)
 
     def _remember(self, choice: Choice) -> None:
         if (request := logs.request_id.get()) is None:
             return
-        self._given[RequestId(request)] = choice
+        self._given[RequestId(request)] = choice, self._clock.now()
         if len(self._given) > _GIVEN_MAX:
             del self._given[next(iter(self._given))]
 

@@ -40,7 +40,7 @@ class NodeView:
     """One node's newest state and when it came."""
 
     __slots__ = (
-        "by_model", "by_name", "devices", "free", "held", "link_ready_at", "node", "nvme_ready_at", "ready_at", "room", "seen_at", "state", "within_reach",
+        "by_model", "by_name", "devices", "free", "held", "is_busy", "link_ready_at", "node", "nvme_ready_at", "ready_at", "room", "seen_at", "state", "within_reach",
     )  # fmt: skip
 
     def __init__(self, state: NodeState, seen_at: float, old: "NodeView | None" = None) -> None:
@@ -62,6 +62,8 @@ class NodeView:
         """When the first of the devices has no load queued."""
         self.free = max((device.free for device in self.devices), default=0)
         self.within_reach = max((device.within_reach for device in self.devices), default=0)
+        self.is_busy = any(replica.sessions or replica.ready_s > 0 for replica in state.replicas)
+        """It computes or loads."""
         self.by_model: dict[ModelId, list[ReplicaState]] = {}
         for replica in state.replicas:
             self.by_model.setdefault(replica.model, []).append(replica)

@@ -66,8 +66,8 @@ class Pace:
     def is_last(self, gap: int) -> bool:
         """Tell whether to hand over now, with so many tokens that the destination lacks."""
         wait_s = self.wait_s(gap)
-        if gap == 0 or wait_s <= self.step_s:
-            return True
+        if gap <= 1 or wait_s <= self.step_s:
+            return True  # no round leaves less than what comes within a step
         if self._scale.value * self._fit.a_s_per_token >= _WORTH * self.step_s:
             return True  # it never comes near
         return bool(self._tried) and gap >= _WORTH * self._tried

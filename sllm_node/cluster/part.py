@@ -191,7 +191,7 @@ class LocalSource:
         try:
             await stream.started.wait()
             if stream.is_granted:
-                yield Granted()
+                yield Granted(stream.waited)
             told = await stream.standing(-1)
             while told is not None:
                 yield Standing(told)

@@ -82,8 +82,9 @@ class Candidate:
     """Share of a replica's places that are taken."""
     replica: ReplicaId = NO_REPLICA
     wait_s: float = 0.0
-    """Before the load: the queue of the devices, or the moves if they last longer."""
+    """Before the load: the queue of the devices, or the moves if they last longer; or for a place."""
     load_s: float = 0.0
+    """Of its own load, or what is left of one under way."""
     source: Source | None = None
     evicts: tuple[ReplicaId, ...] = ()
     moves: tuple[Move, ...] = ()
@@ -279,9 +280,11 @@ def _resident(view: ClusterView, request: PlacementRequest, now: float) -> Itera
         if node.state.is_draining:
             continue
         for replica in node.by_model[request.model]:
-            startup_s = _startup_s(replica, max(0.0, now - node.seen_at))
+            age_s = max(0.0, now - node.seen_at)
+            startup_s = _startup_s(replica, age_s)
             if startup_s is None:
                 continue
+            load_s = max(0.0, replica.ready_s - age_s)
             is_open = replica.free_slots > 0 and startup_s <= 0
             yield Candidate(
                 Kind.SERVE if is_open else Kind.WAIT,
@@ -290,7 +293,8 @@ def _resident(view: ClusterView, request: PlacementRequest, now: float) -> Itera
                 tuple(share.device for share in replica.shares),
                 crowding=len(replica.sessions) / max(1, replica.slots),
                 replica=replica.replica,
-                wait_s=startup_s,
+                wait_s=startup_s - load_s,
+                load_s=load_s,
             )
 
 

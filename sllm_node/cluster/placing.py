@@ -6,13 +6,19 @@ from dataclasses import replace
 from typing import Final
 
 from sllm_node.cluster.choice import FORWARD_S, Choice, ask_for, choose, request_for
-from sllm_node.cluster.estimate import ErrorTrack, ForwardEstimator
+from sllm_node.cluster.estimate import (
+    ErrorTrack,
+    ForwardEstimator,
+    Source,
+    StartupParts,
+    errors_by_part,
+)
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.state import BootId
 from sllm_node.core.clock import Clock
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import GenerationRequest, NodeId
+from sllm_node.core.types import GenerationRequest, NodeId, Waited
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +47,9 @@ class Placing:
         asked = request_for(view, request.model, request.priority)
         found = choose(view, asked, me, self._clock.now(), excluded, self._gain_s())
         if found is not None and found.node != me:
-            found = replace(found, forward_s=self._forwarding.seconds(found.node))
+            busy = sum(view.nodes[node].is_busy for node in (me, found.node) if node in view.nodes)
+            forward_s = self._forwarding.seconds(found.node, busy)
+            found = replace(found, forward_s=forward_s, busy_ends=busy)
         where = "here" if found and found.node == me else "peer"
         self._metrics.placements.labels(found.way if found else "none", where).inc()
         return found
@@ -58,18 +66,30 @@ class Placing:
         asked = request_for(self._peers.view, request.model, request.priority)
         return ask_for(choice, asked, node.state, request.session)
 
-    def started(self, choice: Choice, model: str, seconds: float) -> None:
-        """Compare the estimate with what came."""
-        choice = choice.began or choice
-        if choice.startup_s is None:
+    def started(self, choice: Choice, model: str, seconds: float, waited: Waited | None) -> None:
+        """Compare the estimate with what came; `waited`: of it, at the node that serves."""
+        expected = choice.parts
+        if expected is None or choice.startup_s is None:
             return
         self.errors.observe(choice.startup_s, seconds)
         where = "here" if choice.node == self._peers.me else "peer"
-        if where == "peer" and choice.way == "serve":
-            self._forwarding.observe(choice.node, seconds)
         error_s = abs(seconds - choice.startup_s)
         self._metrics.estimate_error_seconds.labels(where).observe(error_s)
+        fields: dict[str, object] = {}
+        if waited is not None:
+            forward_s = max(0.0, seconds - waited.total_s)
+            actual = StartupParts(waited.queue_s, waited.load_s, forward_s)
+            if where == "peer" and _is_told_at_once(choice):
+                self._forwarding.observe(choice.node, choice.busy_ends, forward_s)
+            for part, off_s in errors_by_part(expected, actual).items():
+                self._metrics.estimate_part_error_seconds.labels(where, part).observe(abs(off_s))
+                fields[f"{part}_off_s"] = round(off_s, 4)
         log.debug("session started", extra={
             "model": model, "node": choice.node, "expected_s": round(choice.startup_s, 4),
-            "startup_s": round(seconds, 4),
+            "startup_s": round(seconds, 4), "busy_ends": choice.busy_ends, **fields,
         })  # fmt: skip
+
+
+def _is_told_at_once(choice: Choice) -> bool:
+    """Tell whether its node looked at the request when it came, and did not first ask peers for the model."""
+    return choice.candidate is None or choice.candidate.source is not Source.PEER

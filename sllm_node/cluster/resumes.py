@@ -5,7 +5,9 @@ prompt: both are samples of a * tokens + b. Not counted is what tells nothing of
 while its model still loaded, one that repeats its output token by token, one that held for its tokens.
 """
 
-from sllm_node.cluster.estimate import ResumeEstimator
+from collections.abc import Callable
+
+from sllm_node.cluster.estimate import ResumeEstimator, resume_s
 from sllm_node.cluster.state import ResumeFit
 from sllm_node.core.types import ModelId
 from sllm_node.schedule.stream import Stream
@@ -14,7 +16,9 @@ from sllm_node.schedule.stream import Stream
 class Resumes:
     """The fits of one node."""
 
-    def __init__(self) -> None:
+    def __init__(self, tell: Callable[[ModelId, float, float], None] = lambda *_: None) -> None:
+        """`tell`: takes what the fit of a model had expected, before it learns what came."""
+        self._tell = tell
         self._models: dict[ModelId, ResumeEstimator] = {}
 
     def observe(self, stream: Stream) -> None:
@@ -27,7 +31,10 @@ class Resumes:
             return
         tokens = len(request.prompt) + len(request.resumed) - stream.cached_tokens
         known = self._models.setdefault(request.model, ResumeEstimator())
-        known.observe(tokens, stream.first_token - stream.granted)
+        elapsed_s = stream.first_token - stream.granted
+        if known.errors.count and tokens > 0:
+            self._tell(request.model, resume_s(known.fit, tokens), elapsed_s)
+        known.observe(tokens, elapsed_s)
 
     def fit(self, model: ModelId) -> ResumeFit | None:
         """Return the line of `model`, in steps so coarse that it changes seldom; None: nothing seen."""

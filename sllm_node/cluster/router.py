@@ -212,7 +212,8 @@ class Router(Generic[CodecT]):
     async def _watch(self, stream: Stream, choice: Choice) -> None:
         await stream.started.wait()
         if stream.granted is not None:
-            self.started(choice, stream.request.model, stream.granted - stream.opened)
+            seconds = stream.granted - stream.opened
+            self.started(choice, stream.request.model, seconds, stream.waited)
 
     def ended(self, stream: RoutedStream) -> None:
         """Forget a session that has ended."""

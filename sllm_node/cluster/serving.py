@@ -197,7 +197,7 @@ class Serving:
             except TimeoutError:
                 continue
         if stream.is_granted:
-            await reply.send(pack(Granted()))
+            await reply.send(pack(Granted(stream.waited)))
         try:
             await self._pass_standing(stream, reply)
             while not await self._pass_chunk(stream, reply):

@@ -107,7 +107,7 @@ class Snapshot:
                 else:
                     staying += here
                 if here and view.state in _COMING:
-                    loads.append(self._done_s(view, now))
+                    loads.append(self._moved_s(view, now))
             free = max(0, total - staying - max(leaving, coming))
             found.append(DeviceState(name, total, free, tuple(sorted(loads))))
         return tuple(found)
@@ -120,7 +120,7 @@ class Snapshot:
             model = held.get(view.model)
             if model is None or view.state not in _COMING:
                 continue
-            done_s = self._done_s(view, now)
+            done_s = self._moved_s(view, now)
             if model.bytes_nvme > model.bytes_dram:
                 nvme_s = max(nvme_s, done_s)
             if model.bytes_stored > max(model.bytes_nvme, model.bytes_dram):
@@ -132,6 +132,10 @@ class Snapshot:
         if view.state is ModelState.QUEUED:
             return max(view.load_s, view.ready_at + self._outlook.evict_s - now)
         return max(0.0, view.ready_at - now)
+
+    def _moved_s(self, view: ReplicaView, now: float) -> float:
+        """Return how long until its bytes are expected to be there; what it takes beside holds up nobody."""
+        return max(0.0, self._done_s(view, now) - view.beside_s)
 
     def _replica(self, view: ReplicaView, now: float) -> ReplicaState:
         tickets = (*view.running, *view.waiting)

@@ -32,7 +32,7 @@ class DeviceState:
     bytes_free: int
     """Neither held by a replica nor promised to a load."""
     loads_done_s: tuple[float, ...] = ()
-    """When each queued load is expected to be done, in their order."""
+    """When the bytes of each queued load are expected to be there, in their order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ class NodeState:
     replicas: tuple[ReplicaState, ...] = ()
     is_draining: bool = False
     nvme_done_s: float = 0.0
-    """When the loads that read its NVMe are expected to be done; all its devices share it."""
+    """When the loads that read its NVMe are expected to have read; all its devices share it."""
     link_done_s: float = 0.0
     """The same of its network link: loads from peers and remotes."""
     format: int = FORMAT

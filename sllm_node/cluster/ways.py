@@ -20,6 +20,7 @@ from sllm_node.core.types import (
     SessionId,
     Startup,
     TokenIds,
+    Waited,
 )
 from sllm_node.schedule.stream import Stream
 
@@ -56,8 +57,8 @@ class Ways(Protocol):
     def lost(self, node: NodeId, error: SllmError) -> None:
         """Take note that a node can't be reached."""
 
-    def started(self, choice: Choice, model: str, seconds: float) -> None:
-        """Take note that a session runs, so long after it was placed."""
+    def started(self, choice: Choice, model: str, seconds: float, waited: Waited | None) -> None:
+        """Take note that a session runs, so long after it was placed; `waited`: of it, at its node."""
 
     def passed_on(self, node: NodeId, seconds: float) -> None:
         """Take note that tokens from a node were with the client so long after they had come."""

@@ -272,3 +272,9 @@ class Metrics:
             ["where"],
             buckets=(0.0005, *LATENCY_BUCKETS_S),
         )
+        self.estimate_part_error_seconds = histogram(
+            "sllm_startup_estimate_part_error_seconds",
+            "The same of its parts queue, load, forward; and prefill, which follows",
+            ["where", "part"],
+            buckets=(0.0005, *LATENCY_BUCKETS_S),
+        )

@@ -160,6 +160,21 @@ class Startup:
 
 
 @dataclass(frozen=True, slots=True)
+class Waited:
+    """What a session waited for at the node that serves it, until it ran there."""
+
+    queue_s: float = 0.0
+    """For its turn and for room: before its model's load, or without one."""
+    load_s: float = 0.0
+    """For its model's load, from when it came or from when that began."""
+
+    @property
+    def total_s(self) -> float:
+        """Return the seconds from when it came to this node until it ran."""
+        return self.queue_s + self.load_s
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What the engine is asked for: tokens in, conditions of the end."""
 

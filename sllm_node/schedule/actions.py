@@ -31,6 +31,8 @@ class Ticket:
     is_session: bool = True
     is_hint: bool = False
     """Nobody waits for it: it gives way to all others."""
+    beside_s: float = 0.0
+    """Of `load_s`: beside its bytes."""
     waited_s: float = 0.0
     """How long it has waited elsewhere: its age in the queue counts from its first arrival."""
 
@@ -138,3 +140,5 @@ class ReplicaView:
     """How long its sessions last."""
     load_s: float = 0.0
     """What its load was, or is, expected to take."""
+    beside_s: float = 0.0
+    """Of that: beside its bytes, when other loads have the links to themselves."""

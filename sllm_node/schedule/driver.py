@@ -423,7 +423,7 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
             is_peer = hosted.lease.checkpoint.remote == PEERS
-            self._estimator.observe(hosted.lease.report, is_peer=is_peer)
+            self._estimator.observe(hosted.lease.report, is_peer=is_peer, is_alone=hosted.was_alone)
             self._estimator.observe_whole(
                 hosted.lease.report, hosted.elapsed_s, is_kept=hosted.was_kept
             )
@@ -521,7 +521,7 @@ class Service(Generic[CodecT]):
             log.exception("engine took no request", extra={"model": model})
             failure = EngineError(model, f"{type(error).__name__}: {error}")
         else:
-            stream.grant(generation, is_early=early is not None)
+            stream.grant(generation, is_early=early is not None, load=hosted.load)
             self._telemetry.granted(stream)
             return
         self._end(stream.ticket, failure, Outcome.REFUSED)
@@ -584,15 +584,17 @@ class Service(Generic[CodecT]):
         load_s = self._estimator.load_s(
             bytes_moved, from_nvme, from_remote, is_encoded=is_encoded, is_peer=is_peer
         )
+        beside_s = self._estimator.beside_s(is_kept=self._engines.is_kept(checkpoint))
         return Ticket(
             TicketId(self._last_ticket),
             model,
             self._engines.shares(checkpoint),
-            load_s + self._estimator.beside_s(is_kept=self._engines.is_kept(checkpoint)),
+            load_s + beside_s,
             priority,
             keep_alive_s,
             is_session,
             is_hint,
+            beside_s,
         )
 
     def _want(self, model: ModelId) -> asyncio.Future[None]:

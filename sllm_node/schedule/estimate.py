@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Final
 
-from sllm_node.core.types import LoadReport, Tier
+from sllm_node.core.types import LoadReport, Tier, Waited
 
 PEER: Final = "peer"
 """Other nodes of the cluster: farther than this node's tiers, and mostly nearer than its remotes."""
@@ -39,6 +39,11 @@ class MovingAverage:
         self.value = guess
         self._is_guess = True
 
+    def observe_least(self, sample: float) -> None:
+        """Take a sample that tells no more than that the value is not below it."""
+        if self._is_guess or sample > self.value:
+            self.observe(sample)
+
     def observe(self, sample: float) -> None:
         """Take one more sample; the first one replaces the guess."""
         weight = 1.0 if self._is_guess else _WEIGHT
@@ -51,9 +56,9 @@ class RunningMedian:
 
     __slots__ = ("_guess", "_last")
 
-    def __init__(self, guess: float) -> None:
+    def __init__(self, guess: float, count: int = _MEDIAN_OF) -> None:
         self._guess = guess
-        self._last: deque[float] = deque(maxlen=_MEDIAN_OF)
+        self._last: deque[float] = deque(maxlen=count)
 
     @property
     def value(self) -> float:
@@ -78,6 +83,13 @@ def path_s(parts: Iterable[tuple[float, float]]) -> float:
         if size > 0:
             slowest = max(slowest, size / bandwidth if bandwidth > 0 else math.inf)
     return slowest
+
+
+def waited(opened: float, granted: float, load: tuple[float, float] | None) -> Waited:
+    """Return what a session waited for that came and ran then; `load`: when its model's began and ended."""
+    begun, ended = load or (granted, granted)
+    load_s = max(0.0, min(granted, ended) - max(opened, begun))
+    return Waited(granted - opened - load_s, load_s)
 
 
 class LoadEstimator:
@@ -132,8 +144,12 @@ class LoadEstimator:
         """Learn from a replica that came, its bytes as `report` says, so long after it was asked for."""
         self._beside[is_kept].observe(max(0.0, elapsed_s - report.elapsed_s))
 
-    def observe(self, report: LoadReport, *, is_peer: bool = False) -> None:
-        """Learn from a finished load: it tells the bandwidth of the tier that held it up."""
+    def observe(self, report: LoadReport, *, is_peer: bool = False, is_alone: bool = True) -> None:
+        """Learn from a finished load: it tells the bandwidth of the tier that held it up.
+
+        One that had others beside it shared that, and tells no more than that it is not less: who
+        waits behind others has their time added anyway.
+        """
         moved = report.bytes_total - report.bytes_kept
         if moved <= 0 or report.elapsed_s <= 0 or report.bytes_from_sibling:
             return
@@ -142,7 +158,11 @@ class LoadEstimator:
         bandwidth = self._encoded if report.is_encoded else self._raw
         parts = _parts(bandwidth, sizes)
         slowest = max(parts, key=lambda tier: parts[tier])
-        bandwidth[slowest].observe(sizes[slowest] / report.elapsed_s)
+        rate = sizes[slowest] / report.elapsed_s
+        if is_alone:
+            bandwidth[slowest].observe(rate)
+        else:
+            bandwidth[slowest].observe_least(rate)
 
 
 def _first_guesses() -> _Bandwidth:

@@ -82,7 +82,7 @@ class ModelRecord:
         self.shares: tuple[Share, ...] = ()
         self.devices: tuple[str, ...] = ()
         """Where its shares are, or were when it was on devices last."""
-        self.load_s = 0.0
+        self.load_s = self.beside_s = 0.0
         self.ready_at = 0.0
         """When the load under way, planned, or the last one, was expected to be done."""
         self.running: dict[TicketId, Running] = {}
@@ -235,7 +235,7 @@ class ModelRecord:
 
     def _take_size(self, ticket: Ticket) -> None:
         self.shares = ticket.shares
-        self.load_s = ticket.load_s
+        self.load_s, self.beside_s = ticket.load_s, ticket.beside_s
 
     # --- use ----------------------------------------------------------------------------------
 
@@ -281,5 +281,5 @@ class ModelRecord:
             tuple(share.size for share in self.shares),
             tuple(self.running), tuple(self._arrivals), self.pinned,
             self.is_closed or self.is_stale or self.state is ModelState.EVICTING,
-            self.ready_at, self.last_used, self.service_s.value, self.load_s,
+            self.ready_at, self.last_used, self.service_s.value, self.load_s, self.beside_s,
         )  # fmt: skip

@@ -50,10 +50,19 @@ class Hosted:
     lease: WeightLease
     opened: float
     """When sessions could begin."""
+    begun: float = 0.0
+    """When its load began."""
     elapsed_s: float = 0.0
     """From the start of its load until all of it was there."""
     was_kept: bool = False
     """Its module was there from an earlier replica."""
+    was_alone: bool = True
+    """No other load was under way meanwhile."""
+
+    @property
+    def load(self) -> tuple[float, float]:
+        """Return when its load began and ended."""
+        return self.begun, self.begun + self.elapsed_s
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +96,8 @@ class Replicas(Generic[CodecT]):
         self._loads: dict[ModelId, asyncio.Task[Hosted]] = {}
         self._evictions: dict[ModelId, asyncio.Task[None]] = {}
         self._aborted: set[ModelId] = set()
+        self._beside: set[ModelId] = set()
+        """Models whose loads have had others beside them."""
         self._brought: set[ModelId] = set()
         """Models that something may be kept of."""
         self._is_closing = False
@@ -100,6 +111,8 @@ class Replicas(Generic[CodecT]):
         assert model not in self._loads
         log.info("load started", extra={"model": model, "devices": list(devices)})
         task = asyncio.create_task(self._bring_up(model, devices, listener), name=f"load {model}")
+        if self._loads:
+            self._beside |= {model, *self._loads}
         self._loads[model] = task
         self._brought.add(model)
         task.add_done_callback(partial(self._load_ended, model, listener, self._clock.now()))
@@ -161,7 +174,9 @@ class Replicas(Generic[CodecT]):
             listener.on_closing(model)
             await _to_its_end(self._undo(model, lease, replica))
             raise
-        return Hosted(replica, lease, opened, self._clock.now() - started, was_kept)
+        elapsed_s = self._clock.now() - started
+        was_alone = model not in self._beside
+        return Hosted(replica, lease, opened, started, elapsed_s, was_kept, was_alone)
 
     async def _undo(self, model: ModelId, lease: WeightLease, replica: Replica | None) -> None:
         """Give everything back that a load has brought so far; its memory is free then."""
@@ -214,6 +229,7 @@ class Replicas(Generic[CodecT]):
         self, model: ModelId, listener: Listener, started: float, task: asyncio.Task[Hosted]
     ) -> None:
         del self._loads[model]
+        self._beside.discard(model)
         is_aborted = model in self._aborted
         self._aborted.discard(model)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()

@@ -25,8 +25,10 @@ from sllm_node.core.types import (
     SessionStatus,
     Startup,
     TokenIds,
+    Waited,
 )
 from sllm_node.schedule.actions import TicketId
+from sllm_node.schedule.estimate import waited
 from sllm_node.schedule.ports import Generation
 
 _WITH_SUFFIX: Final = re.compile(r"(.+)-[0-9a-f]{8}")
@@ -69,6 +71,8 @@ class Stream:
         """The node of its client, if that is another one."""
         self.opened = clock.now()
         self.granted: float | None = None
+        self.waited: Waited | None = None
+        """For what, until it was granted."""
         self.is_early = False
         """It was computed before it was granted."""
         self.cached_tokens = 0
@@ -163,12 +167,16 @@ class Stream:
         """Whether the session runs or ran."""
         return self.granted is not None
 
-    def grant(self, generation: Generation, *, is_early: bool = False) -> None:
-        """Let the session run."""
+    def grant(
+        self, generation: Generation, *, is_early: bool = False,
+        load: tuple[float, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Let the session run; `load`: when that of its model began and ended."""
         assert not self._is_ended
         self.is_early = is_early
         self._generation = generation
         self.granted = self._clock.now()
+        self.waited = waited(self.opened, self.granted, load)
         self.started.set()
 
     def fail(self, error: SllmError, outcome: Outcome) -> None:

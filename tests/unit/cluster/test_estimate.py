@@ -9,6 +9,8 @@ from sllm_node.cluster.estimate import (
     ForwardEstimator,
     ResumeEstimator,
     Source,
+    StartupParts,
+    errors_by_part,
     load_path,
     resume_s,
     send_rate,
@@ -137,11 +139,38 @@ def test_nothing_observed_means_the_guess():
 
 def test_what_forwarding_adds_is_learned_for_each_peer():
     forwarding = ForwardEstimator(0.002)
-    assert forwarding.seconds(NodeId("b")) == 0.002
+    assert forwarding.seconds(NodeId("b"), 0) == 0.002
     for _ in range(20):
-        forwarding.observe(NodeId("b"), 0.010)
-    assert forwarding.seconds(NodeId("b")) == pytest.approx(0.010)
-    assert forwarding.seconds(NodeId("c")) == 0.002
+        forwarding.observe(NodeId("b"), 0, 0.010)
+    assert forwarding.seconds(NodeId("b"), 0) == pytest.approx(0.010)
+    assert forwarding.seconds(NodeId("c"), 0) == 0.002
+
+
+def test_a_forward_between_busy_nodes_is_expected_to_take_what_such_ones_took():
+    forwarding = ForwardEstimator(0.002)
+    forwarding.observe(NodeId("b"), 0, 0.001)
+    assert forwarding.seconds(NodeId("b"), 2) == 0.001, "nothing more alike was seen"
+    forwarding.observe(NodeId("b"), 2, 0.010)
+    assert [forwarding.seconds(NodeId("b"), busy) for busy in (0, 1, 2)] == [0.001, 0.001, 0.010]
+
+
+def test_one_forward_that_a_stall_made_long_moves_nothing():
+    forwarding = ForwardEstimator(0.002)
+    for elapsed_s in (0.003, 0.003, 0.5):
+        forwarding.observe(NodeId("b"), 1, elapsed_s)
+    assert forwarding.seconds(NodeId("b"), 1) == 0.003
+
+
+def test_of_an_older_estimate_first_the_queue_has_passed_then_the_load():
+    parts = StartupParts(1.0, 2.0, 0.5)
+    assert parts.later(0.25) == StartupParts(0.75, 2.0, 0.5)
+    assert parts.later(2.0) == StartupParts(0.0, 1.0, 0.5)
+    assert parts.later(9.0) == StartupParts(0.0, 0.0, 0.5)
+
+
+def test_an_error_is_told_for_each_part():
+    found = errors_by_part(StartupParts(1.0, 2.0, 0.5), StartupParts(1.5, 1.0, 0.5))
+    assert found == {"queue": 0.5, "load": -1.0, "forward": 0.0}
 
 
 def test_a_load_from_a_peer_begins_with_index_and_texts():

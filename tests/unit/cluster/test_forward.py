@@ -75,6 +75,7 @@ class LocalStream(FakeStream):
     """A session that this node serves itself."""
 
     is_granted = True
+    waited = None
 
     def __init__(self, chunks, position=0):
         super().__init__(chunks)
@@ -173,7 +174,7 @@ class World:
     def lost(self, node, error):
         self.lost_nodes.append(node)
 
-    def started(self, choice, model, seconds):
+    def started(self, choice, model, seconds, waited):
         self.starts.append(choice.node)
 
     def passed_on(self, node, seconds):
@@ -482,7 +483,7 @@ async def test_a_source_that_fails_during_a_move_is_followed_by_the_destination(
 
 def way(node, startup_s):
     kind = Kind.LOAD if startup_s else Kind.SERVE
-    return Candidate(kind, startup_s, NodeId(node), ("d0",))
+    return Candidate(kind, startup_s, NodeId(node), ("d0",), load_s=startup_s)
 
 
 @pytest.mark.parametrize("expected_s", [None, 60.0], ids=["queues", "loads"])

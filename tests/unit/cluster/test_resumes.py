@@ -29,6 +29,15 @@ def test_a_line_through_what_sessions_took_is_told():
     assert (fit.a_s_per_token, fit.b_s) == pytest.approx((0.002, 0.1))
 
 
+def test_what_the_line_had_said_is_told_before_it_learns():
+    told = []
+    resumes = Resumes(lambda *what: told.append(what))
+    for seconds in (0.3, 0.3, 0.5):
+        resumes.observe(ended(seconds=seconds))
+    assert [expected_s for _, expected_s, _ in told] == pytest.approx([0.3, 0.3])
+    assert [actual_s for _, _, actual_s in told] == pytest.approx([0.3, 0.5])
+
+
 def test_cached_tokens_are_not_counted():
     counted, cached = Resumes(), Resumes()
     counted.observe(ended(replace(REQUEST, prompt=(1,) * 40)))

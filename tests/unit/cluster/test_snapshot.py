@@ -71,6 +71,15 @@ def test_loads_under_way_say_when_what_they_read_from_is_free(tiers, expected):
     assert (made.nvme_done_s, made.link_done_s) == expected
 
 
+def test_others_wait_for_the_bytes_of_a_load_and_not_for_what_it_takes_beside_them():
+    coming = replace(replica("m", 15.0), load_s=5.0, beside_s=2.0)
+    made = state([coming], {"m": {Tier.NVME: 100}})
+    assert made.nvme_done_s == made.devices[0].loads_done_s[0] == 3.0
+    assert made.replicas[0].ready_s == 5.0
+    late = state([replace(coming, ready_at=11.0)], {"m": {Tier.NVME: 100}})
+    assert late.nvme_done_s == 0.0
+
+
 def test_what_is_loaded_or_overdue_keeps_nothing_busy():
     replicas = [replica("m", 15.0, ModelState.READY), replica("n", 9.0)]
     made = state(replicas, {"m": {Tier.NVME: 100}, "n": {Tier.NVME: 100}})

@@ -1,5 +1,6 @@
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from sllm_node.core.types import (
     SamplingParameters,
     SessionId,
     TokenLogprob,
+    Waited,
 )
 from sllm_node.server.faults import body_of, headers_of, status_of
 from tests.unit.server.fake_service import status_of as model_status
@@ -32,7 +34,7 @@ CHUNK = GenerationChunk(
     "é", (1, 2), (TokenLogprob(1, "a", -0.5, ((1, "a", -0.5),), 3),), "stop", "a"
 )
 RECORDS = [
-    wire.Waiting(), wire.Waiting(model_status()), wire.Granted(), wire.Tokens(CHUNK, 3), wire.Standing(4),
+    wire.Waiting(), wire.Waiting(model_status()), wire.Granted(), wire.Granted(Waited(0.5, 2.0)), wire.Tokens(CHUNK, 3), wire.Standing(4),
     wire.Refusal("why", b"doc"), wire.Failed("code", "words", 1.5, "n"),
 ]  # fmt: skip
 READERS = [
@@ -91,6 +93,10 @@ def test_an_error_is_told_to_the_client_as_its_own_node_would(error):
     assert (status_of(told), body_of(told), headers_of(told)) == (
         status_of(error), body_of(error), headers_of(error),
     )  # fmt: skip
+
+
+def test_a_grant_of_an_older_release_says_nothing_of_what_the_session_waited_for():
+    assert wire.unpack_record(msgspec.msgpack.encode(["granted"])) == wire.Granted(None)
 
 
 def test_an_unknown_error_is_an_internal_one_with_its_words():

@@ -902,3 +902,40 @@ async def test_a_load_is_expected_to_take_what_those_before_took_beside_their_by
     assert view.ready_at == pytest.approx(start + EVICTION_S + LOAD_S + 1.5)
     assert n.service.outlook.evict_s == pytest.approx(EVICTION_S)
     stream.cancel()
+
+
+@on_virtual_time
+async def test_loads_side_by_side_say_nothing_worse_of_a_tier_than_one_alone(node):
+    n = node(pages=3)
+    await n.ask("a", tokens=1)
+    rate, acquire = n.service.outlook.bandwidth(Tier.NVME), n.store.acquire
+
+    async def in_twice_the_time(model, placement, *, early):
+        lease = await acquire(model, placement, early=early)
+        lease.report = replace(lease.report, elapsed_s=2 * LOAD_S)
+        return lease
+
+    n.store.acquire = in_twice_the_time
+    await asyncio.gather(n.ask("b", tokens=1), n.ask("c", tokens=1))
+    assert n.service.outlook.bandwidth(Tier.NVME) == rate
+    await n.service.unload("a")
+    await n.ask("a", tokens=1)
+    assert n.service.outlook.bandwidth(Tier.NVME) < rate
+
+
+@on_virtual_time
+async def test_a_session_tells_for_what_it_waited(node):
+    n = node()
+    await n.ask("a", tokens=1)
+    first = n.open("b")
+    await asyncio.sleep(EVICTION_S + 0.5)
+    second = n.open("b")
+    await first.started.wait()
+    assert first.waited.queue_s == pytest.approx(EVICTION_S)
+    assert first.waited.load_s == pytest.approx(LOAD_S)
+    assert second.waited.queue_s == pytest.approx(0.0)
+    assert second.waited.load_s == pytest.approx(LOAD_S - 0.5)
+    third = n.open("b")
+    assert third.waited.total_s == 0
+    for stream in (first, second, third):
+        stream.cancel()

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from sllm_node.core.types import LoadReport, ModelId
-from sllm_node.schedule.estimate import PEER, LoadEstimator, MovingAverage, RunningMedian
+from sllm_node.schedule.estimate import PEER, LoadEstimator, MovingAverage, RunningMedian, waited
 
 
 def report(total, from_nvme, elapsed_s):
@@ -54,6 +54,16 @@ def test_raw_and_encoded_checkpoints_do_not_spoil_each_others_estimates():
     assert estimator.load_s(10**10, 10**10, is_encoded=True) == pytest.approx(20.0)
 
 
+def test_a_load_beside_others_tells_only_that_the_tier_is_not_slower():
+    estimator = LoadEstimator()
+    estimator.observe(report(10**10, 10**10, 4.0), is_alone=False)
+    assert estimator.load_s(10**10, 10**10) == pytest.approx(4.0), "more than a guess"
+    estimator.observe(report(10**10, 10**10, 8.0), is_alone=False)
+    assert estimator.load_s(10**10, 10**10) == pytest.approx(4.0)
+    estimator.observe(report(10**10, 10**10, 2.0), is_alone=False)
+    assert estimator.load_s(10**10, 10**10) < 4.0
+
+
 @pytest.mark.parametrize(("total", "elapsed_s"), [(0, 1.0), (10, 0.0)])
 def test_a_load_that_tells_nothing_changes_nothing(total, elapsed_s):
     estimator = LoadEstimator()
@@ -95,3 +105,19 @@ def test_what_a_load_takes_beside_its_bytes_is_learned_apart_for_kept_modules():
     assert estimator.beside_s(is_kept=True) == 0.25
     estimator.observe_eviction(0.5)
     assert estimator.evict_s == 0.5
+
+
+@pytest.mark.parametrize(
+    ("load", "queue_s", "load_s"),
+    [
+        (None, 10, 0),
+        ((1, 4), 10, 0),
+        ((8, 13), 7, 3),
+        ((12, 19), 3, 7),
+        ((12, 20), 2, 8),
+    ],
+)
+def test_of_a_wait_the_time_of_the_models_load_counts_as_load(load, queue_s, load_s):
+    found = waited(10, 20, load)
+    assert (found.queue_s, found.load_s) == (queue_s, load_s)
+    assert found.total_s == 10

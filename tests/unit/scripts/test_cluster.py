@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from scripts.bench.cluster_load import Answer, Request, compared, requests_of_trace
-from scripts.bench.cluster_logs import Logs, errors
+from scripts.bench.cluster_logs import Logs, Started, errors
+from scripts.bench.cluster_noise import RunDelays, waited_s
 
 REQUEST = Request("r0", 0.0, "m", "p", 3)
 RIGHT = ["a", "b", "c"]
@@ -81,6 +82,40 @@ def test_logs_tell_when_loads_began_and_how_good_estimates_were(tmp_path):
 
 
 def test_an_estimate_is_good_within_a_fifth_or_five_milliseconds():
-    assert errors([(0.000, 0.004)])["share_good"] == 1.0
-    assert errors([(0.080, 0.100)])["share_good"] == 1.0
-    assert errors([(0.080, 0.101)])["share_good"] == 0.0
+    assert errors([Started(0.000, 0.004)])["share_good"] == 1.0
+    assert errors([Started(0.080, 0.100)])["share_good"] == 1.0
+    assert errors([Started(0.080, 0.101)])["share_good"] == 0.0
+
+
+def test_what_the_machine_made_longer_is_told_apart_and_excuses_nothing_that_came_too_soon():
+    late, soon = Started(0.010, 0.030, 0.016), Started(0.030, 0.010, 0.016)
+    assert errors([late])["share_good"] == errors([soon])["share_good"] == 0.0
+    assert errors([late])["share_good_without_run_delays"] == 1.0
+    assert errors([soon])["share_good_without_run_delays"] == 0.0
+
+
+def test_errors_are_told_by_part_with_the_part_that_spoils_most():
+    ones = [
+        Started(0.0, 0.012, off_s={"queue": 0.010, "load": 0.002, "forward": 0.0}),
+        Started(0.0, 0.012, off_s={"queue": -0.002, "load": 0.002, "forward": 0.012}),
+        Started(0.0, 0.002, off_s={"queue": 0.0, "load": 0.0, "forward": 0.002}),
+    ]
+    parts = errors(ones)["parts"]
+    assert {part: told["most_of_bad"] for part, told in parts.items()} == {
+        "queue": 1, "load": 0, "forward": 1,
+    }  # fmt: skip
+    assert parts["queue"]["bias_ms"] == round(8 / 3, 2)
+
+
+def test_waits_for_a_processor_count_between_two_times_over_a_nodes_lives():
+    delays = RunDelays()
+    for process, wait_s, at in ((7, 1.0, 10.0), (7, 3.0, 11.0), (8, 0.0, 12.0), (8, 0.5, 13.0)):
+        delays.take("a", process, wait_s, at)
+    assert delays.between("a", 10.0, 11.0) == 2.0
+    assert delays.between("a", 10.25, 10.75) == 1.0
+    assert delays.between("a", 11.0, 13.0) == 0.5
+    assert delays.between("b", 10.0, 11.0) == 0.0
+
+
+def test_the_kernel_tells_a_threads_wait_second():
+    assert waited_s("30001 2500000000 7\n") == 2.5
