@@ -188,6 +188,8 @@ class Serving:
         return RefusalRecord(reason, encode_state(state, limit))
 
     async def _pass_on(self, stream: Stream, reply: "_Heard") -> None:
+        if not stream.started.is_set():
+            await self._service.begun()
         while not stream.started.is_set():
             await reply.send(pack(Waiting(stream.status())))
             try:

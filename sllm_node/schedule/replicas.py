@@ -14,12 +14,14 @@ from collections.abc import Collection, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeGuard
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import CheckpointChangedError, LoadFailedError, SllmError
 from sllm_node.core.types import ModelId, Part, Placement, Tier
+from sllm_node.schedule.beginnings import Beginnings
 from sllm_node.schedule.codecs import CodecCache
 from sllm_node.schedule.ports import CodecT, Engines, Replica, WeightLease, WeightStore
 
@@ -77,7 +79,8 @@ class Replicas(Generic[CodecT]):
         *,
         overlap: bool,
     ) -> None:
-        self.codecs = CodecCache(engines.load_codec)
+        self.beginnings = Beginnings()
+        self.codecs = CodecCache(self._load_codec)
         self._catalog = catalog
         self._store = store
         self._engines = engines
@@ -99,6 +102,7 @@ class Replicas(Generic[CodecT]):
         """Begin to bring `model` to its devices."""
         assert model not in self._loads
         log.info("load started", extra={"model": model, "devices": list(devices)})
+        self.beginnings.add(("load", model))
         task = asyncio.create_task(self._bring_up(model, devices, listener), name=f"load {model}")
         self._loads[model] = task
         self._brought.add(model)
@@ -189,7 +193,8 @@ class Replicas(Generic[CodecT]):
         try:
             async with asyncio.TaskGroup() as group:
                 acquiring = group.create_task(self._acquire(model, placement))
-                skeleton = group.create_task(self._engines.skeleton(checkpoint))
+                group.create_task(self._begin(model))
+                skeleton = group.create_task(self._skeleton(checkpoint))
                 codec = group.create_task(self.codecs.get(checkpoint))
         except BaseException as error:
             if _succeeded(skeleton):
@@ -200,6 +205,20 @@ class Replicas(Generic[CodecT]):
                 raise _foremost(error) from None
             raise
         return _Parts(acquiring.result(), skeleton.result(), codec.result())
+
+    async def _begin(self, model: ModelId) -> None:
+        """Wait until bytes move; the store knows of the load by now."""
+        await self._store.begun(model)
+        self.beginnings.discard(("load", model))
+
+    async def _skeleton(self, checkpoint: Checkpoint) -> Any:
+        if not self._engines.is_kept(checkpoint):
+            await self.beginnings.over()
+        return await self._engines.skeleton(checkpoint)
+
+    async def _load_codec(self, directory: Path) -> CodecT:
+        await self.beginnings.over()
+        return await self._engines.load_codec(directory)
 
     async def _acquire(self, model: ModelId, placement: Placement) -> WeightLease:
         try:
@@ -214,6 +233,7 @@ class Replicas(Generic[CodecT]):
         self, model: ModelId, listener: Listener, started: float, task: asyncio.Task[Hosted]
     ) -> None:
         del self._loads[model]
+        self.beginnings.discard(("load", model))
         is_aborted = model in self._aborted
         self._aborted.discard(model)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
@@ -267,6 +287,8 @@ class Replicas(Generic[CodecT]):
 
     def _evict(self, model: ModelId, hosted: Hosted, reason: str, listener: Listener) -> None:
         assert model not in self._evictions
+        if reason == "room":  # for a load that is to begin
+            self.beginnings.add(("eviction", model))
         task = asyncio.create_task(self._take_down(model, hosted, reason), name=f"evict {model}")
         self._evictions[model] = task
         task.add_done_callback(partial(self._eviction_ended, model, listener))
@@ -289,6 +311,7 @@ class Replicas(Generic[CodecT]):
             log.error("eviction failed", extra={"model": model}, exc_info=error)
         if not self._is_closing:
             listener.on_evicted(model)
+        self.beginnings.discard(("eviction", model))
 
     def _give_back(self, model: ModelId, lease: WeightLease, reason: str) -> None:
         lease.release()

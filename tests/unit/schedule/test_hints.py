@@ -6,6 +6,7 @@ import pytest
 from sllm_node.core.config import ModelConfig
 from sllm_node.core.errors import PromptTooLongError
 from sllm_node.core.types import ModelId, ModelState
+from sllm_node.schedule.beginnings import LIMIT_S
 from sllm_node.schedule.hints import HINT_S, HINTS_MAX, LONG_CHARACTERS, PAUSE_S
 from tests.unit.schedule.fakes import EVICTION_S, LOAD_S, STEP_S
 from tests.unit.schedule.test_driver import now, on_virtual_time
@@ -38,6 +39,31 @@ async def test_a_request_whose_tokenizer_must_be_read_begins_its_load_at_once(no
     await n.service.prepare("a")
     assert await n.ask("a", tokens=1) == "x"
     assert now() == pytest.approx(LOAD_S + STEP_S)
+
+
+@on_virtual_time
+async def test_a_load_begins_before_its_tokenizer_is_read_and_its_module_is_built(node):
+    n = node()
+    n.store.begin_s = LIMIT_S / 2
+    n.service.expect("a", 10)
+    await n.service.prepare("a")
+    assert await n.ask("a", tokens=1) == "x"
+    assert n.engines.reading == [("a", LIMIT_S / 2)]
+    assert n.engines.building == [("a", LIMIT_S / 2)]
+    await n.ask("b", tokens=1)  # for which an eviction is under way first
+    building = EVICTION_S + LIMIT_S / 2
+    assert n.engines.building[-1] == ("b", pytest.approx(LOAD_S + STEP_S + building))
+
+
+@on_virtual_time
+async def test_a_tokenizer_is_read_soon_although_an_eviction_before_the_load_takes_long(node):
+    n = node()
+    await n.ask("b", tokens=1)
+    start = now()
+    n.service.expect("a", 10)
+    await n.service.prepare("a")
+    assert n.engines.reading[-1] == ("a", pytest.approx(start + LIMIT_S))
+    assert await n.ask("a", tokens=1) == "x"
 
 
 @on_virtual_time
