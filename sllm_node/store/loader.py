@@ -100,7 +100,6 @@ class Load:
         self.begun: asyncio.Future[None] = machinery.loop.create_future()
         """Set when the first read or copy was issued, or when it has ended."""
         self._first_copy: float | None = None
-        self._begun_at: float | None = None
         self._files: tuple[ShardFile, ...] = ()
         self._error: BaseException | None = None
         self._cached: list[Unit] = []
@@ -272,7 +271,6 @@ class Load:
 
     def _note_begun(self) -> None:
         if not self.begun.done():
-            self._begun_at = self._machinery.clock.now()
             self.begun.set_result(None)
 
     def _check(self, unit: Unit, view: memoryview, tell: "Callable[..., None]") -> None:
@@ -554,7 +552,6 @@ class Load:
             bytes_relayed=moved.relayed,
             elapsed_s=now - self._started,
             first_copy_s=first_copy - self._asked,
-            begun_s=(now if self._begun_at is None else self._begun_at) - self._asked,
             verified_bytes=moved.verified,
             bytes_from_remote=moved.remote,
             bytes_stored=moved.stored,
