@@ -19,9 +19,9 @@ from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.move import Move, MoveReport
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import LocalSource, Part, PeerSource
-from sllm_node.cluster.retries import RefusedError, Retries
+from sllm_node.cluster.retries import ABSENT, RefusedError, Retries
 from sllm_node.cluster.state import ResumeFit
-from sllm_node.cluster.ways import Begun, Tools, Ways
+from sllm_node.cluster.ways import Begun, Lost, Tools, Ways
 from sllm_node.cluster.wire import (
     HOPS_MAX,
     Failed,
@@ -66,11 +66,11 @@ class RoutedStream:
         first: Choice | None,
         ways: Ways,
         tools: Tools,
-        begun: Begun | None = None,
+        before: Begun | Lost | None = None,
     ) -> None:
         """`first`: None if no node that has the model can be asked now; it waits for one.
 
-        `begun`: it runs here already, and has given these tokens.
+        `before`: it runs here already, and has given these tokens; or who has failed it.
         """
         self.request = request
         self.node = NodeId("") if first is None else first.node
@@ -103,12 +103,13 @@ class RoutedStream:
         self._is_running = False
         self._error: SllmError | None = None
         self._is_ended = False
-        if begun is not None and first is not None:
-            self._tokens += begun.tokens
-            self._cached, self._opened, self._epoch = begun.cached, begun.stream.opened, 1
-            self._part = Part(first, 1, LocalSource(stream=begun.stream))
-            self._is_running = begun.stream.is_granted
-            self._last_at = self._clock.now() if begun.tokens else None
+        if isinstance(before, Begun) and first is not None:
+            self._tokens += before.tokens
+            self._cached, self._opened, self._epoch = before.cached, before.stream.opened, 1
+            self._part = Part(first, 1, LocalSource(stream=before.stream))
+            self._is_running = before.stream.is_granted
+            self._last_at = self._clock.now() if before.tokens else None
+        self._lost = before if isinstance(before, Lost) else None
         self._task = asyncio.create_task(self._live(first), name=f"route {request.session}")
 
     # --- for its reader -----------------------------------------------------------------------
@@ -178,9 +179,7 @@ class RoutedStream:
         try:
             part = self._part
             if part is None and first is None:
-                reason = "the nodes that have it can't be reached"
-                error = NoPlaceError(self.request.model, reason, self._limits.silence_s)
-                first = await self._retries.place_again(error, has_tokens=bool(self._tokens))
+                first = await self._found()
             if part is None:
                 assert first is not None
                 part = self._begin(first)
@@ -194,6 +193,14 @@ class RoutedStream:
             end = InternalError(self.request.session)
         if not self._is_ended:
             self._end(end)
+
+    async def _found(self) -> Choice:
+        """Return the first node that it is placed at."""
+        error: SllmError = NoPlaceError(self.request.model, ABSENT, self._limits.silence_s)
+        if self._lost is not None:
+            error = self._lost.error
+            self._retries.failed(self._lost.choice, error, len(self._tokens))
+        return await self._retries.place_again(error, has_tokens=bool(self._tokens))
 
     async def _run(self, part: Part) -> None:
         """Have it served somewhere, and elsewhere when that fails or it moves."""

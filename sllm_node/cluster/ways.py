@@ -99,3 +99,11 @@ class Begun:
     stream: Stream
     tokens: TokenIds
     cached: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Who has failed a session before it began."""
+
+    choice: Choice
+    error: SllmError
