@@ -215,8 +215,8 @@ class Replicas(Generic[CodecT]):
 
     async def _begin(self, model: ModelId, started: float) -> None:
         """Wait until bytes move; the store knows of the load by now."""
-        await self._store.begun(model)
-        self._begun_s[model] = self._clock.now() - started
+        begun = await self._store.begun(model)
+        self._begun_s[model] = (self._clock.now() if begun is None else begun) - started
         self.beginnings.discard(("load", model))
 
     async def _skeleton(self, checkpoint: Checkpoint) -> Any:

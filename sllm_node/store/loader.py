@@ -97,8 +97,8 @@ class Load:
         self._ledger = machinery.ledger
         self._asked = asked
         self._started = machinery.clock.now()
-        self.begun: asyncio.Future[None] = machinery.loop.create_future()
-        """Set when the first read or copy was issued, or when it has ended."""
+        self.begun: asyncio.Future[float] = machinery.loop.create_future()
+        """When the first read or copy was issued, or when it has ended."""
         self._first_copy: float | None = None
         self._files: tuple[ShardFile, ...] = ()
         self._error: BaseException | None = None
@@ -271,7 +271,7 @@ class Load:
 
     def _note_begun(self) -> None:
         if not self.begun.done():
-            self.begun.set_result(None)
+            self.begun.set_result(self._machinery.clock.now())
 
     def _check(self, unit: Unit, view: memoryview, tell: "Callable[..., None]") -> None:
         self._checking += 1
@@ -521,7 +521,8 @@ class Load:
     def _finish(self) -> None:
         self._ledger.end_load(self.model)
         index = self.checkpoint.index
-        self._moved.remote = fetched_bytes(self._files) * index.size // index.file_size
+        fetched = fetched_bytes(self._files) * index.size // index.file_size
+        self._moved.remote = min(fetched, self._moved.nvme)  # chunks differ in how well they encode
         close_shards(self._files)
         self._files = ()
         if isinstance(self._error, CheckpointChangedError):
@@ -533,9 +534,9 @@ class Load:
             self._machinery.on_ended(self, result)
         finally:
             self.ended.set_result(result)
-            for news in (self.mapped, self.begun):
-                if not news.done():
-                    news.set_result(None)
+            if not self.mapped.done():
+                self.mapped.set_result(None)
+            self._note_begun()
             self._machinery.chunk_given_back()
 
     def _report(self) -> LoadReport:

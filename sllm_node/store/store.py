@@ -360,11 +360,15 @@ class Store:
         self._observed.show()
         return place
 
-    async def begun(self, model: ModelId) -> None:
-        """Wait until a load of `model` has issued its first read or copy, or waits behind others."""
+    async def begun(self, model: ModelId) -> float | None:
+        """Wait until a load of `model` has issued its first read or copy; return when that was.
+
+        None: there is none, or it waits behind others.
+        """
         load = self._loads.get(model)
-        if load is not None and load not in self._slot_queue:
-            await asyncio.shield(load.begun)
+        if load is None or load in self._slot_queue:
+            return None
+        return await asyncio.shield(load.begun)
 
     async def settled(self, model: ModelId) -> None:
         """Wait until no load of `model` onto devices is under way.

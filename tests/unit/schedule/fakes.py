@@ -128,6 +128,7 @@ class FakeStore:
 
     async def begun(self, model):
         await asyncio.sleep(self.begin_s)
+        return asyncio.get_running_loop().time()
 
     async def settled(self, model):
         while model in self.loading:

@@ -159,13 +159,13 @@ async def test_progress_is_told_while_a_load_runs_and_not_after(tmp_path):
 
 async def test_a_load_has_begun_when_its_first_read_is_issued(tmp_path):
     async with Rig(tmp_path, max_concurrent_loads=1) as rig:
-        await rig.store.begun(A)  # there is none
+        assert await rig.store.begun(A) is None  # there is none
         gate = Gate(rig)
         first = asyncio.create_task(rig.store.acquire(A))
         second = asyncio.create_task(rig.store.acquire(B))
         await asyncio.sleep(0)
-        await rig.store.begun(A)
-        await rig.store.begun(B)  # it waits for the first one, which may take long
+        assert await rig.store.begun(A) is not None
+        assert await rig.store.begun(B) is None  # it waits for the first one, which may take long
         assert not first.done()
         gate.open()
         for load in (first, second):
