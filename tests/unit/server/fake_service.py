@@ -113,6 +113,7 @@ class FakeWishes:
     def __init__(self):
         self.names = {}
         self.scales = {}
+        self.registered = {}
         self.covered = {}
         self.error = None
 
@@ -137,6 +138,12 @@ class FakeWishes:
     async def drop_alias(self, name):
         del self.names[name]
         return ["c"]
+
+    async def register(self, registration):
+        self.registered[registration.model] = registration.url
+
+    async def unregister(self, model):
+        del self.registered[model]
 
     async def scale(self, desired):
         self.scales[desired.model] = desired
