@@ -1,6 +1,7 @@
 """A node without models: answers what it is told, and remembers what it was asked."""
 
 import asyncio
+import threading
 
 from sllm_node.core.errors import InvalidRequestError, ModelNotFoundError
 from sllm_node.core.types import (
@@ -24,11 +25,14 @@ class FakeCodec:
 
     def __init__(self):
         self.encoded = []
+        self.threads = []
+        """Who encoded each."""
         self.gates = {}
         """Events that encoding waits for, by the text."""
 
     def encode(self, text, *, add_special_tokens=True, limit=None):
         self.encoded.append(text)
+        self.threads.append(threading.current_thread())
         if text in self.gates:
             self.gates[text].wait()
         return tuple(map(ord, text))
