@@ -29,6 +29,7 @@ import psutil
 
 from scripts.bench.figures import commit, describe_machine
 from scripts.bench.soak import data_lines, watch
+from sllm_node.core.units import MIB, align_up
 from tests.e2e.process import NodeProcess
 from tests.models import make_checkpoint
 
@@ -38,6 +39,9 @@ WRONG: Final[tuple[dict[str, Any], ...]] = (
     {"model": "no-such-model"}, {"prompt": 7}, {"logit_bias": {"x": 1}}, {"top_p": -1}, {"n": 10**6},
 )  # fmt: skip
 ERRORS_MAX: Final = 20
+KV_BYTES: Final = 8 * MIB
+GPU_GRAIN: Final = 2 * MIB
+"""Weights on a GPU take whole pages of this size."""
 
 
 class Chaos:
@@ -181,15 +185,16 @@ def main() -> int:
         store = Path(name) / "store"
         store.mkdir()
         sizes = [make_checkpoint(store, family, family).index.size for family in FAMILIES]
-        is_cpu = arguments.device == "cpu"
+        taken = sum(KV_BYTES + align_up(size, GPU_GRAIN) for size in sizes) // 2
+        half = (28 << 20) + sum(sizes) // 2 if arguments.device == "cpu" else taken * 4 // 3
         settings = {
-            "kv_cache_bytes": 8 << 20,
-            "memory_bytes": (arguments.memory_mib << 20)
-            or ((28 << 20) + sum(sizes) // 2 if is_cpu else 160 << 20),
+            "kv_cache_bytes": KV_BYTES,
+            "memory_bytes": (arguments.memory_mib << 20) or half,
             "device": arguments.device,
         }
         with NodeProcess(Path(name), store, **settings) as node:
             chaos, memory_mib, left = asyncio.run(measure(node, arguments))
+            faults = [line for line in node.log.read_text().splitlines() if "Traceback" in line]
     quarter = memory_mib[len(memory_mib) // 4 :]
     half = len(quarter) // 2
     growth = statistics.median(quarter[half:]) - statistics.median(quarter[:half])
@@ -204,8 +209,8 @@ def main() -> int:
     }  # fmt: skip
     for key, value in result.items():
         print(f"{key:20} {value}")
-    for error in chaos.errors[:5]:
-        print(error)
+    for line in (*chaos.errors[:5], *faults[:3]):
+        print(line)
     if arguments.json:
         arguments.json.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2))
     healthy = not chaos.errors and not any(left.values()) and growth <= arguments.growth_mib

@@ -92,7 +92,8 @@ def _shard_identity(folder: Path, shard: Shard) -> ShardIdentity:
     try:
         identity = identity_of(path.stat())
     except OSError as error:
-        raise CheckpointFormatError(str(path), f"can't be read: {error.strerror}") from error
+        problem = f"can't be read: {error.strerror}; convert it again, or remove it"
+        raise CheckpointFormatError(str(path), problem) from error
     if identity.size != shard.file_size:
         raise CheckpointFormatError(
             str(path), f"has {identity.size} bytes, the index says {shard.file_size}; convert again"

@@ -299,7 +299,9 @@ def from_json(data: bytes, path: str) -> TensorIndex:
             )
         index = _from_wire(msgspec.json.decode(data, type=_JsonIndex))
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise CheckpointFormatError(path, f"is no tensor index: {error}") from error
+        raise CheckpointFormatError(
+            path, f"is no tensor index: {error}; convert it again"
+        ) from error
     problem = _contradiction(index)
     if problem is not None:
         raise CheckpointFormatError(path, problem)

@@ -11,10 +11,10 @@ import typer
 from sllm_node.cli.output import print_json, print_table, say, tell
 from sllm_node.codec.names import AUTO, CHOICES, EXPONENT, RAW
 from sllm_node.core.allocator import keep_freed_memory
-from sllm_node.core.config import StoreConfig
+from sllm_node.core.config import StoreConfig, load_config
 from sllm_node.core.errors import SllmError, StoreFolderError
 from sllm_node.core.types import ModelId
-from sllm_node.core.units import format_size, parse_size
+from sllm_node.core.units import format_count, format_size, parse_size
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +32,9 @@ def _size(text: str) -> int:
 StoreFolder = Annotated[
     Path,
     typer.Option("--store", envvar="SLLM_NODE_STORE", help="folder of converted checkpoints"),
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option(help="take the folder from the node's config instead")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Name = Annotated[str, typer.Argument(help="the checkpoint's name")]
@@ -70,6 +73,7 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     chunk_size: ChunkSize = None,
     codec: Codec = AUTO,
     *,
+    config: ConfigFile = None,
     force: Annotated[bool, typer.Option(help="replace a checkpoint of that name")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -79,7 +83,7 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     from sllm_node.convert.convert import convert as run
 
     keep_freed_memory()
-    chosen = _chosen(codec)
+    store, chosen = _folder(store, config), _chosen(codec)
     options = ConvertOptions(dtype=dtype, chunk_bytes=chunk_size, force=force, codec=chosen)
     with _progress(f"converting {name}") as advance:
         checkpoint = run(
@@ -99,6 +103,7 @@ def recode(
     store: StoreFolder = DEFAULT_STORE,
     codec: Codec = AUTO,
     chunk_size: ChunkSize = None,
+    config: ConfigFile = None,
     *,
     as_json: AsJson = False,
 ) -> None:
@@ -107,7 +112,7 @@ def recode(
     from sllm_node.checkpoint.recode import recode as run
 
     keep_freed_memory()
-    before = _catalog(store).get(ModelId(name))
+    before = _catalog(_folder(store, config)).get(ModelId(name))
     with _progress(f"recoding {name}") as advance:
         checkpoint = run(before, _chosen(codec), chunk_size, progress=advance)
     if as_json:
@@ -135,10 +140,13 @@ def _how(checkpoint: "Checkpoint") -> str:
     return f" ({100 * index.file_size / index.size:.1f} % of raw, codec {index.codec})"
 
 
-def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = False) -> None:
+def list_checkpoints(
+    store: StoreFolder = DEFAULT_STORE, config: ConfigFile = None, *, as_json: AsJson = False
+) -> None:
     """List the checkpoints of the store, and those that its node can fetch."""
     from sllm_node.checkpoint.describe import describe
 
+    store = _folder(store, config)
     catalog = _catalog(store)
     found = [
         {
@@ -154,7 +162,7 @@ def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = Fa
         return
     rows: list[tuple[str, ...]] = [
         (
-            d["name"], d["architecture"], d["dtype"], f"{d['parameters'] / 1e6:,.0f} M",
+            d["name"], d["architecture"], d["dtype"], format_count(d["parameters"]),
             format_size(d["bytes"]), d["tier"], f"{100 * d['fetched'] / max(1, d['bytes_on_disk']):.0f} %",
         )
         for d in found
@@ -167,13 +175,14 @@ def list_checkpoints(store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = Fa
 def inspect(
     name: Name,
     store: StoreFolder = DEFAULT_STORE,
+    config: ConfigFile = None,
     *,
     as_json: AsJson = False,
 ) -> None:
     """Show what a checkpoint is made of."""
     from sllm_node.checkpoint.describe import describe
 
-    checkpoint = _catalog(store).get(ModelId(name))
+    checkpoint = _catalog(_folder(store, config)).get(ModelId(name))
     described = describe(checkpoint)
     if as_json:
         described["tensors_in_order"] = [
@@ -196,12 +205,18 @@ def _shown(key: str, value: object) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def verify(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = False) -> None:
+def verify(
+    name: Name,
+    store: StoreFolder = DEFAULT_STORE,
+    config: ConfigFile = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
     """Read every byte again; exit status 1 and the place of each damaged chunk if one is wrong."""
     from sllm_node.checkpoint.verify import verify as run
 
     keep_freed_memory()
-    checkpoint = _open_damaged(store, name)
+    checkpoint = _open_damaged(_folder(store, config), name)
     with _progress(f"verifying {name}") as advance:
         damages = run(checkpoint, progress=advance)
     if as_json:
@@ -224,11 +239,18 @@ def verify(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = 
         raise typer.Exit(1)
 
 
-def remove(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = False) -> None:
+def remove(
+    name: Name,
+    store: StoreFolder = DEFAULT_STORE,
+    config: ConfigFile = None,
+    *,
+    as_json: AsJson = False,
+) -> None:
     """Delete a checkpoint. A node that has it loaded serves on until it evicts it."""
     from sllm_node.checkpoint.cards import Cards
     from sllm_node.checkpoint.catalog import Catalog
 
+    store = _folder(store, config)
     if not store.is_dir():
         raise StoreFolderError(str(store), "is not there")
     Catalog(store, Cards(store)).remove(ModelId(name))
@@ -236,6 +258,11 @@ def remove(name: Name, store: StoreFolder = DEFAULT_STORE, *, as_json: AsJson = 
         print_json({"removed": name})
     else:
         say(f"{name}: removed from {store}")
+
+
+def _folder(store: Path, config: Path | None) -> Path:
+    """Return the store folder that is meant."""
+    return store if config is None else Path(load_config(config).store.path)
 
 
 def _open_damaged(store: Path, name: str) -> "Checkpoint":

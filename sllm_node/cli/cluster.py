@@ -1,6 +1,7 @@
 """`sllm-node cluster`: makes a cluster's file, keys and certificates, and checks them; asks running nodes."""
 
 import importlib
+from dataclasses import asdict
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
@@ -27,6 +28,8 @@ app = typer.Typer(
     help="Make and check the file that many nodes share; ask and tell running nodes.",
     no_args_is_help=True,
 )
+CALL_S = 2.0
+"""For how long a node is called that may not run."""
 Folder = Annotated[Path, typer.Argument(help="the cluster's folder")]
 
 
@@ -84,22 +87,53 @@ def check(
     *,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Report every problem of a cluster file, its keys and certificates; exit status 1 if any."""
-    remarks: tuple[str, ...] = ()
+    """Tell what is well with a cluster file, its keys and certificates, and what is not; and who listens.
+
+    Exit status 1 if there is a problem; a node that does not run yet is none.
+    """
+    folder, me = _folder(), None if node is None else NodeId(node)
     try:
-        me = None if node is None else NodeId(node)
-        found = _folder().check(file, me, datetime.now(UTC))
-        problems, remarks = found.problems, found.remarks
+        found, nodes = folder.check(file, me, datetime.now(UTC)), _called(folder, file)
     except ConfigError as error:
-        problems = error.problems
+        if not as_json:
+            raise
+        print_json({"file": str(file), "problems": list(error.problems)})
+        raise typer.Exit(1) from error
     if as_json:
-        print_json({"file": str(file), "problems": list(problems), "remarks": list(remarks)})
-        raise typer.Exit(1 if problems else 0)
-    for remark in remarks:
-        tell(f"sllm-node: {remark}")
-    if problems:
-        fail(str(ConfigError(str(file), problems)))
-    say(f"{file}: no problems")
+        print_json({"file": str(file), **asdict(found), "nodes": nodes})
+        raise typer.Exit(1 if found.problems else 0)
+    _show_check(found.well, found.remarks, nodes)
+    if found.problems:
+        fail(str(ConfigError(str(file), found.problems)))
+    away = sum(one["silent"] is not None for one in nodes)
+    say(
+        f"{file}: no problems" + (f", {away} of {len(nodes)} nodes not running yet" if away else "")
+    )
+
+
+def _called(folder: ModuleType, file: Path) -> list[dict[str, str | None]]:
+    """Return all nodes; of those at whose address nobody listens, what came of trying."""
+    cluster = folder.read(file)
+    silent = folder.silent(cluster, CALL_S)
+    return [
+        {"id": one.id, "address": one.address, "silent": silent.get(one.id)}
+        for one in cluster.nodes
+    ]
+
+
+def _show_check(
+    well: tuple[str, ...], remarks: tuple[str, ...], nodes: list[dict[str, str | None]]
+) -> None:
+    for line in well:
+        say(f"ok       {line}")
+    for line in remarks:
+        say(f"note     {line}")
+    for one in nodes:
+        where = f"{one['id']} at {one['address']}"
+        if one["silent"] is not None:
+            say(f"not yet  {where}: {one['silent']}; 'sllm-node serve' on that machine starts it")
+        else:
+            say(f"ok       {where}: listens")
 
 
 @app.command("models")

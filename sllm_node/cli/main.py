@@ -1,8 +1,9 @@
 """The commands of `sllm-node` and how their errors look: one sentence on stderr, exit status 1."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,9 +11,12 @@ from sllm_node import __version__
 from sllm_node.cli import bench, checkpoints, cluster, remote, simulate
 from sllm_node.cli.output import fail, print_json, say
 from sllm_node.cluster.file import load_cluster
-from sllm_node.core.config import config_schema, load_config
+from sllm_node.core.config import Config, config_schema, load_config
 from sllm_node.core.errors import SllmError
 from sllm_node.core.types import NodeId
+
+if TYPE_CHECKING:
+    from sllm_node.node.preflight import Finding
 
 app = typer.Typer(
     name="sllm-node",
@@ -60,9 +64,10 @@ def check_config(
     file: Annotated[Path | None, typer.Argument(help="the node's TOML file")] = None,
     *,
     schema: Annotated[bool, typer.Option(help="print the JSON Schema instead")] = False,
+    file_only: Annotated[bool, typer.Option(help="look at no folder, port or device")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Report every problem of a config file together; exit status 1 if there is one."""
+    """Report every problem of a config file, and of a node that would start here; exit status 1 if any."""
     if schema:
         print_json(config_schema())
         return
@@ -70,17 +75,37 @@ def check_config(
         fail("name the file to check, or --schema")
     try:
         config = load_config(file)
-        if config.cluster.file:
+        if file_only and config.cluster.file:
             load_cluster(Path(config.cluster.file), NodeId(config.node.id))
     except SllmError as error:
         if not as_json:
             raise
-        print_json({"file": str(file), "problems": list(getattr(error, "problems", [str(error)]))})
+        problems = list(getattr(error, "problems", [str(error)]))
+        print_json({"file": str(file), "problems": problems, "findings": []})
         raise typer.Exit(1) from error
+    _show_findings(file, [] if file_only else _preflight(config, file), as_json=as_json)
+
+
+def _preflight(config: Config, file: Path) -> "list[Finding]":
+    from sllm_node.node.machine import ThisMachine
+    from sllm_node.node.preflight import preflight
+
+    return list(preflight(config, file, ThisMachine()))
+
+
+def _show_findings(file: Path, findings: "list[Finding]", *, as_json: bool) -> None:
+    problems = [one.line for one in findings if one.level == "error"]
     if as_json:
-        print_json({"file": str(file), "problems": []})
-    else:
-        say(f"{file}: no problems")
+        told = [asdict(one) for one in findings]
+        print_json({"file": str(file), "problems": problems, "findings": told})
+        raise typer.Exit(1 if problems else 0)
+    for one in findings:
+        say(f"{one.level:<8} {one.line}")
+    if problems:
+        fail(f"{file}: {len(problems)} problem{'s' * (len(problems) != 1)}, see above")
+    warnings = sum(one.level == "warning" for one in findings)
+    said = f", {warnings} warning{'s' * (warnings != 1)}" if warnings else ""
+    say(f"{file}: no problems{said}")
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
-"""Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, move, drain."""
+"""Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, move, drain, undrain."""
 
 import asyncio
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,8 @@ ConfigFile = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Model = Annotated[str, typer.Argument(help="the model's name")]
+SERVED_SHOWN = 50
+"""Sessions of the cluster."""
 DEFAULT_URL = "http://127.0.0.1:8000"
 MOVES_SHOWN = 5
 """Of the last moves, and of the last times that sessions had to leave."""
@@ -28,7 +31,7 @@ MOVES_SHOWN = 5
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `app`."""
-    for command in (status, load, unload, pull, pin, unpin, cancel, move, drain):
+    for command in (status, load, unload, pull, pin, unpin, cancel, move, drain, undrain):
         app.command()(command)
 
 
@@ -112,7 +115,13 @@ def move(
 def drain(url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
     """Take no new requests; what runs moves to peers, or finishes. The process goes on until stopped."""
     call("POST", "/admin/drain", (url, key, config))
-    say("draining")
+    say("draining; 'undrain' takes it back")
+
+
+def undrain(url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) -> None:
+    """Take a drain back: new requests are served again; sessions that moved away stay there."""
+    call("POST", "/admin/undrain", (url, key, config))
+    say("serving")
 
 
 Target = tuple[str, str | None, Path | None]
@@ -160,15 +169,27 @@ async def _request(
             answer = await response.json(content_type=None)
             if not isinstance(answer, dict):
                 fail(f"what answers at {url} is no sllm_node")
+            if response.status == 401:
+                fail(f"{_message(answer)} (--key, SLLM_NODE_KEY, or --config of the node)")
             if response.status >= 400:
-                fail(str(answer.get("error", {}).get("message", response.reason)))
+                fail(_message(answer) or str(response.reason))
             return answer
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
         fail(f"{url!r} is no URL; write http://HOST:PORT")
+    except aiohttp.ClientConnectorError as error:
+        number = error.os_error.errno or 0
+        reason = os.strerror(number) if number > 0 else str(error.os_error)
+        fail(
+            f"no node answers at {url}: {reason.lower()}; does it run, and is --url (or --config) right?"
+        )
     except aiohttp.ClientError as error:
         fail(f"no node answers at {url}: {error}")
     except ValueError:
         fail(f"what answers at {url} is no sllm_node")
+
+
+def _message(answer: dict[str, Any]) -> str:
+    return str(answer.get("error", {}).get("message", ""))
 
 
 def _show_cluster(report: dict[str, Any]) -> None:
@@ -178,11 +199,15 @@ def _show_cluster(report: dict[str, Any]) -> None:
     for name in sorted({report["me"], *peers, *nodes}):
         peer, node = peers.get(name), nodes.get(name)
         state = "this node" if peer is None else peer["state"]
-        heard = "" if peer is None or peer["age_s"] is None else f"{peer['age_s']:.1f}"
+        heard, age = ("" if peer is None else _seconds(peer[k]) for k in ("heard_s", "age_s"))
         free = "" if node is None else format_size(sum(d["free"] for d in node["devices"]))
         sessions = "" if node is None else str(node["sessions"])
-        rows.append((name, "" if peer is None else peer["address"], state, heard, free, sessions))
-    print_table(("node", "address", "state", ">state's age s", ">free", ">sessions"), rows)
+        address, why = ("", "") if peer is None else (peer["address"], peer["why"])
+        rows.append((name, address or "", state, heard, age, free, sessions, why))
+    heads = (">heard s ago", ">state's age s", ">free", ">sessions", "why")
+    print_table(("node", "address", "state", *heads), rows)
+    if report.get("problem"):
+        say(f"this node: {report['problem']}")
     for peer in report["peers"]:
         if peer.get("problem"):
             say(f"{peer['id']}: {peer['problem']} (its log and this node's say more)")
@@ -192,6 +217,7 @@ def _show_cluster(report: dict[str, Any]) -> None:
         for model in node["models"]
     ]
     print_table(("model", "node", "tier", ">stored"), sorted(places))
+    _show_served(report["nodes"])
     _show_scaling(report["scaling"])
     _show_moves(report)
     if (directory := report["directory"]) is not None:
@@ -209,6 +235,26 @@ def _show_cluster(report: dict[str, Any]) -> None:
             f"startup estimates: {estimates['count']}, off by {estimates['mean_error_s']:.3f} s on "
             f"average, {estimates['worst_s']:.3f} s at most"
         )
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _show_served(nodes: list[dict[str, Any]]) -> None:
+    """Show who serves which session, and whose client has it."""
+    found = [(node["id"], one) for node in nodes for one in node["served"]]
+    rows: list[tuple[str, ...]] = [
+        (
+            one["session"], one["model"], name, one["entry"],
+            str(one["prompt_tokens"]), str(one["generated_tokens"]),
+        )
+        for name, one in found[:SERVED_SHOWN]
+    ]  # fmt: skip
+    if rows:
+        print_table(("session", "model", "node", "entry", ">prompt", ">generated"), rows)
+    if (left := len(found) - len(rows)) > 0:
+        say(f"and {left} more sessions; --json has all")
 
 
 def _show_scaling(scaled: list[dict[str, Any]]) -> None:
@@ -264,6 +310,10 @@ def _show_status(report: dict[str, Any]) -> None:
     rows = [_model_row(model) for model in report["models"]]
     columns = ("model", "state", "tier", ">size", ">device", ">DRAM", ">run", ">wait", "notes")
     print_table(columns, rows)
+    for name, problem in report.get("unusable", {}).items():
+        say(f"not usable: {name}: {problem}")
+    for one in report.get("failures", []):
+        say(f"{one['model']}: its last load failed {one['age_s']:.0f} s ago: {one['error']}")
     pool = report["pool"]
     for device in report["devices"]:
         used, cached, total = (format_size(device[key]) for key in ("used", "cached", "total"))
@@ -284,22 +334,20 @@ def _show_status(report: dict[str, Any]) -> None:
     for tier, rate in report.get("bandwidth", {}).items():
         if rate:
             say(f"loads from {tier}: {format_rate(rate)} observed")
-    if report["sessions"]:
-        print_table(
-            ("session", "model", "state", ">prompt", ">generated", ">age s", "node"),
-            [
-                (
-                    s["session"],
-                    s["model"],
-                    s["state"],
-                    str(s["prompt_tokens"]),
-                    str(s["generated_tokens"]),
-                    f"{s['age_s']:.1f}",
-                    (s.get("node") or "") + (", moves" if s.get("migration") else ""),
-                )
-                for s in report["sessions"]
-            ],
-        )
+    rows = [_session_row(session) for session in report["sessions"]]
+    heads = (">prompt", ">generated", ">age s", "entry", "node")
+    if rows:
+        print_table(("session", "model", "state", *heads), rows)
+
+
+def _session_row(session: dict[str, Any]) -> tuple[str, ...]:
+    """Return a session; its entry has the client's connection, its node serves it."""
+    moves = ", moves" if session.get("migration") else ""
+    return (
+        session["session"], session["model"], session["state"],
+        str(session["prompt_tokens"]), str(session["generated_tokens"]), f"{session['age_s']:.1f}",
+        session.get("entry") or "", (session.get("node") or "") + moves,
+    )  # fmt: skip
 
 
 def _model_row(model: dict[str, Any]) -> tuple[str, ...]:

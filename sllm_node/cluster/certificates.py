@@ -55,6 +55,8 @@ class Findings:
 
     problems: tuple[str, ...]
     remarks: tuple[str, ...] = ()
+    well: tuple[str, ...] = ()
+    """What was looked at and is in order."""
 
 
 def make_authority(name: str, now: datetime, days: int = CA_DAYS) -> Issued:
@@ -121,7 +123,7 @@ def check_node(ca_pem: bytes, issued: Issued, holder: Holder, now: datetime) -> 
         *_key_problems(certificate, issued.key),
         *_name_problems(certificate, holder),
     )
-    return Findings((*dates.problems, *found), dates.remarks)
+    return Findings((*dates.problems, *found), dates.remarks, () if found else dates.well)
 
 
 def _builder(
@@ -178,7 +180,7 @@ def _check_dates(certificate: x509.Certificate, now: datetime) -> Findings:
         return Findings((f"ended on {ends:%Y-%m-%d %H:%M} UTC",))
     if ends - now < timedelta(days=SOON_DAYS):
         return Findings((), (f"ends on {ends:%Y-%m-%d}, in {(ends - now).days} days",))
-    return Findings(())
+    return Findings((), (), (f"a certificate until {ends:%Y-%m-%d}",))
 
 
 def _chain_problems(ca: x509.Certificate, certificate: x509.Certificate) -> Iterator[str]:

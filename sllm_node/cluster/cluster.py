@@ -25,6 +25,7 @@ from sllm_node.cluster.resumes import Resumes
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
+from sllm_node.cluster.shown import served
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import BootId
 from sllm_node.cluster.texts import Texts
@@ -165,6 +166,7 @@ class Cluster(Generic[CodecT]):
                     for held in view.state.models
                 ],
                 "sessions": sum(len(replica.sessions) for replica in view.state.replicas),
+                "served": served(view.state),
             }
             for _, view in sorted(self.peers.view.nodes.items())
         ]  # fmt: skip
@@ -172,6 +174,7 @@ class Cluster(Generic[CodecT]):
         return {
             "me": self.peers.me,
             "version": state.version,
+            "problem": self.peers.problem(),
             "peers": self.peers.status(),
             "migrations": self.router.moves(),
             "vacates": self.router.vacating.recent(),

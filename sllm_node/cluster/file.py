@@ -6,6 +6,7 @@ folder, and `{id}` in them stands for the id of the node that reads it. `reload`
 a wrong file raises, so the caller's old one stays.
 """
 
+import os
 import re
 import stat
 from collections.abc import Iterator
@@ -169,6 +170,7 @@ class Reload:
     """Keys that changed and are only read at start."""
 
 
+NO_NODES: Final = "nodes: none is named in order; a node is a table [[nodes]] with id and address"
 _SECRETS: Final = {"key": ("key_file",), "tls": ("private_key_file",)}
 _NEEDED: Final = {
     "key": ("key_file",),
@@ -192,8 +194,12 @@ def load_cluster(path: Path, me: NodeId | None = None) -> ClusterFile:
     return cluster
 
 
-def parse_cluster(text: str, origin: str = "cluster file", me: NodeId | None = None) -> ClusterFile:
+def parse_cluster(
+    text: str, origin: str = "cluster file", me: NodeId | None = None, *, may_be_new: bool = False
+) -> ClusterFile:
     """Parse and check TOML `text`; `origin` names it in errors. Pure: no file is looked at.
+
+    `may_be_new`: no node need have joined yet.
 
     Raises:
         ConfigError: with every problem found, each naming its key.
@@ -203,7 +209,7 @@ def parse_cluster(text: str, origin: str = "cluster file", me: NodeId | None = N
     problems = [*find_problems(ClusterFile, tree, ""), *_node_problems(nodes)]
     sound = {**sound_part(ClusterFile, tree), "nodes": _sound_nodes(nodes)}
     cluster = msgspec.convert(sound, ClusterFile, dec_hook=decode_value)
-    problems += _contradictions(cluster)
+    problems += [one for one in _contradictions(cluster) if not (may_be_new and one == NO_NODES)]
     is_open = cluster.has_directory
     if (
         not problems
@@ -248,14 +254,21 @@ def named_path(file: Path, me: NodeId, named: str) -> Path:
 
 
 def secret_problems(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[str]:
-    """Yield which files of [trust] are missing, or readable by others than their owner."""
+    """Yield which files of [trust] can't be read, or are readable by others than their owner.
+
+    One line for each file: what is wrong first keeps what is in it from being looked at.
+    """
     secrets = {f"trust.{key}" for key in _SECRETS[cluster.trust.mode]} | _DIRECTORY_SECRETS
     for key, path in _named_files(cluster, file, me):
         try:
-            mode = path.stat().st_mode
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            yield f"{key} = {str(path)!r}: can't be read: {error.strerror}"
+            yield f"{key} = {str(path)!r}: can't be read: {error.strerror}{_by_whom(error)}"
             continue
+        try:
+            mode = os.fstat(descriptor).st_mode
+        finally:
+            os.close(descriptor)
         if not stat.S_ISREG(mode):
             yield f"{key} = {str(path)!r}: is no file"
         elif key in secrets and mode & 0o077:
@@ -264,6 +277,13 @@ def secret_problems(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[st
                 f"(mode {stat.S_IMODE(mode):04o}); run 'chmod 600 {path}', and make a new one if "
                 "somebody may have read it"
             )
+
+
+def _by_whom(error: OSError) -> str:
+    """Return who asked for a file that is closed to them."""
+    if not isinstance(error, PermissionError):
+        return ""
+    return f" (asked as user {os.geteuid()}); the user that the node runs as must own it"
 
 
 def _named_files(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[tuple[str, Path]]:
@@ -309,7 +329,7 @@ def _contradictions(cluster: ClusterFile) -> Iterator[str]:
     yield from _duplicates("id", [node.id for node in cluster.nodes])
     yield from _duplicates("address", [node.address.lower() for node in cluster.nodes])
     if not cluster.nodes and not cluster.has_directory:
-        yield "nodes: none is named in order; a node is a table [[nodes]] with id and address"
+        yield NO_NODES
     if len(cluster.nodes) > cluster.limits.max_nodes:
         yield f"nodes: {len(cluster.nodes)} are above limits.max_nodes = {cluster.limits.max_nodes}"
     if not 1024 <= cluster.limits.document_bytes <= LARGEST_DOCUMENT:

@@ -3,7 +3,9 @@
 import json
 import os
 import secrets
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
 from typing import Final, Literal
@@ -25,6 +27,7 @@ from sllm_node.cluster.file import (
     secret_problems,
     trust_path,
 )
+from sllm_node.core.config import read_text
 from sllm_node.core.errors import ClusterFolderError, ClusterKeyError, ConfigError
 from sllm_node.core.types import NodeId
 
@@ -108,21 +111,94 @@ def check(file: Path, me: NodeId | None, now: datetime) -> Findings:
     Raises:
         ConfigError: the file itself is wrong, or does not have `me`.
     """
-    cluster = load_cluster(file)
+    cluster = read(file)
     ids = [NodeId(entry.id) for entry in cluster.nodes]
     if me is not None and me not in ids:
         raise ConfigError(str(file), (f"nodes: {me!r} is missing; known: {', '.join(ids)}",))
     wanted = ids if me is None else [me]
     if cluster.trust.mode == "key":
-        return Findings(tuple(dict.fromkeys(_check_key(cluster, file, wanted[0]))))
-    problems, remarks = [], []
-    for place, found in _check_certificates(cluster, file, wanted, now):
+        found = _check_shared_key(cluster, file)
+    else:
+        found = _check_tls(cluster, file, wanted, now, is_all=me is None)
+    remarks, well = list(found.remarks), list(found.well)
+    if ids:
+        well.insert(0, f"{file}: {len(ids)} node{'s' * (len(ids) != 1)}: {', '.join(ids)}")
+    elif not cluster.has_directory:
+        adding = f"'sllm-node cluster join {file.parent} ID HOST:PORT' adds one"
+        remarks.append(f"{file}: no node has joined yet; {adding}")
+    return Findings(found.problems, tuple(remarks), tuple(well))
+
+
+def _check_shared_key(cluster: ClusterFile, file: Path) -> Findings:
+    nobody = NodeId("")  # it is the same for all
+    if problems := tuple(_check_key(cluster, file, nobody)):
+        return Findings(problems)
+    return Findings((), (), (f"{trust_path(cluster, file, nobody, 'key_file')}: a good key",))
+
+
+def _check_tls(
+    cluster: ClusterFile, file: Path, nodes: list[NodeId], now: datetime, *, is_all: bool
+) -> Findings:
+    nodes, elsewhere = _here(cluster, file, nodes) if is_all else (nodes, [])
+    problems: list[str] = []
+    remarks: list[str] = []
+    well: list[str] = []
+    if elsewhere:
+        remarks.append(f"{file}: certificates of {', '.join(elsewhere)} are not here to be checked")
+    for node in nodes:
+        problems += secret_problems(cluster, file, node)
+    for place, found in _check_certificates(cluster, file, nodes, now):
         problems += [f"{place}: {problem}" for problem in found.problems]
         remarks += [f"{place}: {remark}" for remark in found.remarks]
+        well += [f"{place}: {one}" for one in found.well]
     problems += _check_authority_key(file)
-    for node in wanted:
-        problems += secret_problems(cluster, file, node)
-    return Findings(tuple(dict.fromkeys(problems)), tuple(remarks))
+    return Findings(tuple(dict.fromkeys(problems)), tuple(remarks), tuple(well))
+
+
+def read(file: Path) -> ClusterFile:
+    """Read a cluster file that nobody need have joined yet.
+
+    Raises:
+        ConfigError: it is wrong.
+    """
+    return parse_cluster(read_text(file), str(file), may_be_new=True)
+
+
+def silent(cluster: ClusterFile, limit_s: float) -> dict[NodeId, str]:
+    """Return the nodes at whose address nobody listens now, and what came of trying."""
+
+    def call(address: str) -> str:
+        host, _, port = address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), limit_s).close()
+        except OSError as error:
+            return (
+                "no answer"
+                if isinstance(error, TimeoutError)
+                else (error.strerror or str(error)).lower()
+            )
+        return ""
+
+    with ThreadPoolExecutor(max(1, len(cluster.nodes)), "sllm-call") as threads:
+        found = threads.map(call, [entry.address for entry in cluster.nodes])
+        told = zip((NodeId(entry.id) for entry in cluster.nodes), found, strict=True)
+        return {node: problem for node, problem in told if problem}
+
+
+def _here(
+    cluster: ClusterFile, file: Path, nodes: list[NodeId]
+) -> tuple[list[NodeId], list[NodeId]]:
+    """Return the nodes to look at, and those of which nothing is here: on a node, as it should be."""
+    if (file.parent / "ca.key").exists():
+        return nodes, []  # the operator's folder has all of them
+    names = ("certificate_file", "private_key_file")
+    elsewhere = [
+        node for node in nodes
+        if not any(trust_path(cluster, file, node, name).exists() for name in names)
+    ]  # fmt: skip
+    if len(elsewhere) == len(nodes):
+        return nodes, []
+    return [node for node in nodes if node not in elsewhere], elsewhere
 
 
 def _issue_to(cluster: ClusterFile, file: Path, node: NodeId, now: datetime) -> tuple[Path, ...]:
@@ -156,22 +232,21 @@ def _check_authority_key(file: Path) -> Iterator[str]:
 
 
 def _check_key(cluster: ClusterFile, file: Path, node: NodeId) -> Iterator[str]:
-    yield from secret_problems(cluster, file, node)
+    """Look at the shared key; what is in it only if it may be read, and by nobody else."""
+    if problems := list(secret_problems(cluster, file, node)):
+        yield from problems
+        return
     path = trust_path(cluster, file, node, "key_file")
     try:
         parse_key(path.read_text(encoding="ascii", errors="replace"), f"trust.key_file = {path}")
     except ClusterKeyError as error:
         yield str(error)
-    except OSError:
-        return  # told by secret_problems
 
 
 def _check_certificates(
     cluster: ClusterFile, file: Path, nodes: list[NodeId], now: datetime
 ) -> Iterator[tuple[str, Findings]]:
-    if not nodes:
-        return  # all of them come by the directory
-    ca_path = trust_path(cluster, file, nodes[0], "ca_file")
+    ca_path = trust_path(cluster, file, (*nodes, NodeId(""))[0], "ca_file")
     ca = _read(ca_path)
     if ca is None:
         return  # told by secret_problems
@@ -183,7 +258,8 @@ def _check_certificates(
         path = trust_path(cluster, file, node, "certificate_file")
         certificate = _read(path)
         key = _read(trust_path(cluster, file, node, "private_key_file"))
-        if certificate is not None and key is not None:
+        is_closed = any(secret_problems(cluster, file, node))
+        if certificate is not None and key is not None and not is_closed:
             holder = _holder(cluster, node)
             yield str(path), check_node(ca, Issued(certificate, key), holder, now)
 

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Self
 
 from sllm_node.cluster.choice import Choice, startup_of
+from sllm_node.cluster.course import Course
 from sllm_node.cluster.move import Move, MoveReport
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import LocalSource, Part, PeerSource
@@ -79,7 +80,7 @@ class RoutedStream:
         self._ways = ways
         self._client, self._clock, self._limits = tools.client, tools.clock, tools.limits
         self._retries = Retries(request, ways, tools)
-        self._opened = self._placed = tools.clock.now()
+        self._placed = tools.clock.now()
         self._tokens: list[int] = []
         """All output so far, resumed tokens of the request not included."""
         self._cached: int | None = None
@@ -93,7 +94,7 @@ class RoutedStream:
         """When its last token came."""
         self._held_since: float | None = None
         """When the first token came that its client does not have."""
-        self._startup = startup_of(first, None)
+        self._course = Course(startup_of(first, None), self._placed - request.waited_s)
         self.pace = Pace()
         self.is_orphaned = False
         """Its node failed while it moves: it only waits for the destination."""
@@ -105,12 +106,15 @@ class RoutedStream:
         self._is_ended = False
         if isinstance(before, Begun) and first is not None:
             self._tokens += before.tokens
-            self._cached, self._opened, self._epoch = before.cached, before.stream.opened, 1
-            self._part = Part(first, 1, LocalSource(stream=before.stream))
+            self._cached, self._epoch = before.cached, 1
             self._is_running = before.stream.is_granted
+            self._course = before.course()
+            self._part = Part(first, 1, LocalSource(stream=before.stream))
             self._last_at = self._clock.now() if before.tokens else None
-        self._lost = before if isinstance(before, Lost) else None
-        self._task = asyncio.create_task(self._live(first), name=f"route {request.session}")
+        self._task = asyncio.create_task(
+            self._live(first, before if isinstance(before, Lost) else None),
+            name=f"route {request.session}",
+        )
 
     # --- for its reader -----------------------------------------------------------------------
 
@@ -156,7 +160,7 @@ class RoutedStream:
 
     def startup(self) -> Startup:
         """Return how it came to run, as far as that is known."""
-        return self._startup
+        return self._course.startup()
 
     def passed_on(self) -> None:
         """Take note that its client has what it gave so far."""
@@ -169,17 +173,17 @@ class RoutedStream:
         return SessionStatus(
             self.request.session, self.request.model,
             "running" if self._is_running else "waiting",
-            len(self.request.prompt), len(self._tokens), self._clock.now() - self._opened,
+            len(self.request.prompt), len(self._tokens), self._clock.now() - self._course.arrived,
             self.node or None, self.migration,
         )  # fmt: skip
 
     # --- the session --------------------------------------------------------------------------
 
-    async def _live(self, first: Choice | None) -> None:
+    async def _live(self, first: Choice | None, lost: Lost | None) -> None:
         try:
             part = self._part
             if part is None and first is None:
-                first = await self._found()
+                first = await self._found(lost)
             if part is None:
                 assert first is not None
                 part = self._begin(first)
@@ -194,12 +198,12 @@ class RoutedStream:
         if not self._is_ended:
             self._end(end)
 
-    async def _found(self) -> Choice:
+    async def _found(self, lost: Lost | None) -> Choice:
         """Return the first node that it is placed at."""
         error: SllmError = NoPlaceError(self.request.model, ABSENT, self._limits.silence_s)
-        if self._lost is not None:
-            error = self._lost.error
-            self._retries.failed(self._lost.choice, error, len(self._tokens))
+        if lost is not None:
+            error = lost.error
+            self._retries.failed(lost.choice, error, len(self._tokens))
         return await self._retries.place_again(error, has_tokens=bool(self._tokens))
 
     async def _run(self, part: Part) -> None:
@@ -238,8 +242,7 @@ class RoutedStream:
                 error = self._retries.given_back(part.choice, end)
             elif isinstance(end, SllmError):
                 error = end
-                self._retries.failed(part.choice, error, len(self._tokens))
-                self._is_running, self._status = False, None
+                self._lost(part, error)
             else:
                 raise end
         finally:
@@ -258,6 +261,13 @@ class RoutedStream:
         following.start(self.take)
         return following
 
+    def _lost(self, part: Part, error: SllmError) -> None:
+        """Take note that its node failed, or raise the error if nobody else can do better."""
+        self._retries.failed(part.choice, error, len(self._tokens))
+        if self._is_running:
+            self._course.left(part.choice.node, error.code, self._clock.now())
+        self._is_running, self._status = False, None
+
     def _begin(self, choice: Choice) -> Part:
         """Make the part that a node is to take next, not started."""
         self._placed = self._clock.now()
@@ -266,7 +276,8 @@ class RoutedStream:
 
     def _make(self, choice: Choice, epoch: int, migration: str, *, is_held: bool) -> Part:
         ask = self._ways.ask(choice, self.request)
-        request = replace(self._as_it_stands(), held=is_held)
+        waited_s = self._course.waited_s(self._clock.now())
+        request = replace(self._as_it_stands(), held=is_held, waited_s=waited_s)
         if not ask.boot:  # here
             opening = partial(self._ways.open_local, request, self._keep_alive_s, choice)
             known = partial(self._ways.ensure, request.model)
@@ -312,7 +323,7 @@ class RoutedStream:
 
     def _granted(self, choice: Choice) -> None:
         self._is_running = True
-        self._startup = startup_of(choice, self._clock.now() - self._opened)
+        self._course.granted(choice, self._clock.now())
         self._ways.started(choice, self.request.model, self._clock.now() - self._placed)
 
     def _give(self, chunk: GenerationChunk) -> None:
@@ -321,6 +332,7 @@ class RoutedStream:
             self._cached = chunk.cached_tokens
         self._retries.forget()
         self._tokens += chunk.tokens
+        self._course.took(len(chunk.tokens))
         if self._moved is not None:
             self._tell_move(None if self._last_at is None else now - self._last_at)
         elif self._last_at is not None:
@@ -387,6 +399,9 @@ class RoutedStream:
         if self._is_ended or old is None:
             return False
         self._epoch = part.epoch
+        if self._is_running:
+            self._course.left(old.choice.node, "moved", self._clock.now())
+        self._course.goes_on(part.choice)
         self._part, self.node = part, part.choice.node
         old.end(part)
         if self._move is not None:

@@ -94,6 +94,10 @@ class HomeStream:
             return self.routed.startup()
         return startup_of(self.choice, self._stream.startup().startup_s)
 
+    def waited_s(self, now: float) -> float:
+        """Return how long it has waited for its turn: its age in the queue goes with it."""
+        return self.request.waited_s + now - self._stream.opened
+
     def passed_on(self) -> None:
         """Take note that its client has what it gave so far."""
         if self.routed is not None:
@@ -115,7 +119,7 @@ class HomeStream:
             self._carry(self._begun())
 
     def _begun(self) -> Begun:
-        return Begun(self._stream, tuple(self._tokens), self._cached)
+        return Begun(self._stream, tuple(self._tokens), self._cached, self.startup())
 
     def _carry(self, before: Begun | SllmError | None) -> RoutedStream:
         self.routed = routed = self._route(self, before)

@@ -11,8 +11,11 @@ One that a newer release wrote is refused, because what it holds is not lost.
 """
 
 import asyncio
+import fcntl
 import logging
+import os
 import sqlite3
+import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, fields
@@ -34,6 +37,15 @@ APPLICATION_ID: Final = 0x534C4C4D
 SET_ASIDE_MAX: Final = 9
 """Damaged files that are kept; another one takes the place of the last."""
 _DAMAGE: Final = (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+_FLOCK: Final = struct.Struct("hhqqi4x")
+"""`struct flock` of 64-bit Linux."""
+_OFD_GETLK: Final = 36
+_SHARED_RANGE: Final = (0x40000002, 510)
+"""The bytes of a database that SQLite locks for whoever reads it (sqlite3's os.h, SHARED_FIRST)."""
+TAKEN: Final = (
+    "another process has it: a node of this id runs here already; nodes that share a store need ids of "
+    "their own (node.id)"
+)
 _LOCKED: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 _BESIDE: Final = ("", "-wal", "-shm", "-journal")
 
@@ -272,6 +284,17 @@ def _damaged(problem: str) -> sqlite3.DatabaseError:
     return error
 
 
+def is_taken(path: Path) -> bool:
+    """Tell whether another process has the journal, by its lock: opening it could leave files beside it."""
+    try:
+        with path.open("rb") as file:
+            asked = _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, *_SHARED_RANGE, 0)
+            answer = fcntl.fcntl(file, _OFD_GETLK, asked)
+    except OSError:
+        return False
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
 def _is_damage(error: sqlite3.Error) -> bool:
     code: int = getattr(error, "sqlite_errorcode", 0)
     return code & 0xFF in _DAMAGE
@@ -280,5 +303,8 @@ def _is_damage(error: sqlite3.Error) -> bool:
 def _named(path: Path, error: sqlite3.Error) -> JournalError:
     code: int = getattr(error, "sqlite_errorcode", 0)
     if code & 0xFF in _LOCKED:
-        return JournalError(str(path), "another process has it; does a second node run here?")
+        return JournalError(str(path), TAKEN)
+    if code & 0xFF == sqlite3.SQLITE_FULL:
+        problem = f"{error}; make room there, or set node.journal to a file on another disk"
+        return JournalError(str(path), problem)
     return JournalError(str(path), str(error))

@@ -80,6 +80,10 @@ class PeerView:
     edition: Edition
     """Of `document`; (0, 0) where none has come yet."""
     document: bytes | None
+    heard_at: float = 0.0
+    """Local time of the last news from it, or since when it is listened for."""
+    was_heard: bool = False
+    """Whether anything ever came from it."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -117,4 +121,6 @@ class Peer:
         return News.SILENT if silent_s >= suspect_s else None
 
     def view(self) -> PeerView:
-        return PeerView(self.id, self.state, self.edition, self.document)
+        return PeerView(
+            self.id, self.state, self.edition, self.document, self.heard_at, self.boot > 0
+        )

@@ -34,6 +34,7 @@ from sllm_node.cluster.messages import decode, encode
 from sllm_node.cluster.peer import REACHABLE, PeerState
 from sllm_node.cluster.records import Desired
 from sllm_node.cluster.refusals import Refusals
+from sllm_node.cluster.shown import why
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.transport import Client
@@ -48,6 +49,9 @@ from sllm_node.core.types import NodeId
 log = logging.getLogger(__name__)
 
 HEARTBEAT: Final = "heartbeat"
+TWICE: Final = "another process runs with its id (node.id), or its clock went back"
+TWICE_S: Final = 600.0
+"""For so long status tells of it."""
 LISTENS_DEAD_S: Final = 6
 """Times `dead_s`: about as long as a node takes to start."""
 _USABLE: Final = (PeerState.ALIVE, PeerState.DRAINING)
@@ -107,6 +111,8 @@ class Peers:
         self._alarm = Alarm(clock, self._on_timer)
         self._news = Alarm(clock, self._tell_news)
         self._is_closed = False
+        self._raised: tuple[NodeId, float] | None = None
+        """Which peer knew a later life of this node last, and when."""
         self.listens_until = clock.now() + LISTENS_DEAD_S * timing.dead_s
         """Until then, a peer that has not said what it has is waited for."""
         self._client: Client
@@ -202,9 +208,19 @@ class Peers:
                 "id": peer.id, "address": self.address(peer.id), "state": peer.state.value,
                 "boot": peer.edition.boot, "version": peer.edition.version,
                 "age_s": None if seen is None else round(now - seen[1], 3),
+                "heard_s": round(now - peer.heard_at, 3) if peer.was_heard else None,
+                "why": why(peer, now, self.cluster.timing, self._refusals.unreachable(peer.id)),
                 "problem": self._refusals.problem(peer.id) or self._disagreement(peer.id),
             })  # fmt: skip
         return found
+
+    def problem(self) -> str | None:
+        """Return what is wrong with this node's own place among its peers; None: nothing that is known."""
+        now = self._clock.now()
+        if self._raised is None or now - self._raised[1] > TWICE_S:
+            return None
+        peer, at = self._raised
+        return f"node {peer!r} knew a later life of this node {now - at:.0f} s ago: {TWICE}"
 
     def _disagreement(self, peer: NodeId) -> str | None:
         return "has another cluster file" if self._agreement.differs(peer) else None
@@ -221,6 +237,11 @@ class Peers:
     def drain(self) -> None:
         """Tell that this node takes nothing new."""
         self._membership.drain()
+        self._arm()
+
+    def undrain(self) -> None:
+        """Tell that this node takes requests again."""
+        self._membership.resume()
         self._arm()
 
     async def close(self) -> None:
@@ -341,9 +362,10 @@ class Peers:
                 log.warning("this node did not run", extra={"late_s": round(late_s, 3)})
                 return
             case BootRaised(peer, boot):
-                log.warning(
-                    "a peer knew a later life of this node", extra={"peer": peer, "boot": boot}
-                )
+                self._raised = (peer, self._clock.now())
+                log.warning("a peer knew a later life of this node", extra={
+                    "peer": peer, "boot": boot, "problem": TWICE,
+                })  # fmt: skip
                 return
             case StateChanged(peer, _, document):
                 self._take(peer, document)

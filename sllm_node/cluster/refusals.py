@@ -13,6 +13,7 @@ from sllm_node.core.errors import (
     MessageError,
     MisdirectedError,
     PeerDeniedError,
+    PeerUnreachableError,
     SllmError,
     StrangerError,
     WrongKeyError,
@@ -31,6 +32,7 @@ _OURS: Final = {
     "unknown_sender": "its cluster file does not have this node",
     "misdirected": "another node has its address",
     "protocol_version": "another release",
+    "replayed": "knows a later life of this id: does another node run as it?",
 }
 """Why a peer refused us, by the code that its answer begins with."""
 _THEIRS: Final[dict[type[MessageError], str]] = {
@@ -47,18 +49,29 @@ class Refusals:
         self._clock = clock
         self._ours: dict[NodeId, str] = {}
         """By peer: why it takes nothing of us."""
-        self._theirs: dict[NodeId, str] = {}
-        """By peer: why we take nothing of it."""
+        self._unreachable: dict[NodeId, str] = {}
+        """By peer: why our last message did not get there."""
+        self._theirs: dict[NodeId, tuple[str, float]] = {}
+        """By peer: why we took nothing of it, and when last."""
         self._told: dict[tuple[NodeId, str], float] = {}
 
     def problem(self, peer: NodeId) -> str | None:
         """Return why this node and `peer` don't understand each other; None: they do."""
-        return self._ours.get(peer) or self._theirs.get(peer)
+        theirs, at = self._theirs.get(peer, ("", -TELL_S))
+        is_new = self._clock.now() - at < TELL_S
+        return self._ours.get(peer) or (theirs if theirs and is_new else None)
+
+    def unreachable(self, peer: NodeId) -> str | None:
+        """Return why the last message to `peer` did not get there; None: it did."""
+        return self._unreachable.get(peer)
 
     def failed(self, peer: NodeId, error: SllmError) -> None:
         """Take note that a message to `peer` failed."""
+        self._unreachable.pop(peer, None)
         if not isinstance(error, PeerDeniedError):
             self._ours.pop(peer, None)
+            if isinstance(error, PeerUnreachableError):
+                self._unreachable[peer] = error.problem
             return
         if error.reason.startswith(CERTIFICATE):
             problem = error.reason.removeprefix(CERTIFICATE).partition(";")[0]
@@ -70,6 +83,7 @@ class Refusals:
     def taken(self, peer: NodeId) -> None:
         """Take note that `peer` took a message."""
         self._ours.pop(peer, None)
+        self._unreachable.pop(peer, None)
 
     def refused(self, error: MessageError, known: Container[str]) -> None:
         """Take note that a message was not taken here."""
@@ -78,7 +92,7 @@ class Refusals:
             return
         peer = NodeId(sender) if sender in known else _STRANGERS
         if peer is not _STRANGERS:
-            self._theirs[peer] = problem
+            self._theirs[peer] = problem, self._clock.now()
         self._tell("messages of a peer refused", peer, error)
 
     def heard(self, peer: NodeId) -> None:

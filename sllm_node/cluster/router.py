@@ -7,6 +7,7 @@ nodes. What an operator does to models (load, pin, unload) is this node's alone.
 
 import asyncio
 import logging
+from dataclasses import replace
 from typing import Any, Generic
 
 from sllm_node.cluster import shown
@@ -193,7 +194,8 @@ class Router(Generic[CodecT]):
             return self._route(home.request, home.keep_alive_s, None, lost)
         excluded = frozenset({me}) if self.is_draining else frozenset()
         choice = self.choose(home.request, excluded)
-        return self._route(home.request, home.keep_alive_s, choice)
+        request = replace(home.request, waited_s=home.waited_s(self._clock.now()))
+        return self._route(request, home.keep_alive_s, choice)
 
     def _open_here(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
@@ -321,6 +323,16 @@ class Router(Generic[CodecT]):
         self._peers.refresh()
         self._movers.evacuate()
 
+    def undrain(self) -> None:
+        """Take new requests again, and tell peers; what has moved to them stays there.
+
+        Raises:
+            StoppingError: the node stops.
+        """
+        self._service.undrain()
+        self._peers.undrain()
+        self._peers.refresh()
+
     # --- models -------------------------------------------------------------------------------
 
     def models(self) -> list[ModelStatus]:
@@ -358,7 +370,10 @@ class Router(Generic[CodecT]):
         mine = self._service.sessions()
         known = {session.session for session in mine}
         routed = [stream.session_status() for stream in self._routed]
-        return mine + [session for session in routed if session.session not in known]
+        me = self._peers.me
+        return [replace(one, entry=one.entry or me, node=me) for one in mine] + [
+            replace(one, entry=me) for one in routed if one.session not in known
+        ]
 
     def cancel_request(self, request_id: str) -> int:
         """End the sessions of a request, wherever they run; return how many there were."""

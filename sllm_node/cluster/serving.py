@@ -132,6 +132,7 @@ class Serving:
             await reply.send(pack(failed(error)))
             return
         log.info("forwarded session taken", extra={**fields, "resumed": len(request.resumed)})
+        stream.entry = sender
         key = (sender, str(request.session), forward.epoch)
         self._served[key] = stream
         try:

@@ -1,10 +1,12 @@
-"""What a node shows of the cluster: models that only peers have, and why a request would go where. Pure."""
+"""What a node shows of the cluster: who is away and why, who serves whom, why a request would go where. Pure."""
 
 from typing import Any
 
 from sllm_node.cluster.choice import choose, request_for
+from sllm_node.cluster.file import TimingConfig
+from sllm_node.cluster.peer import PeerState, PeerView
 from sllm_node.cluster.placement import explain
-from sllm_node.cluster.state import HeldModel
+from sllm_node.cluster.state import HeldModel, NodeState
 from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId, ModelState, ModelStatus, NodeId, Tier
 
@@ -61,3 +63,44 @@ def explanation(
             for c in explain(view, asked, now)
         ],
     }  # fmt: skip
+
+
+def why(peer: PeerView, now: float, timing: TimingConfig, unreachable: str | None) -> str:
+    """Return why a peer is not simply alive, as `status --cluster` says it; empty: it is.
+
+    `unreachable`: what happened to the last message to it.
+    """
+    said = _said(peer, now - peer.heard_at, timing)
+    if unreachable is None or peer.state is PeerState.GONE:
+        return said
+    return f"{said}; {unreachable}" if said else f"heard, but messages to it fail: {unreachable}"
+
+
+def _said(peer: PeerView, silent_s: float, timing: TimingConfig) -> str:
+    since = "silent" if peer.was_heard else "never heard,"
+    match peer.state:
+        case PeerState.ALIVE:
+            return ""
+        case PeerState.DRAINING:
+            return "it drains: it takes nothing new"
+        case PeerState.GONE:
+            return "it said that it leaves"
+        case PeerState.UNKNOWN:
+            return f"not heard yet, for {silent_s:.1f} s (dead after {timing.dead_s:g} s)"
+        case PeerState.SUSPECT:
+            return f"{since} for {silent_s:.1f} s (suspect after {timing.suspect_s:g} s)"
+        case PeerState.DEAD:
+            return f"{since} for {silent_s:.1f} s (dead after {timing.dead_s:g} s)"
+
+
+def served(state: NodeState) -> list[dict[str, Any]]:
+    """Return the sessions that a node serves or has waiting, each with the node of its client."""
+    return [
+        {
+            "session": session.session, "model": replica.model,
+            "entry": session.entry or state.node,
+            "prompt_tokens": session.tokens_in, "generated_tokens": session.tokens_out,
+        }
+        for replica in state.replicas
+        for session in replica.sessions
+    ]  # fmt: skip

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Final
 
 from sllm_node.cluster.state import (
+    NO_NODE,
     Bandwidths,
     BootId,
     DeviceShare,
@@ -142,6 +143,7 @@ class Snapshot:
                 one.output_tokens,
                 priority=one.priority,
                 stays=one.moved_at is not None and now < one.moved_at + self.settle_s,
+                entry=one.entry or NO_NODE,
             )
             for one in facts
         )

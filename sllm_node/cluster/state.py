@@ -15,6 +15,7 @@ NodeId = types.NodeId
 ReplicaId = NewType("ReplicaId", str)
 """A replica's name, unique within one boot of its node."""
 NO_REPLICA: Final = ReplicaId("")
+NO_NODE: Final = NodeId("")
 BootId = NewType("BootId", str)
 """Drawn at each start of a node."""
 
@@ -105,6 +106,8 @@ class SessionState:
     priority: int = 0
     stays: bool = False
     """It is not to be moved for another model: it came by a move, or could not move, not long ago."""
+    entry: NodeId = NO_NODE
+    """Whose client it is, if not this node's own."""
 
     def tokens(self, age_s: float) -> float:
         """Return the tokens it has in all, so long after the state was made."""

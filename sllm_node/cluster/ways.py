@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from sllm_node.cluster.choice import Choice
+from sllm_node.cluster.course import Course
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.part import Asking
 from sllm_node.cluster.reservations import Ask
@@ -17,6 +18,7 @@ from sllm_node.core.types import (
     ModelStatus,
     NodeId,
     SessionId,
+    Startup,
     TokenIds,
 )
 from sllm_node.schedule.stream import Stream
@@ -99,6 +101,13 @@ class Begun:
     stream: Stream
     tokens: TokenIds
     cached: int | None
+    startup: Startup
+
+    def course(self) -> Course:
+        """Return its course until now."""
+        stream = self.stream
+        tokens = len(self.tokens)
+        return Course(self.startup, stream.opened, tokens, is_running=stream.is_granted)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ computed, each `Extend` brings more of them, and the last one lets it go. All of
 which grows with each node that serves the session.
 """
 
+import math
 from typing import Final
 
 import msgspec
@@ -17,7 +18,7 @@ import msgspec
 from sllm_node.cluster.packing import unpack
 from sllm_node.cluster.reservations import Ask
 from sllm_node.core import errors
-from sllm_node.core.errors import SllmError
+from sllm_node.core.errors import MessageFormatError, SllmError
 from sllm_node.core.types import GenerationChunk, GenerationRequest, ModelStatus
 
 VERSION: Final = "v1"
@@ -156,7 +157,10 @@ _PLAIN: Final = {
 
 def unpack_forward(data: bytes) -> Forward:
     """Return a request for a session, or raise MessageFormatError."""
-    return unpack(_forward_decoder, data)
+    forward = unpack(_forward_decoder, data)
+    if not 0.0 <= forward.request.waited_s < math.inf:
+        raise MessageFormatError(f"a request that has waited {forward.request.waited_s} s")
+    return forward
 
 
 def unpack_extend(data: bytes) -> Extend:

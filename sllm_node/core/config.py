@@ -88,12 +88,14 @@ class EngineConfig(Section, frozen=True):
     max_sessions: Count = 256
     max_step_tokens: Count = 2048
     prefill_beside_tokens: Count = 128
+    prefill_beside_ratio: Annotated[float, Meta(ge=0)] = 2.0
     inter_token_target_s: Seconds = 0.05
     resume: ResumeMode = "fast"
     launch_ahead: Literal["auto", "always", "never"] = "auto"
     torch_threads: NotNegative = 0
     overlap_load: bool = True
     stall_after_s: Seconds = 120.0
+    graphs_max: Count = 4096
 
 
 class ScheduleConfig(Section, frozen=True):
@@ -321,7 +323,7 @@ def _suggest(key: str, fields: dict[str, Any]) -> str:
 
 def _contradictions(config: Config) -> Iterator[str]:
     checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_blocks, _check_pool, _check_bind, _check_keep_alive, _check_device, _check_remotes, _check_cluster,
+        _check_chunks, _check_blocks, _check_pool, _check_bind, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
     )  # fmt: skip
     for check in checks:
         if (problem := check(config)) is not None:
@@ -370,6 +372,16 @@ def _check_keep_alive(config: Config) -> str | None:
     for key, value in values.items():
         if value < 0 and value != -1:
             return f"{key} = {value}: must be seconds, or -1 for ever"
+    return None
+
+
+def _check_beside(config: Config) -> str | None:
+    ratio = config.engine.prefill_beside_ratio
+    if 0 < ratio <= 1:
+        return (
+            f"engine.prefill_beside_ratio = {ratio}: a step with prompts takes longer than one "
+            "without; write more than 1, or 0 for no such limit"
+        )
     return None
 
 

@@ -8,6 +8,8 @@ import math
 from enum import Enum
 from typing import ClassVar, Final
 
+from sllm_node.core.units import KIB, format_size
+
 
 class Fault(Enum):
     """Who can do something about an error."""
@@ -25,6 +27,11 @@ class SllmError(Exception):
 
     fault: ClassVar[Fault] = Fault.NODE
     code: ClassVar[str] = "error"
+
+
+def _in_bytes(size: int) -> str:
+    """Return a size as people read it, and to the byte."""
+    return f"{size} bytes" if size < KIB else f"{format_size(size)} ({size} bytes)"
 
 
 # --- requests -----------------------------------------------------------------------------------
@@ -59,11 +66,11 @@ class PromptTooLongError(InvalidRequestError):
         is_least: bool = False,
     ) -> None:
         needed = f"at least {tokens}" if is_least else str(tokens)
-        remedy = f" or lower {param}" if param.startswith("max_") else ""
+        remedy = "shorten the prompt" + (f" or lower {param}" if param.startswith("max_") else "")
+        if limit <= 0:
+            remedy = "the model can't be served here until engine.kv_cache_bytes is raised"
         super().__init__(
-            f"the request needs {needed} tokens but {reason} allows {limit}; "
-            f"shorten the prompt{remedy}",
-            param=param,
+            f"the request needs {needed} tokens but {reason} allows {limit}; {remedy}", param=param
         )
         self.tokens = tokens
         self.limit = limit
@@ -139,6 +146,18 @@ class DrainingError(SllmError):
         self.retry_after_s = retry_after_s
 
 
+class StoppingError(SllmError):
+    """A drain that can't be taken back, as the process ends after it."""
+
+    fault = Fault.CALLER
+    code = "stopping"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the node was told to stop (SIGTERM) and ends after its drain; start it again"
+        )
+
+
 class CancelledByOperatorError(SllmError):
     """A session was ended through the admin interface, or its model was."""
 
@@ -162,15 +181,14 @@ class ModelBusyError(SllmError):
 
 
 class UnauthorizedError(SllmError):
-    """The API key is missing or wrong."""
+    """The API key is missing or wrong, or one for clients where an operator's is asked for."""
 
     fault = Fault.CALLER
     code = "invalid_api_key"
 
-    def __init__(self) -> None:
-        super().__init__(
-            "no or a wrong API key; send one of the node's keys as 'Authorization: Bearer KEY'"
-        )
+    def __init__(self, *, needs_admin: bool = False) -> None:
+        kind = "an admin key (server.admin_keys)" if needs_admin else "one of the node's keys"
+        super().__init__(f"no or a wrong API key; send {kind} as 'Authorization: Bearer KEY'")
 
 
 class ForbiddenOriginError(SllmError):
@@ -297,7 +315,8 @@ class ChecksumError(CheckpointError):
     def __init__(
         self, model: str, shard: str, offset: int, size: int, tensors: tuple[str, ...] = ()
     ) -> None:
-        inside = f" (tensors: {', '.join(tensors[:8])})" if tensors else ""
+        more = f" and {len(tensors) - 3} more" if len(tensors) > 3 else ""
+        inside = f" (tensors: {', '.join(tensors[:3])}{more})" if tensors else ""
         super().__init__(
             f"model {model!r}: shard {shard} is damaged in bytes {offset} to {offset + size}"
             f"{inside}; convert it again, then 'sllm-node verify {model}'"
@@ -503,6 +522,19 @@ class DeviceMemoryError(SllmError):
         self.total = total
 
 
+class KvMemoryError(SllmError):
+    """KV memory that the config allows is less than one block of a model's."""
+
+    code = "kv_memory_too_small"
+
+    def __init__(self, model: str, block: int, limit: int) -> None:
+        super().__init__(
+            f"one block of model {model!r}'s KV memory is {_in_bytes(block)}, more than "
+            f"engine.kv_cache_bytes = {limit}; raise that in the node's config"
+        )
+        self.model = model
+
+
 class PinnedMemoryError(SllmError):
     """A model that can't be served beside the pinned ones."""
 
@@ -512,8 +544,8 @@ class PinnedMemoryError(SllmError):
 
     def __init__(self, model: str, needed: int, left: int, pinned: tuple[str, ...]) -> None:
         super().__init__(
-            f"model {model!r} needs {needed} bytes of device memory but the pinned models "
-            f"({', '.join(pinned)}) leave {left}; unpin one of them"
+            f"model {model!r} needs {_in_bytes(needed)} of device memory but the pinned models "
+            f"({', '.join(pinned)}) leave {_in_bytes(left)}; unpin one of them"
         )
         self.model = model
         self.needed = needed
@@ -529,8 +561,8 @@ class ModelTooLargeError(SllmError):
 
     def __init__(self, model: str, needed: int, total: int) -> None:
         super().__init__(
-            f"model {model!r} needs {needed} bytes of device memory (weights and KV cache); "
-            f"the device has {total} (device.memory_bytes, engine.kv_cache_bytes)"
+            f"model {model!r} needs {_in_bytes(needed)} of device memory (weights and KV cache); "
+            f"the device has {_in_bytes(total)} (device.memory_bytes, engine.kv_cache_bytes)"
         )
         self.model = model
 

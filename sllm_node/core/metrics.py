@@ -115,6 +115,9 @@ class Metrics:
         self.preemptions = counter(
             "sllm_preemptions", "Sessions set back for want of KV blocks", ["model"]
         )
+        self.graph_failures = counter(
+            "sllm_graph_failures", "Kinds of steps that could not be captured as graphs", ["device"]
+        )
 
     def _gauges(self) -> None:
         gauge = partial(Gauge, registry=self.registry)

@@ -131,6 +131,17 @@ class SamplingParameters:
 
 
 @dataclass(frozen=True, slots=True)
+class Stay:
+    """What a node gave of a session that went on at another one."""
+
+    node: str
+    tokens: int
+    """Of its output, that came from there."""
+    left: str
+    """`moved`, or the code of the error that ended it there."""
+
+
+@dataclass(frozen=True, slots=True)
 class Startup:
     """How a session came to run; None: not known, or not yet."""
 
@@ -141,7 +152,9 @@ class Startup:
     why: str | None = None
     expected_s: float | None = None
     startup_s: float | None = None
-    """From when it was asked for until it ran."""
+    """From when it was asked for until it ran first."""
+    earlier: tuple[Stay, ...] = ()
+    """Where it ran before, the first one first; in a cluster."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +183,8 @@ class GenerationRequest:
     held: bool = False
     """Compute what is known and draw nothing until let go: another node decodes meanwhile, and its
     tokens are added. How a session moves."""
+    waited_s: float = 0.0
+    """How long it has waited for its turn before it came here, at other nodes or given back by this one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +264,8 @@ class SessionStatus:
     generated_tokens: int
     age_s: float
     node: NodeId | None = None
-    """Who serves it; None: this node, or nobody yet."""
+    """Who serves it, or has it in its queue; None: nobody yet, or this node, in no cluster."""
     migration: str | None = None
     """The id of the move that is under way."""
+    entry: NodeId | None = None
+    """The node of its client; None: this node, in no cluster."""

@@ -49,6 +49,14 @@ def format_size(size: float) -> str:
     return f"{size:.0f} B"
 
 
+def format_count(count: int) -> str:
+    """Return a count of things in thousands, millions or billions, three digits of it."""
+    for factor, unit in ((10**9, "billion"), (10**6, "million"), (10**3, "thousand")):
+        if count >= factor:
+            return f"{count / factor:.3g} {unit}"
+    return str(count)
+
+
 def format_rate(bytes_per_s: float) -> str:
     """Return a bandwidth in decimal GB/s or MB/s, the unit that links and disks are sold in."""
     if bytes_per_s >= 1e9:

@@ -7,8 +7,13 @@ kernel is told travels with its launch, so that a launch is all that a graph has
 Every kernel lets the next one of the stream start while it runs, and waits itself before it touches
 what others touch (kernels/ptx.cuh): so the next kernel's start, and the first weights that it reads,
 hide behind this one's end. `overlaps=False` launches them one after another.
+
+What a launch needs besides its numbers takes the host longer to put together than the launch itself, so
+it is `prepared` once where a kernel is launched once a layer. The driver copies numbers when it takes a
+launch: a record may be written to again right behind it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +26,7 @@ from sllm_node.device import nvrtc
 from sllm_node.device.kernels import Context, architecture_of
 from sllm_node.device.step_parameters import Variant
 
+_OK: Final = driver.CUresult.CUDA_SUCCESS
 _OVERLAPPING: Final = 90
 """Architectures from this one on have kernels that wait for each other themselves."""
 
@@ -29,6 +35,32 @@ _OVERLAPPING: Final = 90
 class _Loaded:
     module: Any
     function: Any
+
+
+class _Launch:
+    """A launch that is made again and again."""
+
+    def __init__(
+        self,
+        context: Context,
+        name: str,
+        function: Any,
+        config: Any,
+        parameters: npt.NDArray[np.void],
+    ) -> None:
+        self._context = context
+        self._name = name
+        self._function = function
+        self._config = config
+        self._parameters = parameters  # so that they stay where they are
+        self._pointers = np.array([parameters.ctypes.data], np.uint64)
+        self._address = self._pointers.ctypes.data
+
+    def __call__(self) -> None:
+        with self._context:
+            launched = driver.cuLaunchKernelEx(self._config, self._function, self._address, 0)
+        if launched[0] != _OK:
+            self._context.check(f"launch {self._name}", (*launched, None))
 
 
 class StepKernels:
@@ -40,6 +72,8 @@ class StepKernels:
         self._context = context
         self._cache = cache
         self._loaded: dict[Variant, _Loaded] = {}
+        self._attributes = [_overlap()]
+        """Of every launch, where kernels overlap."""
         self.architecture = architecture_of(context, handle)
         self.overlaps = overlaps and int(self.architecture.removeprefix("sm_")) >= _OVERLAPPING
         attribute = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
@@ -73,18 +107,30 @@ class StepKernels:
             KernelError: the variant can't be compiled.
             DeviceError: the driver does not take it.
         """
-        function = self._function(variant)
-        pointers = np.array([parameters.ctypes.data], np.uint64)
+        self.prepared(variant, grid, threads, parameters, stream)()
+
+    def prepared(
+        self,
+        variant: Variant,
+        grid: tuple[int, int, int],
+        threads: int,
+        parameters: npt.NDArray[np.void],
+        stream: int,
+    ) -> Callable[[], None]:
+        """Return what enqueues a variant with what the record holds by then, as often as it is called.
+
+        Raises:
+            KernelError: the variant can't be compiled.
+            DeviceError: the driver does not take it.
+        """
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.hStream = driver.CUstream(stream)
         if self.overlaps:
-            config.attrs = [_overlap()]
-            config.numAttrs = 1
-        with self._context:
-            launched = driver.cuLaunchKernelEx(config, function, pointers.ctypes.data, 0)
-        self._context.check(f"launch {variant.name}", (*launched, None))
+            config.attrs = self._attributes
+            config.numAttrs = len(self._attributes)
+        return _Launch(self._context, variant.name, self._function(variant), config, parameters)
 
     def close(self) -> None:
         """Unload what was loaded; nothing launched may be under way."""

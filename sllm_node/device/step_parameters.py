@@ -5,7 +5,9 @@ from typing import Final
 
 import numpy as np
 
-STEP_KERNELS: Final = ("gemv", "paged_attention", "rope_kv", "rms_norm", "gated")
+STEP_KERNELS: Final = (
+    "gemv", "paged_attention", "rope_kv", "rms_norm", "gated", "gather_context", "join_segments",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,3 +57,11 @@ NORM: Final = _structure(
     "epsilon norm_offset",
 )
 GATE: Final = _structure("gate up output", "size gate_stride up_stride output_stride is_gelu")
+JOIN: Final = _structure(
+    "near_part far_parts near_logs far_logs places output",
+    "heads size tokens near_stride output_stride near_logs_stride far_logs_stride",
+)
+GATHER: Final = _structure(
+    "keys values query slots rows key value queries",
+    "tokens width query_rows query_width query_stride",
+)

@@ -77,11 +77,11 @@ class Arriving:
         arrival: Arrival,
         threads: EarlyThreads,
     ) -> None:
-        self.steps = threads.take()
-        """Where to step meanwhile: a step that waits must hold up no other model's."""
         self._arrival = arrival
         self._threads = threads
         self._ends = [max(ends) for ends in zip(*(ends for _, ends in needs), strict=True)]
+        self.steps = threads.take()
+        """Where to step meanwhile: a step that waits must hold up no other model's."""
         self._hooks = [
             module.register_forward_pre_hook(partial(self._wait, ends)) for module, ends in needs
         ]

@@ -3,8 +3,11 @@
 A step has room for `max_step_tokens` tokens. Sessions that decode come first, one token each, so
 that nobody's stream stalls behind a prompt; what is left of the budget goes to prompts, in order of
 priority and arrival, long ones in pieces over several steps. Where more sessions decode than wait for
-their first token, prompts get no more than `prefill_beside_tokens`: a step's time grows with its tokens,
-and readers wait for it; while readers of other models wait, `turns` sets a limit too. A waiting session is admitted when
+their first token, prompts get no more than `prefill_beside_tokens`, or three tokens for each that decodes
+where that is more: a step's time grows with its tokens, and readers wait for it, but a step of many
+sessions takes longer anyway, and takes more beside it in the same proportion. `beside` makes that less
+where steps were seen to take too long for readers. While readers of other
+models wait, `turns` sets a limit too. A waiting session is admitted when
 there are blocks for all its tokens and one more; nobody behind it overtakes it, or a long one would
 never start. It begins behind the blocks that it finds cached, so that these are not computed again;
 one token at least is, because the next is drawn from its logits. When a running session needs a
@@ -37,9 +40,15 @@ last, and rests until more come or it is let go.
 from bisect import insort
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+from sllm_node.engine.beside import Beside
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.session import Session, SessionEvent, SessionState
+
+_BESIDE_EACH: Final = 3
+"""Tokens of prompts for each session that decodes. With 128 sessions that makes 512 tokens a step, the
+most for which `mixed` captures graphs; a step of 32 stays at the default of `prefill_beside_tokens`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +89,13 @@ class Batch:
         max_step_tokens: int,
         window: int | None = None,
         prefill_beside_tokens: int | None = None,
+        prefill_beside_ratio: float = 0.0,
     ) -> None:
-        """`prefill_beside_tokens`: of prompts, in a step with sessions that decode; None: all."""
+        """Make one without sessions.
+
+        `prefill_beside_tokens`: of prompts, in a step with few sessions that decode; None: all.
+        `prefill_beside_ratio`: as for `Beside`.
+        """
         self.blocks = blocks
         self.preemptions = 0
         self.asked_tokens = 0
@@ -91,6 +105,7 @@ class Batch:
         self._max_sessions = min(max_sessions, max_step_tokens)  # so that all fit into a step
         self._max_step_tokens = max_step_tokens
         self._prefill_beside_tokens = prefill_beside_tokens or max_step_tokens
+        self._beside = Beside(self._prefill_beside_tokens, prefill_beside_ratio)
         self._window = window
         self._waiting: list[Session] = []
         self._running: list[Session] = []
@@ -160,13 +175,19 @@ class Batch:
         decoding = sum(count == 1 for count in counts.values())
         starting = len(self._waiting) + sum(s.due > 1 for s in self._running)
         if decoding > starting:
-            most = min(most, self._prefill_beside_tokens)
+            usual = max(self._prefill_beside_tokens, _BESIDE_EACH * decoding)
+            most = min(most, self._beside.tokens(decoding, usual))
         prompts = sum(count for count in counts.values() if count > 1)
         return max(0, min(budget, most - prompts))
 
-    def stepped(self, parts: list[Part]) -> None:
-        """Take note that the oldest step has ended, before its tokens are added."""
+    def stepped(self, parts: list[Part], took_s: float = 0.0) -> None:
+        """Take note that the oldest step has ended, before its tokens are added.
+
+        `took_s`: how long it took; 0: that is not known.
+        """
         self._under_way -= 1
+        if any(part.count == 1 for part in parts):
+            self._beside.learn(prompt_tokens(parts), took_s)
         for part in parts:
             session = part.session
             self._landed(part)

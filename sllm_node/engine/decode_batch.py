@@ -12,8 +12,9 @@ is written in the order of the stream. Host memory that a copy reads is new in e
 leaves the graphs' memory right behind the replay, because any later one may write there.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -22,10 +23,11 @@ import torch
 from sllm_node.engine.draw import draw
 from sllm_node.engine.fused import DecodeInputs, FusedDecoder, Scratch
 from sllm_node.engine.kv import KvCache, KvPart
-from sllm_node.engine.mixed import Graphs, MixedSteps
+from sllm_node.engine.mixed import MixedSteps
 from sllm_node.engine.sampling import SamplingRow
 from sllm_node.engine.sampling_plan import SamplingPlan, Variant
 from sllm_node.engine.scratch import ScratchMemory
+from sllm_node.engine.step_graphs import StepGraphs
 from sllm_node.engine.upload import upload
 
 BUCKETS: Final = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -94,9 +96,6 @@ class _Bucket:
     scratch: Scratch
     plans: dict[Variant, torch.Tensor] = field(default_factory=dict)
     """Sampling plans on the device."""
-    used: set[Variant] = field(default_factory=set)
-    graphs: dict[Variant, Callable[[], torch.Tensor]] = field(default_factory=dict)
-    """Do the step again, and return what is drawn."""
 
 
 class DecodeBatch:
@@ -109,7 +108,7 @@ class DecodeBatch:
         block_tokens: int,
         blocks: int,
         memory: ScratchMemory,
-        graphs: Graphs | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         """`blocks`: that the longest session may have; `graphs` None: nothing is captured."""
         self._decoder = decoder
@@ -125,7 +124,8 @@ class DecodeBatch:
     @property
     def graphs(self) -> int:
         """How many graphs there are."""
-        return sum(len(one.graphs) for one in self._buckets.values()) + self._mixed.graphs
+        own = 0 if self._graphs is None else self._graphs.count(self)
+        return own + self._mixed.graphs
 
     @torch.inference_mode()
     def launch(
@@ -158,6 +158,8 @@ class DecodeBatch:
     def close(self) -> None:
         """Drop graphs and memory."""
         self._mixed.close()
+        if self._graphs is not None:
+            self._graphs.drop(self)
         self._buckets.clear()
 
     def _make(self, rows: int) -> _Bucket:
@@ -191,15 +193,12 @@ class DecodeBatch:
             known.copy_(sent)
 
     def _run(self, bucket: _Bucket, variant: Variant) -> torch.Tensor:
-        replay = bucket.graphs.get(variant)
-        if replay is not None:
-            return replay().clone()
-        if self._graphs is None or variant not in bucket.used:
-            bucket.used.add(variant)
-            return self._compute(bucket, variant)
-        replay = self._graphs.capture(lambda: self._compute(bucket, variant))
-        bucket.graphs[variant] = replay
-        return replay().clone()
+        compute = partial(self._compute, bucket, variant)
+        if self._graphs is None:
+            return compute()
+        kind = ("decode", bucket.numbers.shape[1], variant)
+        (step,) = self._graphs.of(self, kind, [compute])
+        return compute() if step is compute else step().clone()
 
     def _compute(self, bucket: _Bucket, variant: Variant) -> torch.Tensor:
         logits = self._decoder.step(bucket.inputs, self._cache, self._block_tokens, bucket.scratch)

@@ -13,7 +13,7 @@ residual). Beyond `ROWS_MAX` rows the products are torch's, and `rms_norm` and `
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from sllm_node.device.step_parameters import (
 )
 from sllm_node.engine.kernel_tensors import (
     FLOATS,
+    Kernels,
     aligned_address,
     check_heads,
     check_integers,
@@ -48,25 +49,6 @@ _STEP: Final = 32
 _ROPE_WARPS: Final = 4
 _THREADS: Final = 256
 _GATED_ELEMENTS: Final = 8 * _THREADS
-
-
-class Kernels(Protocol):
-    """What launches kernels: `device.step_kernels.StepKernels`."""
-
-    multiprocessors: int
-
-    def blocks(self, variant: Variant, threads: int) -> int:
-        """Return how many thread blocks fit on a multiprocessor at once."""
-
-    def launch(
-        self,
-        variant: Variant,
-        grid: tuple[int, int, int],
-        threads: int,
-        parameters: npt.NDArray[np.void],
-        stream: int,
-    ) -> None:
-        """Enqueue a variant with one record of parameters."""
 
 
 @dataclass(frozen=True, slots=True)

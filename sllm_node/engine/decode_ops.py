@@ -5,7 +5,7 @@ captured. `ReferenceOps` is the oracle, and runs anywhere. Results go where the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 import torch
@@ -13,19 +13,21 @@ from torch.nn import functional
 
 from sllm_node.engine import decode_kernels as launches
 from sllm_node.engine import decode_reference as reference
+from sllm_node.engine import gathered, segments
 from sllm_node.engine import paged_attention as paged
 from sllm_node.engine.decode_kernels import (
     Angles,
     GatedUnit,
     Heads,
-    Kernels,
     KvSlots,
     Matrix,
     RmsNorm,
 )
+from sllm_node.engine.gathered import Gathered, GatherLayer
 from sllm_node.engine.joined import joined_columns, joined_rows
-from sllm_node.engine.kernel_tensors import HALVES
-from sllm_node.engine.paged_attention import KvTables, Scoring, Splits
+from sllm_node.engine.kernel_tensors import HALVES, Kernels
+from sllm_node.engine.paged_attention import AttendLayer, KvTables, Scoring, Splits
+from sllm_node.engine.segments import JoinLayer, Look
 
 OURS_MAX: Final = 8
 """Rows up to which our products are faster than torch's: on an H200 5 to 10 % at 1 to 8, slower at 16."""
@@ -88,6 +90,25 @@ class DecodeOps(Protocol):
     ) -> None:
         """Set `output` to the attention of one token a session."""
 
+    def prepared(
+        self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
+    ) -> AttendLayer:
+        """Return what does so with keys and values of other layers that are like `cache`'s."""
+
+    def gathering(
+        self,
+        query: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> GatherLayer:
+        """Return what gathers from tensors like these (`gathered.prepared`)."""
+
+    def joining(
+        self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
+    ) -> JoinLayer:
+        """Return what joins looks like these (`segments.prepared`)."""
+
 
 class ReferenceOps:
     """Plain torch, rounding where transformers rounds."""
@@ -138,7 +159,36 @@ class ReferenceOps:
     def attend(
         self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
     ) -> None:
-        output.copy_(reference.attention(query, cache, scoring))
+        self.prepared(query, cache, scoring, output)(cache.keys, cache.values)
+
+    def prepared(
+        self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
+    ) -> AttendLayer:
+        def attend_layer(keys: torch.Tensor, values: torch.Tensor) -> None:
+            layer = replace(cache, keys=keys, values=values)
+            output.copy_(reference.attention(query, layer, scoring))
+
+        return attend_layer
+
+    def gathering(
+        self,
+        query: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> GatherLayer:
+        def gather_layer(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Gathered:
+            return keys[slots], values[slots], query[rows]
+
+        return gather_layer
+
+    def joining(
+        self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
+    ) -> JoinLayer:
+        def join_layer(near: Look, far: Look, output: torch.Tensor) -> None:
+            output.copy_(reference.joined(near, far, places))
+
+        return join_layer
 
 
 class KernelOps:
@@ -213,7 +263,27 @@ class KernelOps:
     def attend(
         self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
     ) -> None:
-        paged.attend(self._kernels, query, cache, scoring, self._splits_of(query, cache), output)
+        self.prepared(query, cache, scoring, output)(cache.keys, cache.values)
+
+    def prepared(
+        self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
+    ) -> AttendLayer:
+        splits = self._splits_of(query, cache)
+        return paged.prepared(self._kernels, query, cache, scoring, splits, output)
+
+    def gathering(
+        self,
+        query: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> GatherLayer:
+        return gathered.prepared(self._kernels, query, *cached, slots, rows)
+
+    def joining(
+        self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
+    ) -> JoinLayer:
+        return segments.prepared(self._kernels, near, far, places, output)
 
     def _splits_of(self, query: torch.Tensor, cache: KvTables) -> Splits:
         """Return splits for that many sessions; one memory for all layers, as they run in turn."""

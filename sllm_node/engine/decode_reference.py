@@ -61,3 +61,19 @@ def _attend(query: torch.Tensor, cache: KvTables, session: int, scoring: Scoring
     wide = torch.promote_types(query.dtype, torch.float32)
     weights = scores.softmax(-1, dtype=wide).to(query.dtype)
     return torch.einsum("ht,thd->hd", weights, values)
+
+
+def joined(
+    near: tuple[torch.Tensor, torch.Tensor],
+    far: tuple[torch.Tensor, torch.Tensor],
+    places: torch.Tensor,
+) -> torch.Tensor:
+    """Return what looks at parts of a context give together; as `segments.prepared` takes them."""
+    first, count, apart = places.long()
+    number = torch.arange(int(count.max()), device=places.device)[:, None]
+    is_there = number < count
+    rows = torch.where(is_there, first + number * apart, 0)  # (segments, tokens)
+    logs = far[1][:, rows].masked_fill(~is_there, -torch.inf)
+    shares = torch.softmax(torch.cat((near[1][:, None], logs), 1), 1)
+    weights = shares.permute(1, 2, 0)[..., None]  # (segments + 1, tokens, heads, 1)
+    return near[0] * weights[0] + (far[0][rows] * weights[1:]).sum(0)

@@ -54,7 +54,7 @@ class Engine:
         self._step_wait = metrics.step_wait_seconds.labels(parts.name)
         self._batch = Batch(
             parts.blocks, config.max_sessions, config.max_step_tokens, parts.window,
-            config.prefill_beside_tokens,
+            config.prefill_beside_tokens, config.prefill_beside_ratio,
         )  # fmt: skip
         self._resume = config.resume
         # Only the module's forward pass knows how to wait for weights.
@@ -206,7 +206,7 @@ class Engine:
             except Exception as error:  # noqa: BLE001 - told to the sessions, and logged
                 await self._fail(runner, error)
             else:
-                self._take(self._flight.popleft(), drawn)
+                self._take(self._flight.popleft(), drawn, job.began)
             self.watch.ended()
 
     async def _job(self, runner: Runner) -> Job | None:
@@ -234,7 +234,7 @@ class Engine:
         planned = self._plan()
         if not self._flight:
             return None
-        oldest = self._flight[0]
+        oldest, began = self._flight[0], self._clock.now()
         self.watch.began(len(oldest), sum(part.count for part in oldest))
         try:
             future = self._stepping.submit(runner.advance, self._launches(planned))
@@ -242,7 +242,7 @@ class Engine:
             future = asyncio.get_running_loop().create_future()
             future.set_exception(error)
         draws = 0 if self._parts.seat.is_alone else becoming_due(oldest)  # alone: nobody asks
-        return Job(future, prompt_tokens(oldest), draws)
+        return Job(future, prompt_tokens(oldest), began, draws)
 
     @property
     def _is_idle(self) -> bool:
@@ -282,9 +282,9 @@ class Engine:
         steps = list(pairwise([[], *self._flight]))[len(self._flight) - count :]
         return [step_parts(before, plan, size) for before, plan in steps]
 
-    def _take(self, plan: list[Part], drawn: Sequence[Drawn | None]) -> None:
-        self._batch.stepped(plan)
+    def _take(self, plan: list[Part], drawn: Sequence[Drawn | None], began: float) -> None:
         now = self._clock.now()
+        self._batch.stepped(plan, now - began)
         for part, token in zip(plan, drawn, strict=True):
             generation = self._generations.get(part.session.number)
             if generation is None or token is None:

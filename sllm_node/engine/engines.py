@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 from weakref import WeakSet
 
+import torch
+
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.split import Cut, layer_starts, split
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
-from sllm_node.core.errors import CheckpointFormatError, SllmError
+from sllm_node.core.errors import KvMemoryError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, Share, Stall
 from sllm_node.core.units import align_up
@@ -39,6 +41,7 @@ from sllm_node.engine.skeleton import (
     common_window,
     read_config,
 )
+from sllm_node.engine.step_graphs import StepGraphs
 from sllm_node.engine.steps import Gate, StepThread
 from sllm_node.engine.text import TextCodec, load_codec
 from sllm_node.engine.turns import Turns
@@ -91,7 +94,7 @@ class Engines:
         self._ops_of = ops_of or self._kernel_ops
         self._kernels: dict[str, Any] = {}
         self._scratch: dict[str, ScratchMemory] = {}
-        self._graphs: dict[str, CudaGraphs] = {}
+        self._graphs: dict[str, StepGraphs] = {}
         self._memory = memory
         self._config = config
         self._clock = clock
@@ -211,16 +214,14 @@ class Engines:
 
         Raises:
             CheckpointFormatError: index and module do not agree.
+            KvMemoryError: not one block of it may be had.
             DeviceMemoryError: there is no room for KV memory.
         """
         index, config = lease.checkpoint.index, self._config
         count = self._blocks_for(skeleton.token_bytes)
         if not count:
-            raise CheckpointFormatError(
-                index.model,
-                f"one block of its KV cache is {skeleton.token_bytes * self._config.block_tokens} "
-                f"bytes, more than engine.kv_cache_bytes = {self._config.kv_cache_bytes}",
-            )
+            size = skeleton.token_bytes * config.block_tokens
+            raise KvMemoryError(lease.checkpoint.model, size, config.kv_cache_bytes)
         blocks = Blocks(count, config.block_tokens, is_caching=config.prefix_cache)
         device = lease.parts[0].part.device
         steps = self._steps[device]
@@ -229,6 +230,11 @@ class Engines:
             skeleton.take_kv(())
             skeleton = await self._builder.run_alone(build, lease.checkpoint.path)
         place = await self._kv_place(lease, skeleton, blocks.capacity_tokens, steps)
+        try:
+            arriving = self._arriving(lease, skeleton.model)
+        except BaseException:
+            place.close()
+            raise
 
         def let_go(is_trusted: bool) -> None:  # noqa: FBT001 - the one thing that it is told
             if is_trusted:
@@ -244,7 +250,7 @@ class Engines:
             lease.checkpoint.model, skeleton.model, place.cache,
             tuple(one.buffer for one in place.memory), blocks, place.decode, index.context_tokens,
             common_window(skeleton.shapes), codec, self._check, let_go, keep,
-            arriving=self._arriving(lease, skeleton.model),
+            arriving=arriving,
             seat=self._turns[device].join(),  # last: what fails leaves none behind
         )  # fmt: skip
         engine = Engine(parts, self._config, steps, self._clock, self._metrics)
@@ -316,20 +322,21 @@ class Engines:
         device = next(device for device in self._devices if device.name == name)
         longest = min(lease.checkpoint.index.context_tokens, slots)
         ops = self._ops_of(device, longest)
-        if ops is None:
-            return None
-        decoder = FusedDecoder.of(skeleton.model, skeleton.shapes, ops)
+        decoder = None if ops is None else FusedDecoder.of(skeleton.model, skeleton.shapes, ops)
         if decoder is None:
             return None
-        block_tokens = self._config.block_tokens
+        size = self._config.block_tokens
         torch_device = cache.keys[0].device
         memory = self._scratch.setdefault(name, ScratchMemory(torch_device))
-        graphs = None
-        # torch captures on one stream of one device: what others launch meanwhile is not in the graph.
-        if torch_device.type == "cuda" and not torch_device.index:
-            graphs = self._graphs.setdefault(name, CudaGraphs())
-        blocks = -(-longest // block_tokens)
-        return DecodeBatch(decoder, cache, block_tokens, blocks, memory, graphs)
+        graphs = self._step_graphs(name, torch_device) if torch_device.type == "cuda" else None
+        return DecodeBatch(decoder, cache, size, -(-longest // size), memory, graphs)
+
+    def _step_graphs(self, name: str, device: torch.device) -> StepGraphs:
+        """Return the graphs of a device's steps."""
+        if name not in self._graphs:
+            most, failed = self._config.graphs_max, self._metrics.graph_failures.labels(name)
+            self._graphs[name] = StepGraphs(CudaGraphs(device), most, name, failed.inc)
+        return self._graphs[name]
 
     def _kernel_ops(self, device: Device, longest: int) -> DecodeOps | None:
         """Return our kernels; None: the device has none."""

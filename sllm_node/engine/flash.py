@@ -4,18 +4,22 @@ Theory of operation. A piece of n tokens that ends a context of m looks at all m
 128 queries of a head to one thread block, which walks through the whole context: a short piece behind a
 long context would keep a few multiprocessors busy and the rest idle. So the context is cut into segments
 of equal length that are attended to side by side, the last of which holds the piece itself and is causal;
-what they give is put together by the logarithms of their sums, as flash decoding does
+what they give is put together by the logarithms of their sums (`segments`), as flash decoding does
 (https://crfm.stanford.edu/2023/10/12/flashdecoding.html). Two launches serve all pieces of a step.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
+import numpy as np
 import torch
 
+from sllm_node.engine.gathered import GatherLayer
 from sllm_node.engine.paged_attention import Scoring
-from sllm_node.engine.upload import upload
+from sllm_node.engine.segments import JoinLayer, Look
+from sllm_node.engine.upload import Numbers as Array
+from sllm_node.engine.upload import upload_all
 
 _QUERIES: Final = 128
 """Of a head, that one thread block takes."""
@@ -67,6 +71,81 @@ Kernel = Callable[
 """Attends to sequences, like `flash`."""
 
 
+class Ops(Protocol):
+    """What stands around the kernel: of `DecodeOps`."""
+
+    def gathering(
+        self,
+        query: torch.Tensor,
+        cached: tuple[torch.Tensor, torch.Tensor],
+        slots: torch.Tensor,
+        rows: torch.Tensor,
+    ) -> GatherLayer:
+        """Return what brings together keys, values and queries of a layer."""
+
+    def joining(
+        self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
+    ) -> JoinLayer:
+        """Return what puts together results of segments."""
+
+
+@dataclass(frozen=True, slots=True)
+class Numbers:
+    """What the pieces of a step tell the device: of `FlashPieces`, each where it looks, and in what order."""
+
+    slots: Array
+    """Where keys and values lie that are looked at: those in segments, then the others."""
+    near: Array  # (2, pieces + 1)
+    """Where queries and keys of each piece begin that are in no segment, and the end."""
+    far: Array  # (2, segments + 1)
+    """The same of segments."""
+    rows: Array  # of the queries of segments, among all
+    places: Array  # (3, tokens): where results of segments lie, as `segments` wants to know
+
+    @classmethod
+    def of(cls, pieces: Sequence[Piece], cuts: Sequence[Cut], slots: Sequence[Array]) -> "Numbers":
+        """Return them; `slots`: of each piece, where all its context lies in the cache. Pure."""
+        ends = [one.segments * one.size for one in cuts]
+        order = [s[:end] for s, end in zip(slots, ends, strict=True)]
+        order += [s[end:] for s, end in zip(slots, ends, strict=True)]
+        counts = [piece.count for piece in pieces]
+        near = [piece.length - end for piece, end in zip(pieces, ends, strict=True)]
+        firsts = np.cumsum([0, *counts[:-1]])
+        times = [one.segments for one in cuts]
+        rows = [
+            np.tile(np.arange(first, first + count), one.segments)
+            for first, count, one in zip(firsts, counts, cuts, strict=True)
+        ]
+        return cls(
+            np.concatenate(order).astype(np.int32),
+            _starts(counts, near),
+            _starts(np.repeat(counts, times), np.repeat([one.size for one in cuts], times)),
+            np.concatenate(rows).astype(np.int32),
+            _places(counts, times),
+        )
+
+    def arrays(self) -> list[Array]:
+        """Return them in the order in which `FlashPieces` wants them on the device."""
+        return [self.slots, self.near, self.far, self.rows, self.places]
+
+
+def _starts(queries: Sequence[int] | Array, keys: Sequence[int] | Array) -> Array:
+    starts = np.zeros((2, len(queries) + 1), np.int32)
+    starts[0, 1:], starts[1, 1:] = np.cumsum(queries), np.cumsum(keys)
+    return starts
+
+
+def _places(counts: Sequence[int], segments: Sequence[int]) -> Array:
+    """Return where the results of each token's segments lie: the first, how many, how far apart."""
+    each = np.array(
+        [(0, *np.cumsum(np.multiply(counts, segments))[:-1]), segments, counts], np.int32
+    )
+    places = np.repeat(each, counts, axis=1)
+    within = [np.arange(count, dtype=np.int32) for count in counts]
+    places[0] += np.concatenate(within)
+    return places
+
+
 class FlashPieces:
     """The pieces of one step, on one device; the same for all layers."""
 
@@ -74,36 +153,39 @@ class FlashPieces:
         self,
         pieces: Sequence[Piece],
         cuts: Sequence[Cut],
-        slots: Sequence[torch.Tensor],
-        device: torch.device,
-        kernel: "Kernel | None" = None,
+        numbers: Sequence[torch.Tensor],
+        ops: Ops,
+        kernel: Kernel | None = None,
     ) -> None:
-        """`slots`: of each piece, where all its context lies in the cache; `kernel` None: torch's."""
+        """`numbers`: `Numbers.arrays` on the device; `kernel` None: torch's."""
         self._kernel = kernel or flash
+        self._ops = ops
+        self._slots, near, far, self._rows, self._places = numbers
         ends = [one.segments * one.size for one in cuts]
         self._far = sum(ends)
         """Tokens in segments; they are gathered before the others."""
-        order = [s[:end] for s, end in zip(slots, ends, strict=True)]
-        order += [s[end:] for s, end in zip(slots, ends, strict=True)]
-        self._slots = upload(torch.cat(order), device)
-        near = [piece.length - end for piece, end in zip(pieces, ends, strict=True)]
-        self._near = Lengths.of([piece.count for piece in pieces], near, device, is_causal=True)
-        self._segments: Lengths | None = None
-        self._joints: list[_Joint] = []
-        if self._far:
-            counts: list[int] = []
-            sizes: list[int] = []
-            rows: list[int] = []
-            first = 0
-            for piece, one in zip(pieces, cuts, strict=True):
-                if one.segments:
-                    self._joints.append(_Joint(first, piece.count, one.segments, len(rows)))
-                counts += [piece.count] * one.segments
-                sizes += [one.size] * one.segments
-                rows += list(range(first, first + piece.count)) * one.segments
-                first += piece.count
-            self._segments = Lengths.of(counts, sizes, device, is_causal=False)
-            self._rows = upload(rows, device)
+        longest = max(piece.count for piece in pieces)
+        rest = max(piece.length - end for piece, end in zip(pieces, ends, strict=True))
+        self._near = Lengths(near[0], near[1], longest, rest, is_causal=True)
+        cut = [piece.count for piece, one in zip(pieces, cuts, strict=True) if one.segments]
+        size = max(one.size for one in cuts)
+        self._segments = Lengths(far[0], far[1], max(cut, default=0), size, is_causal=False)
+        self._gather: GatherLayer | None = None
+        self._join: JoinLayer | None = None
+
+    @classmethod
+    def of(
+        cls,
+        pieces: Sequence[Piece],
+        cuts: Sequence[Cut],
+        slots: Sequence[Array],
+        device: torch.device,
+        ops: Ops,
+        kernel: Kernel | None = None,
+    ) -> "FlashPieces":
+        """Return pieces whose context lies in `slots` of the cache, all of each."""
+        numbers = upload_all(Numbers.of(pieces, cuts, slots).arrays(), device)
+        return cls(pieces, cuts, numbers, ops, kernel)
 
     def attend(
         self,
@@ -114,21 +196,19 @@ class FlashPieces:
         output: torch.Tensor,
     ) -> None:
         """Set `output` to the attention of all pieces' tokens, packed; (tokens, heads, size) both."""
-        key, value = keys.index_select(0, self._slots), values.index_select(0, self._slots)
-        if self._segments is None:
+        if self._gather is None:  # what all layers share is checked and put together once
+            cached = keys, values
+            self._gather = self._ops.gathering(query, cached, self._slots, self._rows)
+        key, value, queries = self._gather(query, keys, values)
+        if not self._far:
             output.copy_(self._kernel(query, key, value, self._near, scoring)[0])
             return
         assert scoring.window is None, "a window over segments"
-        near, weight = self._kernel(
-            query, key[self._far :], value[self._far :], self._near, scoring
-        )
-        far, weights = self._kernel(
-            query.index_select(0, self._rows), key[: self._far], value[: self._far],
-            self._segments, scoring,
-        )  # fmt: skip
-        output.copy_(near)
-        for joint in self._joints:
-            joint.put(output, (near, weight), (far, weights))
+        near = self._kernel(query, key[self._far :], value[self._far :], self._near, scoring)
+        far = self._kernel(queries, key[: self._far], value[: self._far], self._segments, scoring)
+        if self._join is None:
+            self._join = self._ops.joining(near, far, self._places, output)
+        self._join(near, far, output)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,41 +221,6 @@ class Lengths:
     longest_key: int
     is_causal: bool
     """The last query of a sequence sees its last key, the one before it all but that."""
-
-    @classmethod
-    def of(
-        cls, queries: list[int], keys: list[int], device: torch.device, *, is_causal: bool
-    ) -> "Lengths":
-        starts = torch.zeros(2, len(queries) + 1, dtype=torch.int32)
-        starts[:, 1:] = torch.tensor([queries, keys], dtype=torch.int32).cumsum(1)
-        both = upload(starts, device)
-        return cls(both[0], both[1], max(queries), max(keys), is_causal)
-
-
-@dataclass(frozen=True, slots=True)
-class _Joint:
-    """Where a piece's results lie that are put together."""
-
-    first: int
-    count: int
-    segments: int
-    far: int
-
-    def put(
-        self,
-        output: torch.Tensor,
-        near: tuple[torch.Tensor, torch.Tensor],
-        far: tuple[torch.Tensor, torch.Tensor],
-    ) -> None:
-        """Write what they give together; of each: results and logarithms of sums."""
-        here = slice(self.first, self.first + self.count)
-        there = slice(self.far, self.far + self.segments * self.count)
-        logs = far[1][:, there].view(-1, self.segments, self.count)
-        logs = torch.cat((near[1][:, None, here], logs), 1)  # (heads, segments + 1, tokens)
-        shares = torch.softmax(logs, 1).permute(1, 2, 0)[..., None]
-        parts = far[0][there].view(self.segments, self.count, *far[0].shape[1:])
-        joined = near[0][here] * shares[0] + (parts * shares[1:]).sum(0)
-        output[here] = joined.to(output.dtype)
 
 
 def flash(

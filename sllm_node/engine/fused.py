@@ -65,7 +65,8 @@ Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 """Of T tokens: ids, positions, and slots of int32."""
 Piece = Callable[[], object]
 Attend = Callable[[int, FusedLayer, torch.Tensor, torch.Tensor], None]
-"""For the layer of a number, with keys and values in the cache: sets what is attended to by queries."""
+"""For the layer of a number, with keys and values in the cache: sets what is attended to by queries.
+Both are the same tensors for all layers of a step."""
 
 
 class FusedDecoder:
@@ -90,7 +91,9 @@ class FusedDecoder:
         pairs = zip(model.model.layers, shapes, strict=True)
         layers = [_layer(layer, shape) for layer, shape in pairs]
         whole = [layer for layer in layers if layer is not None and ops.takes(layer)]
-        return cls(model, whole, ops) if len(whole) == len(layers) else None
+        alike = {(layer.heads, layer.kv_heads, layer.head_size) for layer in whole}
+        is_whole = len(whole) == len(layers) and len(alike) == 1
+        return cls(model, whole, ops) if is_whole else None
 
     def widths(self) -> tuple[int, ...]:
         """Return how many numbers a row has in each tensor of `Scratch`."""
@@ -160,11 +163,12 @@ class FusedDecoder:
 
     def run(self, pieces: Sequence[Piece], memory: Scratch, attend: Attend) -> None:
         """Bring a step's tokens through all layers, in `memory.hidden`."""
+        heads, size = self.heads, self._layers[0].head_size
+        query = memory.packed[:, : heads * size].view(-1, heads, size)
+        attended = memory.attended.view(query.shape)
         for number, layer in enumerate(self._layers):
             pieces[number]()
-            width = layer.heads * layer.head_size
-            query = memory.packed[:, :width].view(-1, layer.heads, layer.head_size)
-            attend(number, layer, query, memory.attended.view(query.shape))
+            attend(number, layer, query, attended)
         pieces[-1]()
 
     def logits_of(self, memory: Scratch, rows: torch.Tensor) -> torch.Tensor:

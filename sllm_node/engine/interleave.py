@@ -33,6 +33,8 @@ class Job:
     future: asyncio.Future[Any]
     prompt_tokens: int
     """Of prompts, in the step that ends with it."""
+    began: float
+    """When, by the engine's clock."""
     draws: int = 0
     """Sessions that wait for their next token when it has ended."""
 

@@ -1,14 +1,53 @@
-"""What kernels ask of tensors: checked before a launch, because a kernel can't say what is wrong."""
+"""What kernels ask of tensors, checked before a launch, and what launches them.
 
-from typing import Final
+A kernel can't say what is wrong with what it is given.
 
+Checks of tensors come with each launch and put words together only when something is wrong: a dtype's
+name alone takes longer than all that is compared.
+"""
+
+from collections.abc import Callable
+from typing import Final, Protocol
+
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sllm_node.core.errors import KernelError
+from sllm_node.device.step_parameters import Variant
 
 HALVES: Final = (torch.bfloat16, torch.float16)
 FLOATS: Final = (*HALVES, torch.float32)
-_ALIGNMENT: Final = 16
+ALIGNMENT: Final = 16
+
+
+class Kernels(Protocol):
+    """What launches kernels: `device.step_kernels.StepKernels`."""
+
+    multiprocessors: int
+
+    def blocks(self, variant: Variant, threads: int) -> int:
+        """Return how many thread blocks fit on a multiprocessor at once."""
+
+    def launch(
+        self,
+        variant: Variant,
+        grid: tuple[int, int, int],
+        threads: int,
+        parameters: npt.NDArray[np.void],
+        stream: int,
+    ) -> None:
+        """Enqueue a variant with one record of parameters."""
+
+    def prepared(
+        self,
+        variant: Variant,
+        grid: tuple[int, int, int],
+        threads: int,
+        parameters: npt.NDArray[np.void],
+        stream: int,
+    ) -> Callable[[], None]:
+        """Return what enqueues it with what the record holds by then, as often as it is called."""
 
 
 def need(kernel: str, fits: bool, found: str) -> None:  # noqa: FBT001 - what is asserted
@@ -18,7 +57,12 @@ def need(kernel: str, fits: bool, found: str) -> None:  # noqa: FBT001 - what is
         KernelError: it does not fit.
     """
     if not fits:
-        raise KernelError(kernel, f"it does not take {found}")
+        raise refusal(kernel, found)
+
+
+def refusal(kernel: str, found: str) -> KernelError:
+    """Return the error that says what a kernel does not take."""
+    return KernelError(kernel, f"it does not take {found}")
 
 
 def rows_of(
@@ -29,9 +73,11 @@ def rows_of(
     dtypes: tuple[torch.dtype, ...] = HALVES,
 ) -> tuple[int, int]:
     """Return (rows, size) of a tensor whose rows are contiguous, of `like`'s device and dtype."""
-    need(kernel, tensor.ndim == 2, f"{label} of {tensor.ndim} dimensions")
+    if tensor.ndim != 2:
+        raise refusal(kernel, f"{label} of {tensor.ndim} dimensions")
     _check_kind(kernel, label, tensor, like, dtypes)
-    need(kernel, tensor.stride(1) == 1, f"{label} with rows that are not contiguous")
+    if tensor.stride(1) != 1:
+        raise refusal(kernel, f"{label} with rows that are not contiguous")
     return tensor.shape[0], tensor.shape[1]
 
 
@@ -41,7 +87,8 @@ def check_vector(
     """Refuse anything but a contiguous vector of `size` and of `like`'s device and dtype."""
     _check_kind(kernel, label, tensor, like, HALVES)
     shape = tuple(tensor.shape)
-    need(kernel, shape == (size,) and tensor.is_contiguous(), f"{label} {shape} of ({size},)")
+    if shape != (size,) or not tensor.is_contiguous():
+        raise refusal(kernel, f"{label} {shape} of ({size},)")
 
 
 def check_heads(
@@ -49,27 +96,39 @@ def check_heads(
 ) -> None:
     """Refuse anything but (tokens, heads, size) whose tokens are contiguous."""
     _check_kind(kernel, label, tensor, like, HALVES)
-    need(kernel, tuple(tensor.shape) == shape, f"{label} {tuple(tensor.shape)} of {shape}")
-    is_contiguous = tensor.stride(2) == 1 and (shape[1] == 1 or tensor.stride(1) == shape[2])
-    need(kernel, is_contiguous, f"{label} with tokens that are not contiguous")
+    if tuple(tensor.shape) != shape:
+        raise refusal(kernel, f"{label} {tuple(tensor.shape)} of {shape}")
+    if tensor.stride(2) != 1 or (shape[1] != 1 and tensor.stride(1) != shape[2]):
+        raise refusal(kernel, f"{label} with tokens that are not contiguous")
 
 
 def check_integers(
     kernel: str, label: str, tensor: torch.Tensor, like: torch.Tensor, shape: tuple[int, ...]
 ) -> None:
     """Refuse anything but int32 of `shape` whose last dimension is contiguous."""
-    need(kernel, tensor.dtype == torch.int32, f"{label} of {tensor.dtype}, but int32")
-    need(kernel, tensor.device == like.device, f"{label} on {tensor.device}, not {like.device}")
-    need(kernel, tuple(tensor.shape) == shape, f"{label} {tuple(tensor.shape)} of {shape}")
-    need(kernel, tensor.stride(-1) == 1, f"{label} that are not contiguous")
+    if tensor.dtype != torch.int32:
+        raise refusal(kernel, f"{label} of {tensor.dtype}, but int32")
+    if tensor.device != like.device:
+        raise refusal(kernel, f"{label} on {tensor.device}, not {like.device}")
+    if tuple(tensor.shape) != shape:
+        raise refusal(kernel, f"{label} {tuple(tensor.shape)} of {shape}")
+    if tensor.stride(-1) != 1:
+        raise refusal(kernel, f"{label} that are not contiguous")
 
 
 def aligned_address(kernel: str, label: str, tensor: torch.Tensor) -> int:
     """Return the address of a tensor all of whose rows are aligned to 16 bytes."""
     step = tensor.stride(0) * tensor.itemsize if tensor.ndim > 1 else 0
-    is_aligned = (tensor.data_ptr() | step) % _ALIGNMENT == 0
-    need(kernel, is_aligned, f"{label} whose rows are not aligned to {_ALIGNMENT} bytes")
-    return tensor.data_ptr()
+    address = tensor.data_ptr()
+    if (address | step) % ALIGNMENT:
+        raise refusal(kernel, f"{label} whose rows are not aligned to {ALIGNMENT} bytes")
+    return address
+
+
+def form_of(tensor: torch.Tensor) -> tuple[object, ...]:
+    """Return what tensors that a prepared launch takes in turn have in common."""
+    is_aligned = tensor.data_ptr() % ALIGNMENT == 0
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device, is_aligned
 
 
 def kind_of(tensor: torch.Tensor) -> tuple[str, int]:
@@ -91,9 +150,12 @@ def _check_kind(
     like: torch.Tensor | None,
     dtypes: tuple[torch.dtype, ...],
 ) -> None:
-    need(kernel, tensor.dtype in dtypes, f"{label} of {tensor.dtype}")
+    dtype = tensor.dtype
+    if dtype not in dtypes:
+        raise refusal(kernel, f"{label} of {dtype}")
     if like is None:
         return
-    need(kernel, tensor.device == like.device, f"{label} on {tensor.device}, not {like.device}")
-    same = tensor.dtype == like.dtype or dtypes is not HALVES
-    need(kernel, same, f"{label} of {tensor.dtype} beside {like.dtype}")
+    if tensor.device != like.device:
+        raise refusal(kernel, f"{label} on {tensor.device}, not {like.device}")
+    if dtype != like.dtype and dtypes is HALVES:
+        raise refusal(kernel, f"{label} of {dtype} beside {like.dtype}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import numpy as np
 import torch
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
@@ -18,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from sllm_node.device.base import DeviceRange
 from sllm_node.engine.attention import AttentionCall
 from sllm_node.engine.skeleton import LayerShape
-from sllm_node.engine.upload import upload
+from sllm_node.engine.upload import Numbers, upload
 from sllm_node.engine.weights import torch_name
 
 _ALIGNMENT: Final = 256
@@ -191,10 +192,17 @@ class _Places:
 
 def slots_of(part: KvPart, block_tokens: int) -> torch.Tensor:
     """Return the slots of a session's tokens up to the end of its part."""
-    length = part.start + part.count
-    blocks = torch.tensor(part.table[: -(-length // block_tokens)], dtype=torch.long)
-    offsets = torch.arange(block_tokens)
-    return (blocks[:, None] * block_tokens + offsets).flatten()[:length]
+    return torch.from_numpy(slot_numbers(part, block_tokens)).long()
+
+
+def slot_numbers(part: KvPart, block_tokens: int, first: int = 0) -> Numbers:
+    """Return the slots of a session's tokens from `first` up to the end of its part."""
+    length, passed = part.start + part.count, first // block_tokens
+    blocks = np.array(part.table[passed : -(-length // block_tokens)], np.int32)
+    slots = blocks[:, None] * block_tokens + np.arange(block_tokens)
+    return slots.astype(np.int32).ravel()[
+        first - passed * block_tokens : length - passed * block_tokens
+    ]
 
 
 def _similar(

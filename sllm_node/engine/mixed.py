@@ -11,31 +11,28 @@ step than the device to compute it. Larger steps are launched as they are.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Final, Protocol
 
+import numpy as np
 import torch
 
 from sllm_node.engine.attention import AttentionCall
 from sllm_node.engine.decode_ops import FusedLayer
-from sllm_node.engine.flash import FlashPieces, Piece, cuts_of
+from sllm_node.engine.flash import FlashPieces, Numbers, Piece, cuts_of
 from sllm_node.engine.fused import FusedDecoder, Scratch, Tokens
-from sllm_node.engine.kv import KvCache, KvPart, PagedStep, slots_of
-from sllm_node.engine.paged_attention import KvTables, Scoring
+from sllm_node.engine.kv import KvCache, KvPart, PagedStep, slot_numbers
+from sllm_node.engine.paged_attention import AttendLayer, KvTables, Scoring
 from sllm_node.engine.scratch import ScratchMemory
-from sllm_node.engine.upload import upload
+from sllm_node.engine.step_graphs import StepGraphs
+from sllm_node.engine.upload import Numbers as Array
+from sllm_node.engine.upload import upload_all
 
 _CAPTURED_STEP: Final = 64
 _CAPTURED_MAX: Final = 512
 """Tokens: steps of up to so many are filled up to multiples, and captured."""
 _TABLE_STEP: Final = 16
 """Tables are sent in multiples of so many blocks."""
-
-
-class Graphs(Protocol):
-    """What captures steps: `graphs.CudaGraphs`."""
-
-    def capture(self, compute: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-        """Return a function that does what `compute` does."""
 
 
 class Pieces(Protocol):
@@ -74,6 +71,24 @@ class PlainPieces:
         output.copy_(self._step.look(call))
 
 
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """How much a step has of what."""
+
+    tokens: int
+    decoding: int
+    """Sessions; they come first, one token each."""
+    rows: int
+    """Of the attention of those; some may be of no session."""
+
+    @classmethod
+    def of(cls, parts: Sequence[KvPart], sizes: Sequence[int]) -> "_Extent":
+        """Return it; `sizes`: numbers of decoding sessions that there is memory for splits for."""
+        decoding = _leading(parts, sizes[-1])
+        rows = next(n for n in sizes if n >= decoding) if decoding else 0
+        return cls(sum(part.count for part in parts), decoding, rows)
+
+
 class _Attention:
     """The attention of one step: which rows decode, and which are pieces of prompts."""
 
@@ -83,54 +98,78 @@ class _Attention:
         cache: KvCache,
         parts: Sequence[KvPart],
         block_tokens: int,
-        sizes: Sequence[int],
+        extent: _Extent,
+        room: int,
     ) -> None:
-        """`sizes`: numbers of decoding sessions that there is memory for splits for, rising."""
-        self._decoder = decoder
+        """`room`: tokens that the step is filled up to."""
+        self._ops = decoder.ops
         self._cache = cache
         self._block_tokens = block_tokens
-        self._device = cache.keys[0].device
-        self.tokens = sum(part.count for part in parts)
-        self._decoding = _leading(parts, sizes[-1])
-        self.rows = next(n for n in sizes if n >= self._decoding) if self._decoding else 0
-        slots = [slots_of(part, block_tokens) for part in parts]
-        self.written = torch.cat([s[part.start :] for s, part in zip(slots, parts, strict=True)])
-        self._tables, self._lengths = self._make_tables(parts[: self._decoding])
-        rest, places = parts[self._decoding :], slots[self._decoding :]
-        self._pieces = self._make_pieces(rest, places) if rest else None
+        self._extent = extent
+        self._launches: dict[Scoring, AttendLayer] = {}
+        rest = parts[extent.decoding :]
+        pieces = [Piece(part.count, part.start + part.count) for part in rest]
+        multiprocessors = decoder.ops.flash_multiprocessors
+        is_flash = bool(rest) and multiprocessors is not None
+        cuts = cuts_of(pieces, decoder.heads, 0 if decoder.has_windows else multiprocessors or 0)
+        numbers = [
+            _written(parts, block_tokens, room),
+            *_tables(parts[: extent.decoding], extent.rows, block_tokens),
+        ]
+        if is_flash:
+            slots = [slot_numbers(part, block_tokens) for part in rest]
+            numbers += Numbers.of(pieces, cuts, slots).arrays()
+        sent = upload_all(numbers, cache.keys[0].device)
+        self.written, self._tables, self._lengths, *others = sent
+        self._pieces: Pieces | None = None
+        if rest:
+            plain = PlainPieces(cache, rest, block_tokens)
+            self._pieces = FlashPieces(pieces, cuts, others, self._ops) if is_flash else plain
 
     def attend(
         self, number: int, layer: FusedLayer, query: torch.Tensor, attended: torch.Tensor
     ) -> None:
         """Set `attended` for the layer of that number."""
         keys, values = self._cache.keys[number], self._cache.values[number]
-        if self._decoding:
+        decoding, tokens = self._extent.decoding, self._extent.tokens
+        if decoding:
             # Rows of sessions that are not there may be those of prompts: these come after.
-            tables = KvTables(keys, values, self._tables, self._lengths, self._block_tokens)
-            some = slice(0, self.rows)
-            self._decoder.ops.attend(query[some], tables, layer.scoring, attended[some])
+            launch = self._launches.get(layer.scoring)
+            if launch is None:  # what all such layers share is checked and put together once
+                some = slice(0, self._extent.rows)
+                tables = KvTables(keys, values, self._tables, self._lengths, self._block_tokens)
+                launch = self._ops.prepared(query[some], tables, layer.scoring, attended[some])
+                self._launches[layer.scoring] = launch
+            launch(keys, values)
         if self._pieces is not None:
-            some = slice(self._decoding, self.tokens)
+            some = slice(decoding, tokens)
             self._pieces.attend(query[some], keys, values, layer.scoring, attended[some])
 
-    def _make_tables(self, parts: Sequence[KvPart]) -> tuple[torch.Tensor, torch.Tensor]:
-        blocks = [-(-(part.start + 1) // self._block_tokens) for part in parts]
-        width = -(-max(blocks, default=1) // _TABLE_STEP) * _TABLE_STEP
-        numbers = torch.zeros(self.rows, width + 1, dtype=torch.int32)
-        for row, (part, count) in enumerate(zip(parts, blocks, strict=True)):
-            numbers[row, :count] = torch.tensor(part.table[:count], dtype=torch.int32)
-            numbers[row, width] = part.start + 1
-        sent = upload(numbers, self._device)
-        return sent[:, :width].contiguous(), sent[:, width].contiguous()
 
-    def _make_pieces(self, parts: Sequence[KvPart], slots: Sequence[torch.Tensor]) -> Pieces:
-        decoder = self._decoder
-        multiprocessors = decoder.ops.flash_multiprocessors
-        if multiprocessors is None:
-            return PlainPieces(self._cache, parts, self._block_tokens)
-        pieces = [Piece(part.count, part.start + part.count) for part in parts]
-        cuts = cuts_of(pieces, decoder.heads, 0 if decoder.has_windows else multiprocessors)
-        return FlashPieces(pieces, cuts, slots, self._device)
+def _written(parts: Sequence[KvPart], block_tokens: int, room: int) -> Array:
+    """Return the slots of a step's tokens; -1, kept nowhere, for those that fill it up."""
+    slots = np.full(room, -1, np.int32)
+    row = 0
+    for part in parts:
+        start, count = part.start, part.count
+        if count == 1:
+            slots[row] = part.table[start // block_tokens] * block_tokens + start % block_tokens
+        else:
+            slots[row : row + count] = slot_numbers(part, block_tokens, start)
+        row += count
+    return slots
+
+
+def _tables(parts: Sequence[KvPart], rows: int, block_tokens: int) -> tuple[Array, Array]:
+    """Return the tables of sessions that decode, (rows, blocks), and lengths; 0: not there."""
+    lengths = np.zeros(rows, np.int32)
+    lengths[: len(parts)] = [part.start + 1 for part in parts]
+    blocks = -(-lengths // block_tokens)
+    width = -(-int(blocks.max(initial=1)) // _TABLE_STEP) * _TABLE_STEP
+    tables = np.zeros((rows, width), np.int32)
+    used = (part.table[:count] for part, count in zip(parts, blocks.tolist(), strict=False))
+    tables[np.arange(width) < blocks[:, None]] = [*chain.from_iterable(used)]
+    return tables, lengths
 
 
 @dataclass(slots=True)
@@ -140,8 +179,7 @@ class _Size:
     numbers: torch.Tensor  # (3, T) int32: ids, positions, slots
     memory: Scratch
     pieces: list[Callable[[], object]]
-    is_used: bool = False
-    is_captured: bool = False
+    """They keep the rotary angles, which graphs of them read."""
 
 
 class MixedSteps:
@@ -154,7 +192,7 @@ class MixedSteps:
         block_tokens: int,
         sizes: Sequence[int],
         memory: ScratchMemory,
-        graphs: Graphs | None,
+        graphs: StepGraphs | None,
     ) -> None:
         """`sizes`: numbers of decoding sessions, rising; `graphs` None: nothing is captured."""
         self._decoder = decoder
@@ -174,31 +212,35 @@ class MixedSteps:
         rows: torch.Tensor,
     ) -> torch.Tensor:
         """Return the logits of some `rows`; ids and positions are (tokens,)."""
-        attention = _Attention(self._decoder, self._cache, parts, self._block_tokens, self._sizes)
-        size = self._size_for(attention)
-        numbers, here = size.numbers, slice(0, attention.tokens)
-        numbers[:2].zero_()  # tokens that are not there: some token, at some place
-        numbers[2].fill_(-1)  # and kept nowhere
-        numbers[0, here], numbers[1, here] = ids, positions
-        numbers[2, here] = upload(attention.written.int(), self._device)
-        self._decoder.run(self._pieces_of(size), size.memory, attention.attend)
-        return self._decoder.logits_of(size.memory, rows)
+        extent = _Extent.of(parts, self._sizes)
+        size = self._size_for(extent)
+        numbers, tokens = size.numbers, extent.tokens
+        room = numbers.shape[1]
+        decoder, cache = self._decoder, self._cache
+        attention = _Attention(decoder, cache, parts, self._block_tokens, extent, room)
+        if room > tokens:  # tokens that are not there: some token, at some place
+            numbers[:2, tokens:].zero_()
+        numbers[0, :tokens], numbers[1, :tokens], numbers[2] = ids, positions, attention.written
+        decoder.run(self._pieces_of(size), size.memory, attention.attend)
+        return decoder.logits_of(size.memory, rows)
 
     def close(self) -> None:
         """Drop graphs and memory."""
+        if self._graphs is not None:
+            self._graphs.drop(self)
         self._kept.clear()
 
     @property
     def graphs(self) -> int:
         """How many graphs there are."""
-        return sum(len(size.pieces) for size in self._kept.values() if size.is_captured)
+        return 0 if self._graphs is None else self._graphs.count(self)
 
-    def _size_for(self, attention: _Attention) -> _Size:
-        tokens = -(-attention.tokens // _CAPTURED_STEP) * _CAPTURED_STEP
-        if max(tokens, attention.rows) > _CAPTURED_MAX:
-            tokens = attention.tokens
+    def _size_for(self, extent: _Extent) -> _Size:
+        tokens = -(-extent.tokens // _CAPTURED_STEP) * _CAPTURED_STEP
+        if max(tokens, extent.rows) > _CAPTURED_MAX:
+            tokens = extent.tokens
             numbers = torch.empty(3, tokens, dtype=torch.int32, device=self._device)
-            memory = self._decoder.scratch(tokens, max(tokens, attention.rows), self._device)
+            memory = self._decoder.scratch(tokens, max(tokens, extent.rows), self._device)
             return self._make(numbers, memory)
         if tokens not in self._kept:
             self._kept[tokens] = self._make(*self._take(tokens))
@@ -220,20 +262,11 @@ class MixedSteps:
         )
         return first.view(torch.int32).view(3, tokens), Scratch(*views)
 
-    def _pieces_of(self, size: _Size) -> list[Callable[[], object]]:
-        if self._graphs is not None and size.is_used and not size.is_captured:
-            size.pieces = [self._captured(self._graphs, piece, size) for piece in size.pieces]
-            size.is_captured = True
-        size.is_used = True
-        return size.pieces
-
-    @staticmethod
-    def _captured(graphs: Graphs, piece: Callable[[], object], size: _Size) -> Callable[[], object]:
-        def compute() -> torch.Tensor:
-            piece()
-            return size.memory.hidden
-
-        return graphs.capture(compute)
+    def _pieces_of(self, size: _Size) -> Sequence[Callable[[], object]]:
+        tokens = size.numbers.shape[1]
+        if self._graphs is None or self._kept.get(tokens) is not size:
+            return size.pieces
+        return self._graphs.of(self, ("mixed", tokens), size.pieces)
 
 
 def _leading(parts: Sequence[KvPart], most: int) -> int:

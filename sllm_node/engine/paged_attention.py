@@ -8,6 +8,7 @@ The number of splits is fixed when a launch is made (or captured); lengths are r
 session's result depends on its length and on the number of splits, not on other sessions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,8 +16,9 @@ import numpy as np
 import torch
 
 from sllm_node.device.step_parameters import ATTENTION, Variant
-from sllm_node.engine.decode_kernels import Kernels
 from sllm_node.engine.kernel_tensors import (
+    ALIGNMENT,
+    Kernels,
     aligned_address,
     check_heads,
     check_integers,
@@ -69,6 +71,10 @@ class Splits:
     arrived: torch.Tensor
 
 
+AttendLayer = Callable[[torch.Tensor, torch.Tensor], None]
+"""Attends to one layer's keys and values; everything else is the same in all layers."""
+
+
 def splits_for(pairs: int, tokens: int, multiprocessors: int) -> int:
     """Return a number of splits: the fewest that keep all multiprocessors busy, and alike.
 
@@ -111,6 +117,22 @@ def attend(
     Raises:
         KernelError: the tensors don't fit.
     """
+    prepared(kernels, query, cache, scoring, splits, output)(cache.keys, cache.values)
+
+
+def prepared(
+    kernels: Kernels,
+    query: torch.Tensor,
+    cache: KvTables,
+    scoring: Scoring,
+    splits: Splits,
+    output: torch.Tensor,
+) -> AttendLayer:
+    """Return what sets `output` for the keys and values of any layer like `cache`'s, on this stream.
+
+    Raises:
+        KernelError: the tensors don't fit.
+    """
     sessions, heads, size = query.shape
     kv_heads = cache.keys.shape[1]
     variant = _variant(query, kv_heads)
@@ -119,10 +141,7 @@ def attend(
         check_heads(_NAME, label, tensor, query, (sessions, heads, size))
         record[label] = aligned_address(_NAME, label, tensor)
         record[f"{label}_stride"] = tensor.stride(0)
-    for label, tensor in (("keys", cache.keys), ("values", cache.values)):
-        check_heads(_NAME, label, tensor, query, (cache.keys.shape[0], kv_heads, size))
-        need(_NAME, tensor.is_contiguous(), f"{label} that are not contiguous")
-        record[label] = aligned_address(_NAME, label, tensor)
+    _check_cache(query, cache.keys, cache.values)
     check_integers(_NAME, "tables", cache.tables, query, (sessions, cache.tables.shape[1]))
     check_integers(_NAME, "lengths", cache.lengths, query, (sessions,))
     record["tables"], record["table_stride"] = cache.tables.data_ptr(), cache.tables.stride(0)
@@ -134,7 +153,36 @@ def attend(
     record["window"], record["softcap"] = scoring.window or 0, scoring.softcap or 0
     record["scale"] = scoring.scaling
     grid = (kv_heads, splits.count, sessions)
-    kernels.launch(variant, grid, _THREADS, record, stream_of(query))
+    launch = kernels.prepared(variant, grid, _THREADS, record, stream_of(query))
+    addresses, shape = (record["keys"], record["values"]), cache.keys.shape
+
+    def attend_layer(keys: torch.Tensor, values: torch.Tensor) -> None:
+        if not (_is_like(keys, query, shape) and _is_like(values, query, shape)):
+            _check_cache(query, keys, values)
+            need(_NAME, keys.shape == shape, f"keys {tuple(keys.shape)} of {tuple(shape)}")
+        addresses[0][0], addresses[1][0] = keys.data_ptr(), values.data_ptr()
+        launch()
+
+    return attend_layer
+
+
+def _is_like(tensor: torch.Tensor, query: torch.Tensor, shape: torch.Size) -> bool:
+    """Whether it is a layer's keys or values as `_check_cache` wants them, without saying why not."""
+    return (
+        tensor.shape == shape
+        and tensor.dtype == query.dtype
+        and tensor.device == query.device
+        and tensor.is_contiguous()
+        and tensor.data_ptr() % ALIGNMENT == 0
+    )
+
+
+def _check_cache(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+    slots, kv_heads, _ = keys.shape
+    for label, tensor in (("keys", keys), ("values", values)):
+        check_heads(_NAME, label, tensor, query, (slots, kv_heads, query.shape[2]))
+        need(_NAME, tensor.is_contiguous(), f"{label} that are not contiguous")
+        aligned_address(_NAME, label, tensor)
 
 
 def _variant(query: torch.Tensor, kv_heads: int) -> Variant:

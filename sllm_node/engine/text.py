@@ -21,6 +21,13 @@ from sllm_node.core.errors import (
 from sllm_node.core.types import TokenIds
 
 REPLACEMENT: Final = "\ufffd"
+_TOKENIZER_FILES: Final = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "vocab.txt",
+)
 _HELD_TOKENS_MAX: Final = 8
 """Tokens that may wait for the end of a character; no character is longer, so then it is none."""
 _WINDOW_MAX: Final = 64
@@ -109,6 +116,11 @@ def load_codec(directory: Path) -> TextCodec:
     """
     from transformers import AutoTokenizer
 
+    if not any((directory / name).exists() for name in _TOKENIZER_FILES):
+        problem = (
+            "it has no tokenizer (tokenizer.json); convert it again from a source that has one"
+        )
+        raise CheckpointFormatError(str(directory), problem)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(directory), trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:

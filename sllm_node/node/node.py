@@ -284,6 +284,8 @@ class Node:
                 "chunk_bytes": self._config.store.chunk_bytes,
             },
             "bandwidth": bandwidth,
+            "unusable": {name: str(error) for name, error in self._catalog.problems.items()},
+            "failures": self._service.failures(),
             "remotes": self._remotes(),
             "cluster": None if self._cluster is None else self._cluster.status(),
         }

@@ -31,6 +31,8 @@ class Ticket:
     is_session: bool = True
     is_hint: bool = False
     """Nobody waits for it: it gives way to all others."""
+    waited_s: float = 0.0
+    """How long it has waited elsewhere: its age in the queue counts from its first arrival."""
 
     @property
     def device_bytes(self) -> int:

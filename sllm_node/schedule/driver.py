@@ -28,6 +28,7 @@ from sllm_node.core.errors import (
     MoveRefusedError,
     NotServableError,
     SllmError,
+    StoppingError,
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import (
@@ -101,6 +102,8 @@ class Service(Generic[CodecT]):
         self._early = EarlySessions(config.engine.max_sessions)
         self._load_waiters: dict[TicketId, asyncio.Future[None]] = {}
         self._departures: dict[ModelId, asyncio.Future[None]] = {}
+        self._failures: dict[ModelId, tuple[SllmError, float]] = {}
+        """Of models whose last load failed: why and when."""
         self._evicting: dict[ModelId, float] = {}
         """When evictions under way began."""
         self._actions: deque[Action] = deque()
@@ -108,6 +111,8 @@ class Service(Generic[CodecT]):
         self._alarm = Alarm(clock, self._on_timer)
         self._drain_end = Alarm(clock, self._on_drain_end)
         self._ended_by_drain = 0
+        self._is_stopping = False
+        """The process ends after the drain."""
         self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
         self._hints = Hints(self._scheduler, clock, metrics, self._ask_ahead, self._drop_ahead)
         self.on_change: Callable[[], None] = lambda: None
@@ -175,6 +180,7 @@ class Service(Generic[CodecT]):
         checkpoint = self._servable(request.model)
         self._engines.check_request(request, checkpoint)
         ticket = self._ticket(checkpoint, priority=request.priority, keep_alive_s=keep_alive_s)
+        ticket = replace(ticket, waited_s=request.waited_s)
         stream = Stream(
             ticket.number,
             request,
@@ -329,6 +335,15 @@ class Service(Generic[CodecT]):
         """Return what a request is told while this node drains."""
         return DrainingError(self._config.node.drain_s)
 
+    def failures(self) -> list[dict[str, object]]:
+        """Return the models whose last load failed, why, and how long ago."""
+        now, present = self._clock.now(), set(self._catalog.models())
+        return [
+            {"model": model, "error": str(error), "code": error.code, "age_s": round(now - at, 1)}
+            for model, (error, at) in sorted(self._failures.items())
+            if model in present
+        ]
+
     def health(self) -> dict[str, object]:
         """Return a few figures of the whole node."""
         return {
@@ -346,15 +361,32 @@ class Service(Generic[CodecT]):
         figures = self.health()
         del figures["draining"]  # from here on
         log.info("drain started", extra=figures)
-        self._telemetry.draining()
+        self._telemetry.draining(is_draining=True)
         self._drain_end.set(self._clock.now() + self._config.node.drain_s)
         self._do(self._scheduler.on_drain(self._clock.now()))
 
+    def undrain(self) -> None:
+        """Take new requests again; what the drain has not ended goes on. Nothing if there is none.
+
+        Raises:
+            StoppingError: the node stops.
+        """
+        if self._is_stopping:
+            raise StoppingError
+        if not self.is_draining:
+            return
+        log.info("drain taken back", extra={"sessions_ended": self._ended_by_drain})
+        self._telemetry.draining(is_draining=False)
+        self._drain_end.set(None)
+        self._ended_by_drain = 0
+        self._do(self._scheduler.on_undrain(self._clock.now()))
+
     async def drained(self, limit_s: float) -> int:
-        """Wait until no session is left; end those that are left after `limit_s`.
+        """Wait until no session is left; end those that are left after `limit_s`. No drain is taken back now.
 
         Returns how many had to be ended since the drain began.
         """
+        self._is_stopping = True
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._sessions.quiet()
@@ -391,6 +423,7 @@ class Service(Generic[CodecT]):
 
     def on_loaded(self, model: ModelId) -> None:
         """For `Replicas`: a load succeeded."""
+        self._failures.pop(model, None)
         hosted = self._replicas.get(model)
         if hosted is not None and hosted.lease.report is not None:
             is_peer = hosted.lease.checkpoint.remote == PEERS
@@ -406,6 +439,7 @@ class Service(Generic[CodecT]):
 
     def on_load_failed(self, model: ModelId, error: SllmError) -> None:
         """For `Replicas`: a load gave up."""
+        self._failures[model] = (error, self._clock.now())
         self._do(self._scheduler.on_load_failed(model, error, self._clock.now()))
 
     def on_evicted(self, model: ModelId) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.config import Config
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import ModelId, ModelState, SessionId, SessionStatus, Tier
+from sllm_node.core.types import ModelId, ModelState, NodeId, SessionId, SessionStatus, Tier
 from sllm_node.schedule.actions import ModelView, ReplicaView, TicketId
 from sllm_node.schedule.estimate import PEER, LoadEstimator
 from sllm_node.schedule.ports import Engines, WeightStore
@@ -30,6 +30,8 @@ class SessionFacts:
     priority: int
     moved_at: float | None = None
     """When it came here by a move, if it did."""
+    entry: NodeId | None = None
+    """The node of its client, if that is another one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +99,9 @@ class Outlook:
         asked = stream.request
         output = len(asked.resumed) + stream.tokens
         moved_at = stream.opened if asked.held else None
-        return SessionFacts(asked.session, len(asked.prompt), output, asked.priority, moved_at)
+        return SessionFacts(
+            asked.session, len(asked.prompt), output, asked.priority, moved_at, stream.entry
+        )
 
     def waiting(self) -> list[SessionStatus]:
         """Return the sessions that wait for their turn, in order of arrival; not those that move here."""

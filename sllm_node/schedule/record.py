@@ -60,6 +60,7 @@ class Waiter:
 
     ticket: Ticket
     arrived: float
+    """First of all: where it has waited elsewhere before, that counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,9 @@ class ModelRecord:
         self._default_keep_alive_s = keep_alive_s
         self._keep_alive_s = keep_alive_s
         self._arrivals: OrderedDict[TicketId, Waiter] = OrderedDict()
-        self._order: list[tuple[int, TicketId]] = []
+        """In the order in which they came here."""
+        self._ages: list[tuple[float, TicketId]] = []
+        self._order: list[tuple[int, float, TicketId]] = []
 
     def happen(self, event: ModelEvent) -> None:
         """Change the state by the table."""
@@ -156,12 +159,13 @@ class ModelRecord:
     @property
     def oldest(self) -> Waiter:
         """The waiter that came first; there must be one."""
-        return next(iter(self._arrivals.values()))
+        return self._arrivals[self._ages[0][1]]
 
     @property
     def foremost(self) -> Waiter:
         """The waiter that came first and is no hint, if there is one."""
-        return next((w for w in self._arrivals.values() if not w.ticket.is_hint), self.oldest)
+        by_age = (self._arrivals[number] for _, number in self._ages)
+        return next((w for w in by_age if not w.ticket.is_hint), self.oldest)
 
     @property
     def is_hinted(self) -> bool:
@@ -190,21 +194,25 @@ class ModelRecord:
     def enqueue(self, ticket: Ticket, now: float) -> None:
         """Put `ticket` in the queue."""
         assert ticket.number not in self._arrivals
-        self._arrivals[ticket.number] = Waiter(ticket, now)
-        insort(self._order, (-ticket.priority, ticket.number))
+        arrived = now - ticket.waited_s
+        self._arrivals[ticket.number] = Waiter(ticket, arrived)
+        insort(self._ages, (arrived, ticket.number))
+        insort(self._order, (-ticket.priority, arrived, ticket.number))
         if not self.is_on_device:
             self._take_size(ticket)
 
     def remove(self, number: TicketId) -> Waiter:
         """Take a waiting ticket out of the queue."""
         waiter = self._arrivals.pop(number)
-        del self._order[bisect_left(self._order, (-waiter.ticket.priority, number))]
+        age = (waiter.arrived, number)
+        del self._ages[bisect_left(self._ages, age)]
+        del self._order[bisect_left(self._order, (-waiter.ticket.priority, *age))]
         return waiter
 
     def take_next(self, now: float, max_wait_s: float) -> Waiter:
         """Take the ticket whose turn it is: an overdue one, else the highest priority."""
         overdue = self.is_overdue(now, max_wait_s)
-        return self.remove(self.foremost.ticket.number if overdue else self._order[0][1])
+        return self.remove(self.foremost.ticket.number if overdue else self._order[0][2])
 
     def plan(self, devices: tuple[str, ...], now: float) -> None:
         """Take where it comes once evictions have ended; no devices: it waits for more than that."""
@@ -214,7 +222,7 @@ class ModelRecord:
 
     def waiters(self) -> list[Waiter]:
         """Return who waits, in order of arrival."""
-        return list(self._arrivals.values())
+        return [self._arrivals[number] for _, number in self._ages]
 
     def leave_device(self) -> None:
         """Forget what held for the replica; those who wait know the checkpoint as it is now."""

@@ -52,7 +52,7 @@ from sllm_node.schedule.plan import Plan, make_plan, may_begin, shortage
 from sllm_node.schedule.record import ModelEvent, ModelRecord
 
 ELSEWHERE_S: Final = 1.0
-"""Whoever a drain turns away may ask another node so soon; this one takes nothing until it is restarted."""
+"""Whoever a drain turns away may ask another node so soon; this one takes nothing until a restart or `undrain`."""
 _LOADS: Final = (ModelState.QUEUED, ModelState.LOADING)
 
 
@@ -305,6 +305,11 @@ class Scheduler:
         self._is_draining = True
         return self._dispatch(now)
 
+    def on_undrain(self, now: float) -> list[Action]:
+        """Take new requests again."""
+        self._is_draining = False
+        return self._dispatch(now)
+
     def on_timer(self, now: float) -> list[Action]:
         """Do what time alone brings about."""
         return self._dispatch(now)
@@ -316,9 +321,9 @@ class Scheduler:
         self._now = now
         actions: list[Action] = []
         for record in self._records.values():
+            actions += self._grants(record)  # first: one that waited elsewhere may come overdue
             actions += self._refuse_overdue(record)
             actions += self._refuse_drained(record)
-            actions += self._grants(record)
             actions += [*self._tidy(record), *self._refuse_drained(record)]  # it may leave by now
         actions += self._refuse_hopeless()
         actions += self._follow_plan()

@@ -19,6 +19,7 @@ from sllm_node.core.types import (
     GenerationChunk,
     GenerationRequest,
     ModelStatus,
+    NodeId,
     RequestId,
     SessionId,
     SessionStatus,
@@ -64,6 +65,8 @@ class Stream:
     ) -> None:
         self.ticket = ticket
         self.request = request
+        self.entry: NodeId | None = None
+        """The node of its client, if that is another one."""
         self.opened = clock.now()
         self.granted: float | None = None
         self.is_early = False
@@ -138,6 +141,7 @@ class Stream:
             len(request.prompt),
             self.tokens,
             self._clock.now() - self.opened,
+            entry=self.entry,
         )
 
     # --- while it holds -----------------------------------------------------------------------

@@ -36,9 +36,9 @@ class Telemetry:
         metrics.num_requests_running.labels(model).set_function(lambda: view(model).running)
         metrics.kv_cache_usage_perc.labels(model).set_function(lambda: kv_usage(model))
 
-    def draining(self) -> None:
-        """Show that no new requests are taken."""
-        self._metrics.ready.set(0)
+    def draining(self, *, is_draining: bool) -> None:
+        """Show whether new requests are taken."""
+        self._metrics.ready.set(0 if is_draining else 1)
 
     def granted(self, stream: Stream) -> None:
         """Count a session's way through the queue."""

@@ -1,4 +1,4 @@
-"""For operators: status, load, unload, pin, unpin, cancel, drain, pull; and the probes and metrics.
+"""For operators: status, load, unload, pin, unpin, cancel, drain, undrain, pull; and the probes and metrics.
 
 A model may be named by an alias: what is done is done to the model, whatever the alias says later, and the
 answer names it.
@@ -122,6 +122,12 @@ class Admin:
         await read_body(http, NoFields)
         self._service.drain()
         return json_response({"draining": True})
+
+    async def undrain(self, http: web.Request) -> web.Response:
+        """Take new requests again; sessions that have moved away stay where they are."""
+        await read_body(http, NoFields)
+        self._service.undrain()
+        return json_response({"draining": False})
 
     async def pull(self, http: web.Request) -> web.Response:
         """Bring a model from its remote onto NVMe; answers when all of it is there."""

@@ -84,6 +84,7 @@ ROUTES: Final = (
     Route("POST", "/admin/requests/{id}/cancel", "admin"),
     Route("POST", "/admin/sessions/{id}/move", "admin"),
     Route("POST", "/admin/drain", "admin"),
+    Route("POST", "/admin/undrain", "admin"),
     Route("POST", "/admin/models/{id}/pull", "admin"),
     Route("GET", "/admin/wishes", "admin"),
     Route("POST", "/admin/models/{id}/scale", "admin"),
@@ -200,7 +201,7 @@ def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Han
         completions.chat, completions.complete, models.list, models.retrieve,
         probes.livez, probes.readyz, probes.health, probes.metrics,
         admin.status, admin.placement, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.move, admin.drain,
-        admin.pull,
+        admin.undrain, admin.pull,
         wishes.show, wishes.scale, wishes.unscale, wishes.register, wishes.unregister, wishes.set_alias, wishes.unset_alias,
         peer.list, peer.file,
     )  # fmt: skip
@@ -302,7 +303,7 @@ def _entrance(config: ServerConfig) -> Any:
         wanted = access.get(route, "open")
         keys = {"open": [], "client": client_keys, "admin": admin_keys}[wanted]
         if keys:
-            _check_key(http, keys)
+            _check_key(http, keys, needs_admin=wanted == "admin" and bool(config.admin_keys))
         elif is_loopback(config.host) and not client_keys:
             _check_origin(http)
         if http.method == "POST" and route in access:
@@ -313,12 +314,12 @@ def _entrance(config: ServerConfig) -> Any:
     return middleware
 
 
-def _check_key(http: web.Request, keys: Sequence[bytes]) -> None:
+def _check_key(http: web.Request, keys: Sequence[bytes], *, needs_admin: bool) -> None:
     scheme, _, key = http.headers.get("Authorization", "").partition(" ")
     given = key.strip().encode()
     matches = [hmac.compare_digest(given, known) for known in keys]  # all of them: constant time
     if scheme.lower() != "bearer" or not any(matches):
-        raise UnauthorizedError
+        raise UnauthorizedError(needs_admin=needs_admin)
 
 
 def _check_origin(http: web.Request) -> None:

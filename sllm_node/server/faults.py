@@ -13,6 +13,7 @@ _STATUS: Final[dict[type[SllmError], int]] = {
     errors.ModelElsewhereError: 409,
     errors.ModelNotFoundError: 404,
     errors.MoveRefusedError: 409,
+    errors.StoppingError: 409,
     errors.WishConflictError: 409,
     errors.PeerDeniedError: 502,
     errors.PeerUnreachableError: 503,

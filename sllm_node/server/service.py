@@ -141,3 +141,10 @@ class GenerationService(Protocol):
     async def unpin(self, model: str) -> None: ...
 
     def drain(self) -> None: ...
+
+    def undrain(self) -> None:
+        """Take a drain back.
+
+        Raises:
+            StoppingError: the node stops.
+        """

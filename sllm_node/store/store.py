@@ -37,6 +37,8 @@ from sllm_node.store.tier import DeviceTier
 log = logging.getLogger(__name__)
 
 READS_PER_THREAD = 2
+STAGING_SHARE = 4
+"""Staging memory for decoding takes no more than this part, a quarter, of a device."""
 """Reads under way for each reader thread: one at the disk and one queued behind it."""
 
 
@@ -92,7 +94,7 @@ class Store:
         """Take the pinned pool, start reader threads, open the links to the devices.
 
         Raises:
-            DeviceError: the system refuses the pool.
+            DeviceError: the system refuses the pool, or a device has no room for weights.
             DeviceMemoryError: a device has no room for a relay's staging memory.
         """
         loop = asyncio.get_running_loop()
@@ -104,6 +106,7 @@ class Store:
             self._open_tiers()
             for tier in self._tiers.values():
                 await loop.run_in_executor(readers, tier.prepare_decoder)
+                tier.check_capacity()
         except BaseException:
             for tier in self._tiers.values():
                 tier.close()
@@ -145,7 +148,8 @@ class Store:
 
     def _new_tier(self, device: Device) -> DeviceTier:
         config = self._config
-        return DeviceTier(device, config.piece_bytes, staging_bytes=config.decode_staging_bytes)
+        staging = min(config.decode_staging_bytes, device.memory_total // STAGING_SHARE)
+        return DeviceTier(device, config.piece_bytes, staging_bytes=staging)
 
     def _take_pool(self) -> PinnedPool:
         config = self._config

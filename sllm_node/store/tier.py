@@ -93,6 +93,20 @@ class DeviceTier:
         staging = self.staging_bytes if decoder is not None and decoder.needs_staging else 0
         return self.device.memory_total - self.lent - staging
 
+    def check_capacity(self) -> None:
+        """Make sure that there is any.
+
+        Raises:
+            DeviceError: staging memory, its own and its siblings', would take all of the device.
+        """
+        if self.capacity <= 0:
+            total = self.device.memory_total
+            raise DeviceError(
+                self.device.name,
+                f"staging memory for links and for decoding would take {total - self.capacity} of "
+                f"its {total} bytes; raise device.memory_bytes, or lower store.decode_staging_bytes",
+            )
+
     # --- decoding -----------------------------------------------------------------------------
 
     def prepare_decoder(self) -> None:

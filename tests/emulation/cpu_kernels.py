@@ -64,3 +64,6 @@ class CpuKernels:
             np.array(grid, np.uint32).ctypes.data_as(ctypes.c_void_p),
             ctypes.c_uint32(threads),
         )
+
+    def prepared(self, variant, grid, threads, parameters, stream):
+        return functools.partial(self.launch, variant, grid, threads, parameters, stream)

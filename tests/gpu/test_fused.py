@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import ByteSize, EngineConfig
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import SamplingParameters, Tier
+from sllm_node.core.types import Part, SamplingParameters, Tier
 from sllm_node.core.units import MIB
 from sllm_node.device.optional import step_kernels
 from sllm_node.engine.decode_ops import KernelOps, ReferenceOps
@@ -18,7 +18,7 @@ from sllm_node.engine.engines import Engines
 from sllm_node.engine.fused import DecodeInputs, FusedDecoder, Scratch
 from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token
 from sllm_node.engine.skeleton import LayerShape
-from tests.gpu.test_engine import MODEL, open_store, placement_on
+from tests.gpu.test_engine import MODEL, open_store
 from tests.gpu.test_loads import open_devices
 from tests.models import make_checkpoint
 from tests.unit.engine.rig import ask, collect
@@ -84,9 +84,11 @@ def test_kernels_give_the_logits_of_the_reference(family, rows, dtype):
     device.close()
 
 
-async def test_a_model_that_returns_says_the_same_with_the_graphs_that_it_had(tmp_path):
+@pytest.mark.parametrize("number", [0, 1])
+async def test_a_model_that_returns_says_the_same_with_the_graphs_that_it_had(tmp_path, number):
     checkpoint = make_checkpoint(tmp_path / "store", "m", "llama", dtype="bfloat16", **SHAPE)
-    devices = open_devices(1, 900 * MIB)
+    devices = open_devices(number + 1, 900 * MIB)
+    placement = (Part(devices[number].name, 0, checkpoint.index.size),)
     store = await open_store(tmp_path / "store", devices)
     settings = EngineConfig(kv_cache_bytes=ByteSize(64 * MIB))
     engines = Engines(devices, store, settings, MonotonicClock(), Metrics())
@@ -96,7 +98,7 @@ async def test_a_model_that_returns_says_the_same_with_the_graphs_that_it_had(tm
     sampled = SamplingParameters(temperature=0.9, top_k=50, seed=11)
     said, graphs = [], []
     for _ in range(3):
-        lease = await store.acquire(MODEL, placement_on(devices, checkpoint.index))
+        lease = await store.acquire(MODEL, placement)
         engine = await engines.open(lease, await engines.skeleton(checkpoint), codec)
         asks = [ask(p, 30) for p in prompts] + [ask(p, 30, sampled) for p in prompts]
         # One at a time: who shares a batch may change a last bit, and with it a token.
@@ -106,7 +108,9 @@ async def test_a_model_that_returns_says_the_same_with_the_graphs_that_it_had(tm
         await engine.close()
         lease.release()
         store.evict(MODEL, Tier.DEVICE, "operator")
-        taken = await store.allocate("cuda:0", 256 * MIB)  # other memory where the model was
+        taken = await store.allocate(
+            devices[number].name, 256 * MIB
+        )  # other memory where the model was
         taken.close()
     assert said[1] == said[0]
     assert said[2] == said[0]

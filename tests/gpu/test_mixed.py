@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,9 +17,10 @@ from sllm_node.engine.mixed import MixedSteps
 from sllm_node.engine.paged_attention import Scoring
 from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import LayerShape
+from sllm_node.engine.step_graphs import StepGraphs
 from tests.gpu.test_fused import BLOCK_TOKENS, small_model
 from tests.gpu.test_loads import open_devices
-from tests.unit.engine.test_flash import oracle
+from tests.unit.engine.flash_oracle import ends_of, oracle
 
 pytestmark = pytest.mark.gpu
 GPU = torch.device("cuda:0")
@@ -36,17 +38,23 @@ GPU = torch.device("cuda:0")
 def test_flash_pieces_are_right(pieces, window):
     torch.manual_seed(2)
     room, multiprocessors = sum(piece.length for piece in pieces), 0 if window else 132
-    slots = torch.split(torch.randperm(room), [piece.length for piece in pieces])
+    slots = np.split(torch.randperm(room).int().numpy(), ends_of(pieces))
     keys, values = torch.randn(2, room, 2, 128, device=GPU, dtype=torch.bfloat16)
     query = torch.randn(sum(p.count for p in pieces), 4, 128, device=GPU, dtype=torch.bfloat16)
     scoring = Scoring(128**-0.5, window)
     found, wanted = torch.empty_like(query), torch.empty_like(query, dtype=torch.float64)
     cuts = cuts_of(pieces, 4, multiprocessors)
-    FlashPieces(pieces, cuts, slots, GPU).attend(query, keys, values, scoring, found)
-    whole = FlashPieces(pieces, cuts_of(pieces, 4, 0), slots, GPU, oracle)
+    (device,) = open_devices(1, 64 * MIB)
+    kernels = step_kernels(device)
+    assert kernels is not None
+    ops = KernelOps(kernels, 512)
+    FlashPieces.of(pieces, cuts, slots, GPU, ops).attend(query, keys, values, scoring, found)
+    whole = FlashPieces.of(pieces, cuts_of(pieces, 4, 0), slots, GPU, ReferenceOps(), oracle)
     whole.attend(query.double(), keys.double(), values.double(), scoring, wanted)
     assert bool(any(one.segments for one in cuts)) == (window is None and room > 2048)
     torch.testing.assert_close(found.double(), wanted, rtol=2e-2, atol=6e-3)
+    kernels.close()
+    device.close()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])
@@ -55,7 +63,9 @@ def test_logits_are_as_near_to_the_truth_as_torchs(family):
     (device,) = open_devices(1, 600 * MIB)
     kernels = step_kernels(device)
     assert kernels is not None
-    found, again, captured = logits_of(model, KernelOps(kernels, 512), device, CudaGraphs())
+    found, again, captured = logits_of(
+        model, KernelOps(kernels, 512), device, StepGraphs(CudaGraphs(GPU), 100)
+    )
     assert torch.equal(again, found)
     assert torch.equal(captured, found)
     torchs = logits_of(model, ReferenceOps(), device)[0].double()

@@ -606,6 +606,27 @@ def test_a_load_that_a_requests_hint_began_is_told_as_its_own(tmp_path, holder):
     explain(tmp_path)
 
 
+@in_world(a=("m",), b=("m",), c=("m",))
+async def test_all_nodes_that_a_session_ran_at_are_told_and_how_it_left_each(world):
+    stream = world.open("a", "m", tokens=40)
+    chunk = await anext(stream)
+    first = stream.startup()
+    assert (first.node, first.earlier) == ("a", ())
+    world["a"].router.move(stream.request.session, "b")
+    while stream.startup().node == "a":
+        chunk = await anext(stream)
+    await world["b"].crash()
+    given = [*chunk.tokens, *await read(stream)]
+    told = stream.startup()
+    assert told.node in ("a", "c")
+    assert [(stay.node, stay.left) for stay in told.earlier] == [
+        ("a", "moved"), ("b", "peer_unreachable"),
+    ]  # fmt: skip
+    assert all(stay.tokens > 0 for stay in told.earlier)
+    assert sum(stay.tokens for stay in told.earlier) < given[-1]
+    assert told.startup_s == first.startup_s
+
+
 @in_world(a=("m",), b=("m",))
 async def test_a_session_that_waits_for_its_load_moves_when_it_has_begun(world):
     stream = world.open("a", "m")

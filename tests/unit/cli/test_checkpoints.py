@@ -42,11 +42,23 @@ def test_a_folder_is_converted_listed_inspected_verified_and_removed(tmp_path):
     made = run("convert", source, "--name", "m", "--store", folder, "--chunk-size", "64KiB")
     assert made.exit_code == 0
     assert made.stdout.startswith("m: ")
-    assert "BF16" in run("ls", "--store", folder).stdout
+    listed = run("ls", "--store", folder).stdout
+    assert "BF16" in listed
+    assert " thousand " in listed  # of parameters, which were 0 M
     assert "LlamaForCausalLM" in run("inspect", "m", "--store", folder).stdout
     assert "verified, no damage" in run("verify", "m", "--store", folder).stdout
     assert run("rm", "m", "--store", folder).stdout == f"m: removed from {folder}\n"
     assert json.loads(run("ls", "--store", folder, "--json").stdout)["checkpoints"] == []
+
+
+def test_the_folder_may_be_that_of_a_nodes_config(tmp_path):
+    store, config = tmp_path / "store", tmp_path / "node.toml"
+    make_checkpoint(store, "tiny")
+    config.write_text(f'[store]\npath = "{store}"\n')
+    name = json.loads(run("ls", "--config", config, "--json").stdout)["checkpoints"][0]["name"]
+    assert run("inspect", name, "--config", config).exit_code == 0
+    assert run("verify", name, "--config", config).exit_code == 0
+    assert run("rm", name, "--config", config).stdout == f"{name}: removed from {store}\n"
 
 
 def test_conversion_casts_replaces_and_answers_in_json(tmp_path):

@@ -19,8 +19,25 @@ def test_the_version_is_told():
 def test_a_good_config_has_no_problems(tmp_path):
     file = tmp_path / "node.toml"
     file.write_text("")
-    assert run("check-config", str(file)).stdout == f"{file}: no problems\n"
-    assert json.loads(run("check-config", str(file), "--json").stdout)["problems"] == []
+    assert run("check-config", str(file), "--file-only").stdout == f"{file}: no problems\n"
+    assert (
+        json.loads(run("check-config", str(file), "--file-only", "--json").stdout)["problems"] == []
+    )
+
+
+def test_a_preflight_has_one_line_for_each_finding_and_fails_with_an_error(tmp_path):
+    file = tmp_path / "node.toml"
+    text = f'[server]\nport = 0\n[store]\npath = "{tmp_path}/models"\npool_bytes = '
+    file.write_text(f'{text}"64MiB"\n')
+    done = run("check-config", str(file))
+    assert (done.exit_code, f"{file}: no problems" in done.stdout) == (0, True)
+    assert "ok       server.port: " in done.stdout
+    file.write_text(f'{text}"4000TiB"\n')
+    done = run("check-config", str(file))
+    assert (done.exit_code, "error    store.pool_bytes: " in done.stdout) == (1, True)
+    told = json.loads(run("check-config", str(file), "--json").stdout)
+    (found,) = [one for one in told["findings"] if one["level"] == "error"]
+    assert (found["about"], len(told["problems"])) == ("store.pool_bytes", 1)
 
 
 def test_all_problems_of_a_config_are_told_at_once(tmp_path, monkeypatch, capsys):

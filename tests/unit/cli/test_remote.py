@@ -24,6 +24,8 @@ REPORT = {
     "devices": [{"name": "cpu", "used": 1 << 20, "cached": 1 << 10, "total": 1 << 30}],
     "pool": {"used": 1, "chunks": 4, "chunk_bytes": 1 << 20},
     "bandwidth": {"nvme": 1.5e9, "dram": None},
+    "unusable": {"broken": "broken/shard-00000.bin: is too short"},
+    "failures": [{"model": "alpha", "error": "it was damaged", "code": "c", "age_s": 61.2}],
     "remotes": [
         {
             "name": "far", "url": "http://far/x", "state": "down", "problem": "gone",
@@ -33,7 +35,7 @@ REPORT = {
     "sessions": [
         {
             "session": "r-1-0", "model": "alpha", "state": "waiting", "prompt_tokens": 7,
-            "generated_tokens": 0, "age_s": 0.5,
+            "generated_tokens": 0, "age_s": 0.5, "entry": "entry-b", "node": None,
         }
     ],
 }  # fmt: skip
@@ -95,6 +97,9 @@ def test_status_shows_models_device_pool_and_sessions(node):
         "1 of 4 chunks",
         "1.50 GB/s",
         "r-1-0",
+        "entry-b",
+        "not usable: broken: broken/shard-00000.bin: is too short",
+        "alpha: its last load failed 61 s ago: it was damaged",
     ):
         assert part in shown
 
@@ -105,15 +110,22 @@ def test_status_as_json_is_the_report(node):
 
 
 CLUSTER = {
-    "me": "a", "version": 3,
+    "me": "a", "version": 3, "problem": "node 'b' knew a later life of this node",
     "peers": [
-        {"id": "b", "address": "10.0.0.2:8100", "state": "alive", "age_s": 0.5, "boot": 1, "version": 2},
+        {"id": "b", "address": "10.0.0.2:8100", "state": "alive", "age_s": 0.5, "boot": 1, "version": 2,
+         "heard_s": 0.75, "why": ""},
         {"id": "c", "address": "10.0.0.3:8100", "state": "dead", "age_s": None, "boot": 0, "version": 0,
-         "problem": "refuses our key"},
+         "heard_s": None, "why": "never heard, for 12.0 s (dead after 10 s)", "problem": "refuses our key"},
     ],
     "nodes": [
         {
             "id": name, "draining": False, "sessions": 4,
+            "served": [
+                {
+                    "session": f"r-{name}-0", "model": "alpha", "entry": "entry-c",
+                    "prompt_tokens": 5, "generated_tokens": 6,
+                }
+            ],
             "devices": [{"name": "cpu", "free": 1 << 30, "total": 2 << 30}],
             "models": [
                 {"id": "alpha", "bytes": 1 << 20, "dram": dram, "nvme": 1 << 20, "device": False}
@@ -147,6 +159,7 @@ def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
     shown = run("status", "--cluster", "--url", node.url).stdout
     for part in (
         "this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s",
+        "this node: node 'b' knew a later life", "r-b-0", "entry-c", "0.8", "never heard, for 12.0 s (dead after 10 s)",
         "10.0.0.9:2379: following", "c: refuses our key", "a to b", "placement", "42", "beta", "freed", "0.250",
     ):  # fmt: skip
         assert part in shown
@@ -177,9 +190,11 @@ def test_force_is_passed_on(node):
 def test_cancel_and_drain(node):
     node.answer = (200, {"cancelled": 2})
     assert "2 sessions" in run("cancel", "r-1", "--url", node.url).stdout
-    assert run("drain", "--url", node.url).stdout == "draining\n"
+    assert run("drain", "--url", node.url).stdout.startswith("draining;")
+    assert run("undrain", "--url", node.url).stdout == "serving\n"
     assert run("cancel", "a?b#c", "--url", node.url).exit_code == 0
-    assert node.seen[2][1] == "/admin/requests/a?b#c/cancel"
+    assert [path for _, path, _, _ in node.seen[1:3]] == ["/admin/drain", "/admin/undrain"]
+    assert node.seen[3][1] == "/admin/requests/a?b#c/cancel"
 
 
 def test_address_and_key_can_come_from_the_nodes_config(node, tmp_path):
@@ -220,7 +235,7 @@ def test_what_is_no_url_is_told():
 
 
 def test_an_address_without_a_scheme_is_http(node):
-    assert run("drain", "--url", f"127.0.0.1:{node.port}").stdout == "draining\n"
+    assert run("drain", "--url", f"127.0.0.1:{node.port}").stdout.startswith("draining")
 
 
 def test_a_request_that_is_not_there_is_not_cancelled(node):

@@ -126,3 +126,33 @@ def test_a_folder_that_can_t_be_written_is_told(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ClusterFolderError):
         init(tmp_path / "file", "key", NOW)
+
+
+def test_a_secret_that_others_can_read_is_told_once_whatever_else_is_in_it(tmp_path):
+    init(tmp_path, "key", NOW)
+    join(tmp_path, NodeId("a"), "10.0.0.1:8100", NOW)
+    (tmp_path / "cluster.key").write_text("short")
+    (tmp_path / "cluster.key").chmod(0o644)
+    (problem,) = check(tmp_path / "cluster.toml", None, NOW).problems
+    assert "others can read" in problem
+
+
+def test_a_nodes_key_that_others_can_read_is_not_told_as_a_wrong_one_too(tmp_path):
+    init(tmp_path, "tls", NOW)
+    join(tmp_path, NodeId("a"), "10.0.0.1:8100", NOW)
+    key = tmp_path / "nodes" / "a.key"
+    key.write_text("")
+    key.chmod(0o644)
+    (problem,) = check(tmp_path / "cluster.toml", None, NOW).problems
+    assert "others can read" in problem
+
+
+def test_on_a_node_the_certificates_of_others_are_not_asked_for(tmp_path):
+    init(tmp_path, "tls", NOW)
+    for name, host in (("a", 1), ("b", 2)):
+        join(tmp_path, NodeId(name), f"10.0.0.{host}:8100", NOW)
+    for path in (tmp_path / "ca.key", *(tmp_path / "nodes").glob("b.*")):
+        path.unlink()
+    found = check(tmp_path / "cluster.toml", None, NOW)
+    assert found.problems == ()
+    assert "certificates of b are not here" in found.remarks[0]

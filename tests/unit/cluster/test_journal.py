@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from sllm_node.cluster.journal import MIGRATIONS, SET_ASIDE_MAX, Journal
+from sllm_node.cluster.journal import MIGRATIONS, SET_ASIDE_MAX, Journal, _named
 from sllm_node.cluster.records import (
     Alias,
     Desired,
@@ -248,3 +248,12 @@ async def test_a_folder_that_can_not_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(JournalError, match="folder"):
         await Journal.open(tmp_path / "file" / "journal.sqlite")
+
+
+def test_a_full_disk_is_told_with_what_to_do_about_it(tmp_path):
+    with contextlib.closing(sqlite3.connect(":memory:")) as connection:
+        connection.execute("PRAGMA max_page_count = 1")
+        with pytest.raises(sqlite3.OperationalError) as caught:
+            connection.execute("CREATE TABLE x (y)")
+    told = str(_named(tmp_path / "j", caught.value))
+    assert "make room there, or set node.journal to a file on another disk" in told

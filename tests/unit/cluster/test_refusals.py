@@ -43,6 +43,10 @@ def test_a_peer_that_refuses_us_is_warned_of_once_a_minute(caplog):
         ("unknown_sender: a message", "its cluster file does not have this node"),
         ("protocol_version: a message of protocol 2", "another release"),
         ("404: Not Found", "refuses our messages"),
+        (
+            "replayed: message 3 of boot 9",
+            "knows a later life of this id: does another node run as it?",
+        ),
         (CERTIFICATE + "its certificate has expired; ask", "its certificate has expired"),
     ],
 )
@@ -76,3 +80,23 @@ def test_strangers_fill_neither_log_nor_memory(caplog):
         refusals.refused(StrangerError(f"x{i}"), ("b",))
     assert warnings(caplog) == [("messages of a peer refused", None)]
     assert len(refusals._told) == 1
+
+
+def test_a_peer_that_sends_nothing_any_more_is_not_told_as_refused_for_ever():
+    clock = ManualClock(0.0)
+    refusals = Refusals(clock)
+    refusals.refused(WrongKeyError("b"), {"b"})
+    assert refusals.problem(B) == "has another key"
+    clock.advance(TELL_S)
+    assert refusals.problem(B) is None
+
+
+def test_why_a_message_did_not_get_there_is_known_until_one_does():
+    refusals = Refusals(ManualClock(0.0))
+    refusals.failed(B, PeerUnreachableError(B, "connection refused"))
+    assert refusals.unreachable(B) == "connection refused"
+    refusals.failed(B, DENIED)
+    assert refusals.unreachable(B) is None
+    refusals.failed(B, PeerUnreachableError(B, "no route to host"))
+    refusals.taken(B)
+    assert refusals.unreachable(B) is None

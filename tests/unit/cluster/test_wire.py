@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -94,3 +96,10 @@ def test_an_error_is_told_to_the_client_as_its_own_node_would(error):
 def test_an_unknown_error_is_an_internal_one_with_its_words():
     told = wire.error_of(wire.Failed("newer_than_this", "its words"))
     assert (type(told), str(told)) == (errors.InternalError, "its words")
+
+
+@pytest.mark.parametrize("waited_s", [float("nan"), float("inf"), -1.0])
+def test_a_request_can_not_have_waited_for_ever_or_less_than_nothing(waited_s):
+    request = replace(REQUEST, waited_s=waited_s)
+    with pytest.raises(errors.MessageFormatError):
+        wire.unpack_forward(pack(wire.Forward(request, ASK, 1, "why")))

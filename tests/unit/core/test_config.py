@@ -69,6 +69,7 @@ def test_sizes_may_carry_units():
         ('[server]\nhost = "0.0.0.0"', "server.host"),
         ("[schedule]\nkeep_alive_s = -2", "schedule.keep_alive_s"),
         ("[models.a]\nkeep_alive_s = -2", "models.a.keep_alive_s"),
+        ("[engine]\nprefill_beside_ratio = 0.5", "engine.prefill_beside_ratio"),
         ('[device]\nnames = ["tpu"]', "device.names"),
         ('[device]\nnames = ["cpu", "cuda:0"]', "device.names mixes kinds"),
         (

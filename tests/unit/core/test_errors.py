@@ -53,6 +53,11 @@ def test_other_errors_carry_their_fields():
     assert errors.CancelledByOperatorError("drain").reason == "drain"
     assert errors.ModelBusyError("m", "is pinned").model == "m"
     assert "Bearer" in str(errors.UnauthorizedError())
+    assert "server.admin_keys" in str(errors.UnauthorizedError(needs_admin=True))
+    assert "kv_cache_bytes is raised" in str(errors.PromptTooLongError(9, 0, "KV memory"))
+    told = str(errors.ChecksumError("m", "s", 0, 9, ("a", "b", "c", "d", "e")))
+    assert "(tensors: a, b, c and 2 more)" in told
+    assert "1.0 KiB (1024 bytes)" in str(errors.ModelTooLargeError("m", 2048, 1024))
     assert errors.CheckpointFormatError("p", "bad").problem == "bad"
     assert errors.CheckpointChangedError("m", "s", "was truncated").shard == "s"
     assert errors.StorageReadError("m", "s", 4, "EIO").offset == 4

@@ -2,7 +2,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sllm_node.core.units import GIB, MIB, align_up, format_rate, format_size, parse_size
+from sllm_node.core.units import (
+    GIB,
+    MIB,
+    align_up,
+    format_count,
+    format_rate,
+    format_size,
+    parse_size,
+)
 
 
 @given(st.integers(0, 10**15), st.integers(1, 10**6))
@@ -31,6 +39,14 @@ def test_what_is_no_size_is_refused(text):
 )  # fmt: skip
 def test_sizes_are_written(size, text):
     assert format_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (999, "999"), (45_120, "45.1 thousand"), (134_515_008, "135 million"), (8_030_261_248, "8.03 billion")],
+)  # fmt: skip
+def test_counts_are_written_with_three_digits(count, text):
+    assert format_count(count) == text
 
 
 def test_rates_are_written_in_decimal_units():

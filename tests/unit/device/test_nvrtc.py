@@ -31,7 +31,11 @@ SMALL = ({}, {"F16": 1})
 VARIANTS = [
     *(("gemv", defines) for defines in PRODUCTS),
     *(("paged_attention", defines) for defines in ATTENTIONS),
-    *((name, defines) for name in ("rope_kv", "rms_norm", "gated") for defines in SMALL),
+    *(
+        (name, defines)
+        for name in ("rope_kv", "rms_norm", "gated", "gather_context", "join_segments")
+        for defines in SMALL
+    ),
 ]
 
 

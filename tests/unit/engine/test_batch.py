@@ -60,8 +60,16 @@ def test_beside_a_session_that_decodes_prompts_get_a_part_of_the_budget():
     made.add(make(3, prompt=9))
     assert [p.count for p in step(made)] == [4, 5, 7]
     assert [(p.session.number, p.count) for p in step(made)] == [(1, 1), (2, 1), (3, 2)]
-    made.add(make(4, prompt=9))
-    assert [(p.session.number, p.count) for p in step(made)] == [(1, 1), (2, 1), (3, 1), (4, 3)]
+
+
+@pytest.mark.parametrize(("decoding", "beside"), [(2, 7), (3, 9), (4, 12)])
+def test_many_sessions_that_decode_take_more_of_prompts_beside_them(decoding, beside):
+    made = Batch(Blocks(64, BLOCK), 8, 32, prefill_beside_tokens=7)
+    for number in range(decoding):
+        made.add(make(number, prompt=1))
+    step(made)
+    made.add(make(9, prompt=25))
+    assert [part.count for part in step(made)] == [*[1] * decoding, beside]
 
 
 def test_sessions_become_due_that_have_a_token_and_wait_for_one_more():

@@ -14,6 +14,7 @@ from sllm_node.core.errors import (
     DeviceMemoryError,
     EngineError,
     InvalidRequestError,
+    KvMemoryError,
     PromptTooLongError,
     UnsupportedArchitectureError,
 )
@@ -311,7 +312,7 @@ async def test_values_that_are_no_numbers_stay_in_their_own_session(checkpoint, 
 
 async def test_a_mistake_in_the_engine_itself_ends_all_sessions_and_refuses_new_ones(checkpoint):
     async with engine_of(checkpoint) as engine:
-        engine._batch.stepped = lambda parts: 1 / 0
+        engine._batch.stepped = lambda parts, took_s: 1 / 0
         waiting = engine.submit(ask(PROMPT, 8))
         with pytest.raises(EngineError, match="ZeroDivisionError"):
             await collect(waiting)
@@ -431,7 +432,7 @@ async def test_no_room_for_kv_memory_is_told_and_nothing_stays(checkpoint):
     with CpuDevice(checkpoint.index.size + 4096) as device:
         with pytest.raises(DeviceMemoryError):
             await open_with(checkpoint, device)
-        with pytest.raises(CheckpointFormatError, match="one block of its KV cache"):
+        with pytest.raises(KvMemoryError, match="raise that in the node's config"):
             await open_with(checkpoint, device, kv_cache_bytes=ByteSize(100))
         assert device.memory_used == 0
 

@@ -1,51 +1,29 @@
 """Long contexts cut into segments give what they give in one piece."""
 
-import math
-
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllm_node.engine.decode_ops import ReferenceOps
 from sllm_node.engine.flash import FlashPieces, Piece, cuts_of
 from sllm_node.engine.paged_attention import Scoring
+from tests.unit.engine.flash_oracle import ends_of, oracle
 
 HEADS, KV_HEADS, SIZE = 4, 2, 8
 CPU = torch.device("cpu")
 
 
-def oracle(query, key, value, lengths, scoring):
-    """Attend to one sequence after another; the last query sees the last key."""
-    outputs, logs = [], []
-    for i in range(len(lengths.queries) - 1):
-        q = query[lengths.queries[i] : lengths.queries[i + 1]]
-        k, v = (
-            x[lengths.keys[i] : lengths.keys[i + 1]].repeat_interleave(HEADS // KV_HEADS, 1)
-            for x in (key, value)
-        )
-        assert len(q) <= lengths.longest_query
-        assert len(k) <= lengths.longest_key
-        scores = torch.einsum("qhd,khd->hqk", q, k) * scoring.scaling
-        if lengths.is_causal:
-            last = torch.arange(len(q), device=q.device)[:, None] + len(k) - len(q)
-            ahead = torch.arange(len(k), device=q.device) > last
-            if scoring.window is not None:
-                ahead |= torch.arange(len(k), device=q.device) <= last - scoring.window
-            scores = scores.masked_fill(ahead, -math.inf)
-        logs.append(torch.logsumexp(scores, -1))
-        outputs.append(torch.einsum("hqk,khd->qhd", torch.softmax(scores, -1), v))
-    return torch.cat(outputs), torch.cat(logs, 1)
-
-
 def attend(pieces, multiprocessors, window=None):
     torch.manual_seed(1)
     room = sum(piece.length for piece in pieces)
-    slots = torch.split(torch.randperm(room), [piece.length for piece in pieces])
+    slots = np.split(torch.randperm(room).int().numpy(), ends_of(pieces))
     keys, values = torch.randn(2, room, KV_HEADS, SIZE, dtype=torch.float64)
     query = torch.randn(sum(p.count for p in pieces), HEADS, SIZE, dtype=torch.float64)
     output = torch.empty_like(query)
     cuts = cuts_of(pieces, HEADS, multiprocessors)
-    step = FlashPieces(pieces, cuts, slots, CPU, oracle)
+    step = FlashPieces.of(pieces, cuts, slots, CPU, ReferenceOps(), oracle)
     step.attend(query, keys, values, Scoring(0.3, window), output)
     return cuts, output
 

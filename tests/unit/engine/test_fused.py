@@ -12,6 +12,7 @@ from sllm_node.device.cpu import CpuDevice
 from sllm_node.engine.decode_batch import BUCKETS, bucket_of
 from sllm_node.engine.decode_ops import ReferenceOps
 from sllm_node.engine.scratch import ScratchMemory
+from sllm_node.engine.step_graphs import StepGraphs
 from tests.models import make_checkpoint, make_model
 from tests.unit.engine.rig import (
     DeviceMemory,
@@ -117,7 +118,7 @@ async def test_a_kind_of_step_is_captured_when_it_comes_again(tmp_path):
 
     async def run(graphs):
         async with engine_of(checkpoint, ops_of=oracle) as engine:
-            engine._parts.decode._graphs = graphs
+            engine._parts.decode._graphs = graphs and StepGraphs(graphs, 100)
             return [(await collect(engine.submit(one)))[1] for one in asks]
 
     captured = Captured()
@@ -132,7 +133,7 @@ async def test_what_lies_between_attentions_of_prompts_is_captured(tmp_path):
     async def run(graphs):
         config = {"max_step_tokens": 80, "block_tokens": 4, "prefix_cache": False}
         async with engine_of(checkpoint, ops_of=oracle, **config) as engine:
-            engine._parts.decode._mixed._graphs = graphs
+            engine._parts.decode._mixed._graphs = graphs and StepGraphs(graphs, 100)
             asks = [ask(prompt, COUNT) for prompt in prompts * 3]
             return [(await collect(g))[1] for g in [engine.submit(one) for one in asks]]
 
@@ -181,7 +182,7 @@ async def test_steps_launched_ahead_take_tokens_from_where_they_are_drawn(tmp_pa
     for way in ("never", "always"):
         config = {"max_step_tokens": 16, "block_tokens": 4, "launch_ahead": way}
         async with engine_of(checkpoint, ops_of=oracle, **config) as engine:
-            engine._parts.decode._graphs = graphs and graphs()
+            engine._parts.decode._graphs = graphs and StepGraphs(graphs(), 100)
             made = watch(engine._parts.decode)
             generations = [engine.submit(wish) for wish in wishes]
             said[way] = [(await collect(g))[1] for g in generations]

@@ -27,7 +27,7 @@ class Engine:
     def begin(self):
         self.log.append(f"{self.name} begins")
         self.job = asyncio.get_running_loop().create_future()
-        return Job(self.job, 0)
+        return Job(self.job, 0, 0.0)
 
     async def go(self, begin=None):
         job = await self.seat.turn(Need(), begin or self.begin)

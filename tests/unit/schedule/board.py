@@ -24,13 +24,22 @@ class Board:
         self.tickets = 0
 
     def request(
-        self, model, size=4, priority=0, keep_alive_s=None, *, session=True, load_s=1.0, hint=False
+        self,
+        model,
+        size=4,
+        priority=0,
+        keep_alive_s=None,
+        *,
+        session=True,
+        load_s=1.0,
+        hint=False,
+        waited_s=0.0,
     ):
         """Ask for `model`; returns the actions. The ticket is `self.tickets`."""
         self.tickets += 1
         ticket = Ticket(
             TicketId(self.tickets), model, shares(size), load_s, priority, keep_alive_s, session,
-            is_hint=hint,
+            is_hint=hint, waited_s=waited_s,
         )  # fmt: skip
         return self.scheduler.on_request(ticket, self.now)
 

@@ -22,6 +22,7 @@ from sllm_node.core.errors import (
     NotServableError,
     PromptTooLongError,
     QueueTimeoutError,
+    StoppingError,
     StorageReadError,
 )
 from sllm_node.core.types import ModelId, ModelState, SessionId, Tier
@@ -748,6 +749,51 @@ async def test_a_drain_that_nobody_waits_for_has_its_limit_too(node):
             pass
     assert now() - start == pytest.approx(30.0, abs=STEP_S)
     assert await n.service.drained(30.0) == 1
+
+
+@on_virtual_time
+async def test_a_drain_that_is_taken_back_ends_nobody_and_takes_requests_again(node):
+    n = node()
+    running = n.open("a", tokens=60)
+    await anext(running)
+    n.service.undrain()  # there is nothing to take back
+    n.service.drain()
+    with pytest.raises(DrainingError):
+        n.open("a")
+    await asyncio.sleep(20.0)
+    n.service.undrain()
+    assert (n.service.is_draining, n.count("sllm_ready")) == (False, 1)
+    assert await n.ask("a") == "xxx"
+    await asyncio.sleep(20.0)  # the drain's end has passed
+    chunks = [chunk async for chunk in running]
+    assert chunks[-1].finish == "length"
+
+
+@on_virtual_time
+async def test_a_load_that_failed_is_told_until_one_succeeds(node):
+    n = node()
+    n.store.error = LoadFailedError("a", "the disk is gone")
+    with pytest.raises(LoadFailedError):
+        await n.ask("a")
+    await asyncio.sleep(3.0)
+    (failure,) = n.service.failures()
+    assert (failure["model"], failure["code"], failure["age_s"]) == ("a", "load_failed", 3.0)
+    n.store.error = None
+    await n.ask("a")
+    assert n.service.failures() == []
+
+
+@on_virtual_time
+async def test_a_node_that_stops_can_not_be_undrained(node):
+    n = node()
+    running = n.open("a", tokens=1000)
+    await anext(running)
+    n.service.drain()
+    stopping = asyncio.create_task(n.service.drained(1.0))
+    await asyncio.sleep(0.5)
+    with pytest.raises(StoppingError):
+        n.service.undrain()
+    assert await stopping == 1
 
 
 @on_virtual_time

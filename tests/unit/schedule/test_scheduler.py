@@ -912,3 +912,47 @@ def test_no_room_is_promised_of_pinned_models_nor_of_those_of_a_higher_priority_
     board.serve(C)
     board.request(B)
     assert promise(board, B, C) is None
+
+
+# --- who waited elsewhere before ------------------------------------------------------------------
+
+
+def test_who_was_given_back_elsewhere_goes_before_those_who_came_later_than_it():
+    board = Board(max_sessions=1)
+    first = board.serve(A)
+    board.request(A)
+    board.wait(3.0)
+    board.request(A, waited_s=5.0)
+    board.request(A, waited_s=1.0)
+    order = []
+    for _ in range(3):
+        (first,) = granted(board.finish(first))
+        order.append(first)
+    assert order == [3, 2, 4]
+
+
+def test_the_longest_wait_before_another_model_is_displaced_counts_from_the_first_arrival():
+    board = Board(max_wait_s=10.0)
+    board.serve(A)
+    board.request(B, waited_s=9.0)
+    board.request(A)  # granted: nobody is overdue
+    assert board.scheduler.view(A).running == 2
+    board.wait(1.0)
+    board.finish(1)
+    board.request(A)
+    assert board.scheduler.view(A).waiting == 1
+
+
+def test_the_limit_of_the_queue_counts_from_the_first_arrival():
+    board = Board(max_sessions=1, queue_timeout_s=10.0)
+    board.serve(A)
+    board.request(A, waited_s=8.0)
+    assert refused(board.wait(1.9)) == {}
+    assert refused(board.wait(0.2)).keys() == {2}
+
+
+def test_who_comes_overdue_is_granted_where_there_is_a_place():
+    board = Board(max_sessions=2, queue_timeout_s=10.0)
+    board.serve(A)
+    assert granted(board.request(A, waited_s=60.0)) == [2]
+    assert refused(board.request(A, waited_s=60.0)).keys() == {3}

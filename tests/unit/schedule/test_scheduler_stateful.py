@@ -209,6 +209,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if really == 0:
             self.carry_out(self.scheduler.on_drain(self.now))
 
+    @precondition(lambda self: self.scheduler.is_draining)
+    @rule()
+    def undrain(self):
+        self.carry_out(self.scheduler.on_undrain(self.now))
+
     @invariant()
     def device_memory_is_never_exceeded(self):
         here = [self.places[model] for model in self.loading | self.ready | self.evicting]

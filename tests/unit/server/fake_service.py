@@ -242,6 +242,9 @@ class FakeService:
     def drain(self):
         self.is_draining = True
 
+    def undrain(self):
+        self.is_draining = False
+
     def _check(self, model):
         if model != "m":
             raise ModelNotFoundError(model, ("m",))

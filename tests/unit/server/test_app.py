@@ -554,6 +554,8 @@ async def test_admin_acts_reach_the_service(rig):
     ]  # fmt: skip
     assert cancelled == {"cancelled": 2}
     assert (await rig.get("/readyz"))[0] == 503
+    assert (await rig.post("/admin/undrain", b""))[1] == {"draining": False}
+    assert (await rig.get("/readyz"))[0] == 200
 
 
 @pytest.mark.parametrize("was_pinned", [True, False])
@@ -565,7 +567,7 @@ async def test_a_model_that_cannot_come_is_pinned_no_more_than_before(rig, was_p
 
 
 async def test_admin_bodies_are_strict(rig):
-    for path in ("/admin/models/m/unload", "/admin/drain"):
+    for path in ("/admin/models/m/unload", "/admin/drain", "/admin/undrain"):
         status, body, _ = await rig.post(path, {"forced": True})
         assert (status, body["error"]["param"]) == (400, "forced")
 

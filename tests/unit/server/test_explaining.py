@@ -1,8 +1,9 @@
 import json
+from dataclasses import replace
 
 import pytest
 
-from sllm_node.core.types import Startup
+from sllm_node.core.types import Startup, Stay
 from tests.unit.server.fake_service import FakeStream, chunks_of
 from tests.unit.server.rig import serving
 
@@ -67,6 +68,24 @@ async def test_a_stream_says_it_at_its_end(rig):
         {"node": "b", "way": "load", "why": LOADED.why, "expected_s": 0.25, "startup_s": 0.3}
     ]
     assert lines.index(told[0]) < lines.index("data: [DONE]")
+
+
+async def test_a_session_that_went_on_elsewhere_tells_all_its_nodes(rig):
+    stays = (Stay("b", 12, "peer_unreachable"), Stay("c", 3, "moved"))
+    rig.service.make_stream = lambda request: stream(replace(LOADED, node="d", earlier=stays))
+    _, _, headers = await rig.post(PATH, BODY, **{"x-sllm-explain": "1"})
+    assert (headers["x-sllm-node"], headers["x-sllm-earlier-nodes"]) == ("d", "b+c")
+    asked = {**BODY, "stream": True}
+    async with rig.http.post(
+        rig.url + PATH, json=asked, headers={"x-sllm-explain": "1"}
+    ) as response:
+        lines = (await response.read()).decode().splitlines()
+    (told,) = [line for line in lines if line.startswith(": sllm ")]
+    (session,) = json.loads(told.removeprefix(": sllm "))
+    assert session["earlier"] == [
+        {"node": "b", "tokens": 12, "left": "peer_unreachable"},
+        {"node": "c", "tokens": 3, "left": "moved"},
+    ]
 
 
 async def test_a_stream_is_told_when_its_tokens_were_written(rig):

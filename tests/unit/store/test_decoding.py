@@ -23,6 +23,7 @@ from sllm_node.core.units import KIB, MIB
 from sllm_node.device.cpu import CpuDevice
 from sllm_node.device.cpu_decoder import CpuDecoder
 from sllm_node.store.store import Store
+from sllm_node.store.tier import DeviceTier
 from tests.unit.checkpoint.raw import write_raw
 from tests.unit.store.handmade import CHUNK, Rig, write_checkpoint
 
@@ -252,7 +253,7 @@ async def test_the_host_checks_where_the_device_must_not(tmp_path):
 
 async def test_staging_memory_is_taken_by_the_first_encoded_load_and_counted(tmp_path):
     device = GatedDevice(1 << 20, "cpu:0", needs_staging=True)
-    staging = 40 * FILE_CHUNK
+    staging = 8 * FILE_CHUNK
     async with Rig(tmp_path, devices=[device], decode_staging_bytes=ByteSize(staging)) as rig:
         assert rig.store.capacity("cpu:0") == (1 << 20) - staging
         assert device.memory_used == 0
@@ -269,6 +270,24 @@ async def test_staging_memory_gets_smaller_where_there_is_little_room(tmp_path):
         await rig.check("a")
         (staging,) = device.gate.staging
         assert staging.size <= device.memory_total - len(rig.bytes[A])
+
+
+async def test_staging_memory_is_a_quarter_of_a_small_device_at_most(tmp_path):
+    device = GatedDevice(1 << 20, "cpu:0", needs_staging=True)
+    async with Rig(tmp_path, devices=[device], decode_staging_bytes=ByteSize(512 << 20)) as rig:
+        assert rig.store.capacity("cpu:0") == 3 << 18
+        await rig.check("a")
+        assert [one.size for one in device.gate.staging] == [1 << 18]
+
+
+async def test_a_device_of_which_staging_memory_takes_all_is_refused(tmp_path):
+    tier = DeviceTier(
+        GatedDevice(1 << 20, "cpu:0", needs_staging=True), 4096, staging_bytes=1 << 20
+    )
+    tier.check_capacity()
+    tier.prepare_decoder()
+    with pytest.raises(DeviceError, match="1048576 of its 1048576 bytes; raise"):
+        tier.check_capacity()
 
 
 async def test_without_room_for_staging_memory_nothing_is_taken(tmp_path):
