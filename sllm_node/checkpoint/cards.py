@@ -34,6 +34,8 @@ CARDS_FOLDER: Final = ".remote"
 CARD_FILE: Final = "card.json"
 PEERS: Final = ":peers"
 """The remote that is the other nodes of the cluster; no remote of the config has such a name."""
+REGISTERED: Final = ":registered"
+"""The remote that is the models of the cluster's directory, each with an address of its own."""
 BITS_FILE: Final = "fetched.bits"
 TEXT_FILES: Final = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",

@@ -220,6 +220,29 @@ def unscale(
     _told(report, f"{model}: not scaled any more")
 
 
+@app.command("register")
+def register(
+    model: Model,
+    address: Annotated[str, typer.Argument(help="the remote that has it: https://… or s3://…")],
+    url: Url = DEFAULT_URL,
+    key: Key = None,
+    config: ConfigFile = None,
+) -> None:
+    """Let all nodes load a model from a remote, by the directory."""
+    body = {"url": address}
+    report = call("POST", f"/admin/models/{quoted(model)}/register", (url, key, config), body)
+    say("{model}: registered at {url}".format(**report))
+
+
+@app.command("unregister")
+def unregister(
+    model: Model, url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None
+) -> None:
+    """Let nodes do that no more; what they have of the model stays."""
+    call("POST", f"/admin/models/{quoted(model)}/unregister", (url, key, config))
+    say(f"{model}: not registered any more")
+
+
 Alias = Annotated[str, typer.Argument(help="what clients ask for")]
 
 

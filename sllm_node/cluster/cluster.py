@@ -22,6 +22,7 @@ from sllm_node.cluster.messages import make_boot
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.rebalancing import Rebalancing
 from sllm_node.cluster.records import Desired
+from sllm_node.cluster.registered import Registered
 from sllm_node.cluster.resumes import Resumes
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
@@ -92,14 +93,16 @@ class Cluster(Generic[CodecT]):
         self._listing: Listing | None = None
         if file.has_directory:
             self._listing = Listing(place, address, self.peers, disk.journal, clock, metrics)
+            self._listing.registered = Registered(
+                disk.tier, disk.catalog, self._outlook, self.peers.look
+            )
         self._client = Client(trust, self.peers.address)
         silence_s = file.timing.dead_s
         folder = Path(config.store.path) / ".cluster" / me
         self._texts = Texts(folder, self._client, load_codec, silence_s)
         files = PeerFiles(disk.tier.cards, self.peers, trust, clock, metrics)
-        is_hosted = self._outlook.is_hosted
         self.fetching = fetching = Fetching(
-            disk.catalog, disk.tier, files, self.peers, clock, is_hosted
+            disk.catalog, disk.tier, files, self.peers, clock, self._outlook.is_hosted
         )
         self._giving = Giving(Given(disk.catalog), file.limits.files_at_once, metrics)
         self.router = Router(service, self.peers, self._client, self._texts, clock, metrics)

@@ -4,13 +4,10 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from sllm_node.cluster.autoscale import Demand, ReplicaSeen, Start
-from sllm_node.cluster.placement import Candidate, Kind, PlacementRequest, explain
+from sllm_node.cluster.placement import Candidate, PlacementRequest, loads
 from sllm_node.cluster.state import ReplicaState
 from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId, NodeId
-
-_STARTS = (Kind.LOAD, Kind.EVICT)
-"""Ways to another replica that take nothing from sessions that run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +45,8 @@ def demand_of(
     ]
     starts = {
         candidate.node: candidate.startup_s
-        for candidate in reversed(explain(view, request, now))
-        if candidate.kind in _STARTS and not _evicted(view, candidate) & kept
+        for candidate in reversed(loads(view, request, now))  # which take nothing from who runs
+        if not _evicted(view, candidate) & kept
     }
     return Demand(
         model=model,

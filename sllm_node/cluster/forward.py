@@ -20,9 +20,9 @@ from sllm_node.cluster.course import Course
 from sllm_node.cluster.move import Move, MoveReport
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import LocalSource, Part, PeerSource
-from sllm_node.cluster.retries import RefusedError, Retries
+from sllm_node.cluster.retries import ABSENT, RefusedError, Retries
 from sllm_node.cluster.state import ResumeFit
-from sllm_node.cluster.ways import Begun, Tools, Ways
+from sllm_node.cluster.ways import Begun, Lost, Tools, Ways
 from sllm_node.cluster.wire import (
     HOPS_MAX,
     Failed,
@@ -68,11 +68,11 @@ class RoutedStream:
         first: Choice | None,
         ways: Ways,
         tools: Tools,
-        begun: Begun | None = None,
+        before: Begun | Lost | None = None,
     ) -> None:
         """`first`: None if no node that has the model can be asked now; it waits for one.
 
-        `begun`: it runs here already, and has given these tokens.
+        `before`: it runs here already, and has given these tokens; or who has failed it.
         """
         self.request = request
         self.node = NodeId("") if first is None else first.node
@@ -105,14 +105,17 @@ class RoutedStream:
         self._is_running = False
         self._error: SllmError | None = None
         self._is_ended = False
-        if begun is not None and first is not None:
-            self._tokens += begun.tokens
-            self._cached, self._epoch = begun.cached, 1
-            self._is_running = begun.stream.is_granted
-            self._course = begun.course()
-            self._part = Part(first, 1, LocalSource(stream=begun.stream))
-            self._last_at = self._clock.now() if begun.tokens else None
-        self._task = asyncio.create_task(self._live(first), name=f"route {request.session}")
+        if isinstance(before, Begun) and first is not None:
+            self._tokens += before.tokens
+            self._cached, self._epoch = before.cached, 1
+            self._is_running = before.stream.is_granted
+            self._course = before.course()
+            self._part = Part(first, 1, LocalSource(stream=before.stream))
+            self._last_at = self._clock.now() if before.tokens else None
+        self._task = asyncio.create_task(
+            self._live(first, before if isinstance(before, Lost) else None),
+            name=f"route {request.session}",
+        )
 
     # --- for its reader -----------------------------------------------------------------------
 
@@ -177,13 +180,11 @@ class RoutedStream:
 
     # --- the session --------------------------------------------------------------------------
 
-    async def _live(self, first: Choice | None) -> None:
+    async def _live(self, first: Choice | None, lost: Lost | None) -> None:
         try:
             part = self._part
             if part is None and first is None:
-                reason = "the nodes that have it can't be reached"
-                error = NoPlaceError(self.request.model, reason, self._limits.silence_s)
-                first = await self._retries.place_again(error, has_tokens=bool(self._tokens))
+                first = await self._found(lost)
             if part is None:
                 assert first is not None
                 part = self._begin(first)
@@ -197,6 +198,14 @@ class RoutedStream:
             end = InternalError(self.request.session)
         if not self._is_ended:
             self._end(end)
+
+    async def _found(self, lost: Lost | None) -> Choice:
+        """Return the first node that it is placed at."""
+        error: SllmError = NoPlaceError(self.request.model, ABSENT, self._limits.silence_s)
+        if lost is not None:
+            error = lost.error
+            self._retries.failed(lost.choice, error, len(self._tokens))
+        return await self._retries.place_again(error, has_tokens=bool(self._tokens))
 
     async def _run(self, part: Part) -> None:
         """Have it served somewhere, and elsewhere when that fails or it moves."""

@@ -1,8 +1,8 @@
 """A session of this node's reader that this node serves: the service's own stream, until it has to move.
 
-Nothing but a count of its tokens is added to its path. The first move, and a drain that refuses it before
-it began (or room that it was promised in vain), make a `RoutedStream` of it, which takes the stream over as it is. A reader that waits for the
-next chunk gets it first: so the two never read at once.
+Nothing but a count of its tokens is added to its path. The first move, and what refuses it before it began (a
+drain, room that it was promised in vain, senders of its model's bytes that are gone), make a `RoutedStream` of it,
+which takes the stream over as it is. A reader that waits for the next chunk gets it first: so the two never read at once.
 """
 
 from collections.abc import Callable
@@ -11,12 +11,17 @@ from typing import Self
 from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.ways import Begun
-from sllm_node.core.errors import DrainingError, GivenBackError
+from sllm_node.core.errors import (
+    DrainingError,
+    GivenBackError,
+    RemoteUnreachableError,
+    SllmError,
+)
 from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus, Startup
 from sllm_node.schedule.stream import Stream
 
-Routing = Callable[["HomeStream", Begun | None], RoutedStream]
-"""Makes the routed stream: of one that runs here, or None: to be placed anew."""
+Routing = Callable[["HomeStream", Begun | SllmError | None], RoutedStream]
+"""Makes the routed stream: of one that runs here, or to be placed anew; an error: after it has failed here."""
 Wish = Callable[[RoutedStream | None], object]
 """What is to be done with the routed stream; None: there will be none, the session has ended."""
 
@@ -51,11 +56,12 @@ class HomeStream:
         self._is_reading = True
         try:
             chunk = await self._stream.__anext__()
-        except (DrainingError, GivenBackError):
+        except (DrainingError, GivenBackError, RemoteUnreachableError) as error:
             if self._stream.is_granted:
                 self._ended()
                 raise
-            return await self._carry(None).__anext__()
+            before = error if isinstance(error, RemoteUnreachableError) else None
+            return await self._carry(before).__anext__()
         except BaseException as error:
             if isinstance(error, Exception):
                 self._ended()
@@ -115,8 +121,8 @@ class HomeStream:
     def _begun(self) -> Begun:
         return Begun(self._stream, tuple(self._tokens), self._cached, self.startup())
 
-    def _carry(self, begun: Begun | None) -> RoutedStream:
-        self.routed = routed = self._route(self, begun)
+    def _carry(self, before: Begun | SllmError | None) -> RoutedStream:
+        self.routed = routed = self._route(self, before)
         self._tell_wishes()
         return routed
 

@@ -9,7 +9,7 @@ import asyncio
 import logging
 import secrets
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Any, Final
@@ -26,13 +26,14 @@ from sllm_node.cluster.directory import (
     NodeUnlisted,
     Standing,
 )
-from sllm_node.cluster.directory_keys import NodeRecord
+from sllm_node.cluster.directory_keys import NodeRecord, SharedRecord
 from sllm_node.cluster.directory_link import DirectoryLink, LinkOptions
 from sllm_node.cluster.etcd import EtcdClient, EtcdOptions
 from sllm_node.cluster.file import DirectoryConfig, address_problem, named_path
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.records import Change, Desired, Drop, KnownPeer, Put, Record, Registration
+from sllm_node.cluster.registered import Registered
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import ConfigError, JournalError
 from sllm_node.core.metrics import Metrics
@@ -69,6 +70,10 @@ class Listing:
         self._peers = peers
         self._journal = journal
         self._metrics = metrics
+        self.registered: Registered | None = None
+        """Who makes registered models known here, if anybody."""
+        self._models: dict[ModelId, str] = {}
+        """Those that are registered, each with its address, as was told last."""
         self._problem = ""
         self._has_read = False
         self._is_dirty = False
@@ -81,6 +86,7 @@ class Listing:
         """Begin with the last known peers; follow the directory from now on."""
         for peer in self._directory.peers():
             self._list(peer.node, peer.address)
+        self._tell_models(self._journal.records.registrations.values())
         await self._closing.enter_async_context(self._client)
         task = asyncio.create_task(self._link.run(), name="directory")
         task.add_done_callback(_log_end)
@@ -98,6 +104,8 @@ class Listing:
     async def close(self) -> None:
         """Leave the directory, if it answers; finish what is being remembered."""
         await self._closing.aclose()
+        if self.registered is not None:
+            await self.registered.close()
         if self._writing is not None:
             await self._writing
 
@@ -109,16 +117,20 @@ class Listing:
             return self._directory.desired()
         return tuple(self._journal.records.desired.values())
 
-    async def put(self, record: Desired) -> None:
-        """Desire replicas of a model, on all nodes.
+    def registrations(self) -> tuple[Registration, ...]:
+        """Return the models that the directory registers."""
+        return self._directory.registrations()
+
+    async def put(self, record: SharedRecord) -> None:
+        """Register a model or desire replicas of it, on all nodes.
 
         Raises:
             EtcdError: it is not done.
         """
         await self._link.put(record)
 
-    async def drop(self, record: Desired) -> None:
-        """Desire them no more.
+    async def drop(self, record: SharedRecord) -> None:
+        """Do that no more.
 
         Raises:
             EtcdError: it is not done.
@@ -164,7 +176,16 @@ class Listing:
                 log.info("directory record changed", extra={"record": str(news)})
         self._metrics.directory_followed.set(self._directory.standing is Standing.FOLLOWING)
         self._metrics.directory_nodes.set(len(self._directory.peers()))
+        if self._has_read:
+            self._tell_models(self._directory.registrations())
         self._remember()
+
+    def _tell_models(self, found: Iterable[Registration]) -> None:
+        models = {one.model: one.url for one in found}
+        if models != self._models:
+            self._models = models
+            if self.registered is not None:
+                self.registered.set(models)
 
     def _list(self, node: NodeId, address: str) -> None:
         if (problem := address_problem(address)) is not None:

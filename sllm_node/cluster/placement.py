@@ -253,13 +253,19 @@ def _by_floor(
 
 def explain(view: ClusterView, request: PlacementRequest, now: float) -> list[Candidate]:
     """Return the best way of each kind on every node, soonest first."""
-    found = list(_resident(view, request, now))
+    found = [*_resident(view, request, now), *loads(view, request, now)]
     streams = Streams(view, now)
-    for load_s, node_id in view.paths(request.model):
-        node = view.nodes[node_id]
-        found += _loads(view, node, request, load_s, now)
-        migration = _migration(streams, view, node, request, math.inf, now)
+    for _, node_id in view.paths(request.model):
+        migration = _migration(streams, view, view.nodes[node_id], request, math.inf, now)
         found += [migration] if migration else []
+    return sorted(found, key=attrgetter("key"))
+
+
+def loads(view: ClusterView, request: PlacementRequest, now: float) -> list[Candidate]:
+    """Return the best load on every node, and the best one that evicts: what moves nothing, soonest first."""
+    found: list[Candidate] = []
+    for load_s, node_id in view.paths(request.model):
+        found += _loads(view, view.nodes[node_id], request, load_s, now)
     return sorted(found, key=attrgetter("key"))
 
 

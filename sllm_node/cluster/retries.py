@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from typing import Final
 
+from sllm_node.checkpoint.cards import PEERS
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import decode_state
 from sllm_node.cluster.move import Move
@@ -20,6 +21,7 @@ from sllm_node.core.errors import (
     NoPlaceError,
     PeerDeniedError,
     PeerUnreachableError,
+    RemoteUnreachableError,
     SllmError,
 )
 from sllm_node.core.types import GenerationRequest, NodeId
@@ -34,6 +36,7 @@ LOOK_S: Final = 1.0
 """After so long a session that waits looks for a node again, whatever it has heard."""
 UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
 """Whoever fails like this may be there again later."""
+ABSENT: Final = "the nodes that have it can't be reached"
 
 
 class RefusedError(Exception):
@@ -136,7 +139,8 @@ class Retries:
             SllmError: `error`, as no node can take it.
         """
         while (choice := self._ways.choose(self._request, frozenset(self._excluded))) is None:
-            if not (has_tokens or isinstance(error, (*UNREACHABLE, NoPlaceError))):
+            error = self._as_absence(error)
+            if not (has_tokens or may_pass(error)):
                 raise error
             now = self._clock.now()
             if self._waits_until is None:
@@ -147,3 +151,17 @@ class Retries:
                 raise error
             await self._ways.changed(min(left_s, LOOK_S))  # nobody tells that this node can again
         return choice
+
+    def _as_absence(self, error: SllmError) -> SllmError:
+        """Return what it means that no node is left with a model that was there when the session came."""
+        model = self._request.model
+        if isinstance(error, ModelNotFoundError) and self._ways.standing(model) is not None:
+            return NoPlaceError(model, ABSENT, REFUSED_S)
+        return error
+
+
+def may_pass(error: SllmError) -> bool:
+    """Tell whether who waits may do better: a node comes back, or one that can send the model's bytes."""
+    if isinstance(error, RemoteUnreachableError):
+        return error.remote == PEERS
+    return isinstance(error, (*UNREACHABLE, NoPlaceError))

@@ -26,7 +26,7 @@ from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.texts import Texts
 from sllm_node.cluster.transport import Client
 from sllm_node.cluster.vacating import Vacating
-from sllm_node.cluster.ways import Begun, Limits, Tools
+from sllm_node.cluster.ways import Begun, Limits, Lost, Tools
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import (
     CancelledByOperatorError,
@@ -175,20 +175,23 @@ class Router(Generic[CodecT]):
         request: GenerationRequest,
         keep_alive_s: float | None,
         choice: Choice | None,
-        begun: Begun | None = None,
+        before: Begun | Lost | None = None,
     ) -> RoutedStream:
-        stream = RoutedStream(request, keep_alive_s, choice, self, self._tools, begun)
+        stream = RoutedStream(request, keep_alive_s, choice, self, self._tools, before)
         self._routed.add(stream)
         self._quiet.clear()
         return stream
 
-    def _carry(self, home: HomeStream, begun: Begun | None) -> RoutedStream:
+    def _carry(self, home: HomeStream, before: Begun | SllmError | None) -> RoutedStream:
         """Carry a session that this node has served by itself until now, or does not take any more."""
         self._homes.discard(home)
         me = self._peers.me
-        if begun is not None:
+        if isinstance(before, Begun):
             here = Choice(me, "here", "it runs here")
-            return self._route(home.request, home.keep_alive_s, here, begun)
+            return self._route(home.request, home.keep_alive_s, here, before)
+        if before is not None:
+            lost = Lost(Choice(me, "load", "it was to be loaded here"), before)
+            return self._route(home.request, home.keep_alive_s, None, lost)
         excluded = frozenset({me}) if self.is_draining else frozenset()
         choice = self.choose(home.request, excluded)
         request = replace(home.request, waited_s=home.waited_s(self._clock.now()))

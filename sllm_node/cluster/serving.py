@@ -119,8 +119,9 @@ class Serving:
         if forward.ask.shares and (problem := await self._learn(request.model, reply)):
             await reply.send(pack(failed(problem)))
             return
-        ask = joined(forward.ask, request.model, self._peers.refresh())
-        if (refused := self._refusal(ask)) is not None:
+        state = self._peers.refresh()
+        ask = joined(forward.ask, request.model, state)
+        if (refused := self._refusal(ask, state)) is not None:
             log.info("forwarded session refused", extra={**fields, "reason": refused.reason})
             await reply.send(pack(refused))
             return
@@ -175,8 +176,7 @@ class Serving:
             else:
                 return None
 
-    def _refusal(self, ask: Ask) -> RefusalRecord | None:
-        state = self._peers.refresh()
+    def _refusal(self, ask: Ask, state: NodeState) -> RefusalRecord | None:
         answer = self._reservations.ask(ask, state, self._clock.now())
         self._reservations.release(ask.id)  # used at once: the state tells of it from now on
         if isinstance(answer, Refused):
@@ -189,6 +189,8 @@ class Serving:
         return RefusalRecord(reason, encode_state(state, limit))
 
     async def _pass_on(self, stream: Stream, reply: "_Heard") -> None:
+        if not stream.started.is_set():
+            await self._service.begun()
         while not stream.started.is_set():
             await reply.send(pack(Waiting(stream.status())))
             try:

@@ -109,3 +109,11 @@ class Begun:
         stream = self.stream
         tokens = len(self.tokens)
         return Course(self.startup, stream.opened, tokens, is_running=stream.is_granted)
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """Who has failed a session before it began."""
+
+    choice: Choice
+    error: SllmError

@@ -2,7 +2,7 @@
 
 A wish is written to this node's journal and then told to every peer that is alive, which writes it to its
 own; who was not reached is named in the answer, and the wish can be made again. Where there is a
-directory, desired replicas go there instead and reach all nodes by it. What the cluster file says of a
+directory, desired replicas go there instead and reach all nodes by it; registered models are only there. What the cluster file says of a
 model is not changed by a wish: it would come back with the file.
 
 Wishes of one node are made and told one after another, to their end even if the operator goes away. Each
@@ -16,9 +16,10 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
+from sllm_node.cluster.directory_keys import SharedRecord
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.packing import pack
-from sllm_node.cluster.records import Alias, Change, Desired, Drop, Put, Wished, check
+from sllm_node.cluster.records import Alias, Change, Desired, Drop, Put, Registration, Wished, check
 from sllm_node.cluster.transport import Reply
 from sllm_node.cluster.wire import Failed, error_of, failed
 from sllm_node.cluster.wish_messages import (
@@ -68,9 +69,11 @@ class Shared(Protocol):
 
     def desired(self) -> tuple[Desired, ...]: ...
 
-    async def put(self, record: Desired) -> None: ...
+    def registrations(self) -> tuple[Registration, ...]: ...
 
-    async def drop(self, record: Desired) -> None: ...
+    async def put(self, record: SharedRecord) -> None: ...
+
+    async def drop(self, record: SharedRecord) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +223,38 @@ class Wishes:
         if not (told.missed or told.had):
             raise none
         return told.missed
+
+    async def register(self, registration: Registration) -> None:
+        """Let every node load a model from an address.
+
+        Raises:
+            InvalidRequestError: the address is none, or the cluster has no directory.
+            WishConflictError: the model is an alias.
+            SllmError: the directory does not take it.
+        """
+        check(registration)
+        self._check_itself(registration.model)
+        await self._shared().put(registration)
+
+    async def unregister(self, model: str) -> None:
+        """Let nodes load a model from its address no more; what has come of it stays.
+
+        Raises:
+            InvalidRequestError: it is not registered.
+            SllmError: the directory does not take it.
+        """
+        shared = self._shared()
+        for registration in shared.registrations():
+            if registration.model == model:
+                await shared.drop(registration)
+                return
+        raise InvalidRequestError(f"the model {model!r} is not registered", param="model")
+
+    def _shared(self) -> Shared:
+        if self._reach.directory is None:
+            problem = "there is no directory that models could be registered in"
+            raise InvalidRequestError(f"{problem}; name a remote in [remotes] of each node instead")
+        return self._reach.directory
 
     def _find_model(self, model: str) -> None:
         self._check_itself(model)

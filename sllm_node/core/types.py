@@ -107,8 +107,6 @@ class LoadReport:
     """Of all decoding together; it runs beside the copies, and several at once on a CPU."""
     is_encoded: bool = False
     """Whether the checkpoint is one that has to be decoded."""
-    begun_s: float = 0.0
-    """From the call to the first read or copy issued."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -144,6 +144,10 @@ class Service(Generic[CodecT]):
         """Begin a load for a session to come, if it can begin at once; tell whether it is on its way."""
         return self._hints.take(model)
 
+    async def begun(self) -> None:
+        """Let loads begin that are about to: for who has other things to do for a session that waits."""
+        await self._replicas.beginnings.over()
+
     async def prepare(self, model: str) -> CodecT:
         """Return the codec of `model`.
 

@@ -5,7 +5,7 @@ session needs them: its load needs the model's name. So who takes a request give
 is a ticket with the scheduler that nobody waits for. It begins a load that can begin at once: into
 free memory, or in place of models that are idle and suffice; a plan is made to know that before anything is
 done, and one that finds no way leaves all as it is. Any other ticket goes before a hint's, and one whose
-room is taken ends (it gave way). It lasts until the session comes or `HINT_S` is over; then
+room is taken ends (it gave way), with the load that it began. It lasts until the session comes or `HINT_S` is over; then
 a load under way that nobody else waits for is aborted. So a request that is refused for what it asks
 costs one load, and none of that model for `PAUSE_S` from then on.
 """

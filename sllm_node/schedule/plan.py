@@ -18,7 +18,8 @@ A model that has its room as soon as evictions end, and waits for no session, is
 What a model was promised is not given to those behind it. A model that finds no way now is passed
 over, unless it is overdue: then those behind it wait too, or they would take its room for ever.
 A model that only hints wait for comes last of all. It takes what is free, or what evictions leave that
-wait for no session, and closes nobody; and if others take its place, it finds no way.
+wait for no session, and closes nobody; and if others take its place, it finds no way. Its load under way
+is aborted for those who find no room beside it with idle models gone.
 Nothing is remembered between two plans but which models are closed, and those are preferred as
 victims, so that a plan doesn't waver while it is carried out.
 """
@@ -39,10 +40,12 @@ class Plan:
     coming: list[tuple[ModelRecord, tuple[str, ...]]] = field(default_factory=list)
     """The same, once evictions that are under way or begin now have ended."""
     evictions: list[ModelRecord] = field(default_factory=list)
+    aborts: list[ModelRecord] = field(default_factory=list)
+    """Loads under way that only hints wait for."""
     closed: list[ModelRecord] = field(default_factory=list)
 
 
-_Cost = tuple[bool, bool, bool, float, bool, bool, int]
+_Cost = tuple[bool, bool, bool, bool, float, bool, bool, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,15 @@ def _busy_order(record: ModelRecord) -> tuple[bool, int, float, str]:
     return (not record.is_closed, record.highest_priority, record.last_used, record.model)
 
 
+def _youngest_first(record: ModelRecord) -> float:
+    return -record.oldest.arrived
+
+
+def _leaves_at_once(victim: ModelRecord) -> bool:
+    """Tell whether it waits for no session: it is idle, or its load is aborted."""
+    return victim.is_idle or victim.state is ModelState.LOADING
+
+
 class _Room:
     """Device memory while a plan is made."""
 
@@ -131,6 +143,8 @@ class _Room:
         ready = [r for r in records if r.state is ModelState.READY and not r.pinned]
         self._idle = sorted((r for r in ready if r.is_idle), key=_idle_order)
         self._busy = sorted((r for r in ready if not r.is_idle), key=_busy_order)
+        loading = (r for r in records if r.state is ModelState.LOADING and not r.pinned)
+        self._hinted = sorted((r for r in loading if r.is_hinted), key=_youngest_first)
 
     def place(self, record: ModelRecord, *, is_overdue: bool) -> bool:
         """Plan for `record` and tell whether there was a way."""
@@ -144,7 +158,7 @@ class _Room:
             for name, size in needs.items():
                 self._free[name] -= size
             self.plan.loads.append((record, best.devices))
-        elif all(v.is_idle for v in best.victims) and all(
+        elif all(_leaves_at_once(v) for v in best.victims) and all(
             size <= self._soon[name] for name, size in needs.items()
         ):
             self.plan.coming.append((record, best.devices))
@@ -168,14 +182,15 @@ class _Room:
     def _cost(
         self, record: ModelRecord, needs: Mapping[str, int], victims: list[ModelRecord]
     ) -> _Cost:
-        busy = [victim for victim in victims if not victim.is_idle]
+        busy = [victim for victim in victims if not _leaves_at_once(victim)]
+        aborts = any(victim.state is ModelState.LOADING for victim in victims)
         is_new = any(not victim.is_closed for victim in busy)  # else the plan goes on as it was
         newest = max((victim.last_used for victim in victims), default=0.0)
         waits = any(size > self._free[name] for name, size in needs.items())
         leaving = sum(victim.bytes_on(name) for victim in victims for name in needs)
         room = leaving + sum(self._promisable[name] for name in needs)
         elsewhere = tuple(needs) != record.devices
-        return (is_new, bool(busy), bool(victims), newest, elsewhere, waits, -room)
+        return (is_new, bool(busy), aborts, bool(victims), newest, elsewhere, waits, -room)
 
     def _victims(
         self, record: ModelRecord, short: Mapping[str, int], *, is_overdue: bool
@@ -183,14 +198,14 @@ class _Room:
         """Return models that together hold what is short, no more of them than needed."""
         if not short:
             return []
-        priority, busy_models = record.waiting_priority, [] if record.is_hinted else self._busy
+        priority = record.waiting_priority
         closable = [
-            busy for busy in busy_models
+            busy for busy in self._busy
             if is_overdue or busy.highest_priority < priority or busy.model in record.promised
         ]  # fmt: skip
         left = dict(short)
         chosen: list[ModelRecord] = []
-        for victim in [*self._idle, *closable]:
+        for victim in [*self._idle, *([] if record.is_hinted else self._hinted + closable)]:
             if any(size > 0 and victim.bytes_on(name) for name, size in left.items()):
                 chosen.append(victim)
                 left = {name: size - victim.bytes_on(name) for name, size in left.items()}
@@ -206,10 +221,13 @@ class _Room:
         for victim in victims:
             for name in self._promisable:
                 self._promisable[name] += victim.bytes_on(name)
-                self._soon[name] += victim.bytes_on(name) if victim.is_idle else 0
+                self._soon[name] += victim.bytes_on(name) if _leaves_at_once(victim) else 0
             if victim.is_idle:
                 self._idle.remove(victim)
                 self.plan.evictions.append(victim)
+            elif victim.state is ModelState.LOADING:
+                self._hinted.remove(victim)
+                self.plan.aborts.append(victim)
             else:
                 self._busy.remove(victim)
                 self.plan.closed.append(victim)

@@ -58,6 +58,9 @@ class WeightStore(Protocol):
     def capacities(self) -> dict[str, int]:
         """Return the bytes of each device that replicas may take."""
 
+    async def begun(self, model: ModelId) -> float | None:
+        """Wait until the first bytes of a load under way are asked for; None: they can't be now."""
+
     async def settled(self, model: ModelId) -> None:
         """Wait until a load that was cancelled or failed holds nothing any more."""
 

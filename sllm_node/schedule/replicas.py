@@ -14,12 +14,14 @@ from collections.abc import Collection, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Generic, Protocol, TypeGuard
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import CheckpointChangedError, LoadFailedError, SllmError
 from sllm_node.core.types import ModelId, Part, Placement, Tier
+from sllm_node.schedule.beginnings import Beginnings
 from sllm_node.schedule.codecs import CodecCache
 from sllm_node.schedule.ports import CodecT, Engines, Replica, WeightLease, WeightStore
 
@@ -86,7 +88,8 @@ class Replicas(Generic[CodecT]):
         *,
         overlap: bool,
     ) -> None:
-        self.codecs = CodecCache(engines.load_codec)
+        self.beginnings = Beginnings()
+        self.codecs = CodecCache(self._load_codec)
         self._catalog = catalog
         self._store = store
         self._engines = engines
@@ -100,6 +103,8 @@ class Replicas(Generic[CodecT]):
         """Models whose loads have had others beside them."""
         self._brought: set[ModelId] = set()
         """Models that something may be kept of."""
+        self._begun_s: dict[ModelId, float] = {}
+        """Of loads under way: from the decision until the first read or copy."""
         self._is_closing = False
 
     def get(self, model: ModelId) -> Hosted | None:
@@ -109,13 +114,17 @@ class Replicas(Generic[CodecT]):
     def start_load(self, model: ModelId, devices: tuple[str, ...], listener: Listener) -> None:
         """Begin to bring `model` to its devices."""
         assert model not in self._loads
+        now = self._clock.now()
         log.info("load started", extra={"model": model, "devices": list(devices)})
-        task = asyncio.create_task(self._bring_up(model, devices, listener), name=f"load {model}")
+        self.beginnings.add(("load", model))
+        task = asyncio.create_task(
+            self._bring_up(model, devices, now, listener), name=f"load {model}"
+        )
         if self._loads:
             self._beside |= {model, *self._loads}
         self._loads[model] = task
         self._brought.add(model)
-        task.add_done_callback(partial(self._load_ended, model, listener, self._clock.now()))
+        task.add_done_callback(partial(self._load_ended, model, listener, now))
 
     def abort_load(self, model: ModelId) -> None:
         """Stop the load under way; the listener hears on_evicted when all is given back."""
@@ -147,16 +156,16 @@ class Replicas(Generic[CodecT]):
         self._hosted.clear()
         for model, one in hosted:
             await self._take_down(model, one, "shutdown")
+            log.info("evicted", extra={"model": model, "reason": "shutdown"})
 
     # --- loads --------------------------------------------------------------------------------
 
     async def _bring_up(
-        self, model: ModelId, devices: tuple[str, ...], listener: Listener
+        self, model: ModelId, devices: tuple[str, ...], started: float, listener: Listener
     ) -> Hosted:
-        started = self._clock.now()
         checkpoint = self._catalog.get(model)
         was_kept = self._engines.is_kept(checkpoint)
-        parts = await self._parts(checkpoint, self._placement(checkpoint, devices))
+        parts = await self._parts(checkpoint, self._placement(checkpoint, devices), started)
         lease, replica = parts.lease, None
         try:
             try:
@@ -196,7 +205,9 @@ class Replicas(Generic[CodecT]):
             for device, share in zip(devices, shares, strict=True)
         )
 
-    async def _parts(self, checkpoint: Checkpoint, placement: Placement) -> _Parts[CodecT]:
+    async def _parts(
+        self, checkpoint: Checkpoint, placement: Placement, started: float
+    ) -> _Parts[CodecT]:
         """Bring weights, module and codec at the same time."""
         model = checkpoint.model
         acquiring: asyncio.Task[WeightLease] | None = None
@@ -204,7 +215,8 @@ class Replicas(Generic[CodecT]):
         try:
             async with asyncio.TaskGroup() as group:
                 acquiring = group.create_task(self._acquire(model, placement))
-                skeleton = group.create_task(self._engines.skeleton(checkpoint))
+                group.create_task(self._begin(model, started))
+                skeleton = group.create_task(self._skeleton(checkpoint))
                 codec = group.create_task(self.codecs.get(checkpoint))
         except BaseException as error:
             if _succeeded(skeleton):
@@ -215,6 +227,21 @@ class Replicas(Generic[CodecT]):
                 raise _foremost(error) from None
             raise
         return _Parts(acquiring.result(), skeleton.result(), codec.result())
+
+    async def _begin(self, model: ModelId, started: float) -> None:
+        """Wait until bytes move; the store knows of the load by now."""
+        begun = await self._store.begun(model)
+        self._begun_s[model] = (self._clock.now() if begun is None else begun) - started
+        self.beginnings.discard(("load", model))
+
+    async def _skeleton(self, checkpoint: Checkpoint) -> Any:
+        if not self._engines.is_kept(checkpoint):
+            await self.beginnings.over()
+        return await self._engines.skeleton(checkpoint)
+
+    async def _load_codec(self, directory: Path) -> CodecT:
+        await self.beginnings.over()
+        return await self._engines.load_codec(directory)
 
     async def _acquire(self, model: ModelId, placement: Placement) -> WeightLease:
         try:
@@ -230,11 +257,13 @@ class Replicas(Generic[CodecT]):
     ) -> None:
         del self._loads[model]
         self._beside.discard(model)
+        self.beginnings.discard(("load", model))
         is_aborted = model in self._aborted
         self._aborted.discard(model)
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         if error is None:
             self._arrived(model, task.result(), self._clock.now() - started)
+        self._begun_s.pop(model, None)
         if self._is_closing:
             return
         if is_aborted:
@@ -259,7 +288,7 @@ class Replicas(Generic[CodecT]):
             fields["limited_by"] = "engine.kv_cache_bytes"
         if report is not None:
             fields |= {
-                "begun_s": round(report.begun_s, 5),
+                "begun_s": round(self._begun_s[model], 5),
                 "weights_s": round(report.elapsed_s, 4),
                 "bytes_total": report.bytes_total,
                 "bytes_from_nvme": report.bytes_from_nvme,
@@ -283,14 +312,15 @@ class Replicas(Generic[CodecT]):
 
     def _evict(self, model: ModelId, hosted: Hosted, reason: str, listener: Listener) -> None:
         assert model not in self._evictions
+        if reason == "room":  # for a load that is to begin
+            self.beginnings.add(("eviction", model))
         task = asyncio.create_task(self._take_down(model, hosted, reason), name=f"evict {model}")
         self._evictions[model] = task
-        task.add_done_callback(partial(self._eviction_ended, model, listener))
+        task.add_done_callback(partial(self._eviction_ended, model, reason, listener))
 
     async def _take_down(self, model: ModelId, hosted: Hosted, reason: str) -> None:
         await self._close(model, hosted.replica)
         self._give_back(model, hosted.lease, reason)
-        log.info("evicted", extra={"model": model, "reason": reason})
 
     async def _close(self, model: ModelId, replica: Replica) -> None:
         try:
@@ -298,13 +328,17 @@ class Replicas(Generic[CodecT]):
         except Exception:
             log.exception("engine did not close well", extra={"model": model})
 
-    def _eviction_ended(self, model: ModelId, listener: Listener, task: asyncio.Task[None]) -> None:
+    def _eviction_ended(
+        self, model: ModelId, reason: str, listener: Listener, task: asyncio.Task[None]
+    ) -> None:
         del self._evictions[model]
         if not task.cancelled() and (error := task.exception()) is not None:
             # The scheduler is told all the same: what the memory lacks, the next load will say.
             log.error("eviction failed", extra={"model": model}, exc_info=error)
         if not self._is_closing:
             listener.on_evicted(model)
+        self.beginnings.discard(("eviction", model))
+        log.info("evicted", extra={"model": model, "reason": reason})  # no load waits for that line
 
     def _give_back(self, model: ModelId, lease: WeightLease, reason: str) -> None:
         lease.release()

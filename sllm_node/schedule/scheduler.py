@@ -11,7 +11,8 @@ Every `on_x` takes an event and the time, changes the state, and returns actions
 - A load that ends grants the tickets that waited for it before any other model's turn is
   considered: each load serves somebody, so turns make progress and nobody starves.
 - Eviction takes time (sessions' memory is torn down): the bytes count until on_evicted.
-- A hint's ticket never stands before another one: it ends once others take the room it counted on.
+- A hint's ticket never stands before another one: it ends once others take the room it counted on, and the
+  load that it began is aborted for them, if nobody else waits for it.
 - A load that fails refuses all who waited; the next request tries again.
 - A pin keeps a replica from being evicted for others or for idleness. It doesn't keep one that is
   broken or whose checkpoint was replaced.
@@ -365,6 +366,10 @@ class Scheduler:
             record.plan(coming.get(record.model, ()), self._now)
         for record in plan.evictions:
             yield self._evict(record, "room")
+        for record in plan.aborts:
+            yield from self._give_way(record)
+            record.happen(ModelEvent.LOAD_ABORTED)
+            yield AbortLoad(record.model)
         for record, devices in plan.loads:
             record.devices = devices
             record.ready_at = self._now + record.load_s
@@ -373,6 +378,7 @@ class Scheduler:
         for record in records:
             if record.state is ModelState.QUEUED and record.is_hinted and not record.planned:
                 yield from self._give_way(record)
+                record.happen(ModelEvent.UNWANTED)
 
     def _plan(self, records: Iterable[ModelRecord], now: float) -> Plan:
         return make_plan(records, self._capacities, now, self._config.max_wait_s)
@@ -384,7 +390,6 @@ class Scheduler:
             record.remove(number)
             del self._tickets[number]
             yield GiveWay(number, record.model)
-        record.happen(ModelEvent.UNWANTED)
 
     def _evict(self, record: ModelRecord, reason: str) -> Action:
         assert record.is_idle

@@ -89,6 +89,8 @@ ROUTES: Final = (
     Route("GET", "/admin/wishes", "admin"),
     Route("POST", "/admin/models/{id}/scale", "admin"),
     Route("POST", "/admin/models/{id}/unscale", "admin"),
+    Route("POST", "/admin/models/{id}/register", "admin"),
+    Route("POST", "/admin/models/{id}/unregister", "admin"),
     Route("POST", "/admin/aliases/{id}/set", "admin"),
     Route("POST", "/admin/aliases/{id}/unset", "admin"),
     Route("GET", "/peer/v1/checkpoints", "admin"),
@@ -200,7 +202,7 @@ def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Han
         probes.livez, probes.readyz, probes.health, probes.metrics,
         admin.status, admin.placement, admin.load, admin.unload, admin.pin, admin.unpin, admin.cancel, admin.move, admin.drain,
         admin.undrain, admin.pull,
-        wishes.show, wishes.scale, wishes.unscale, wishes.set_alias, wishes.unset_alias,
+        wishes.show, wishes.scale, wishes.unscale, wishes.register, wishes.unregister, wishes.set_alias, wishes.unset_alias,
         peer.list, peer.file,
     )  # fmt: skip
     keys = ((route.method, route.path) for route in ROUTES)

@@ -1,7 +1,8 @@
 """From a request's prompts to tokens, and every check that needs no model on the device.
 
 Texts become tokens in worker threads. Long texts have a thread of their own: one can take seconds,
-also when its client is gone, and short ones must not wait for it.
+also when its client is gone, and short ones must not wait for it. A few words don't go to a thread: they take
+less than the way there and back, on which a request waits twice for whoever holds the interpreter.
 """
 
 import asyncio
@@ -18,6 +19,8 @@ from sllm_node.server.service import TextCodec
 ResultT = TypeVar("ResultT")
 SHORT_THREADS: Final = 2
 """Short texts that are made into tokens at once; others wait."""
+FEW_CHARACTERS: Final = 256
+"""Up to here a text is a few words: at most 0.1 ms of work."""
 LONG_CHARACTERS: Final = 1 << 17
 """From here on a text is long: some 50 ms of work."""
 
@@ -59,6 +62,8 @@ class Prompts:
         return await self._in_worker(len(tokens), partial(codec.decode, tokens))
 
     async def _tokens(self, codec: TextCodec, prompt: str | list[int], limit: int) -> TokenIds:
+        if isinstance(prompt, str) and len(prompt) <= FEW_CHARACTERS:
+            return codec.encode(prompt, limit=limit)
         if isinstance(prompt, str):
             return await self._in_worker(len(prompt), partial(codec.encode, prompt, limit=limit))
         return tuple(prompt)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from sllm_node.cluster.records import Desired
+from sllm_node.cluster.records import Desired, Registration
 from sllm_node.core.types import (
     GenerationChunk,
     GenerationRequest,
@@ -81,6 +81,10 @@ class Wishes(Protocol):
     async def set_alias(self, name: str, model: str) -> list[str]: ...
 
     async def drop_alias(self, name: str) -> list[str]: ...
+
+    async def register(self, registration: Registration) -> None: ...
+
+    async def unregister(self, model: str) -> None: ...
 
     async def scale(self, desired: Desired) -> list[str]: ...
 

@@ -5,7 +5,7 @@ from dataclasses import asdict
 import msgspec
 from aiohttp import web
 
-from sllm_node.cluster.records import Desired
+from sllm_node.cluster.records import Desired, Registration
 from sllm_node.core.types import ModelId
 from sllm_node.server.admin import NoFields, read_body
 from sllm_node.server.models import json_response
@@ -24,6 +24,12 @@ class ScaleRequest(msgspec.Struct, forbid_unknown_fields=True):
     minimum: int
     maximum: int
     keep_alive_s: float = 300.0
+
+
+class RegisterRequest(msgspec.Struct, forbid_unknown_fields=True):
+    """Body of register."""
+
+    url: str
 
 
 class WishRoutes:
@@ -52,6 +58,20 @@ class WishRoutes:
         await read_body(http, NoFields)
         model = http.match_info["id"]
         return json_response({"model": model, "missed": await self._wishes.unscale(model)})
+
+    async def register(self, http: web.Request) -> web.Response:
+        """Let all nodes load a model from an address."""
+        body = await read_body(http, RegisterRequest)
+        registration = Registration(ModelId(http.match_info["id"]), body.url)
+        await self._wishes.register(registration)
+        return json_response(asdict(registration))
+
+    async def unregister(self, http: web.Request) -> web.Response:
+        """Let nodes do that no more."""
+        await read_body(http, NoFields)
+        model = http.match_info["id"]
+        await self._wishes.unregister(model)
+        return json_response({"model": model})
 
     async def set_alias(self, http: web.Request) -> web.Response:
         """Let clients ask for a model by another name."""

@@ -97,9 +97,9 @@ class Load:
         self._ledger = machinery.ledger
         self._asked = asked
         self._started = machinery.clock.now()
+        self.begun: asyncio.Future[float] = machinery.loop.create_future()
+        """When the first read or copy was issued, or when it has ended."""
         self._first_copy: float | None = None
-        self._begun: float | None = None
-        """When the first read or copy was issued."""
         self._files: tuple[ShardFile, ...] = ()
         self._error: BaseException | None = None
         self._cached: list[Unit] = []
@@ -261,14 +261,17 @@ class Load:
         return all(cut.end <= cut.target.ready_to for cut in self._slices_of(unit))
 
     def _read(self, unit: Unit, chunk: int) -> None:
-        if self._begun is None:
-            self._begun = self._machinery.clock.now()
+        self._note_begun()
         view = self._machinery.pool.view(chunk, unit.size)
         job = partial(read_unit, self.checkpoint, self._files[unit.shard], unit, view)
         self._reading += 1
         run_in(
             self._machinery.readers, self._machinery.loop, job, partial(self._on_read, unit, view)
         )
+
+    def _note_begun(self) -> None:
+        if not self.begun.done():
+            self.begun.set_result(self._machinery.clock.now())
 
     def _check(self, unit: Unit, view: memoryview, tell: "Callable[..., None]") -> None:
         self._checking += 1
@@ -346,7 +349,7 @@ class Load:
         """Count what is on its way by `link`; return what is to be called when it is there."""
         if self._first_copy is None:
             self._first_copy = self._machinery.clock.now()
-            self._begun = self._first_copy if self._begun is None else self._begun
+            self._note_begun()
         self._copying += 1
         self._moved.stored += carried
         link.outstanding += carried
@@ -518,7 +521,8 @@ class Load:
     def _finish(self) -> None:
         self._ledger.end_load(self.model)
         index = self.checkpoint.index
-        self._moved.remote = fetched_bytes(self._files) * index.size // index.file_size
+        fetched = fetched_bytes(self._files) * index.size // index.file_size
+        self._moved.remote = min(fetched, self._moved.nvme)  # chunks differ in how well they encode
         close_shards(self._files)
         self._files = ()
         if isinstance(self._error, CheckpointChangedError):
@@ -532,6 +536,7 @@ class Load:
             self.ended.set_result(result)
             if not self.mapped.done():
                 self.mapped.set_result(None)
+            self._note_begun()
             self._machinery.chunk_given_back()
 
     def _report(self) -> LoadReport:
@@ -548,7 +553,6 @@ class Load:
             bytes_relayed=moved.relayed,
             elapsed_s=now - self._started,
             first_copy_s=first_copy - self._asked,
-            begun_s=(now if self._begun is None else self._begun) - self._asked,
             verified_bytes=moved.verified,
             bytes_from_remote=moved.remote,
             bytes_stored=moved.stored,

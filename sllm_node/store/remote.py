@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from sllm_node.checkpoint.cards import CARDS_FOLDER, TEXT_FILES, Cards, clear
+from sllm_node.checkpoint.cards import CARDS_FOLDER, REGISTERED, TEXT_FILES, Cards, clear
 from sllm_node.checkpoint.catalog import Checkpoint, is_model_name
 from sllm_node.checkpoint.index import INDEX_FILE, from_json
 from sllm_node.core.config import RemoteConfig, StoreConfig
@@ -36,6 +36,7 @@ from sllm_node.store.remote_fetch import INDEX_BYTES_MAX, Files, Remote
 from sllm_node.store.remote_file import RemoteFileSystem
 from sllm_node.store.remote_partial import FLUSH_BYTES, Partial
 from sllm_node.store.remote_pull import Pull
+from sllm_node.store.remote_registered import RegisteredFiles
 from sllm_node.store.remote_transport import Transport
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,9 @@ RETRY_S: Final = 15.0
 _TEXT_BYTES_MAX: Final = 256 << 20
 _WRITERS: Final = 2
 _BUFFERS: Final = 4
+_THREADS: Final = 16
+_RETRIES: Final = 4
+"""Of models that are registered; others have their config's."""
 _PULLS_MAX: Final = 2
 """At once; others wait."""
 
@@ -86,7 +90,7 @@ class RemoteTier:
         flush_bytes: int = FLUSH_BYTES,
     ) -> None:
         self.path = Path(store.path)
-        self.cards = Cards(self.path, frozenset(remotes))
+        self.cards = Cards(self.path, frozenset({*remotes, REGISTERED}))
         self._config = dict(remotes)
         self._remotes = {
             name: Remote(
@@ -97,7 +101,11 @@ class RemoteTier:
             )
             for name, config in remotes.items()
         }
-        self._seen = {name: _Seen() for name in remotes}
+        self._registered = RegisteredFiles(connect)
+        self._remotes[REGISTERED] = Remote(
+            self._registered, threads=_THREADS, retries=_RETRIES, metrics=metrics
+        )
+        self._seen = {name: _Seen() for name in self._remotes}
         self._metrics = metrics
         self._joined: dict[str, Remote] = {}
         """Remotes that no config names: the peers of a cluster."""
@@ -140,6 +148,11 @@ class RemoteTier:
         )
         self.cards.offers[files.name] = offers
 
+    async def register(self, urls: Mapping[ModelId, str]) -> None:
+        """Load these models from these addresses, too, where no remote of the config has them."""
+        self._registered.set(urls)
+        await self.refresh()
+
     # --- what is there ------------------------------------------------------------------------
 
     async def refresh(self) -> None:
@@ -163,16 +176,18 @@ class RemoteTier:
 
     def status(self) -> list[dict[str, Any]]:
         """Return how each remote was when it was looked at last."""
+        shown = [name for name in self._seen if name != REGISTERED or self._registered.models()]
         return [
             {
                 "name": name,
-                "url": self._config[name].url,
+                "url": self._config[name].url if name in self._config else "the directory's models",
                 "state": "down" if seen.is_down else "ok",
                 "problem": seen.problem,
                 "models": list(seen.models),
                 "not_offered": list(seen.not_offered),
             }
-            for name, seen in self._seen.items()
+            for name in shown
+            for seen in [self._seen[name]]
         ]
 
     def bytes_come(self, model: ModelId) -> int | None:

@@ -370,6 +370,16 @@ class Store:
         self._observed.show()
         return place
 
+    async def begun(self, model: ModelId) -> float | None:
+        """Wait until a load of `model` has issued its first read or copy; return when that was.
+
+        None: there is none, or it waits behind others.
+        """
+        load = self._loads.get(model)
+        if load is None or load in self._slot_queue:
+            return None
+        return await asyncio.shield(load.begun)
+
     async def settled(self, model: ModelId) -> None:
         """Wait until no load of `model` onto devices is under way.
 

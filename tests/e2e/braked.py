@@ -7,8 +7,11 @@ does something to a running session must not depend on that. While the file `bra
 node's configuration, each decode step takes `STEP_S`, and where a session has `SLOW_FROM` tokens
 `LATE_S`: whatever a test does in between, however slow the machine, the session is not over before.
 Prompts and what a move computes ahead are not held, and every step ends: moves make progress.
+
+While the file `hold` lies there, the node sends of each file that peers ask for only what comes first.
 """
 
+import asyncio
 import ctypes
 import multiprocessing
 import os
@@ -23,6 +26,7 @@ from typing import Any, Final
 
 ROOT: Final = Path(__file__).parents[2]
 BRAKE: Final = "brake"
+HOLD: Final = "hold"
 STEP_S: Final = 0.02
 SLOW_FROM: Final = 150
 LATE_S: Final = 1.0
@@ -77,6 +81,7 @@ def _run(config: Path, log: Path, environment: dict[str, str]) -> None:
         from sllm_node.cli.main import main
 
         _install(config.parent / BRAKE)
+        _install_hold(config.parent / HOLD)
         main()
     finally:
         if measured is not None:
@@ -113,3 +118,19 @@ def _install(brake: Path) -> None:
         return advance(self, steps)
 
     Runner.advance = braked  # type: ignore[method-assign]
+
+
+def _install_hold(hold: Path) -> None:
+    """Let ranges of files behind the first wait."""
+    from sllm_node.cluster.file_messages import AskFile
+    from sllm_node.cluster.giving import Giving
+    from sllm_node.cluster.transport import Reply
+
+    send = Giving._send
+
+    async def held(self: Giving, ask: AskFile, path: Path, reply: Reply) -> None:
+        while ask.first and hold.exists():
+            await asyncio.sleep(LOOK_S)
+        await send(self, ask, path, reply)
+
+    Giving._send = held  # type: ignore[method-assign]

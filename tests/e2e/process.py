@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from tests.e2e.braked import BRAKE, ROOT, Forked
+from tests.e2e.braked import BRAKE, HOLD, ROOT, Forked
 
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 120.0
@@ -59,6 +59,7 @@ class NodeProcess:
         self.folder = folder
         self._is_braked = braked
         self._brake = folder / BRAKE
+        self._hold = folder / HOLD
         self.config = folder / "node.toml"
         self.log = folder / "node.log"
         self.root = ROOT
@@ -75,9 +76,15 @@ class NodeProcess:
         assert self._is_braked, "this node was started without a brake"
         self._brake.touch()
 
+    def hold(self) -> None:
+        """From now on send peers only the beginning of each file, until `release`."""
+        assert self._is_braked, "this node was started without a brake"
+        self._hold.touch()
+
     def release(self) -> None:
-        """Let sessions decode as fast as they can."""
+        """Let sessions decode, and files go, as fast as they can."""
         self._brake.unlink(missing_ok=True)
+        self._hold.unlink(missing_ok=True)
 
     def mark(self) -> None:
         """Let `events` leave out what has been logged so far."""

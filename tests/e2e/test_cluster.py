@@ -144,6 +144,41 @@ async def test_a_model_of_a_node_that_drains_is_loaded_from_it(pair):
     assert verify(open_checkpoint(store / "alpha")) == []
 
 
+def has_some(report):
+    return any(
+        m["bytes_by_tier"].get("dram", 0) > 0 for m in report["models"] if m["id"] == "alpha"
+    )
+
+
+async def test_a_load_whose_only_sender_is_killed_goes_on_when_that_is_back(tmp_path):
+    """Node b has alpha, and no room to serve it."""
+    file = nodes.make_cluster(tmp_path / "shared", ["a", "b"])
+    stores = {name: tmp_path / f"store-{name}" for name in ("a", "b")}
+    for store in stores.values():
+        store.mkdir()
+    make_checkpoint(stores["b"], "alpha", family="llama", seed=4, chunk_bytes=65536)
+    a = nodes.made(tmp_path, "a", stores["a"], file, braked=True)
+    b = nodes.made(
+        tmp_path, "b", stores["b"], file, braked=True, memory_bytes=nodes.KV_BYTES + 4096
+    )
+    with nodes.running(a, b):
+        await nodes.sees(a, "b")
+        b.hold()
+        first = asyncio.create_task(nodes.Streamed().read(a.url, ask("alpha")))
+        await nodes.until(a.url, "/admin/status", has_some)
+        second = asyncio.create_task(nodes.Streamed().read(a.url, ask("alpha")))
+        await nodes.until(a.url, "/admin/status", lambda found: len(found["sessions"]) == 2)
+        b.process.kill()
+        await nodes.logged(a, "load failed")
+        b.release()
+        await asyncio.to_thread(b.start_again)
+        answers = [await first, await second]
+        there = await answer(a, ask("alpha"))
+    assert [found.text for found in answers] == [there["choices"][0]["text"]] * 2
+    assert len(a.events("session lost its node")) == 2
+    assert verify(open_checkpoint(stores["a"] / "alpha")) == []
+
+
 @pytest.fixture
 def trio(tmp_path):
     """Node a has no model; b and c have alpha."""

@@ -5,11 +5,18 @@ import functools
 
 import pytest
 
+from sllm_node.checkpoint.cards import PEERS
 from sllm_node.cluster.choice import choose, request_for
-from sllm_node.core.errors import ModelElsewhereError, ModelNotFoundError, RemoteUnreachableError
+from sllm_node.core.errors import (
+    ModelElsewhereError,
+    ModelNotFoundError,
+    RemoteUnreachableError,
+    SllmError,
+)
 from sllm_node.core.types import ModelId, NodeId
 from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
+from tests.unit.schedule.fakes import LOAD_S
 
 TOKENS = list(range(1, 21))
 
@@ -40,6 +47,10 @@ def with_peer_loads(more="", **nodes):
 
 def loads(world, name):
     return world[name].rig.store.loads
+
+
+def now():
+    return asyncio.get_running_loop().time()
 
 
 def drain(world, name):
@@ -81,14 +92,70 @@ async def test_a_forwarded_session_has_its_model_fetched_where_it_goes(world):
 
 
 @with_peer_loads(a=(), b=("m",))
-async def test_a_model_whose_peers_go_before_it_is_known_is_told_as_that(world):
+async def test_a_model_whose_peers_stay_away_before_it_is_known_is_told_as_that_in_the_end(world):
     drain(world, "b")
     await asyncio.sleep(1.0)
     stream = world.open("a", "m")
     await asyncio.sleep(0.1)
     await world["b"].crash()
-    with pytest.raises(RemoteUnreachableError):
+    start = now()
+    with pytest.raises(SllmError, match=r"no node that lives has all of it|can't be reached"):
         await read(stream)
+    patience_s = world["a"].router._tools.limits.patience_s
+    assert patience_s - 1.0 <= now() - start < patience_s + 10.0
+
+
+@with_peer_loads(a=(), b=("m",))
+async def test_a_model_whose_peers_go_before_it_is_known_is_loaded_when_they_are_back(world):
+    drain(world, "b")
+    await asyncio.sleep(1.0)
+    stream = world.open("a", "m")
+    await asyncio.sleep(0.1)
+    await world["b"].crash()
+    await asyncio.sleep(20.0)
+    world["b"].start()
+    assert await read(stream) == TOKENS
+
+
+def gone(remote=PEERS):
+    return RemoteUnreachableError(remote, "m/shard-00000.bin", "no node that lives has all of it")
+
+
+@with_peer_loads(a=(), b=("m",))
+async def test_who_waits_for_a_load_whose_sender_dies_waits_for_another_one(world):
+    drain(world, "b")
+    await asyncio.sleep(1.0)
+    first = world.open("a", "m")
+    await asyncio.sleep(1.0)
+    second = world.open("a", "m")  # the model is known by now: it waits at home
+    await world["b"].crash()
+    store = world["a"].rig.store
+    assert store.loading == {"m"}
+    store.error = gone()
+    await asyncio.sleep(LOAD_S)
+    assert store.loading == set()
+    store.error = None
+    assert await read(first) == TOKENS
+    assert await read(second) == TOKENS
+    assert store.loads == ["m", "m"]
+
+
+@with_peer_loads(a=("m",), b=("m",))
+async def test_who_waits_for_a_load_whose_remote_is_gone_is_served_by_who_has_the_model(world):
+    world["a"].rig.store.error = gone("bucket")
+    assert await read(world.open("a", "m")) == TOKENS
+    assert (loads(world, "a"), loads(world, "b")) == (["m"], ["m"])
+
+
+@with_peer_loads(a=("m",))
+async def test_who_waits_for_a_load_whose_remote_is_gone_is_told_if_nobody_else_can_load_it(
+    world,
+):
+    world["a"].rig.store.error = gone("bucket")
+    start = now()
+    with pytest.raises(RemoteUnreachableError, match="bucket"):
+        await read(world.open("a", "m"))
+    assert now() - start == pytest.approx(LOAD_S)
 
 
 @with_peer_loads(a=(), b=("m",))

@@ -263,6 +263,19 @@ def test_replicas_and_aliases_are_wished_for_on_a_running_node(node):
     assert run("cluster", "unalias", "gpt", "--url", node.url).output == "gpt: forgotten\n"
 
 
+def test_a_model_is_registered_on_a_running_node(node):
+    node.answer = (200, {"model": "m", "url": "https://far/x"})
+    done = run("cluster", "register", "m", "https://far/x", "--url", node.url)
+    assert (done.exit_code, done.output) == (0, "m: registered at https://far/x\n")
+    assert node.seen[-1][:2] == ("POST", "/admin/models/m/register")
+    assert json.loads(node.seen[-1][3]) == {"url": "https://far/x"}
+    done = run("cluster", "unregister", "m", "--url", node.url)
+    assert (done.output, node.seen[-1][1]) == (
+        "m: not registered any more\n",
+        "/admin/models/m/unregister",
+    )
+
+
 def test_nodes_that_do_not_know_of_a_wish_yet_are_named(node):
     node.answer = (200, {"alias": "gpt", "model": "m", "missed": ["c"]})
     result = run("cluster", "alias", "gpt", "m", "--url", node.url)

@@ -11,7 +11,7 @@ from sllm_node.cluster.file import parse_cluster
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.listing import Listing, etcd_options
 from sllm_node.cluster.peers import Place
-from sllm_node.cluster.records import Desired
+from sllm_node.cluster.records import Desired, Registration
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import parse_config
 from sllm_node.core.errors import ConfigError
@@ -23,6 +23,7 @@ ME, B = NodeId("a"), NodeId("b")
 KEY = '[trust]\nkey_file = "k"\n'
 NODES = '[[nodes]]\nid = "a"\naddress = "10.0.0.1:8100"\n'
 DIRECTORY = '[directory]\nendpoints = ["https://etcd:2379"]\n'
+MODEL = Registration(ModelId("m"), "s3://bucket/m")
 WISH = Desired(ModelId("m"), 1, 2, 30.0)
 
 
@@ -41,17 +42,33 @@ class Peers:
         del self.listed[peer]
 
 
+class Models:
+    """Stands for who makes registered models known."""
+
+    def __init__(self):
+        self.told: list[dict[ModelId, str]] = []
+        self.is_closed = False
+
+    def set(self, urls):
+        self.told.append(urls)
+
+    async def close(self):
+        self.is_closed = True
+
+
 @asynccontextmanager
 async def listing(folder, endpoint):
     journal, peers = await Journal.open(folder / "journal"), Peers()
     text = f'{KEY}[directory]\nendpoints = ["{endpoint}"]\ntimeout_s = 2.0\n'
     place = Place(ME, 7, folder / "cluster.toml", parse_cluster(text))
     made = Listing(place, "10.0.0.1:8100", peers, journal, MonotonicClock(), Metrics())  # type: ignore[arg-type]
+    made.registered = models = Models()  # type: ignore[assignment]
     await made.start()
     try:
         yield made, peers
     finally:
         await made.close()
+        assert models.is_closed
         await journal.close()
 
 
@@ -61,18 +78,21 @@ async def test_peers_and_desired_replicas_are_remembered_for_a_start_without_etc
     try:
         bad = NodeRecord(NodeId("bad"), "no address", 3)
         async with EtcdClient(EtcdOptions((etcd.client_url,))) as client:
-            for record in (bad, NodeRecord(B, "10.0.0.2:8100", 5), WISH):
+            for record in (bad, WISH, MODEL, NodeRecord(B, "10.0.0.2:8100", 5)):
                 await client.put(key_of(record), encode(record))
         async with listing(tmp_path, etcd.client_url) as (made, peers):
             await peers.news.wait()
             assert peers.listed == {B: "10.0.0.2:8100"}
             assert made.desired() == (WISH,)
             assert made.status()["state"] == "following"
+            assert made.registrations() == (MODEL,)
+            assert made.registered.told == [{"m": "s3://bucket/m"}]
     finally:
         etcd.close()
     async with listing(tmp_path, etcd.client_url) as (made, peers):
         assert peers.listed == {B: "10.0.0.2:8100"}
         assert made.desired() == (WISH,)
+        assert made.registered.told == [{"m": "s3://bucket/m"}]
         assert [node["stale"] for node in made.status()["nodes"]] == [True, True]
 
 

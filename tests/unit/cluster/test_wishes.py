@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from sllm_node.cluster.directory_keys import SharedRecord
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.packing import pack
-from sllm_node.cluster.records import Alias, Desired, Records
+from sllm_node.cluster.records import Alias, Desired, Records, Registration
 from sllm_node.cluster.wire import Failed
 from sllm_node.cluster.wish_messages import WISH, Kept, Wish, unpack_kept
 from sllm_node.cluster.wishes import Reach, Wishes
@@ -159,19 +160,47 @@ async def test_a_node_in_no_cluster_has_aliases_and_no_replicas(tmp_path):
     await journal.close()
 
 
+class Directory:
+    def __init__(self):
+        self.kept: list[SharedRecord] = []
+
+    def desired(self):
+        return tuple(record for record in self.kept if isinstance(record, Desired))
+
+    def registrations(self):
+        return tuple(record for record in self.kept if isinstance(record, Registration))
+
+    async def put(self, record):
+        self.kept.append(record)
+
+    async def drop(self, record):
+        self.kept.remove(record)
+
+
+async def test_models_are_registered_in_the_directory(cluster):
+    wishes = Wishes(cluster.journals[0], find, Reach(cluster.peers, directory := Directory()))
+    new = Registration(ModelId("new"), "s3://bucket/models")
+    await wishes.register(new)
+    assert directory.registrations() == (new,)
+    with pytest.raises(InvalidRequestError, match="no address"):
+        await wishes.register(Registration(ModelId("new"), "here"))
+    await wishes.set_alias("gpt", "m")
+    with pytest.raises(WishConflictError, match="alias of 'm'"):
+        await wishes.register(Registration(ModelId("gpt"), "s3://bucket/models"))
+    await wishes.unregister("new")
+    assert directory.registrations() == ()
+    with pytest.raises(InvalidRequestError, match="not registered"):
+        await wishes.unregister("new")
+
+
+async def test_without_a_directory_no_model_is_registered(cluster):
+    new = Registration(ModelId("new"), "s3://bucket/models")
+    for act in (lambda: cluster.here.register(new), lambda: cluster.here.unregister("new")):
+        with pytest.raises(InvalidRequestError, match=r"\[remotes\] of each node"):
+            await act()
+
+
 async def test_where_there_is_a_directory_replicas_are_its_own(cluster):
-    kept: list[Desired] = []
-
-    class Directory:
-        def desired(self):
-            return tuple(kept)
-
-        async def put(self, record):
-            kept.append(record)
-
-        async def drop(self, record):
-            kept.remove(record)
-
     wishes = Wishes(cluster.journals[0], find, Reach(cluster.peers, Directory()))
     assert await wishes.scale(WISHED) == []
     assert (wishes.desired(), cluster.journals[0].records.desired) == ((WISHED,), {})

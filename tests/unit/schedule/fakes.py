@@ -88,6 +88,7 @@ class FakeStore:
         self.forgotten: list[ModelId] = []
         self.error: BaseException | None = None
         self.on_acquired = lambda: None
+        self.begin_s = 0.0
         self.early_s: float | None = None
         """When early leases are given; None: at the end of the load."""
 
@@ -124,6 +125,10 @@ class FakeStore:
     def wind_down(self, model):
         self.loading.remove(model)
         self.wound_down.set()
+
+    async def begun(self, model):
+        await asyncio.sleep(self.begin_s)
+        return asyncio.get_running_loop().time()
 
     async def settled(self, model):
         while model in self.loading:
@@ -237,6 +242,9 @@ class FakeEngines:
         """Of all durations: 0 where time is real."""
         self.replicas: dict[ModelId, FakeReplica] = {}
         self.codecs_read: list[str] = []
+        self.building: list[tuple[ModelId, float]] = []
+        self.reading: list[tuple[str, float]] = []
+        """When modules and tokenizers were begun."""
         self.given_back: list[ModelId] = []
         self.forgotten: list[ModelId] = []
         self.codec_error: Exception | None = None
@@ -260,12 +268,14 @@ class FakeEngines:
 
     async def load_codec(self, directory):
         self.codecs_read.append(directory.name)
+        self.reading.append((directory.name, asyncio.get_running_loop().time()))
         await asyncio.sleep(0.1 * self.pace)
         if self.codec_error is not None:
             raise self.codec_error
         return f"codec of {directory.name}"
 
     async def skeleton(self, checkpoint):
+        self.building.append((checkpoint.model, asyncio.get_running_loop().time()))
         await asyncio.sleep(0.2 * self.pace)
         return object()
 

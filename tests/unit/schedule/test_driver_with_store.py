@@ -115,6 +115,19 @@ async def test_a_model_that_leaves_the_device_stays_in_dram(tmp_path):
         assert node.service.status("a").tier is Tier.DEVICE
 
 
+@pytest.mark.parametrize("turns", [0, 1, 2, 5, 20, 100])
+async def test_a_load_that_a_hint_began_leaves_nothing_to_the_session_that_takes_its_room(
+    tmp_path, turns
+):
+    async with real_node(tmp_path) as node:
+        assert node.service.hint(ModelId("a"))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        assert await node.ask("b") == "xxx"
+        assert node.store.leases(ModelId("a")) == 0
+        assert await node.ask("a") == "xxx"
+
+
 @pytest.mark.parametrize("delay_s", [0.0, 0.001, 0.003])
 async def test_closing_while_models_load_leaves_nothing_behind(tmp_path, delay_s):
     async with real_node(tmp_path, models=3) as node:

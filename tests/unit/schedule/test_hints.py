@@ -6,8 +6,9 @@ import pytest
 from sllm_node.core.config import ModelConfig
 from sllm_node.core.errors import PromptTooLongError
 from sllm_node.core.types import ModelId, ModelState
+from sllm_node.schedule.beginnings import LIMIT_S
 from sllm_node.schedule.hints import HINT_S, HINTS_MAX, LONG_CHARACTERS, PAUSE_S
-from tests.unit.schedule.fakes import EVICTION_S, LOAD_S, STEP_S
+from tests.unit.schedule.fakes import CANCEL_S, EVICTION_S, LOAD_S, STEP_S
 from tests.unit.schedule.test_driver import now, on_virtual_time
 
 A, B, C = ModelId("a"), ModelId("b"), ModelId("c")
@@ -38,6 +39,31 @@ async def test_a_request_whose_tokenizer_must_be_read_begins_its_load_at_once(no
     await n.service.prepare("a")
     assert await n.ask("a", tokens=1) == "x"
     assert now() == pytest.approx(LOAD_S + STEP_S)
+
+
+@on_virtual_time
+async def test_a_load_begins_before_its_tokenizer_is_read_and_its_module_is_built(node):
+    n = node()
+    n.store.begin_s = LIMIT_S / 2
+    n.service.expect("a", 10)
+    await n.service.prepare("a")
+    assert await n.ask("a", tokens=1) == "x"
+    assert n.engines.reading == [("a", LIMIT_S / 2)]
+    assert n.engines.building == [("a", LIMIT_S / 2)]
+    await n.ask("b", tokens=1)  # for which an eviction is under way first
+    building = EVICTION_S + LIMIT_S / 2
+    assert n.engines.building[-1] == ("b", pytest.approx(LOAD_S + STEP_S + building))
+
+
+@on_virtual_time
+async def test_a_tokenizer_is_read_soon_although_an_eviction_before_the_load_takes_long(node):
+    n = node()
+    await n.ask("b", tokens=1)
+    start = now()
+    n.service.expect("a", 10)
+    await n.service.prepare("a")
+    assert n.engines.reading[-1] == ("a", pytest.approx(start + LIMIT_S))
+    assert await n.ask("a", tokens=1) == "x"
 
 
 @on_virtual_time
@@ -160,6 +186,31 @@ async def test_a_load_that_no_session_follows_is_aborted(node):
     assert n.service.status("a").state is ModelState.IDLE
     n.engines.open_s = 0.0
     assert await n.ask("b", tokens=1) == "x"
+
+
+@on_virtual_time
+async def test_a_session_takes_the_room_of_a_load_that_only_a_hint_began(node):
+    n = node()
+    assert n.service.hint(A)
+    await asyncio.sleep(LOAD_S / 2)
+    start = now()
+    assert await n.ask("b", tokens=1) == "x"
+    assert now() - start == pytest.approx(CANCEL_S + LOAD_S + STEP_S)
+    assert (n.store.loads, count(n, "gave way")) == (["a", "b"], 1)
+    assert n.store.on_device == {"b"}
+    assert await n.ask("a", tokens=1) == "x"  # the session that the hint was for, late
+
+
+@on_virtual_time
+async def test_a_session_takes_the_room_of_a_hinted_load_whose_replica_is_open_already(node):
+    n = node()
+    n.store.early_s = LOAD_S / 4
+    assert n.service.hint(A)
+    await asyncio.sleep(LOAD_S / 2)
+    assert n.store.leased == {"a"}
+    assert await n.ask("b", tokens=1) == "x"
+    assert n.engines.replicas[A].is_closed
+    assert n.store.leased == {"b"}
 
 
 @on_virtual_time

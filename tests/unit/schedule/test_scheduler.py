@@ -759,6 +759,70 @@ def test_a_hint_gives_way_to_sessions_of_the_model_that_was_evicted_for_it():
     assert board.evicted(A) == [start(A), GiveWay(TicketId(hint), B)]
 
 
+def test_a_load_that_only_a_hint_began_is_aborted_for_a_session_that_needs_its_room():
+    board = Board()
+    assert board.hint(A) == [start(A)]
+    hint = board.tickets
+    assert board.request(B) == [GiveWay(TicketId(hint), A), AbortLoad(A)]
+    assert coming(board) == [(B, ("cpu",))]
+    assert board.evicted(A) == [start(B)]
+    assert granted(board.loaded(B)) == [board.tickets]
+    assert board.state(A) is ModelState.IDLE
+
+
+def test_a_load_that_somebody_else_waits_for_is_not_aborted_for_a_session():
+    for joins in (True, False):
+        board = Board()
+        board.hint(A)
+        assert board.request(A, session=joins) == []
+        assert board.request(B) == []
+        assert board.state(A) is ModelState.LOADING
+
+
+def test_a_pinned_load_is_not_aborted_for_a_session():
+    board = Board()
+    board.hint(A)
+    board.scheduler.on_pin(A, board.now)
+    board.request(B)
+    assert board.state(A) is ModelState.LOADING
+
+
+def test_no_load_is_aborted_where_idle_models_or_another_device_make_the_room():
+    board = Board(capacity=8)
+    board.rest(A)
+    board.hint(B)
+    assert board.request(C) == [Evict(A, "room")]
+    board = Board(capacity={"x": 4, "y": 4})
+    board.hint(A)
+    assert [type(action).__name__ for action in board.request(B)] == ["StartLoad"]
+    assert board.state(A) is ModelState.LOADING
+
+
+def test_a_hint_aborts_no_load_of_another_hint():
+    board = Board()
+    board.hint(A)
+    assert board.hint(B) is None
+    assert board.state(A) is ModelState.LOADING
+
+
+def test_a_load_of_a_hint_is_aborted_before_a_running_model_is_closed():
+    board = Board(capacity=8, max_wait_s=1.0)
+    board.serve(A)
+    board.hint(B)
+    hint = board.tickets
+    assert board.request(C, priority=1) == [GiveWay(TicketId(hint), B), AbortLoad(B)]
+    assert granted(board.request(A)) == [board.tickets]
+
+
+def test_of_two_loads_of_hints_the_one_that_began_last_is_aborted():
+    board = Board(capacity=8)
+    board.hint(A)
+    board.wait(1.0)
+    board.hint(B)
+    assert AbortLoad(B) in board.request(C)
+    assert board.state(A) is ModelState.LOADING
+
+
 def test_a_hint_stands_while_there_is_room_for_all():
     board = Board(capacity=8)
     board.rest(A, size=8)

@@ -1,6 +1,7 @@
 """A node without models: answers what it is told, and remembers what it was asked."""
 
 import asyncio
+import threading
 
 from sllm_node.core.errors import InvalidRequestError, ModelNotFoundError
 from sllm_node.core.types import (
@@ -24,11 +25,14 @@ class FakeCodec:
 
     def __init__(self):
         self.encoded = []
+        self.threads = []
+        """Who encoded each."""
         self.gates = {}
         """Events that encoding waits for, by the text."""
 
     def encode(self, text, *, add_special_tokens=True, limit=None):
         self.encoded.append(text)
+        self.threads.append(threading.current_thread())
         if text in self.gates:
             self.gates[text].wait()
         return tuple(map(ord, text))
@@ -113,6 +117,7 @@ class FakeWishes:
     def __init__(self):
         self.names = {}
         self.scales = {}
+        self.registered = {}
         self.covered = {}
         self.error = None
 
@@ -137,6 +142,12 @@ class FakeWishes:
     async def drop_alias(self, name):
         del self.names[name]
         return ["c"]
+
+    async def register(self, registration):
+        self.registered[registration.model] = registration.url
+
+    async def unregister(self, model):
+        del self.registered[model]
 
     async def scale(self, desired):
         self.scales[desired.model] = desired

@@ -18,6 +18,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import ModelId, Stall
 from sllm_node.server.app import ROUTES
+from sllm_node.server.prompts import FEW_CHARACTERS
 from tests.unit.server.fake_service import FakeStream, chunks_of, status_of
 from tests.unit.server.rig import serving
 
@@ -301,9 +302,19 @@ async def test_short_prompts_do_not_wait_for_long_ones_of_clients_that_are_gone(
     try:
         for task in asked:
             task.cancel()
-        assert (await rig.post(COMPLETIONS, {"model": "m", "prompt": "short"}))[0] == 200
+        short = "short" * FEW_CHARACTERS
+        assert (await rig.post(COMPLETIONS, {"model": "m", "prompt": short}))[0] == 200
     finally:
         gate.set()
+
+
+async def test_a_few_words_become_tokens_without_a_way_to_another_thread(rig):
+    rig.service.limit = 1 << 30
+    for prompt in ("x" * FEW_CHARACTERS, "x" * (FEW_CHARACTERS + 1)):
+        assert (await rig.post(COMPLETIONS, {"model": "m", "prompt": prompt}))[0] == 200
+    here, there = rig.service.codec.threads
+    assert here is threading.current_thread()
+    assert there is not here
 
 
 async def test_a_request_for_more_choices_than_there_are_places_is_refused_before_its_prompts_are_read(

@@ -43,6 +43,16 @@ async def test_wishes_are_shown_and_taken_back(rig):
     assert shown == {"aliases": {}, "hidden": {}, "desired": []}
 
 
+async def test_models_are_registered_and_forgotten(rig):
+    url = "https://far/models"
+    _, report, _ = await rig.post("/admin/models/new/register", {"url": url})
+    assert report == {"model": "new", "url": url}
+    assert rig.service.wishes.registered == {"new": url}
+    _, report, _ = await rig.post("/admin/models/new/unregister", {})
+    assert (report, rig.service.wishes.registered) == ({"model": "new"}, {})
+    assert (await rig.post("/admin/models/new/register", {}))[0] == 400
+
+
 @pytest.mark.parametrize(
     ("act", "done"),
     [

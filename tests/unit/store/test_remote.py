@@ -139,6 +139,19 @@ async def test_a_cancelled_load_goes_on_where_it_was(tmp_path, remote):
     assert is_here(node)
 
 
+@pytest.mark.parametrize("chunks", range(1, 8))
+async def test_a_load_that_goes_on_tells_no_more_of_the_remote_than_it_read(
+    tmp_path, remote, chunks
+):
+    async with Node(tmp_path / "n", only(remote)) as node:
+        await stopped_after(remote, node, chunks)
+        assert await node.load("a") == remote.bytes["a"]
+        report = node.reports[-1]
+        assert 0 <= report.bytes_from_remote <= report.bytes_from_nvme
+        assert node.sample("sllm_load_bytes_total", source="nvme") >= 0
+        node.unload("a")
+
+
 async def test_two_who_want_it_fetch_it_once(tmp_path, remote):
     async with Node(tmp_path / "n", only(remote)) as node:
         await asyncio.gather(

@@ -157,6 +157,36 @@ async def test_progress_is_told_while_a_load_runs_and_not_after(tmp_path):
         assert rig.store.progress(A) is None
 
 
+async def test_a_load_has_begun_when_its_first_read_is_issued(tmp_path):
+    async with Rig(tmp_path, max_concurrent_loads=1) as rig:
+        assert await rig.store.begun(A) is None  # there is none
+        gate = Gate(rig)
+        first = asyncio.create_task(rig.store.acquire(A))
+        second = asyncio.create_task(rig.store.acquire(B))
+        await asyncio.sleep(0)
+        assert await rig.store.begun(A) is not None
+        assert await rig.store.begun(B) is None  # it waits for the first one, which may take long
+        assert not first.done()
+        gate.open()
+        for load in (first, second):
+            (await load).release()
+        rig.assert_quiet()
+
+
+async def test_who_waits_for_a_beginning_is_told_of_a_load_that_never_begins(tmp_path):
+    async with Rig(tmp_path) as rig:
+        load = asyncio.create_task(rig.store.acquire(A))
+        await asyncio.sleep(0)
+        begun = asyncio.create_task(rig.store.begun(A))
+        await asyncio.sleep(0)
+        load.cancel()
+        await begun
+        with pytest.raises(asyncio.CancelledError):
+            await load
+        await rig.store.settled(A)
+        rig.assert_quiet()
+
+
 # --- faults -------------------------------------------------------------------------------------
 
 
