@@ -189,12 +189,12 @@ class Router(Generic[CodecT]):
         if isinstance(before, Begun):
             here = Choice(me, "here", "it runs here")
             return self._route(home.request, home.keep_alive_s, here, before)
+        request = replace(home.request, waited_s=home.waited_s(self._clock.now()))
         if before is not None:
             lost = Lost(Choice(me, "load", "it was to be loaded here"), before)
-            return self._route(home.request, home.keep_alive_s, None, lost)
+            return self._route(request, home.keep_alive_s, None, lost)
         excluded = frozenset({me}) if self.is_draining else frozenset()
         choice = self.choose(home.request, excluded)
-        request = replace(home.request, waited_s=home.waited_s(self._clock.now()))
         return self._route(request, home.keep_alive_s, choice)
 
     def _open_here(

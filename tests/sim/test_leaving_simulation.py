@@ -14,6 +14,7 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     NoPlaceError,
     PeerDeniedError,
+    RemoteUnreachableError,
     WrongKeyError,
 )
 from sllm_node.core.types import NodeId
@@ -191,9 +192,8 @@ def test_every_state_but_alive_says_why(state, was_heard, unreachable, said):
     assert why(peer, 100.0, TimingConfig(), unreachable).startswith(said)
 
 
-@in_world(a=("m",), b=("m",))
-async def test_a_request_that_a_drain_turns_away_keeps_its_age_in_the_queue(world):
-    """It waits for its model's load at one node, and counts from then on at the other."""
+async def check_age_is_kept(world, error):
+    """It waits for its model's load at one node, and counts from then on wherever it is placed anew."""
     world["b"].router.drain()
     await asyncio.sleep(0.5)
     stream = world.open("a", "m")
@@ -201,12 +201,22 @@ async def test_a_request_that_a_drain_turns_away_keeps_its_age_in_the_queue(worl
     assert stream.session_status().state == "waiting"
     age_s = stream.waited_s(asyncio.get_running_loop().time())
     world["b"].router.undrain()
-    world["a"].service.give_back(stream.request.session, GivenBackError("m", "there is a place"))
+    world["a"].service.give_back(stream.request.session, error)
     reading = asyncio.create_task(read(stream))
     await asyncio.sleep(0.05)
     assert stream.routed.request.waited_s >= age_s
     assert await reading == list(range(1, 21))
     assert stream.startup().startup_s > age_s
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_request_that_a_drain_turns_away_keeps_its_age_in_the_queue(world):
+    await check_age_is_kept(world, GivenBackError("m", "there is a place"))
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_request_whose_models_senders_are_gone_keeps_its_age_in_the_queue(world):
+    await check_age_is_kept(world, RemoteUnreachableError(":peers", "m", "nobody has it"))
 
 
 @in_world(a=("m",), b=("m",))
