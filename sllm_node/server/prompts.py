@@ -1,8 +1,8 @@
 """From a request's prompts to tokens, and every check that needs no model on the device.
 
 Texts become tokens in worker threads. Long texts have a thread of their own: one can take seconds,
-also when its client is gone, and short ones must not wait for it. A few words don't go to a thread: they take
-less than the way there and back, on which a request waits twice for whoever holds the interpreter.
+also when its client is gone, and short ones must not wait for it. A request of a few words doesn't go to a thread:
+they take less than the way there and back, on which a request waits twice for whoever holds the interpreter.
 """
 
 import asyncio
@@ -20,7 +20,9 @@ ResultT = TypeVar("ResultT")
 SHORT_THREADS: Final = 2
 """Short texts that are made into tokens at once; others wait."""
 FEW_CHARACTERS: Final = 256
-"""Up to here a text is a few words: at most 0.1 ms of work."""
+"""Up to here the texts of a request are a few words: about 0.1 ms of work."""
+FEW_PROMPTS: Final = 8
+"""Short as they may be, each takes some microseconds."""
 LONG_CHARACTERS: Final = 1 << 17
 """From here on a text is long: some 50 ms of work."""
 
@@ -51,9 +53,10 @@ class Prompts:
             render = partial(codec.render_chat, messages, limit=limit)
             prompt = await self._in_worker(_length(request.messages), render)
             return [_checked(prompt, codec.vocabulary_size, limit, "messages")]
-        found = []
-        for given in prompts_of(request):
-            tokens = await self._tokens(codec, given, limit)
+        prompts, found = prompts_of(request), []
+        is_few = len(prompts) <= FEW_PROMPTS and characters_of(request) <= FEW_CHARACTERS
+        for given in prompts:
+            tokens = await self._tokens(codec, given, limit, is_few=is_few)
             found.append(_checked(tokens, codec.vocabulary_size, limit, "prompt"))
         return found
 
@@ -61,8 +64,10 @@ class Prompts:
         """Return the text of `tokens`."""
         return await self._in_worker(len(tokens), partial(codec.decode, tokens))
 
-    async def _tokens(self, codec: TextCodec, prompt: str | list[int], limit: int) -> TokenIds:
-        if isinstance(prompt, str) and len(prompt) <= FEW_CHARACTERS:
+    async def _tokens(
+        self, codec: TextCodec, prompt: str | list[int], limit: int, *, is_few: bool
+    ) -> TokenIds:
+        if isinstance(prompt, str) and is_few:
             return codec.encode(prompt, limit=limit)
         if isinstance(prompt, str):
             return await self._in_worker(len(prompt), partial(codec.encode, prompt, limit=limit))

@@ -18,7 +18,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import ModelId, Stall
 from sllm_node.server.app import ROUTES
-from sllm_node.server.prompts import FEW_CHARACTERS
+from sllm_node.server.prompts import FEW_CHARACTERS, FEW_PROMPTS
 from tests.unit.server.fake_service import FakeStream, chunks_of, status_of
 from tests.unit.server.rig import serving
 
@@ -315,6 +315,15 @@ async def test_a_few_words_become_tokens_without_a_way_to_another_thread(rig):
     here, there = rig.service.codec.threads
     assert here is threading.current_thread()
     assert there is not here
+
+
+@pytest.mark.parametrize("prompts", [["x" * FEW_CHARACTERS] * 2, ["x"] * (FEW_PROMPTS + 1)])
+async def test_many_short_prompts_of_one_request_do_not_stop_the_event_loop(rig, prompts):
+    rig.service.limit = 1 << 30
+    rig.service.sessions_max = len(prompts)
+    assert (await rig.post(COMPLETIONS, {"model": "m", "prompt": prompts}))[0] == 200
+    assert len(rig.service.codec.threads) == len(prompts)
+    assert threading.current_thread() not in rig.service.codec.threads
 
 
 async def test_a_request_for_more_choices_than_there_are_places_is_refused_before_its_prompts_are_read(
