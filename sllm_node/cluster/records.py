@@ -12,11 +12,15 @@ from typing import Any, Final
 
 from sllm_node.core.errors import InvalidRequestError
 from sllm_node.core.types import ModelId, NodeId
+from sllm_node.core.urls import is_plain
 
 RECORDS_MAX: Final = 10_000
 """Of one kind."""
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/-]{0,254}")
-_URL: Final = re.compile(r"(https?|s3)://[^/\s]\S*")
+_NO_ADDRESS: Final = (
+    "an address of a remote is needed, as in https://host/path or s3://bucket/prefix, without user, password, "
+    "query and fragment: all nodes keep and show it; credentials belong into [remotes] of each node's config"
+)
 _TEXT_MAX: Final = 2048
 _REPLICAS_MAX: Final = 10_000
 _KEEP_ALIVE_S_MAX: Final = 31_536_000.0
@@ -179,9 +183,8 @@ def check(record: Record) -> None:
                 raise InvalidRequestError(f"{name!r} is an alias of itself", param="alias")
         case Registration(model, url):
             _check_name("model", model)
-            if not _URL.fullmatch(url) or len(url) > _TEXT_MAX:
-                problem = f"{url[:100]!r} is no address of a remote, as in https://host/path"
-                raise InvalidRequestError(problem, param="url")
+            if not is_plain(url) or len(url) > _TEXT_MAX:
+                raise InvalidRequestError(_NO_ADDRESS, param="url")
         case Desired():
             _check_desired(record)
         case KnownPeer(node, address):

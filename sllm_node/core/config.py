@@ -18,6 +18,7 @@ from msgspec import Meta
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.types import ResumeMode
 from sllm_node.core.units import PAGE, parse_size
+from sllm_node.core.urls import plain
 
 Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
@@ -430,7 +431,7 @@ def _check_remotes(config: Config) -> str | None:
         if remote.url.startswith("s3:"):
             wrong = ["key_file"] if remote.key_file is not None else []
         if wrong:
-            return f"remotes.{name}.{wrong[0]}: means nothing for url = {remote.url!r}"
+            return f"remotes.{name}.{wrong[0]}: means nothing for url = {plain(remote.url)!r}"
     return None
 
 

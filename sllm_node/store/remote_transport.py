@@ -7,6 +7,7 @@ counted, and stop when the load does.
 
 import configparser
 import importlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,10 +25,15 @@ from sllm_node.core.errors import (
     RemoteNotFoundError,
     RemoteUnreachableError,
 )
+from sllm_node.core.urls import without_urls
 
 _STREAM_BYTES: Final = 1 << 20
 """Memory of a request under way, beside what the system buffers."""
 _CONNECT_S: Final = 5.0
+_TOOK: Final = re.compile(r" in [0-9.]+\S* - ")
+_ANSWER: Final = re.compile(r"(status code: [0-9]{3}[^:]*):.*")
+_KIND: Final = re.compile(r"\bkind: (Connect|Timeout)\b")
+_KINDS: Final = {"Connect": "no connection to it", "Timeout": "no answer in time"}
 EXTRA: Final = "pip install 'sllm-node[remote]'"
 
 
@@ -95,31 +101,33 @@ class Transport:
         try:
             return tuple(one.name for one in msgspec.json.decode(data, type=_Listing).checkpoints)
         except msgspec.MsgspecError as error:
-            problem = (
-                f"{self._config.url} is no peer's list; name them in remotes.{self.name}.models"
-            )
+            problem = f"it is no peer's list; name them in remotes.{self.name}.models"
             raise RemoteError(self.name, "the list of checkpoints", problem) from error
 
     @contextmanager
     def _errors_named(self, path: str) -> Iterator[None]:
-        """Turn what obstore raises inside into our errors."""
+        """Turn what obstore raises inside into our errors, which stand alone: its own have the URL."""
         known = self._obstore.exceptions
         try:
             yield
-        except FileNotFoundError as error:
-            raise RemoteNotFoundError(self.name, path, "is not there") from error
+        except FileNotFoundError:
+            raise RemoteNotFoundError(self.name, path, "is not there") from None
         except (known.PermissionDeniedError, known.UnauthenticatedError) as error:
-            problem = f"is refused, see the remote's credentials: {_first_line(error)}"
-            raise RemoteDeniedError(self.name, path, problem) from error
-        except known.NotSupportedError as error:
+            problem = f"is refused, see the remote's credentials: {_told(error)}"
+            raise RemoteDeniedError(self.name, path, problem) from None
+        except known.NotSupportedError:
             problem = "the server sends no ranges of a file (HTTP Range)"
-            raise RemoteError(self.name, path, problem) from error
+            raise RemoteError(self.name, path, problem) from None
         except (known.BaseError, OSError, ValueError) as error:
-            raise RemoteUnreachableError(self.name, path, _first_line(error)) from error
+            raise RemoteUnreachableError(self.name, path, _told(error)) from None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def _told(error: Exception) -> str:
+    """Return what an error of obstore says, without addresses, times and what the server sent."""
+    if (kind := _KIND.search(str(error))) is not None:
+        return _KINDS[kind[1]]
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return _ANSWER.sub(r"\1", _TOOK.sub(" - ", without_urls(first)))
 
 
 def _import_obstore(name: str) -> Any:
@@ -148,9 +156,9 @@ def _make_store(name: str, config: RemoteConfig) -> Any:
         return stores.S3Store.from_url(
             config.url, config=_s3_options(config), client_options=client, retry_config=retry
         )
-    except Exception as error:
-        problem = f"remotes.{name}: can't be used: {_first_line(error)}"
-        raise ConfigError("config", (problem,)) from error
+    except Exception as error:  # noqa: BLE001 - told in our words
+        problem = f"remotes.{name}: can't be used: {_told(error)}"
+        raise ConfigError("config", (problem,)) from None
 
 
 def _s3_options(config: RemoteConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import traceback
 from threading import Event
 
 import pytest
@@ -10,12 +11,14 @@ import pytest
 pytest.importorskip("obstore")
 
 import obstore
+from aiohttp import web
 from obstore.store import S3Store
 
 from sllm_node.core.config import RemoteConfig
 from sllm_node.core.errors import ConfigError, RemoteDeniedError, RemoteError, RemoteNotFoundError
 from sllm_node.store import remote_transport
 from sllm_node.store.remote_transport import Transport
+from tests.ports import free_port
 from tests.unit.store.remote_rig import Node, make_remote
 
 SERVER = (
@@ -136,5 +139,28 @@ def test_keys_come_from_the_environment_where_the_config_names_none():
 
 def test_errors_of_the_library_have_one_line():
     with contextlib.suppress(RemoteDeniedError):
-        assert remote_transport._first_line(ValueError("a\nb")) == "a"
-    assert remote_transport._first_line(ValueError()) == "ValueError"
+        assert remote_transport._told(ValueError("a\nb")) == "a"
+    assert remote_transport._told(ValueError()) == "ValueError"
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [(403, "403 Forbidden"), (503, "503 Service Unavailable"), (None, "no connection to it")],
+)
+async def test_clients_are_told_neither_where_a_remote_is_nor_what_it_says(tmp_path, status, told):
+    remote = make_remote(tmp_path / "remote")
+
+    async def refuse(request):
+        return web.Response(status=status, text="internal 10.0.0.7")
+
+    async with remote.serving():
+        host = remote.url.partition("//")[2]
+        if status is None:
+            host = f"127.0.0.1:{free_port()}"
+        remote.before = refuse
+        transport = Transport("r", RemoteConfig(url=f"http://user:PASSWORD@{host}?sig=TOKEN"))
+        with pytest.raises(RemoteError) as found:
+            await in_thread(lambda: transport.read_all("a/config.json", 1000))
+    log = "".join(traceback.format_exception(found.value))
+    assert str(found.value).endswith(told)
+    assert not [word for word in ("PASSWORD", "TOKEN", "127.0.0.1", "10.0.0.7") if word in log]
