@@ -5,25 +5,30 @@ one goes where its load takes least.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Mapping
 
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.types import ModelId
 from sllm_node.schedule.outlook import Outlook
-from sllm_node.store.remote import RemoteTier
+from sllm_node.store.remote import RETRY_S, RemoteTier
+
+log = logging.getLogger(__name__)
 
 
 class Registered:
     """The registered models of one node."""
 
     def __init__(
-        self, tier: RemoteTier, catalog: Catalog, outlook: Outlook, look: Callable[[], None]
-    ) -> None:
+        self, tier: RemoteTier, catalog: Catalog, outlook: Outlook, look: Callable[[], None],
+        again_s: float = RETRY_S,
+    ) -> None:  # fmt: skip
         """`look` takes note of checkpoints that are known since now."""
         self._tier = tier
         self._catalog = catalog
         self._outlook = outlook
         self._look = look
+        self._again_s = again_s
         self._wanted: Mapping[ModelId, str] | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -42,7 +47,13 @@ class Registered:
     async def _follow(self) -> None:
         while self._wanted is not None:
             urls, self._wanted = self._wanted, None
-            await self._tier.register(urls)
-            self._outlook.keeps_remotes |= bool(urls)
-            self._catalog.scan()
-            self._look()
+            try:
+                await self._tier.register(urls)
+                self._outlook.keeps_remotes |= bool(urls)
+                self._catalog.scan()
+                self._look()
+            except Exception:
+                log.exception("registered models not looked at")
+                await asyncio.sleep(self._again_s)
+                if self._wanted is None:
+                    self._wanted = urls

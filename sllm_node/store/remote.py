@@ -20,6 +20,7 @@ from typing import Any, Final
 from sllm_node.checkpoint.cards import CARDS_FOLDER, REGISTERED, TEXT_FILES, Cards, clear
 from sllm_node.checkpoint.catalog import Checkpoint, is_model_name
 from sllm_node.checkpoint.index import INDEX_FILE, from_json
+from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import RemoteConfig, StoreConfig
 from sllm_node.core.errors import (
     CancelledByOperatorError,
@@ -30,6 +31,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId
+from sllm_node.core.urls import plain
 from sllm_node.store.reader import file_system
 from sllm_node.store.remote_disk import CardDisk, Writers
 from sllm_node.store.remote_fetch import INDEX_BYTES_MAX, Files, Remote
@@ -101,7 +103,7 @@ class RemoteTier:
             )
             for name, config in remotes.items()
         }
-        self._registered = RegisteredFiles(connect)
+        self._registered = RegisteredFiles(connect, MonotonicClock())
         self._remotes[REGISTERED] = Remote(
             self._registered, threads=_THREADS, retries=_RETRIES, metrics=metrics
         )
@@ -122,9 +124,11 @@ class RemoteTier:
         """For loads: a slow remote must not keep those waiting that read the disk."""
         self._threads = ThreadPoolExecutor(_PULLS_MAX, "sllm-pull")
         self._refreshing = ThreadPoolExecutor(1, "sllm-cards")
+        self._closing = threading.Event()
 
     async def close(self) -> None:
         """End pulls and threads; loads must have ended."""
+        self._closing.set()
         pulls = list(self._pulls.values())
         for pull in pulls:
             pull.job.stop()
@@ -180,7 +184,7 @@ class RemoteTier:
         return [
             {
                 "name": name,
-                "url": self._config[name].url if name in self._config else "the directory's models",
+                "url": self._address(name),
                 "state": "down" if seen.is_down else "ok",
                 "problem": seen.problem,
                 "models": list(seen.models),
@@ -189,6 +193,9 @@ class RemoteTier:
             for name in shown
             for seen in [self._seen[name]]
         ]
+
+    def _address(self, name: str) -> str:
+        return plain(self._config[name].url) if name in self._config else "the directory's models"
 
     def bytes_come(self, model: ModelId) -> int | None:
         """Return how many bytes of `model` have come; None: it is here, or at no remote."""
@@ -203,19 +210,31 @@ class RemoteTier:
         self._clear_completed()
         taken: set[str] = set()
         for name, remote in self._remotes.items():
+            if self._closing.is_set():
+                return
             before = self._seen[name].problem
-            try:
-                listed = tuple(m for m in remote.files.models() if is_model_name(m))
-                problems = [p for m in listed if m not in taken and (p := self._look(remote, m))]
-                kept, problem = self._drop_gone(name, {*listed} - taken), next(iter(problems), None)
-                self._seen[name] = _Seen(listed, kept, problem, is_down=False)
-                taken.update(listed)
-            except SllmError as error:
-                seen = self._seen[name]
-                self._seen[name] = _Seen(seen.models, seen.not_offered, str(error))
-            problem = self._seen[name].problem
-            if problem is not None and problem != before:
-                log.warning("remote not usable", extra={"remote": name, "problem": problem})
+            self._seen[name] = seen = self._look_around_at(remote, taken)
+            if not seen.is_down:
+                taken.update(seen.models)
+            if seen.problem is not None and seen.problem != before and not self._closing.is_set():
+                fields = {"remote": name, "url": self._address(name), "problem": seen.problem}
+                log.warning("remote not usable", extra=fields)
+
+    def _look_around_at(self, remote: Remote, taken: set[str]) -> _Seen:
+        """Make or drop cards of a remote as it says; those of `taken` are another's."""
+        try:
+            listed = tuple(m for m in remote.files.models() if is_model_name(m))
+            wanted = [m for m in listed if m not in taken]
+            look = partial(self._look, remote)
+            if remote.files is self._registered:
+                problems = self._registered.look(wanted, look)
+            else:
+                problems = [p for m in wanted if (p := look(m))]
+            kept = self._drop_gone(remote.name, {*wanted})
+            return _Seen(listed, kept, next(iter(problems), None), is_down=False)
+        except SllmError as error:
+            seen = self._seen[remote.name]
+            return _Seen(seen.models, seen.not_offered, str(error))
 
     def _clear_completed(self) -> None:
         """Delete what a crash in the moment of completion left: second names of the same bytes."""
@@ -226,7 +245,7 @@ class RemoteTier:
     def _look(self, remote: Remote, model: str) -> str | None:
         """Make the card of one checkpoint, or leave it as it is; return what is wrong with it."""
         try:
-            index = remote.files.read_all(f"{model}/{INDEX_FILE}", INDEX_BYTES_MAX)
+            index = self._read(remote, f"{model}/{INDEX_FILE}", INDEX_BYTES_MAX)
             from_json(index, f"remote {remote.name}: {model}/{INDEX_FILE}")
             known = self.cards.root / model / INDEX_FILE
             asked = self.cards.remote_of(model)
@@ -254,10 +273,16 @@ class RemoteTier:
         found: dict[str, bytes] = {}
         for name in TEXT_FILES:
             try:
-                found[name] = remote.files.read_all(f"{model}/{name}", _TEXT_BYTES_MAX)
+                found[name] = self._read(remote, f"{model}/{name}", _TEXT_BYTES_MAX)
             except RemoteNotFoundError:
                 continue  # no checkpoint has all of them
         return found
+
+    def _read(self, remote: Remote, path: str, limit: int) -> bytes:
+        """Return a whole file, if the node does not stop: it would wait for everything that a look asks for."""
+        if self._closing.is_set():
+            raise RemoteUnreachableError(remote.name, path, "the node stops")
+        return remote.files.read_all(path, limit)
 
     def _is_kept_for(self, owner: str, other: str, model: ModelId) -> bool:
         """Tell whether bytes from `owner` go before what `other` offers under that name."""

@@ -73,6 +73,23 @@ async def test_an_address_that_does_not_answer_costs_its_own_model_only(tmp_path
         await registered.close()
 
 
+async def test_a_look_at_registered_models_that_fails_is_logged_and_made_again(caplog):
+    told: list[dict[ModelId, str]] = []
+
+    async def register(urls):
+        told.append(urls)
+        if len(told) == 1:
+            raise RuntimeError("dictionary changed size during iteration")
+
+    looks, tier = Looks(), SimpleNamespace(register=register)
+    catalog = SimpleNamespace(scan=lambda: None)
+    registered = Registered(tier, catalog, looks.outlook, looks.look, again_s=0.0)  # type: ignore[arg-type]
+    await looks.after(registered, {A: "https://host/x"})
+    assert told == [{A: "https://host/x"}] * 2
+    assert "registered models not looked at" in caplog.text
+    await registered.close()
+
+
 async def test_a_remote_of_the_config_goes_before_a_registration(tmp_path, remote):
     looks, config = Looks(), {"r": {"url": remote.url, "models": ("a",)}}
     async with Node(tmp_path / "n", config) as node:
