@@ -182,7 +182,7 @@ async def test_models_are_registered_in_the_directory(cluster):
     new = Registration(ModelId("new"), "s3://bucket/models")
     await wishes.register(new)
     assert directory.registrations() == (new,)
-    with pytest.raises(InvalidRequestError, match="no address"):
+    with pytest.raises(InvalidRequestError, match="an address of a remote is needed"):
         await wishes.register(Registration(ModelId("new"), "here"))
     await wishes.set_alias("gpt", "m")
     with pytest.raises(WishConflictError, match="alias of 'm'"):
