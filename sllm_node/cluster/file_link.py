@@ -22,7 +22,7 @@ from sllm_node.cluster.file_messages import (
     unpack_head,
 )
 from sllm_node.cluster.frames import FramePuller
-from sllm_node.cluster.transport import PREFIX, RECEIVER
+from sllm_node.cluster.transport import PREFIX, RECEIVER, problem_of
 from sllm_node.cluster.trust import Outgoing
 from sllm_node.core.errors import MessageFormatError, PeerDeniedError, PeerUnreachableError
 from sllm_node.core.types import NodeId
@@ -75,7 +75,7 @@ class Answer:
                     raise PeerUnreachableError(self._call.peer, "its answer ended in the middle")
                 done += count
         except (OSError, http.client.HTTPException) as error:
-            raise PeerUnreachableError(self._call.peer, _told(error)) from error
+            raise _unreachable(self._call, error) from error
 
 
 class Links:
@@ -126,8 +126,8 @@ class Links:
                 return connection, connection.getresponse()
             except (OSError, http.client.HTTPException) as error:
                 connection.close()
-                if is_new:
-                    raise PeerUnreachableError(call.peer, _told(error)) from error
+                if is_new or isinstance(error, TimeoutError):  # silent on one, silent on all
+                    raise _unreachable(call, error) from error
 
     def _take(self, address: str) -> tuple[http.client.HTTPConnection, bool]:
         with self._lock:
@@ -162,8 +162,8 @@ def _words_of(call: Call, response: http.client.HTTPResponse) -> str:
     try:
         return response.read(_TOLD_MAX).decode(errors="replace")
     except (OSError, http.client.HTTPException) as error:
-        raise PeerUnreachableError(call.peer, _told(error)) from error
+        raise _unreachable(call, error) from error
 
 
-def _told(error: Exception) -> str:
-    return str(error) or type(error).__name__
+def _unreachable(call: Call, error: Exception) -> PeerUnreachableError:
+    return PeerUnreachableError(call.peer, problem_of(error, call.address))

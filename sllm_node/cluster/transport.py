@@ -107,7 +107,7 @@ class Client:
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if (reason := _certificate_problem(error)) is not None:
                 raise PeerDeniedError(peer, CERTIFICATE + reason) from error
-            raise PeerUnreachableError(peer, _problem(error, address)) from error
+            raise PeerUnreachableError(peer, problem_of(error, address)) from error
 
 
 async def _frames(response: aiohttp.ClientResponse, reader: FrameReader) -> AsyncIterator[bytes]:
@@ -136,7 +136,7 @@ def _certificate_problem(error: Exception) -> str | None:
     return None
 
 
-def _problem(error: Exception, address: str) -> str:
+def problem_of(error: Exception, address: str) -> str:
     """Return what went wrong, without the peer's address: clients are told it, too."""
     cause = error.os_error if isinstance(error, aiohttp.ClientConnectorError) else error
     if isinstance(error, TimeoutError):

@@ -1,8 +1,11 @@
 """Files between nodes on loopback: one gives what lies on its disk, the other's store loads it."""
 
 import asyncio
+import errno
+import http.client
 import shutil
 import socket
+import ssl
 import threading
 from dataclasses import replace
 from functools import partial
@@ -473,6 +476,45 @@ async def test_only_so_many_connections_are_kept_for_addresses_that_come_and_go(
     assert [one.is_closed for _, one in made] == [True, True, True, False]
     links._keep("10.0.0.3:80", cast("Any", made[3][1]), is_whole=True)
     assert made[3][1].is_closed
+
+
+class Broken:
+    """A connection on which every request ends with `error`."""
+
+    def __init__(self, error):
+        self.sock, self.error, self.asked = 1, error, 0
+
+    def request(self, *_):
+        self.asked += 1
+        raise self.error
+
+    def close(self):
+        pass
+
+
+ADDRESS = "10.0.0.7:80"
+
+
+@pytest.mark.parametrize(
+    ("error", "times", "told"),
+    [
+        (TimeoutError("timed out"), 1, "no answer in time"),
+        (ConnectionResetError(errno.ECONNRESET, "reset"), 3, "connection reset by peer"),
+        (ssl.SSLError(1, "certificate is not valid for '10.0.0.7'"), 3, "SSLError"),
+    ],
+)
+def test_a_peer_is_waited_for_on_one_connection_and_clients_are_not_told_its_address(
+    monkeypatch, error, times, told
+):
+    """Two connections to it are kept, and a third can be made."""
+    links, broken = Links(None, 5.0), cast("Any", Broken(error))
+    monkeypatch.setattr(http.client, "HTTPConnection", lambda *_, **__: broken)
+    for _ in range(2):
+        links._keep(ADDRESS, broken, is_whole=True)
+    call = Call(NodeId("a"), ADDRESS, Outgoing(b"", None))
+    with pytest.raises(PeerUnreachableError) as found, links.ask(call):
+        pass
+    assert (broken.asked, found.value.problem) == (times, told)
 
 
 async def test_a_peer_that_answers_nonsense_is_one_that_gives_nothing():
