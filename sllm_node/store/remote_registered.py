@@ -9,7 +9,6 @@ in turn.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from threading import Event
 from typing import Final
-from urllib.parse import urlsplit
 
 from sllm_node.checkpoint.cards import REGISTERED
 from sllm_node.core.clock import Clock
@@ -83,7 +82,7 @@ class RegisteredFiles:
         self._unreachable = {model: known[model] for model in models if model in known}
         wrong, waited_s = dict[str, str](), 0.0
         for model in sorted(models, key=lambda one: (known.get(one, (0, ""))[0], one)):
-            host = urlsplit(self._urls.get(model, "")).netloc
+            host = self._urls.get(model, "").partition("://")[2].partition("/")[0]
             if waited_s >= _WAIT_S:
                 break
             if host in silent:

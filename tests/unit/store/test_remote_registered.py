@@ -58,6 +58,10 @@ def test_a_look_ends_when_it_has_waited_for_silent_hosts_and_the_next_one_begins
     assert [looks.again()[0] for _ in range(4)] == ["ab", "cd", "efghab", "efghcd"]
 
 
+def test_an_address_of_no_host_is_looked_at_as_any_other():
+    assert Looks({"a": "http://[::1/x", "b": "http://host/x"}, "").again() == ("ab", [])
+
+
 def test_what_is_not_registered_any_more_is_wrong_no_more():
     looks = Looks(dict.fromkeys("ab", "http://host/x"), "a")
     assert looks.again()[1] != []
