@@ -390,7 +390,7 @@ async def test_a_reader_that_lags_gets_joined_chunks():
     done = asyncio.Event()
     world = World(a=[[tokens(1), tokens(2), done, tokens(3, finish="stop")]])
     stream = world.open()
-    while len(stream._tokens) < 2:
+    while len(stream.tokens_from(0)) < 2:
         await asyncio.sleep(0)
     chunk = await anext(stream)
     assert (chunk.tokens, chunk.text, chunk.finish) == ((1, 2), "ab", None)
