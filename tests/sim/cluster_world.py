@@ -222,9 +222,7 @@ class WorldNode:
             self.service.on_change = lambda: None
             self.peers._alarm.set(None)
             self.peers._news.set(None)
-            for task in list(self.peers._sending.values()):
-                task.cancel()
-            await asyncio.gather(*self.peers._sending.values(), return_exceptions=True)
+            await self.peers._heartbeats.drop()
             await self.router.close()
         await self.service.close()
         self.is_up = False
