@@ -20,13 +20,8 @@ from sllm_node.cluster.certificates import (
     issue,
     make_authority,
 )
-from sllm_node.cluster.file import (
-    ClusterFile,
-    load_cluster,
-    parse_cluster,
-    secret_problems,
-    trust_path,
-)
+from sllm_node.cluster.file import ClusterFile, parse_cluster
+from sllm_node.cluster.named_files import load_cluster, secret_problems, trust_path
 from sllm_node.core.config import read_text
 from sllm_node.core.errors import ClusterFolderError, ClusterKeyError, ConfigError
 from sllm_node.core.types import NodeId

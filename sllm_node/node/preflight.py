@@ -12,8 +12,9 @@ from typing import Final, Literal
 
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.cluster.cluster import own_address
-from sllm_node.cluster.file import ClusterFile, load_cluster
+from sllm_node.cluster.file import ClusterFile
 from sllm_node.cluster.journal import TAKEN, is_taken
+from sllm_node.cluster.named_files import load_cluster
 from sllm_node.core.config import CPU_MEMORY_BYTES, Config, is_loopback
 from sllm_node.core.errors import ClusterKeyError, ConfigError, DeviceError, SllmError
 from sllm_node.core.types import NodeId

@@ -8,12 +8,12 @@ from typing import cast
 import pytest
 from msgspec.structs import replace as replace_struct
 
+from sllm_node.cluster.candidate import Candidate, Kind
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.packing import pack
-from sllm_node.cluster.placement import Candidate, Kind
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.retries import LOOK_S, REFUSALS_MAX
 from sllm_node.cluster.serving import EXTEND
