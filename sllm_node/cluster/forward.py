@@ -16,8 +16,8 @@ from typing import Self
 
 from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.course import Course
-from sllm_node.cluster.given import Given
 from sllm_node.cluster.move import Move, MoveReport
+from sllm_node.cluster.output import Output
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import LocalSource, Part
 from sllm_node.cluster.parts import Parts
@@ -81,7 +81,7 @@ class RoutedStream:
         self._parts = Parts(ways, tools, keep_alive_s)
         self._retries = Retries(request, ways, tools)
         self._placed = tools.clock.now()
-        self._given = Given()
+        self._output = Output()
         self._epoch = 0
         """Of who owns it now: of anybody else no token is taken."""
         self._part: Part | None = None
@@ -96,7 +96,7 @@ class RoutedStream:
         self._status: ModelStatus | None = None
         self._is_running = False
         if isinstance(before, Begun) and first is not None:
-            self._given.begin_with(before.tokens, before.cached, tools.clock.now())
+            self._output.begin_with(before.tokens, before.cached, tools.clock.now())
             self._epoch = 1
             self._is_running = before.stream.is_granted
             self._course = before.course()
@@ -146,7 +146,7 @@ class RoutedStream:
 
     def passed_on(self) -> None:
         """Take note that its client has what it gave so far."""
-        held_s = self._given.passed_on(self._clock.now(), is_all=not self._unread)
+        held_s = self._output.passed_on(self._clock.now(), is_all=not self._unread)
         if held_s is not None:
             self._ways.passed_on(self.node, held_s)
 
@@ -155,7 +155,7 @@ class RoutedStream:
         return SessionStatus(
             self.request.session, self.request.model,
             "running" if self._is_running else "waiting",
-            len(self.request.prompt), len(self._given.tokens), self._clock.now() - self._course.arrived,
+            len(self.request.prompt), len(self._output.tokens), self._clock.now() - self._course.arrived,
             self.node or None, self.migration,
         )  # fmt: skip
 
@@ -185,8 +185,8 @@ class RoutedStream:
         error: SllmError = NoPlaceError(self.request.model, ABSENT, self._limits.silence_s)
         if lost is not None:
             error = lost.error
-            self._retries.failed(lost.choice, error, len(self._given.tokens))
-        return await self._retries.place_again(error, has_tokens=bool(self._given.tokens))
+            self._retries.failed(lost.choice, error, len(self._output.tokens))
+        return await self._retries.place_again(error, has_tokens=bool(self._output.tokens))
 
     async def _run(self, part: Part) -> None:
         """Have it served somewhere, and elsewhere when that fails or it moves."""
@@ -237,15 +237,15 @@ class RoutedStream:
         if self._part is not part and self._part is not None:
             return self._part
         if choice is None:
-            choice = await self._retries.place_again(error, has_tokens=bool(self._given.tokens))
-        self._retries.goes_on(part.choice, choice, len(self._given.tokens))
+            choice = await self._retries.place_again(error, has_tokens=bool(self._output.tokens))
+        self._retries.goes_on(part.choice, choice, len(self._output.tokens))
         following = self._begin(choice)
         following.start(self.take)
         return following
 
     def _lost(self, part: Part, error: SllmError) -> None:
         """Take note that its node failed, or raise the error if nobody else can do better."""
-        self._retries.failed(part.choice, error, len(self._given.tokens))
+        self._retries.failed(part.choice, error, len(self._output.tokens))
         if self._is_running:
             self._course.left(part.choice.node, error.code, self._clock.now())
         self._is_running, self._status = False, None
@@ -262,9 +262,9 @@ class RoutedStream:
         return self._parts.make(request, choice, epoch, migration)
 
     def _as_it_stands(self) -> GenerationRequest:
-        if not self._given.tokens:
+        if not self._output.tokens:
             return self.request
-        return replace(self.request, resumed=(*self.request.resumed, *self._given.tokens))
+        return replace(self.request, resumed=(*self.request.resumed, *self._output.tokens))
 
     def take(self, part: Part, record: Record) -> bool:
         """Take a record of a node that serves it, or is to; return whether it was the last."""
@@ -301,14 +301,14 @@ class RoutedStream:
             what = f"tokens at {position} of a session that is at {self.position}"
             raise MessageFormatError(what)
         now = self._clock.now()
-        gap_s = self._given.gap_s(now)
+        gap_s = self._output.gap_s(now)
         self._retries.forget()
         self._course.took(len(chunk.tokens))
         if self._moved is not None:
             self._tell_move(gap_s)
         elif gap_s is not None:
             self.pace.came(len(chunk.tokens), gap_s)
-        self._unread.add(self._given.take(chunk, now))
+        self._unread.add(self._output.take(chunk, now))
         if chunk.finish is not None:
             self._end(None)
 
@@ -317,7 +317,7 @@ class RoutedStream:
     @property
     def position(self) -> int:
         """Output tokens so far, resumed tokens of the request included."""
-        return len(self.request.resumed) + len(self._given.tokens)
+        return len(self.request.resumed) + len(self._output.tokens)
 
     @property
     def migration(self) -> str | None:

@@ -91,13 +91,19 @@ async def test_a_forwarded_session_has_its_model_fetched_where_it_goes(world):
     assert world["c"].fetching.ensured == ["m"]
 
 
-@with_peer_loads(a=(), b=("m",))
-async def test_a_model_whose_peers_stay_away_before_it_is_known_is_told_as_that_in_the_end(world):
+async def opened_and_left(world):
+    """Open a session at a, whose node is to fetch the model from b; b crashes before a knows it."""
     drain(world, "b")
     await asyncio.sleep(1.0)
     stream = world.open("a", "m")
     await asyncio.sleep(0.1)
     await world["b"].crash()
+    return stream
+
+
+@with_peer_loads(a=(), b=("m",))
+async def test_a_model_whose_peers_stay_away_before_it_is_known_is_told_as_that_in_the_end(world):
+    stream = await opened_and_left(world)
     start = now()
     with pytest.raises(SllmError, match=r"no node that lives has all of it|can't be reached"):
         await read(stream)
@@ -107,11 +113,7 @@ async def test_a_model_whose_peers_stay_away_before_it_is_known_is_told_as_that_
 
 @with_peer_loads(a=(), b=("m",))
 async def test_a_model_whose_peers_go_before_it_is_known_is_loaded_when_they_are_back(world):
-    drain(world, "b")
-    await asyncio.sleep(1.0)
-    stream = world.open("a", "m")
-    await asyncio.sleep(0.1)
-    await world["b"].crash()
+    stream = await opened_and_left(world)
     await asyncio.sleep(20.0)
     world["b"].start()
     assert await read(stream) == TOKENS

@@ -1,4 +1,4 @@
-"""What one session has given, and when its tokens came to its entry and went to its client. Pure."""
+"""The output of one session: its tokens, and when they came to its entry and went to its client. Pure."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -6,8 +6,8 @@ from dataclasses import replace
 from sllm_node.core.types import GenerationChunk
 
 
-class Given:
-    """The output tokens so far, resumed tokens of the request not included."""
+class Output:
+    """All tokens so far, resumed tokens of the request not included."""
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
