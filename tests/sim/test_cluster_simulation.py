@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
 import random
 from types import SimpleNamespace
@@ -23,35 +22,8 @@ from sllm_node.core.errors import (
     SllmError,
 )
 from sllm_node.core.types import ModelState
-from tests.sim.cluster_world import World, read
+from tests.sim.cluster_world import World, in_world, read
 from tests.sim.loop import run
-
-
-def in_world(pages=2, **nodes):
-    """Run an async test in a world; at its end no session, load or lease is left."""
-
-    def decorate(test):
-        @functools.wraps(test)
-        def wrapper(tmp_path):
-            async def play():
-                world = World(tmp_path, nodes, pages)
-                await asyncio.sleep(3.0)
-                await test(world)
-                await asyncio.sleep(5.0)
-                for node in world.nodes.values():
-                    if node.is_up:
-                        assert node.router.sessions() == []
-                await world.close()
-                for node in world.nodes.values():
-                    assert node.rig.store.leased == set()
-                assert len(asyncio.all_tasks()) == 1
-
-            run(play())
-
-        del wrapper.__wrapped__  # pytest would ask for its parameters
-        return wrapper
-
-    return decorate
 
 
 @in_world(a=(), b=("m",))

@@ -18,8 +18,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import NodeId
 from sllm_node.server.faults import status_of
-from tests.sim.cluster_world import read
-from tests.sim.test_cluster_simulation import in_world
+from tests.sim.cluster_world import in_world, read
 
 
 @in_world(a=("mine",), b=("m",))

@@ -1,7 +1,6 @@
 """Real peers, routers and services on virtual time: nodes that load what only peers have."""
 
 import asyncio
-import functools
 
 import pytest
 
@@ -14,35 +13,15 @@ from sllm_node.core.errors import (
     SllmError,
 )
 from sllm_node.core.types import ModelId, NodeId
-from tests.sim.cluster_world import World, read
-from tests.sim.loop import run
+from tests.sim.cluster_world import in_world, read
 from tests.unit.schedule.fakes import LOAD_S
 
 TOKENS = list(range(1, 21))
 
 
 def with_peer_loads(more="", **nodes):
-    """Run an async test in a world whose nodes load from peers; at its end nothing is left."""
-
-    def decorate(test):
-        @functools.wraps(test)
-        def wrapper(tmp_path):
-            async def play():
-                world = World(tmp_path, nodes, peer_loads=True, more=more)
-                await asyncio.sleep(3.0)
-                await test(world)
-                await asyncio.sleep(5.0)
-                await world.close()
-                for node in world.nodes.values():
-                    assert node.rig.store.leased == set()
-                assert len(asyncio.all_tasks()) == 1
-
-            run(play())
-
-        del wrapper.__wrapped__  # pytest would ask for its parameters
-        return wrapper
-
-    return decorate
+    """Run an async test in a world whose nodes load from peers."""
+    return in_world(more=more, peer_loads=True, **nodes)
 
 
 def loads(world, name):
