@@ -113,7 +113,7 @@ class Service(Generic[CodecT]):
         self._ended_by_drain = 0
         self._is_stopping = False
         """The process ends after the drain."""
-        self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
+        self._telemetry = Telemetry(metrics, self._scheduler.roster.view, self._kv_usage)
         self._hints = Hints(self._scheduler, clock, metrics, self._ask_ahead, self._drop_ahead)
         self.on_change: Callable[[], None] = lambda: None
         """Called when something may have changed that other nodes place requests by."""
@@ -167,7 +167,7 @@ class Service(Generic[CodecT]):
 
     def session_limit(self, model: str) -> int:
         """Return how many sessions of `model` could be taken now if nobody else had any."""
-        is_ready = self._scheduler.view(ModelId(model)).state is ModelState.READY
+        is_ready = self._scheduler.roster.view(ModelId(model)).state is ModelState.READY
         slots = self._config.engine.max_sessions if is_ready else 0
         return self._config.schedule.max_queue + slots
 
@@ -211,7 +211,7 @@ class Service(Generic[CodecT]):
 
     def running_on(self, device: str) -> int:
         """Return how many sessions run on `device` now."""
-        return self._scheduler.running_on(device)
+        return self._scheduler.roster.running_on(device)
 
     # --- models -------------------------------------------------------------------------------
 
@@ -262,13 +262,13 @@ class Service(Generic[CodecT]):
             ModelNotFoundError: there is no such model.
         """
         name = ModelId(model)
-        if self._scheduler.view(name).state is ModelState.IDLE:
+        if self._scheduler.roster.view(name).state is ModelState.IDLE:
             self._checkpoint(name)
         self._do(self._scheduler.on_unload_request(name, self._clock.now(), force=force))
-        if self._scheduler.view(name).state is ModelState.EVICTING:
+        if self._scheduler.roster.view(name).state is ModelState.EVICTING:
             departure = self._departures.setdefault(name, self._loop.create_future())
             await asyncio.shield(departure)
-        if self._scheduler.view(name).state is ModelState.IDLE:
+        if self._scheduler.roster.view(name).state is ModelState.IDLE:
             self._store.evict(name, Tier.DEVICE, "operator")  # what it left as a cache, too
 
     async def pin(self, model: str) -> None:
@@ -286,7 +286,7 @@ class Service(Generic[CodecT]):
     async def unpin(self, model: str) -> None:
         """Let `model` be evicted again."""
         name = ModelId(model)
-        if not self._scheduler.view(name).pinned:
+        if not self._scheduler.roster.view(name).pinned:
             self._checkpoint(name)
         if self.pins is not None:
             await self.pins.drop(name)
@@ -321,7 +321,7 @@ class Service(Generic[CodecT]):
 
     def give_back_all(self, model: ModelId, error: SllmError) -> None:
         """End all sessions that wait for a model that has no room, for their entries to place them anew."""
-        if self._scheduler.view(model).state is ModelState.QUEUED:
+        if self._scheduler.roster.view(model).state is ModelState.QUEUED:
             self._sessions.give_back_all(model, error)
 
     # --- the node -----------------------------------------------------------------------------
@@ -348,9 +348,9 @@ class Service(Generic[CodecT]):
         """Return a few figures of the whole node."""
         return {
             "draining": self.is_draining,
-            "running": self._scheduler.running,
-            "waiting": self._scheduler.waiting,
-            "device_bytes": self._scheduler.device_bytes,
+            "running": self._scheduler.roster.running,
+            "waiting": self._scheduler.roster.waiting,
+            "device_bytes": self._scheduler.roster.device_bytes,
             "device_bytes_total": sum(self._capacities.values()),
         }
 
@@ -633,7 +633,7 @@ class Service(Generic[CodecT]):
         model, hosted = checkpoint.model, self._replicas.get(checkpoint.model)
         status = model_status(
             checkpoint,
-            self._scheduler.view(model),
+            self._scheduler.roster.view(model),
             self._store.residency(model),
             self._store.progress(model),
             self._clock.now(),
