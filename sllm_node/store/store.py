@@ -9,7 +9,6 @@ needed; what of a model is in DRAM stays until another load needs the chunks.
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,29 +16,28 @@ from functools import partial
 from typing import Protocol
 
 from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.checkpoint.index import TensorIndex
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import StoreConfig
-from sllm_node.core.errors import LoadFailedError, ModelBusyError, SllmError
+from sllm_node.core.errors import LoadFailedError, ModelBusyError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Part, Placement, Tier
-from sllm_node.device.base import Device, DeviceRange, Event
+from sllm_node.device.base import Device, DeviceRange
 from sllm_node.store.lease import Lease, LeasedPart, Resident, parts_of, report_of
+from sllm_node.store.lender import Lender
 from sllm_node.store.loader import Load
 from sllm_node.store.loan import Loan
 from sllm_node.store.observed import Observed
-from sllm_node.store.pipeline import LoadCancelledError, Machinery, Source, Target, call_on
+from sllm_node.store.pipeline import LoadCancelledError, Machinery, Source
 from sllm_node.store.pool import PinnedPool
 from sllm_node.store.reader import FileSystem, file_system
 from sllm_node.store.remote import RemoteTier
 from sllm_node.store.residency import Residency, units_of
-from sllm_node.store.tier import DeviceTier
+from sllm_node.store.tiers import DeviceTiers
+from sllm_node.store.waiting import Waiting
 
 log = logging.getLogger(__name__)
 
 READS_PER_THREAD = 2
-STAGING_SHARE = 4
-"""Staging memory for decoding takes no more than this part, a quarter, of a device."""
 """Reads under way for each reader thread: one at the disk and one queued behind it."""
 
 
@@ -64,10 +62,8 @@ class Store:
         files: FileSystem | None = None,
         remote: RemoteTier | None = None,
     ) -> None:
-        assert devices
         self.on_load: Callable[[LoadReport], None] = lambda report: None
         self._catalog = catalog
-        self._devices = tuple(devices)
         self._config = config
         self._clock = clock
         self._remote = remote
@@ -75,17 +71,16 @@ class Store:
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
         self._opened: dict[ModelId, Checkpoint] = {}
         """What the ledgers' rows were made of."""
-        self._tiers: dict[str, DeviceTier] = {}
+        self._tiers = DeviceTiers(devices, config)
         self._residents: dict[ModelId, dict[Placement, Resident]] = {}
         self._loads: dict[ModelId, Load] = {}
         self._waiters: dict[ModelId, int] = {}
         self._remnants: dict[ModelId, Load] = {}
         """Loads that failed and whose memory somebody still looks at."""
-        self._slot_queue: deque[Load] = deque()
-        self._active = 0
-        self._chunk_queue: deque[Load] = deque()
+        self._waiting = Waiting(config.max_concurrent_loads, self._ledger)
         self._pins: dict[Tier, set[ModelId]] = {Tier.DEVICE: set(), Tier.DRAM: set()}
         self._observed = Observed(metrics, self._ledger)
+        self._lender = Lender(self._ledger, self._waiting, self._observed)
         self._is_closing = False
         self._machinery: Machinery | None = None
 
@@ -104,17 +99,16 @@ class Store:
         checkers = ThreadPoolExecutor(config.reader_threads, "sllm-check")
         pool = await loop.run_in_executor(readers, self._take_pool)
         try:
-            self._open_tiers()
-            for tier in self._tiers.values():
+            self._tiers.open()
+            for tier in self._tiers:
                 await loop.run_in_executor(readers, tier.prepare_decoder)
                 tier.check_capacity()
         except BaseException:
-            for tier in self._tiers.values():
-                tier.close()
+            self._tiers.close()
             pool.close()
             readers.shutdown()
             raise
-        self._observed.watch(tuple(self._tiers.values()))
+        self._observed.watch(tuple(self._tiers))
         self._machinery = Machinery(
             loop=loop,
             clock=self._clock,
@@ -126,42 +120,28 @@ class Store:
             verify=config.verify,
             verify_on_device=config.verify_on_device,
             max_reads=READS_PER_THREAD * config.reader_threads,
-            wait_for_chunk=self._wait_for_chunk,
-            chunk_given_back=self._wake_one,
+            wait_for_chunk=self._waiting.wait_for_chunk,
+            chunk_given_back=self._waiting.wake_one,
             on_eviction=self._observed.gave_way,
             on_ended=self._on_ended,
         )
         self._observed.show()
 
-    def _open_tiers(self) -> None:
-        for device in self._devices:
-            self._tiers[device.name] = self._new_tier(device)
-        if self._config.relay:
-            for tier in self._tiers.values():
-                tier.relay_through(tuple(self._tiers.values()))
-
     def add_device(self, device: Device) -> None:
         """Take one more device in; its link is its own only."""
         assert self._machinery is not None, "the store is not started"
-        self._devices = (*self._devices, device)
-        self._tiers[device.name] = self._new_tier(device)
-        self._observed.watch(tuple(self._tiers.values()))
-
-    def _new_tier(self, device: Device) -> DeviceTier:
-        config = self._config
-        staging = min(config.decode_staging_bytes, device.memory_total // STAGING_SHARE)
-        return DeviceTier(device, config.piece_bytes, staging_bytes=staging)
+        self._tiers.add(device)
+        self._observed.watch(tuple(self._tiers))
 
     def _take_pool(self) -> PinnedPool:
         config = self._config
         return PinnedPool(
-            self._devices[0], config.pool_bytes, config.chunk_bytes, huge_pages=config.huge_pages
+            self._tiers.first, config.pool_bytes, config.chunk_bytes, huge_pages=config.huge_pages
         )
 
     def lend_links(self, is_busy: Callable[[str], bool]) -> None:
         """Let `is_busy(device)` say when a device's link must not serve its siblings."""
-        for name, tier in self._tiers.items():
-            tier.is_busy = partial(is_busy, name)
+        self._tiers.lend_links(is_busy)
 
     async def close(self) -> None:
         """Cancel what is under way, wait for it, give all memory back.
@@ -172,8 +152,9 @@ class Store:
         if self._machinery is None:
             return
         self._is_closing = True
+        self._waiting.close()
         for load in list(self._loads.values()):
-            self._cancel(load)
+            self._waiting.cancel(load)
         while self._loads:
             await next(iter(self._loads.values())).ended
         self._pins[Tier.DEVICE].clear()
@@ -185,8 +166,7 @@ class Store:
         machinery, self._machinery = self._machinery, None
         machinery.readers.shutdown(wait=True)
         machinery.checkers.shutdown(wait=True)
-        for tier in self._tiers.values():
-            tier.close()
+        self._tiers.close()
         machinery.pool.close()
         if leased:
             raise ModelBusyError(leased[0], "is in use while the store closes")
@@ -201,7 +181,7 @@ class Store:
         """Return the bytes of `model` on each tier, as they lie there: decoded on DEVICE only."""
         opened = self._opened.get(model) or self._catalog.get(model)
         size, file_size = opened.index.size, opened.index.file_size
-        cached = sum(tier.arena.filled_bytes(model) for tier in self._tiers.values())
+        cached = sum(self._tiers.bytes_of(model).values())
         found = {
             Tier.DEVICE: size if self.is_on_device(model) else min(cached, size),
             Tier.DRAM: self._ledger.bytes_of(model),
@@ -214,8 +194,7 @@ class Store:
 
     def on_devices(self, model: ModelId) -> dict[str, int]:
         """Return the bytes of `model` in the memory of each device that has any."""
-        found = {name: tier.arena.filled_bytes(model) for name, tier in self._tiers.items()}
-        return {name: size for name, size in found.items() if size}
+        return self._tiers.bytes_of(model)
 
     def leases(self, model: ModelId) -> int:
         """Return how many hold `model` on devices."""
@@ -236,7 +215,7 @@ class Store:
 
     def capacities(self) -> dict[str, int]:
         """Return the capacity of every device."""
-        return {name: tier.capacity for name, tier in self._tiers.items()}
+        return self._tiers.capacities()
 
     def cached_bytes(self, device: str) -> int:
         """Return the bytes of a device that evicted models keep until somebody needs them."""
@@ -265,7 +244,7 @@ class Store:
         Raises:
             ModelNotFoundError: there is no such checkpoint.
         """
-        name = device or self._devices[0].name
+        name = device or self._tiers.first.name
         return (Part(name, 0, self._catalog.get(model).index.size),)
 
     async def acquire(
@@ -357,16 +336,7 @@ class Store:
         Raises:
             DeviceMemoryError: there is no room.
         """
-        place, event = self._tiers[device].allocate(size, again)
-        loop = asyncio.get_running_loop()
-        mapped: asyncio.Future[None] = loop.create_future()
-        event.on_done(partial(call_on, loop, partial(_settle, mapped)))
-        try:
-            await asyncio.shield(mapped)
-        except BaseException:
-            mapped.cancel()  # a failure that comes now has nobody to tell
-            place.close()
-            raise
+        place = await self._tiers.allocate(device, size, again)
         self._observed.show()
         return place
 
@@ -376,7 +346,7 @@ class Store:
         None: there is none, or it waits behind others.
         """
         load = self._loads.get(model)
-        if load is None or load in self._slot_queue:
+        if load is None or self._waiting.is_to_start(load):
             return None
         return await asyncio.shield(load.begun)
 
@@ -431,7 +401,7 @@ class Store:
             return
         self._waiters[load.model] -= 1
         if not self._waiters[load.model]:
-            self._cancel(load)
+            self._waiting.cancel(load)
 
     def _resident_of(self, load: Load) -> Resident | None:
         """Return what `load` made, if it is still there."""
@@ -444,7 +414,7 @@ class Store:
             raise LoadFailedError(model, "the store is closing")
         checkpoint = self._catalog.get(model)
         self._know(checkpoint)
-        targets = self._targets(checkpoint, placement)
+        targets = self._tiers.targets(checkpoint, placement)
         source = self._source(model, placement)
         machinery = self._machinery
         if checkpoint.remote is not None and self._remote is not None:
@@ -454,55 +424,8 @@ class Store:
         self._waiters[model] = 0
         self._observed.show()
         is_warm = self._ledger.bytes_of(model) == checkpoint.index.file_size or source is not None
-        if is_warm or self._active < self._config.max_concurrent_loads:
-            # A warm load needs neither disk nor chunks: it never waits for others.
-            self._active += 1
-            load.start()
-        else:
-            self._slot_queue.append(load)
+        self._waiting.begin(load, is_warm=is_warm)
         return load
-
-    def _targets(self, checkpoint: Checkpoint, placement: Placement) -> tuple[Target, ...]:
-        """Hold the rows of all parts and put memory behind them.
-
-        Raises:
-            DeviceMemoryError: a device has no room; nothing was taken.
-            KernelError: a device can't decode.
-        """
-        model, index = checkpoint.model, checkpoint.index
-        tiers = [self._tiers[part.device] for part in placement]
-        wanted = [tier.prepare(model, part) for tier, part in zip(tiers, placement, strict=True)]
-        for tier in tiers:
-            tier.arena.hold(model)
-        try:
-            staged = [
-                tier.stage(index.chunk_bytes, size) if size and self._decodes(index, tier) else ()
-                for tier, size in zip(tiers, wanted, strict=True)
-            ]
-            for tier, size in zip(tiers, wanted, strict=True):
-                tier.check_room(size)
-        except SllmError:
-            for tier in tiers:
-                tier.arena.release(model)
-            raise
-        parts = enumerate(zip(tiers, placement, staged, strict=True))
-        return tuple(self._target(model, number, *one) for number, one in parts)
-
-    def _decodes(self, index: TensorIndex, tier: DeviceTier) -> bool:
-        """Tell whether a decoder is needed, to decode or to compare digests."""
-        is_checked = self._config.verify == "always" and self._config.verify_on_device
-        return index.is_encoded or (is_checked and tier.verifies)
-
-    def _target(
-        self, model: ModelId, number: int, tier: DeviceTier, part: Part, staged: tuple[Event, ...]
-    ) -> Target:
-        wants, ready_to = tier.arena.wants(model), tier.ready_to(model)
-        tier.loads += 1
-        # Memory is mapped in order: staging memory is there before any of the row's.
-        events = tuple((ready_to, event) for event in staged)
-        return Target(
-            number, tier, part, wants, tier.buffer(model), ready_to, events + tier.map(model)
-        )
 
     def _source(self, model: ModelId, placement: Placement) -> Source | None:
         """Borrow a replica on one device from which all of `placement` can be cloned."""
@@ -522,7 +445,7 @@ class Store:
             return
         if self._opened.get(model) != checkpoint:
             units = units_of(checkpoint.index, self._config.chunk_bytes)
-            for tier in self._tiers.values():
+            for tier in self._tiers:
                 tier.forget(model)
             if self._ledger.knows(model):
                 self._ledger.close(model)
@@ -530,22 +453,12 @@ class Store:
             self._ledger.pin(model, pinned=model in self._pins[Tier.DRAM])
         self._opened[model] = checkpoint
 
-    def _cancel(self, load: Load) -> None:
-        if load in self._slot_queue:
-            self._slot_queue.remove(load)
-            self._active += 1
-            load.abandon()
-        else:
-            load.cancel()
-
     def _on_ended(self, load: Load, result: LoadReport | BaseException) -> None:
         """A load is over: count leases for those who wait, and let the next one begin."""
         model = load.model
         del self._loads[model]
         waiters = self._waiters.pop(model)
-        self._active -= 1
-        if load in self._chunk_queue:
-            self._chunk_queue.remove(load)
+        self._waiting.ended(load)
         for target in load.targets:
             target.tier.loads -= 1
         if isinstance(result, LoadReport):
@@ -561,7 +474,7 @@ class Store:
             else:
                 self._take_back(load)
             self._observed.failed(load, result)
-        self._start_next()
+        self._waiting.start_next()
         self._observed.show()
         if isinstance(result, LoadReport):
             self.on_load(result)
@@ -572,28 +485,7 @@ class Store:
             target.tier.arena.release(load.model)
             target.tier.drop_unfilled(load.model)
 
-    def _start_next(self) -> None:
-        limit = 0 if self._is_closing else self._config.max_concurrent_loads
-        while self._slot_queue and self._active < limit:
-            self._active += 1
-            self._slot_queue.popleft().start()
-
     # --- chunks -------------------------------------------------------------------------------
-
-    def _wait_for_chunk(self, load: Load) -> bool:
-        """Let `load` wait, unless nothing is in flight and every other load waits as well."""
-        waiting = [other for other in self._chunk_queue if other is not load]
-        others = self._active - len(waiting) - 1
-        if not self._ledger.in_flight and others <= 0:
-            return False
-        if load not in self._chunk_queue:
-            self._chunk_queue.append(load)
-        return True
-
-    def _wake_one(self) -> None:
-        """A chunk may be free: the load that has waited longest tries again."""
-        if self._chunk_queue:
-            self._chunk_queue.popleft().pump()
 
     @property
     def chunk_bytes(self) -> int:
@@ -606,26 +498,7 @@ class Store:
         Who waits for a chunk to load goes first.
         """
         assert self._machinery is not None, "the store is not started"
-        chunks: list[int] = []
-        pool, size = self._machinery.pool, self._config.chunk_bytes
-        while len(chunks) < count:
-            taken = None if self._chunk_queue else self._ledger.lend()
-            if taken is None:
-                self._take_back_chunks(chunks)
-                return None
-            chunk, victim = taken
-            chunks.append(chunk)
-            if victim is not None:
-                self._observed.gave_way(victim)
-        self._observed.show()
-        views = [pool.view(chunk, size) for chunk in chunks]
-        return Loan(views, partial(self._take_back_chunks, chunks))
-
-    def _take_back_chunks(self, chunks: Sequence[int]) -> None:
-        for chunk in chunks:
-            self._ledger.take_back(chunk)
-            self._wake_one()
-        self._observed.show()
+        return self._lender.lend(count, self._machinery.pool)
 
     # --- the way down -------------------------------------------------------------------------
 
@@ -659,20 +532,14 @@ class Store:
             raise ModelBusyError(model, "is pinned on the device")
         for one in chosen:
             del residents[one]
-            for part in one:
-                self._tiers[part.device].arena.release(model)
+            self._tiers.release(model, one)
             self._observed.evicted(Tier.DEVICE, reason)
         if not residents:
             self._residents.pop(model, None)
         if model not in self._opened:
-            self._forget_rows(model)
+            self._tiers.forget(model)
         elif reason != "room":
-            self._drop_caches(model)
-
-    def _drop_caches(self, model: ModelId) -> None:
-        for tier in self._tiers.values():
-            if tier.arena.knows(model) and not tier.arena.is_held(model):
-                tier.drop(model)
+            self._tiers.drop_caches(model)
 
     def _evict_from_dram(self, model: ModelId, reason: str) -> None:
         if model in self._loads:
@@ -681,7 +548,7 @@ class Store:
             raise ModelBusyError(model, "is pinned in DRAM")
         if self._ledger.evict(model):
             self._observed.evicted(Tier.DRAM, reason)
-        self._wake_one()
+        self._waiting.wake_one()
 
     def pin(self, model: ModelId, tier: Tier) -> None:
         """Never evict `model` from `tier` (DEVICE or DRAM) until it is unpinned.
@@ -701,7 +568,7 @@ class Store:
     def _apply_pins(self, model: ModelId) -> None:
         if self._ledger.knows(model):
             self._ledger.pin(model, pinned=model in self._pins[Tier.DRAM])
-            self._wake_one()
+            self._waiting.wake_one()
 
     def forget(self, model: ModelId) -> None:
         """Drop what is known of a checkpoint that was removed; a load under way keeps its own.
@@ -712,21 +579,6 @@ class Store:
             return
         self._ledger.close(model)
         del self._opened[model]
-        self._forget_rows(model)
-        self._wake_one()
+        self._tiers.forget(model)
+        self._waiting.wake_one()
         self._observed.show()
-
-    def _forget_rows(self, model: ModelId) -> None:
-        for tier in self._tiers.values():
-            if not tier.arena.is_held(model):
-                tier.forget(model)
-
-
-def _settle(mapped: "asyncio.Future[None]", error: BaseException | None) -> None:
-    """Tell who waits for memory."""
-    if mapped.done():
-        return
-    if error is None:
-        mapped.set_result(None)
-    else:
-        mapped.set_exception(error)
