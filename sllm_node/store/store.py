@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from typing import Protocol
 
 from sllm_node.checkpoint.catalog import Checkpoint
@@ -22,16 +21,18 @@ from sllm_node.core.errors import LoadFailedError, ModelBusyError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Part, Placement, Tier
 from sllm_node.device.base import Device, DeviceRange
-from sllm_node.store.lease import Lease, LeasedPart, Resident, parts_of, report_of
+from sllm_node.store.flights import Flights
+from sllm_node.store.lease import Lease, LeasedPart, report_of
 from sllm_node.store.lender import Lender
 from sllm_node.store.loader import Load
 from sllm_node.store.loan import Loan
 from sllm_node.store.observed import Observed
-from sllm_node.store.pipeline import LoadCancelledError, Machinery, Source
+from sllm_node.store.pipeline import LoadCancelledError, Machinery
 from sllm_node.store.pool import PinnedPool
 from sllm_node.store.reader import FileSystem, file_system
 from sllm_node.store.remote import RemoteTier
 from sllm_node.store.residency import Residency, units_of
+from sllm_node.store.residents import Residents
 from sllm_node.store.tiers import DeviceTiers
 from sllm_node.store.waiting import Waiting
 
@@ -72,14 +73,11 @@ class Store:
         self._opened: dict[ModelId, Checkpoint] = {}
         """What the ledgers' rows were made of."""
         self._tiers = DeviceTiers(devices, config)
-        self._residents: dict[ModelId, dict[Placement, Resident]] = {}
-        self._loads: dict[ModelId, Load] = {}
-        self._waiters: dict[ModelId, int] = {}
-        self._remnants: dict[ModelId, Load] = {}
-        """Loads that failed and whose memory somebody still looks at."""
         self._waiting = Waiting(config.max_concurrent_loads, self._ledger)
         self._pins: dict[Tier, set[ModelId]] = {Tier.DEVICE: set(), Tier.DRAM: set()}
         self._observed = Observed(metrics, self._ledger)
+        self._residents = Residents(self._tiers)
+        self._flights = Flights(self._residents, self._waiting, self._observed.show)
         self._lender = Lender(self._ledger, self._waiting, self._observed)
         self._is_closing = False
         self._machinery: Machinery | None = None
@@ -153,16 +151,14 @@ class Store:
             return
         self._is_closing = True
         self._waiting.close()
-        for load in list(self._loads.values()):
-            self._waiting.cancel(load)
-        while self._loads:
-            await next(iter(self._loads.values())).ended
+        await self._flights.close()
         self._pins[Tier.DEVICE].clear()
-        leased = [*self._remnants, *(model for model in self._residents if self.leases(model))]
-        for model, residents in list(self._residents.items()):
-            for placement, resident in list(residents.items()):
-                if not resident.leases:
-                    self.evict(model, Tier.DEVICE, "shutdown", placement)
+        leased = [*self._flights.remnants]
+        for model, placement, resident in self._residents.all():
+            if resident.leases:
+                leased.append(model)
+            else:
+                self.evict(model, Tier.DEVICE, "shutdown", placement)
         machinery, self._machinery = self._machinery, None
         machinery.readers.shutdown(wait=True)
         machinery.checkers.shutdown(wait=True)
@@ -175,7 +171,7 @@ class Store:
 
     def is_on_device(self, model: ModelId) -> bool:
         """Tell whether all of `model` is on a device, or on several together."""
-        return bool(self._residents.get(model))
+        return bool(self._residents.of(model))
 
     def residency(self, model: ModelId) -> dict[Tier, int]:
         """Return the bytes of `model` on each tier, as they lie there: decoded on DEVICE only."""
@@ -198,12 +194,11 @@ class Store:
 
     def leases(self, model: ModelId) -> int:
         """Return how many hold `model` on devices."""
-        return sum(resident.leases for resident in self._residents.get(model, {}).values())
+        return self._residents.leases(model)
 
     def progress(self, model: ModelId) -> LoadProgress | None:
         """Return how far the load of `model` is, if one is under way."""
-        load = self._loads.get(model)
-        return load.progress() if load else None
+        return self._flights.progress(model)
 
     def bandwidth(self, tier: Tier) -> float | None:
         """Return the bytes/s observed of loads from `tier`; None before the first."""
@@ -265,25 +260,25 @@ class Store:
         if placement is None:
             placement = self.whole(model)
         while True:
-            if (remnant := self._remnants.get(model)) is not None:
+            if (remnant := self._flights.remnants.get(model)) is not None:
                 await asyncio.shield(remnant.returned)
                 continue
-            resident = self._residents.get(model, {}).get(placement)
+            resident = self._residents.of(model).get(placement)
             if resident is not None:
                 resident.leases += 1
                 if self._ledger.knows(model):
                     self._ledger.touch(model)
                 return resident.lease(None)
-            load = self._loads.get(model)
+            load = self._flights.loads.get(model)
             if load is None:
                 load = self._begin(model, asked, placement)
             if load.is_ending or load.placement != placement:
                 await asyncio.shield(load.ended)
                 continue
-            report = await self._wait(load, early=early)
+            report = await self._flights.wait(load, early=early)
             if report is None:
-                return self._lend(load)
-            return self._residents[model][placement].lease(report)
+                return self._flights.lend(load)
+            return self._residents.of(model)[placement].lease(report)
 
     def hand_over(self, lease: Lease) -> tuple[LeasedPart, ...]:
         """Let the only holder own the device memory of its lease, which the store forgets.
@@ -294,13 +289,10 @@ class Store:
             ModelBusyError: somebody else holds it as well.
         """
         model, placement = lease.checkpoint.model, tuple(part.part for part in lease.parts)
-        residents = self._residents[model]
-        if residents[placement].leases > 1:
+        if self._residents.of(model)[placement].leases > 1:
             raise ModelBusyError(model, "is in use by others")
         lease.release()
-        del residents[placement]
-        if not residents:
-            del self._residents[model]
+        self._residents.remove(model, placement)
         for part in lease.parts:
             self._tiers[part.part.device].hand_over(model)
         self._observed.show()
@@ -313,7 +305,7 @@ class Store:
             ModelNotFoundError: there is no such checkpoint.
             CheckpointError: its files are damaged, changed or unreadable.
         """
-        while (load := self._loads.get(model)) is not None and (
+        while (load := self._flights.loads.get(model)) is not None and (
             load.is_ending or load.is_onto_device
         ):
             # Not as one of its waiters: it ends when nobody wants the model on the device any more.
@@ -323,7 +315,7 @@ class Store:
                 return
         if load is None:
             load = self._begin(model, self._clock.now(), ())
-        await self._wait(load)
+        await self._flights.wait(load)
 
     async def allocate(
         self, device: str, size: int, again: DeviceRange | None = None
@@ -345,68 +337,14 @@ class Store:
 
         None: there is none, or it waits behind others.
         """
-        load = self._loads.get(model)
-        if load is None or self._waiting.is_to_start(load):
-            return None
-        return await asyncio.shield(load.begun)
+        return await self._flights.begun(model)
 
     async def settled(self, model: ModelId) -> None:
         """Wait until no load of `model` onto devices is under way.
 
         A cancelled one holds memory to its end; a prefetch holds none.
         """
-        while (load := self._loads.get(model)) is not None and load.is_onto_device:
-            await asyncio.shield(load.ended)
-        if (remnant := self._remnants.get(model)) is not None:
-            await asyncio.shield(remnant.returned)
-
-    async def _wait(self, load: Load, *, early: bool = False) -> LoadReport | None:
-        """Wait for `load`; if it was one onto the device, a lease has been counted for us.
-
-        With `early`, return None when its memory is there and it goes on.
-        """
-        model = load.model
-        self._waiters[model] = self._waiters.get(model, 0) + 1
-        try:
-            if early:
-                await asyncio.shield(load.mapped)
-                if not (load.is_ending or load.ended.done()):
-                    return None
-            result = await asyncio.shield(load.ended)
-        except asyncio.CancelledError:
-            self._leave(load)
-            raise
-        return report_of(model, result)
-
-    def _lend(self, load: Load) -> Lease:
-        """Return an early lease to somebody who is counted as waiting for `load`."""
-        load.borrowers += 1
-        give_back = partial(self._give_back_early, load)
-        return Lease(load.checkpoint, parts_of(load), None, give_back, early=load)
-
-    def _give_back_early(self, load: Load) -> None:
-        load.borrowers -= 1
-        self._leave(load)
-        if not load.borrowers and self._remnants.get(load.model) is load:
-            del self._remnants[load.model]
-            self._take_back(load)
-            load.returned.set_result(None)
-            self._observed.show()
-
-    def _leave(self, load: Load) -> None:
-        """A waiter was cancelled; the last one cancels the load."""
-        if load.ended.done():
-            if (resident := self._resident_of(load)) is not None:
-                resident.give_back()
-            return
-        self._waiters[load.model] -= 1
-        if not self._waiters[load.model]:
-            self._waiting.cancel(load)
-
-    def _resident_of(self, load: Load) -> Resident | None:
-        """Return what `load` made, if it is still there."""
-        resident = self._residents.get(load.model, {}).get(load.placement)
-        return resident if resident is not None and resident.load is load else None
+        await self._flights.settled(model)
 
     def _begin(self, model: ModelId, asked: float, placement: Placement) -> Load:
         assert self._machinery is not None, "the store is not started"
@@ -415,28 +353,14 @@ class Store:
         checkpoint = self._catalog.get(model)
         self._know(checkpoint)
         targets = self._tiers.targets(checkpoint, placement)
-        source = self._source(model, placement)
+        source = self._residents.source(model, placement)
         machinery = self._machinery
         if checkpoint.remote is not None and self._remote is not None:
             machinery = replace(machinery, readers=self._remote.readers)
         load = Load(checkpoint, targets, source, machinery, asked)
-        self._loads[model] = load
-        self._waiters[model] = 0
-        self._observed.show()
         is_warm = self._ledger.bytes_of(model) == checkpoint.index.file_size or source is not None
-        self._waiting.begin(load, is_warm=is_warm)
+        self._flights.begin(load, is_warm=is_warm)
         return load
-
-    def _source(self, model: ModelId, placement: Placement) -> Source | None:
-        """Borrow a replica on one device from which all of `placement` can be cloned."""
-        wanted = [self._tiers[part.device].device for part in placement]
-        for there, resident in self._residents.get(model, {}).items():
-            origin = self._tiers[there[0].device]
-            reachable = all(device.can_reach(origin.device) for device in wanted)
-            if wanted and reachable and len(there) == 1:
-                resident.leases += 1
-                return Source(origin.buffer(model), resident.give_back)
-        return None
 
     def _know(self, checkpoint: Checkpoint) -> None:
         """Open the ledger's row of `checkpoint`; another checkpoint of that name is forgotten."""
@@ -454,36 +378,16 @@ class Store:
         self._opened[model] = checkpoint
 
     def _on_ended(self, load: Load, result: LoadReport | BaseException) -> None:
-        """A load is over: count leases for those who wait, and let the next one begin."""
-        model = load.model
-        del self._loads[model]
-        waiters = self._waiters.pop(model)
-        self._waiting.ended(load)
-        for target in load.targets:
-            target.tier.loads -= 1
+        """A load is over: let the next one begin."""
+        self._flights.ended(load, result)
         if isinstance(result, LoadReport):
-            for target in load.targets:
-                target.tier.arena.filled(model)
-            if load.is_onto_device:
-                made = Resident(load, waiters)
-                self._residents.setdefault(model, {})[load.placement] = made
             self._observed.succeeded(load, result)
         else:
-            if load.borrowers:
-                self._remnants[model] = load
-            else:
-                self._take_back(load)
             self._observed.failed(load, result)
         self._waiting.start_next()
         self._observed.show()
         if isinstance(result, LoadReport):
             self.on_load(result)
-
-    def _take_back(self, load: Load) -> None:
-        """Free the memory of a load that failed."""
-        for target in load.targets:
-            target.tier.arena.release(load.model)
-            target.tier.drop_unfilled(load.model)
 
     # --- chunks -------------------------------------------------------------------------------
 
@@ -523,26 +427,24 @@ class Store:
         self._observed.show()
 
     def _evict_from_devices(self, model: ModelId, reason: str, placement: Placement | None) -> None:
-        residents = self._residents.get(model, {})
-        chosen = list(residents) if placement is None else [p for p in residents if p == placement]
+        residents = self._residents.of(model)
+        chosen = [one for one in residents if placement in (None, one)]
         leases = sum(residents[one].leases for one in chosen)
         if leases:
             raise ModelBusyError(model, f"is in use on the device ({leases} leases)")
         if chosen and model in self._pins[Tier.DEVICE] and reason != "shutdown":
             raise ModelBusyError(model, "is pinned on the device")
         for one in chosen:
-            del residents[one]
+            self._residents.remove(model, one)
             self._tiers.release(model, one)
             self._observed.evicted(Tier.DEVICE, reason)
-        if not residents:
-            self._residents.pop(model, None)
         if model not in self._opened:
             self._tiers.forget(model)
         elif reason != "room":
             self._tiers.drop_caches(model)
 
     def _evict_from_dram(self, model: ModelId, reason: str) -> None:
-        if model in self._loads:
+        if model in self._flights.loads:
             raise ModelBusyError(model, "is being loaded")
         if self._ledger.is_pinned(model):
             raise ModelBusyError(model, "is pinned in DRAM")
@@ -575,7 +477,7 @@ class Store:
 
         Device memory and addresses that somebody holds are freed when they are evicted.
         """
-        if model in self._loads or not self._ledger.knows(model):
+        if model in self._flights.loads or not self._ledger.knows(model):
             return
         self._ledger.close(model)
         del self._opened[model]
