@@ -5,12 +5,12 @@ has brought onto devices belongs to those who wait for it: each has a lease the 
 """
 
 import asyncio
-from collections.abc import Callable
 from functools import partial
 
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId
 from sllm_node.store.lease import Lease, parts_of, report_of
 from sllm_node.store.loader import Load
+from sllm_node.store.observed import Observed
 from sllm_node.store.residents import Residents
 from sllm_node.store.waiting import Waiting
 
@@ -18,22 +18,21 @@ from sllm_node.store.waiting import Waiting
 class Flights:
     """Those of one store."""
 
-    def __init__(self, residents: Residents, waiting: Waiting, changed: Callable[[], None]) -> None:
-        """`changed` is called when memory has come or gone."""
+    def __init__(self, residents: Residents, waiting: Waiting, observed: Observed) -> None:
         self.loads: dict[ModelId, Load] = {}
         """Under way; they may be ending."""
         self.remnants: dict[ModelId, Load] = {}
         """Loads that failed and whose memory somebody still looks at."""
         self._residents = residents
         self._waiting = waiting
-        self._changed = changed
+        self._observed = observed
         self._waiters: dict[ModelId, int] = {}
 
     def begin(self, load: Load, *, is_warm: bool) -> None:
         """Start `load`, now or when its turn comes."""
         self.loads[load.model] = load
         self._waiters[load.model] = 0
-        self._changed()
+        self._observed.show()
         self._waiting.begin(load, is_warm=is_warm)
 
     def ended(self, load: Load, result: LoadReport | BaseException) -> None:
@@ -49,10 +48,13 @@ class Flights:
                 target.tier.arena.filled(model)
             if load.is_onto_device:
                 self._residents.add(load, waiters)
-        elif load.borrowers:
+            self._observed.succeeded(load, result)
+            return
+        if load.borrowers:
             self.remnants[model] = load
         else:
             self._take_back(load)
+        self._observed.failed(load, result)
 
     def _take_back(self, load: Load) -> None:
         """Free the memory of a load that failed."""
@@ -100,7 +102,7 @@ class Flights:
             del self.remnants[load.model]
             self._take_back(load)
             load.returned.set_result(None)
-            self._changed()
+            self._observed.show()
 
     def _leave(self, load: Load) -> None:
         """A waiter was cancelled; the last one cancels the load."""

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping
 
+from sllm_node.core.errors import ModelBusyError
 from sllm_node.core.types import ModelId, Placement
-from sllm_node.store.lease import Resident
+from sllm_node.store.lease import Lease, Resident
 from sllm_node.store.loader import Load
 from sllm_node.store.pipeline import Source
 from sllm_node.store.tiers import DeviceTiers
@@ -43,6 +44,20 @@ class Residents:
         del residents[placement]
         if not residents:
             del self._by_model[model]
+
+    def hand_over(self, lease: Lease) -> None:
+        """Forget what `lease` holds alone; its device memory is the holder's.
+
+        Raises:
+            ModelBusyError: somebody else holds it as well.
+        """
+        model, placement = lease.checkpoint.model, tuple(part.part for part in lease.parts)
+        if self.of(model)[placement].leases > 1:
+            raise ModelBusyError(model, "is in use by others")
+        lease.release()
+        self.remove(model, placement)
+        for part in placement:
+            self._tiers[part.device].hand_over(model)
 
     def source(self, model: ModelId, placement: Placement) -> Source | None:
         """Borrow a replica on one device from which all of `placement` can be cloned."""

@@ -21,6 +21,7 @@ from sllm_node.core.errors import LoadFailedError, ModelBusyError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, LoadReport, ModelId, Part, Placement, Tier
 from sllm_node.device.base import Device, DeviceRange
+from sllm_node.store.evictions import Evictions
 from sllm_node.store.flights import Flights
 from sllm_node.store.lease import Lease, LeasedPart, report_of
 from sllm_node.store.lender import Lender
@@ -31,7 +32,7 @@ from sllm_node.store.pipeline import LoadCancelledError, Machinery
 from sllm_node.store.pool import PinnedPool
 from sllm_node.store.reader import FileSystem, file_system
 from sllm_node.store.remote import RemoteTier
-from sllm_node.store.residency import Residency, units_of
+from sllm_node.store.residency import Residency
 from sllm_node.store.residents import Residents
 from sllm_node.store.tiers import DeviceTiers
 from sllm_node.store.waiting import Waiting
@@ -70,14 +71,14 @@ class Store:
         self._remote = remote
         self._files = files or (file_system(config) if remote is None else remote.files)
         self._ledger = Residency(config.pool_bytes // config.chunk_bytes)
-        self._opened: dict[ModelId, Checkpoint] = {}
-        """What the ledgers' rows were made of."""
         self._tiers = DeviceTiers(devices, config)
         self._waiting = Waiting(config.max_concurrent_loads, self._ledger)
-        self._pins: dict[Tier, set[ModelId]] = {Tier.DEVICE: set(), Tier.DRAM: set()}
         self._observed = Observed(metrics, self._ledger)
         self._residents = Residents(self._tiers)
-        self._flights = Flights(self._residents, self._waiting, self._observed.show)
+        self._flights = Flights(self._residents, self._waiting, self._observed)
+        self._evictions = Evictions(
+            self._ledger, self._tiers, self._residents, self._flights, self._waiting, self._observed
+        )
         self._lender = Lender(self._ledger, self._waiting, self._observed)
         self._is_closing = False
         self._machinery: Machinery | None = None
@@ -97,12 +98,8 @@ class Store:
         checkers = ThreadPoolExecutor(config.reader_threads, "sllm-check")
         pool = await loop.run_in_executor(readers, self._take_pool)
         try:
-            self._tiers.open()
-            for tier in self._tiers:
-                await loop.run_in_executor(readers, tier.prepare_decoder)
-                tier.check_capacity()
+            await self._tiers.open(readers)
         except BaseException:
-            self._tiers.close()
             pool.close()
             readers.shutdown()
             raise
@@ -152,7 +149,7 @@ class Store:
         self._is_closing = True
         self._waiting.close()
         await self._flights.close()
-        self._pins[Tier.DEVICE].clear()
+        self._evictions.unpin_devices()
         leased = [*self._flights.remnants]
         for model, placement, resident in self._residents.all():
             if resident.leases:
@@ -175,7 +172,7 @@ class Store:
 
     def residency(self, model: ModelId) -> dict[Tier, int]:
         """Return the bytes of `model` on each tier, as they lie there: decoded on DEVICE only."""
-        opened = self._opened.get(model) or self._catalog.get(model)
+        opened = self._evictions.opened.get(model) or self._catalog.get(model)
         size, file_size = opened.index.size, opened.index.file_size
         cached = sum(self._tiers.bytes_of(model).values())
         found = {
@@ -288,13 +285,7 @@ class Store:
         Raises:
             ModelBusyError: somebody else holds it as well.
         """
-        model, placement = lease.checkpoint.model, tuple(part.part for part in lease.parts)
-        if self._residents.of(model)[placement].leases > 1:
-            raise ModelBusyError(model, "is in use by others")
-        lease.release()
-        self._residents.remove(model, placement)
-        for part in lease.parts:
-            self._tiers[part.part.device].hand_over(model)
+        self._residents.hand_over(lease)
         self._observed.show()
         return lease.parts
 
@@ -351,7 +342,7 @@ class Store:
         if self._is_closing:
             raise LoadFailedError(model, "the store is closing")
         checkpoint = self._catalog.get(model)
-        self._know(checkpoint)
+        self._evictions.know(checkpoint, self._config.chunk_bytes)
         targets = self._tiers.targets(checkpoint, placement)
         source = self._residents.source(model, placement)
         machinery = self._machinery
@@ -362,28 +353,9 @@ class Store:
         self._flights.begin(load, is_warm=is_warm)
         return load
 
-    def _know(self, checkpoint: Checkpoint) -> None:
-        """Open the ledger's row of `checkpoint`; another checkpoint of that name is forgotten."""
-        model = checkpoint.model
-        if self._opened.get(model) is checkpoint:
-            return
-        if self._opened.get(model) != checkpoint:
-            units = units_of(checkpoint.index, self._config.chunk_bytes)
-            for tier in self._tiers:
-                tier.forget(model)
-            if self._ledger.knows(model):
-                self._ledger.close(model)
-            self._ledger.open(model, units)
-            self._ledger.pin(model, pinned=model in self._pins[Tier.DRAM])
-        self._opened[model] = checkpoint
-
     def _on_ended(self, load: Load, result: LoadReport | BaseException) -> None:
         """A load is over: let the next one begin."""
         self._flights.ended(load, result)
-        if isinstance(result, LoadReport):
-            self._observed.succeeded(load, result)
-        else:
-            self._observed.failed(load, result)
         self._waiting.start_next()
         self._observed.show()
         if isinstance(result, LoadReport):
@@ -421,36 +393,10 @@ class Store:
             "a checkpoint is removed from NVMe through the catalogue"
         )
         if tier is Tier.DEVICE:
-            self._evict_from_devices(model, reason, placement)
-        elif self._ledger.knows(model):
-            self._evict_from_dram(model, reason)
+            self._evictions.from_devices(model, reason, placement)
+        else:
+            self._evictions.from_dram(model, reason)
         self._observed.show()
-
-    def _evict_from_devices(self, model: ModelId, reason: str, placement: Placement | None) -> None:
-        residents = self._residents.of(model)
-        chosen = [one for one in residents if placement in (None, one)]
-        leases = sum(residents[one].leases for one in chosen)
-        if leases:
-            raise ModelBusyError(model, f"is in use on the device ({leases} leases)")
-        if chosen and model in self._pins[Tier.DEVICE] and reason != "shutdown":
-            raise ModelBusyError(model, "is pinned on the device")
-        for one in chosen:
-            self._residents.remove(model, one)
-            self._tiers.release(model, one)
-            self._observed.evicted(Tier.DEVICE, reason)
-        if model not in self._opened:
-            self._tiers.forget(model)
-        elif reason != "room":
-            self._tiers.drop_caches(model)
-
-    def _evict_from_dram(self, model: ModelId, reason: str) -> None:
-        if model in self._flights.loads:
-            raise ModelBusyError(model, "is being loaded")
-        if self._ledger.is_pinned(model):
-            raise ModelBusyError(model, "is pinned in DRAM")
-        if self._ledger.evict(model):
-            self._observed.evicted(Tier.DRAM, reason)
-        self._waiting.wake_one()
 
     def pin(self, model: ModelId, tier: Tier) -> None:
         """Never evict `model` from `tier` (DEVICE or DRAM) until it is unpinned.
@@ -459,28 +405,16 @@ class Store:
             ModelNotFoundError: there is no such checkpoint.
         """
         self._catalog.get(model)
-        self._pins[tier].add(model)
-        self._apply_pins(model)
+        self._evictions.pin(model, tier)
 
     def unpin(self, model: ModelId, tier: Tier) -> None:
         """Let `model` be evicted from `tier` again."""
-        self._pins[tier].discard(model)
-        self._apply_pins(model)
-
-    def _apply_pins(self, model: ModelId) -> None:
-        if self._ledger.knows(model):
-            self._ledger.pin(model, pinned=model in self._pins[Tier.DRAM])
-            self._waiting.wake_one()
+        self._evictions.unpin(model, tier)
 
     def forget(self, model: ModelId) -> None:
         """Drop what is known of a checkpoint that was removed; a load under way keeps its own.
 
         Device memory and addresses that somebody holds are freed when they are evicted.
         """
-        if model in self._flights.loads or not self._ledger.knows(model):
-            return
-        self._ledger.close(model)
-        del self._opened[model]
-        self._tiers.forget(model)
-        self._waiting.wake_one()
+        self._evictions.forget(model)
         self._observed.show()

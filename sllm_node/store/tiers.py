@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from functools import partial
 from typing import Final
 
@@ -37,17 +38,26 @@ class DeviceTiers:
 
     # --- life ---------------------------------------------------------------------------------
 
-    def open(self) -> None:
-        """Open the links to the devices, and through siblings if the config says so.
+    async def open(self, threads: Executor) -> None:
+        """Open the links to the devices, and through siblings if the config says so; compile in `threads`.
 
         Raises:
+            DeviceError: a device has no room for weights.
             DeviceMemoryError: a device has no room for a relay's staging memory.
         """
-        for device in self._devices:
-            self.add(device)
-        if self._config.relay:
+        loop = asyncio.get_running_loop()
+        try:
+            for device in self._devices:
+                self.add(device)
+            if self._config.relay:
+                for tier in self:
+                    tier.relay_through(tuple(self))
             for tier in self:
-                tier.relay_through(tuple(self))
+                await loop.run_in_executor(threads, tier.prepare_decoder)
+                tier.check_capacity()
+        except BaseException:
+            self.close()
+            raise
 
     def add(self, device: Device) -> None:
         """Take one more device in; its link is its own only."""
