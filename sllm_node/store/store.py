@@ -1,8 +1,7 @@
 """Which checkpoint is on which tier, and the way up: `acquire` gives a lease on device memory.
 
-Everything here runs on the event loop. One load per model is under way at a time (single flight):
-whoever else wants the model waits for it. A caller that is cancelled leaves the others waiting; the
-last one takes the load with it. A replica's weights stay on their devices when the last lease is
+Everything here runs on the event loop. One load per model is under way at a time (`flights`): whoever
+else wants the model waits for it. A replica's weights stay on their devices when the last lease is
 given back, until `evict`. What is evicted to make room stays as a cache until the memory is really
 needed; what of a model is in DRAM stays until another load needs the chunks.
 """
@@ -12,6 +11,7 @@ import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from sllm_node.checkpoint.catalog import Checkpoint
@@ -80,7 +80,6 @@ class Store:
             self._ledger, self._tiers, self._residents, self._flights, self._waiting, self._observed
         )
         self._lender = Lender(self._ledger, self._waiting, self._observed)
-        self._is_closing = False
         self._machinery: Machinery | None = None
 
     # --- life ---------------------------------------------------------------------------------
@@ -92,11 +91,11 @@ class Store:
             DeviceError: the system refuses the pool, or a device has no room for weights.
             DeviceMemoryError: a device has no room for a relay's staging memory.
         """
-        loop = asyncio.get_running_loop()
-        config = self._config
+        loop, config = asyncio.get_running_loop(), self._config
         readers = ThreadPoolExecutor(config.reader_threads, "sllm-read")
         checkers = ThreadPoolExecutor(config.reader_threads, "sllm-check")
-        pool = await loop.run_in_executor(readers, self._take_pool)
+        take = partial(PinnedPool, self._tiers.first, huge_pages=config.huge_pages)
+        pool = await loop.run_in_executor(readers, take, config.pool_bytes, config.chunk_bytes)
         try:
             await self._tiers.open(readers)
         except BaseException:
@@ -105,21 +104,13 @@ class Store:
             raise
         self._observed.watch(tuple(self._tiers))
         self._machinery = Machinery(
-            loop=loop,
-            clock=self._clock,
-            pool=pool,
-            ledger=self._ledger,
-            readers=readers,
-            checkers=checkers,
-            files=self._files,
-            verify=config.verify,
-            verify_on_device=config.verify_on_device,
+            loop=loop, clock=self._clock, pool=pool, ledger=self._ledger,
+            readers=readers, checkers=checkers, files=self._files,
+            verify=config.verify, verify_on_device=config.verify_on_device,
             max_reads=READS_PER_THREAD * config.reader_threads,
-            wait_for_chunk=self._waiting.wait_for_chunk,
-            chunk_given_back=self._waiting.wake_one,
-            on_eviction=self._observed.gave_way,
-            on_ended=self._on_ended,
-        )
+            wait_for_chunk=self._waiting.wait_for_chunk, chunk_given_back=self._waiting.wake_one,
+            on_eviction=self._observed.gave_way, on_ended=self._on_ended,
+        )  # fmt: skip
         self._observed.show()
 
     def add_device(self, device: Device) -> None:
@@ -127,12 +118,6 @@ class Store:
         assert self._machinery is not None, "the store is not started"
         self._tiers.add(device)
         self._observed.watch(tuple(self._tiers))
-
-    def _take_pool(self) -> PinnedPool:
-        config = self._config
-        return PinnedPool(
-            self._tiers.first, config.pool_bytes, config.chunk_bytes, huge_pages=config.huge_pages
-        )
 
     def lend_links(self, is_busy: Callable[[str], bool]) -> None:
         """Let `is_busy(device)` say when a device's link must not serve its siblings."""
@@ -146,7 +131,6 @@ class Store:
         """
         if self._machinery is None:
             return
-        self._is_closing = True
         self._waiting.close()
         await self._flights.close()
         self._evictions.unpin_devices()
@@ -254,14 +238,12 @@ class Store:
             PoolExhaustedError: no chunk of the pool can be freed.
         """
         asked = self._clock.now()
-        if placement is None:
-            placement = self.whole(model)
+        placement = self.whole(model) if placement is None else placement
         while True:
             if (remnant := self._flights.remnants.get(model)) is not None:
                 await asyncio.shield(remnant.returned)
                 continue
-            resident = self._residents.of(model).get(placement)
-            if resident is not None:
+            if (resident := self._residents.of(model).get(placement)) is not None:
                 resident.leases += 1
                 if self._ledger.knows(model):
                     self._ledger.touch(model)
@@ -339,7 +321,7 @@ class Store:
 
     def _begin(self, model: ModelId, asked: float, placement: Placement) -> Load:
         assert self._machinery is not None, "the store is not started"
-        if self._is_closing:
+        if self._waiting.is_closed:
             raise LoadFailedError(model, "the store is closing")
         checkpoint = self._catalog.get(model)
         self._evictions.know(checkpoint, self._config.chunk_bytes)
@@ -389,9 +371,7 @@ class Store:
         Raises:
             ModelBusyError: it is leased, pinned or loading there.
         """
-        assert tier in (Tier.DEVICE, Tier.DRAM), (
-            "a checkpoint is removed from NVMe through the catalogue"
-        )
+        assert tier in (Tier.DEVICE, Tier.DRAM), "from NVMe it is removed through the catalogue"
         if tier is Tier.DEVICE:
             self._evictions.from_devices(model, reason, placement)
         else:

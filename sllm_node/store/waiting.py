@@ -51,6 +51,11 @@ class Waiting:
             self._active += 1
             self._to_start.popleft().start()
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether none starts any more."""
+        return not self._limit
+
     def close(self) -> None:
         """Start none any more."""
         self._limit = 0
