@@ -390,7 +390,6 @@ class Load:
             self.ended.set_result(result)
             self._tell_mapped()
             self._note_begun()
-            self._sending.close()
             self._machinery.chunk_given_back()
 
     def _report(self) -> LoadReport:

@@ -60,12 +60,6 @@ class Sending:
         """Bytes under way on links, as they are stored."""
         self._links = sum(1 + len(target.tier.relays) for target in targets) or 1
 
-    def close(self) -> None:
-        """Forget whom to tell: nothing is under way any more, and who began it is not held by this."""
-        assert not self.under_way
-        self._begun = self._ended = lambda: None
-        self._failed = lambda _: None
-
     @property
     def is_full(self) -> bool:
         """Whether links have enough to do."""
