@@ -15,8 +15,9 @@ from sllm_node.cluster.cluster import own_address
 from sllm_node.cluster.file import ClusterFile
 from sllm_node.cluster.journal import TAKEN, is_taken
 from sllm_node.cluster.named_files import load_cluster
-from sllm_node.core.config import CPU_MEMORY_BYTES, Config, is_loopback
+from sllm_node.core.config import Config
 from sllm_node.core.errors import ClusterKeyError, ConfigError, DeviceError, SllmError
+from sllm_node.core.hosts import is_loopback
 from sllm_node.core.types import NodeId
 from sllm_node.core.units import GIB, PAGE, format_size
 from sllm_node.node import folders
@@ -172,7 +173,7 @@ def _memory_findings(config: Config, machine: Machine, *, is_running: bool) -> I
 def _cpu_bytes(config: Config) -> int:
     if not config.device.names[0].startswith("cpu"):
         return 0
-    return len(config.device.names) * int(config.device.memory_bytes or CPU_MEMORY_BYTES)
+    return len(config.device.names) * int(config.device.cpu_bytes)
 
 
 def _lock_findings(config: Config, machine: Machine) -> Iterator[Finding]:
