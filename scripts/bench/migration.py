@@ -12,7 +12,9 @@ while it resumes, or after the handover; a reader whose own node dies is to leav
 import argparse
 import asyncio
 import contextlib
+import os
 import random
+import shlex
 import sys
 import tempfile
 import time
@@ -268,7 +270,7 @@ async def measure(asked: argparse.Namespace, place: Path) -> dict[str, Any]:
         await bench.references()
         await bench.sessions(asked.sessions, asked.at_once)
         moves = [move for node in trio for move in node.events(ENDED)]
-        rows = await bench.matrix(asked.kills)
+        rows = await bench.matrix(asked.kills) if asked.kills else []
         await bench.rest()
     return {
         "sessions": bench.done, "wrong": bench.wrong, "moves": summary(moves), "kills": rows,
@@ -286,12 +288,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place:
         found = asyncio.run(measure(asked, Path(place)))
     head = {
         "date": datetime.now(UTC).isoformat(),
         "commit": commit(),
         "machine": describe_machine(),
+        "load_before": round(load, 2),
+        "command": shlex.join(["python", "-m", "scripts.bench.migration", *sys.argv[1:]]),
     }
     report = {**head, "seed": asked.seed, **found}
     if asked.json is not None:
