@@ -20,6 +20,7 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     MoveRefusedError,
     PeerUnreachableError,
+    SessionLostError,
     SllmError,
 )
 from sllm_node.core.types import ModelState
@@ -27,14 +28,14 @@ from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
 
 
-def in_world(pages=2, **nodes):
+def in_world(pages=2, more="", **nodes):
     """Run an async test in a world; at its end no session, load or lease is left."""
 
     def decorate(test):
         @functools.wraps(test)
         def wrapper(tmp_path):
             async def play():
-                world = World(tmp_path, nodes, pages)
+                world = World(tmp_path, nodes, pages, more)
                 await asyncio.sleep(3.0)
                 await test(world)
                 await asyncio.sleep(5.0)
@@ -156,6 +157,18 @@ async def test_a_session_waits_for_its_only_node_to_come_back(world):
     await asyncio.sleep(20.0)
     world["b"].start()
     assert await read(stream) == list(range(2, 61))
+
+
+@in_world(a=(), b=("m",), more="patience_s = 12.0\n")
+async def test_a_session_whose_only_node_stays_away_ends_when_the_file_says_and_tells_why(world):
+    stream = world.open("a", "m", tokens=60)
+    await anext(stream)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    await world["b"].crash()
+    with pytest.raises(SessionLostError, match=r"within 12 s \(timing.patience_s\)"):
+        await read(stream)
+    assert 12.0 <= loop.time() - start < 14.0
 
 
 @in_world(a=(), b=("m",), c=("m",))
