@@ -6,6 +6,7 @@ Each figure names the file that it was read from and the command that made it.
 """
 
 import json
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -17,6 +18,8 @@ FOLDER: Final = RESULTS.parent / "h200"
 ONE: Final = "1 x H200 (driver 580.159), 16 cores, 126 GiB, virtual disk, Linux 6.18"
 TWO: Final = "2 x H200 (driver 580.159), NVLink, 32 cores, 251 GiB, Linux 6.18"
 FOUR: Final = "4 x H200 (driver 580.159), NVLink, 64 cores, 503 GiB, Linux 6.18"
+CONTEXT_MAX: Final = 8192
+"""Tokens of context up to which the gap of a move is judged."""
 LOAD: Final = "python -m scripts.bench.gpu_load --shape"
 
 
@@ -51,6 +54,7 @@ def main() -> None:
     _several_gpus()
     _latency()
     _engine()
+    _moves()
 
 
 def _one_gpu() -> None:
@@ -211,42 +215,68 @@ def _latency() -> None:
 
 
 def _engine() -> None:
-    quiet, busy, theirs = (
-        read(f"{name}.json") for name in ("x1_engine_8b", "x4_engine_8b", "x1_engine_8b_theirs")
+    last, whole, theirs = (
+        read(f"{name}.json") for name in ("x2_engine_8b", "x4_engine_8b", "x1_engine_8b_theirs")
     )
     command = "python -m scripts.bench.engine --shape 8b --store /dev/shm/s --device cuda:0"
-    alone: dict[str, Any] = {"machine": ONE, "measured_at": "90c4aa7", "command": command}
-    ceiling = quiet["ceiling"]
+    newest: dict[str, Any] = {"machine": TWO, "measured_at": "4b46c68", "command": command}
+    beside: dict[str, Any] = {"machine": FOUR, "measured_at": "c0eb309", "command": command}
+    ceiling = last["ceiling"]
     put(
         "decode_b1_over_limit",
-        [ms / ceiling["limit_ms"] for ms in quiet["decode"]["rounds_ms"]],
-        note=f"{quiet['decode']['ms_per_token']:.2f} ms a token; the limit is "
+        [ms / ceiling["limit_ms"] for ms in last["decode"]["rounds_ms"]],
+        note=f"{last['decode']['ms_per_token']:.2f} ms a token; the limit is "
         f"{ceiling['limit_ms']:.2f} ms at {ceiling['copy_gbps']:.0f} GB/s; transformers' generate "
         f"{theirs['generate']['ms_per_token']:.1f} ms in a run on such a machine",
-        **alone,
+        **newest,
     )
     put(
-        "decode_b32_tokens_per_s", busy["batch_32"]["rounds"][1:],
-        machine=FOUR, measured_at="ff96a98", command=command,
-        note="on one of them, while a checkpoint was encoded on other cores; the first round captures "
+        "decode_b32_tokens_per_s", last["batch_32"]["rounds"][1:],
+        note="while a node served small models on the other GPU; the first round captures "
         "graphs and is not counted; 128 at once "
-        f"{busy['batch_128']['tokens_per_s']:.0f} tok/s; transformers' continuous batching "
+        f"{last['batch_128']['tokens_per_s']:.0f} tok/s; transformers' continuous batching "
         f"{theirs['continuous_32']['tokens_per_s']:.0f} tok/s for 32 in a run on one H200",
+        **newest,
     )  # fmt: skip
     for name, part in (("ttft_dram_raw_s", "first_raw"), ("ttft_dram_codec_s", "first_codec")):
-        spent = quiet[part]
-        kind = part.removeprefix("first_")
-        early = quiet[f"overlap_{kind}"]
+        spent = whole[part]
+        early = whole[f"overlap_{part.removeprefix('first_')}"]
         put(
             name, spent["totals"],
             note=", ".join(
                 f"{key} {1e3 * spent[key]:.0f} ms" for key in ("prepare", "load", "attach", "prefill")
             )
             + f"; with the first layers computed while the last ones load, as by default, "
-            f"{early['first_s']:.3f} s, where the bare load took {early['bare_s']:.3f} s",
-            **alone,
+            f"{early['first_s']:.3f} s, where the bare load took {early['bare_s']:.3f} s; tests and "
+            "small models ran on the other GPUs",
+            **beside,
         )  # fmt: skip
-    put("ttft_resident_ms", [1e3 * quiet["resident_raw"]["s"]], **alone)
+    put("ttft_resident_ms", [1e3 * whole["resident_raw"]["s"]], **beside)
+
+
+def _moves() -> None:
+    two, four = (read(f"x{count}_cluster_8b.json") for count in (2, 4))
+    near, far = (
+        [
+            sample["beyond_a_step_ms"]
+            for context, samples in found["moves"]["samples"].items()
+            if int(context) <= CONTEXT_MAX
+            for sample in samples
+        ]
+        for found in (two, four)
+    )
+    put(
+        "migration_gap_p99_ms", near, machine=TWO, measured_at="4b46c68",
+        command=two["about"]["command"], value=percentile(near, 0.99),
+        note=f"{len(near)} moves of 1k, 2k, 4k and 8k tokens, four other streams at both ends; median "
+        f"{statistics.median(near):.0f} ms; on four H200s, with fewer rounds than now (b7ef81e), p99 "
+        f"{percentile(far, 0.99):.0f} ms and median {statistics.median(far):.0f} ms of {len(far)} moves",
+    )  # fmt: skip
+
+
+def percentile(samples: Sequence[float], share: float) -> float:
+    """Return the smallest sample that so large a share does not exceed."""
+    return sorted(samples)[max(0, math.ceil(share * len(samples)) - 1)]
 
 
 if __name__ == "__main__":
