@@ -11,7 +11,9 @@ are told. Who dies when in a move: `scripts.bench.migration_matrix`.
 import argparse
 import asyncio
 import contextlib
+import os
 import random
+import shlex
 import sys
 import tempfile
 import time
@@ -202,12 +204,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place:
         found = asyncio.run(measure(asked, Path(place)))
     head = {
         "date": datetime.now(UTC).isoformat(),
         "commit": commit(),
         "machine": describe_machine(),
+        "load_before": round(load, 2),
+        "command": shlex.join(["python", "-m", "scripts.bench.migration", *sys.argv[1:]]),
     }
     report = {**head, "seed": asked.seed, **found}
     if asked.json is not None:

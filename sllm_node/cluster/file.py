@@ -64,6 +64,13 @@ class TimingConfig(Section, frozen=True):
     suspect_s: Positive = 3.0
     dead_s: Positive = 10.0
     publish_gap_s: Positive = 0.1
+    patience_s: Positive | None = None
+    """A session that no node takes waits so long for one; left out: six times `dead_s`."""
+
+    @property
+    def waits_s(self) -> float:
+        """How long a session waits for a node that can take it."""
+        return 6 * self.dead_s if self.patience_s is None else self.patience_s
 
 
 class LimitsConfig(Section, frozen=True):

@@ -71,7 +71,7 @@ class Router(Generic[CodecT]):
         self._clock = clock
         self._metrics = metrics
         timing = peers.cluster.timing
-        self._tools = Tools(client, clock, Limits(timing.dead_s, 6 * timing.dead_s))
+        self._tools = Tools(client, clock, Limits(timing.dead_s, timing.waits_s))
         patience_s = self._tools.limits.patience_s
         self.elsewhere = Elsewhere(peers, texts, clock, self.changed, patience_s)
         self._carried = Carried()

@@ -19,6 +19,7 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     MoveRefusedError,
     PeerUnreachableError,
+    SessionLostError,
     SllmError,
 )
 from sllm_node.core.types import ModelState
@@ -128,6 +129,18 @@ async def test_a_session_waits_for_its_only_node_to_come_back(world):
     await asyncio.sleep(20.0)
     world["b"].start()
     assert await read(stream) == list(range(2, 61))
+
+
+@in_world(a=(), b=("m",), more="patience_s = 12.0\n")
+async def test_a_session_whose_only_node_stays_away_ends_when_the_file_says_and_tells_why(world):
+    stream = world.open("a", "m", tokens=60)
+    await anext(stream)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    await world["b"].crash()
+    with pytest.raises(SessionLostError, match=r"within 12 s \(timing.patience_s\)"):
+        await read(stream)
+    assert 12.0 <= loop.time() - start < 14.0
 
 
 @in_world(a=(), b=("m",), c=("m",))
