@@ -206,7 +206,7 @@ def _device_findings(config: Config, machine: Machine, *, is_running: bool) -> I
             yield Finding("ok", key, words)
         else:
             todo = "lower device.memory_bytes, or see with 'nvidia-smi' who has it"
-            yield Finding("error", key, words, todo)
+            yield Finding("warning", key, words, todo)
         if room.asked <= config.engine.kv_cache_bytes:
             said = (
                 f"{words}: less than engine.kv_cache_bytes, so no model fits beside its KV memory"

@@ -365,6 +365,10 @@ class Service(Generic[CodecT]):
         self._drain_end.set(self._clock.now() + self._config.node.drain_s)
         self._do(self._scheduler.on_drain(self._clock.now()))
 
+    def begin_stop(self) -> None:
+        """Let no drain be taken back from now on: the process ends after it."""
+        self._is_stopping = True
+
     def undrain(self) -> None:
         """Take new requests again; what the drain has not ended goes on. Nothing if there is none.
 
@@ -382,11 +386,10 @@ class Service(Generic[CodecT]):
         self._do(self._scheduler.on_undrain(self._clock.now()))
 
     async def drained(self, limit_s: float) -> int:
-        """Wait until no session is left; end those that are left after `limit_s`. No drain is taken back now.
+        """Wait until no session is left; end those that are left after `limit_s`.
 
         Returns how many had to be ended since the drain began.
         """
-        self._is_stopping = True
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._sessions.quiet()
