@@ -69,12 +69,15 @@ class Drain:
         self._ended = 0
         self._do(self._scheduler.on_undrain(self._clock.now()))
 
+    def begin_stop(self) -> None:
+        """Let no drain be taken back from now on: the process ends after it."""
+        self._is_stopping = True
+
     async def over(self, limit_s: float) -> int:
-        """Wait until no session is left; end those that are left after `limit_s`. None is taken back now.
+        """Wait until no session is left; end those that are left after `limit_s`.
 
         Returns how many had to be ended since the drain began.
         """
-        self._is_stopping = True
         with suppress(TimeoutError):
             async with asyncio.timeout(limit_s):
                 await self._sessions.quiet()

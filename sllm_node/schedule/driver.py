@@ -355,6 +355,10 @@ class Service(Generic[CodecT]):
         del figures["draining"]  # from here on
         self._drain.begin(figures)
 
+    def begin_stop(self) -> None:
+        """Let no drain be taken back from now on: the process ends after it."""
+        self._drain.begin_stop()
+
     def undrain(self) -> None:
         """Take new requests again; what the drain has not ended goes on. Nothing if there is none.
 
@@ -364,7 +368,7 @@ class Service(Generic[CodecT]):
         self._drain.take_back()
 
     async def drained(self, limit_s: float) -> int:
-        """Wait until no session is left; end those that are left after `limit_s`. No drain is taken back now.
+        """Wait until no session is left; end those that are left after `limit_s`.
 
         Returns how many had to be ended since the drain began.
         """
