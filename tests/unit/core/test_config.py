@@ -3,7 +3,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sllm_node.core.config import Config, config_schema, is_loopback, load_config, parse_config
+from sllm_node.core.config import Config, config_schema, load_config, parse_config
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.units import MIB
 
@@ -116,14 +116,6 @@ def test_the_schema_describes_every_table():
     assert set(tables) == {field.name for field in msgspec.structs.fields(Config)}
 
 
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("box", False)],
-)
-def test_loopback_is_recognised(host, expected):
-    assert is_loopback(host) is expected
-
-
 REMOTE = '[remotes.far]\nurl = "http://h/p"\n'
 
 
@@ -142,6 +134,10 @@ def test_remotes_have_names_and_defaults():
         ('[remotes.far]\nurl = "ftp://h/p"', "remotes.far.url = 'ftp://h/p'"),
         (REMOTE + "colour = 1", "remotes.far.colour: unknown key"),
         (REMOTE + 'region = "x"', "remotes.far.region: means nothing for url = 'http://h/p'"),
+        (
+            '[remotes.far]\nurl = "http://user:p@h/p?sig=x"\nregion = "x"',
+            "remotes.far.region: means nothing for url = 'http://h/p'",
+        ),
         ('[remotes.b]\nurl = "s3://b"\nkey_file = "k"', "remotes.b.key_file: means nothing"),
         ("remotes = 1", "remotes must be a table of tables, as in [remotes.NAME]"),
         ("[remotes]\nfar = 1", "remotes.far must be a table"),
