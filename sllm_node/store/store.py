@@ -38,9 +38,9 @@ from sllm_node.store.tier import DeviceTier
 log = logging.getLogger(__name__)
 
 READS_PER_THREAD = 2
+"""Reads under way for each reader thread: one at the disk and one queued behind it."""
 STAGING_SHARE = 4
 """Staging memory for decoding takes no more than this part, a quarter, of a device."""
-"""Reads under way for each reader thread: one at the disk and one queued behind it."""
 
 
 class Checkpoints(Protocol):
@@ -249,8 +249,8 @@ class Store:
 
     @property
     def pool_chunks_used(self) -> int:
-        """Chunks that hold or await bytes."""
-        return self._ledger.chunks - self._ledger.free
+        """Chunks that hold or await bytes of checkpoints."""
+        return self._ledger.chunks - self._ledger.free - self._ledger.lent
 
     @property
     def pool_chunks_lent(self) -> int:
@@ -373,10 +373,10 @@ class Store:
     async def begun(self, model: ModelId) -> float | None:
         """Wait until a load of `model` has issued its first read or copy; return when that was.
 
-        None: there is none, or it waits behind others.
+        None: there is none onto devices, or it waits behind others, or for a prefetch of the model.
         """
         load = self._loads.get(model)
-        if load is None or load in self._slot_queue:
+        if load is None or not load.is_onto_device or load in self._slot_queue:
             return None
         return await asyncio.shield(load.begun)
 
@@ -606,13 +606,13 @@ class Store:
         Who waits for a chunk to load goes first.
         """
         assert self._machinery is not None, "the store is not started"
+        if self._chunk_queue or count > self._ledger.lendable:
+            return None
         chunks: list[int] = []
         pool, size = self._machinery.pool, self._config.chunk_bytes
         while len(chunks) < count:
-            taken = None if self._chunk_queue else self._ledger.lend()
-            if taken is None:
-                self._take_back_chunks(chunks)
-                return None
+            taken = self._ledger.lend()
+            assert taken is not None
             chunk, victim = taken
             chunks.append(chunk)
             if victim is not None:
