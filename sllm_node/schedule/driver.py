@@ -428,9 +428,10 @@ class Service(Generic[CodecT]):
         if hosted is not None and hosted.lease.report is not None:
             is_peer = hosted.lease.checkpoint.remote == PEERS
             self._estimator.observe(hosted.lease.report, is_peer=is_peer, is_alone=hosted.was_alone)
-            self._estimator.observe_whole(
-                hosted.lease.report, hosted.elapsed_s, is_kept=hosted.was_kept
-            )
+            if hosted.was_alone:  # or it may have waited for others
+                self._estimator.observe_whole(
+                    hosted.lease.report, hosted.elapsed_s, is_kept=hosted.was_kept
+                )
         with suppress(SllmError):  # removed meanwhile: those who wait are served
             if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
                 self._do(self._scheduler.on_replaced(model, self._clock.now()))
