@@ -161,6 +161,8 @@ class _Aside:
     """Nobody wants it any more."""
     restored_from: int | None = None
     """The token from which on it came back."""
+    is_doubted: bool = False
+    """Nobody may find what came back."""
 
 
 @dataclass(slots=True)
@@ -264,18 +266,19 @@ class Offload:
     def landed(self, session: Session) -> int | None:
         """Take note that a step of a session has ended; return the token from which it was restored.
 
-        None: it was not, or that was told before.
+        None: it was not, or that was told before, or nobody may find it.
         """
         aside = self._aside.get(session.number)
         if aside is None or aside.restored_from is None:
             return None
         aside.is_under_way, aside.is_over = False, True
         self._close_if_over(session.number)
-        return aside.restored_from
+        return None if aside.is_doubted else aside.restored_from
 
     def forget(self) -> None:
-        """Give up all that waits in the pool: nobody knows whether it is right."""
+        """Give up all that lies in the pool: nobody knows whether it is right. What comes back is not found."""
         for number, aside in list(self._aside.items()):
+            aside.is_doubted = True
             if aside.restored_from is None:
                 self._give_up(number)
 

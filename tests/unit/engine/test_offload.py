@@ -183,6 +183,24 @@ def test_what_was_cached_is_found_and_only_the_rest_comes_back():
     assert (part.start, back.first, len(back.blocks)) == (10, 2, 1)
 
 
+def test_what_is_on_its_way_back_when_all_is_forgotten_is_not_found():
+    pool = Chunks(8)
+    made = Batch(Blocks(8, BLOCK), 8, 16)
+    made.offload = Offload(Room(pool, 99), BLOCK)
+    session = make(1, prompt=10)
+    made.add(session)
+    step(made)
+    made._preempt(session)
+    made.offload.carried_out(made.offload.take(), 0.1)
+    made.blocks.forget()  # others have taken its blocks
+    plan = made.plan()
+    made.offload.take()
+    made.forget()
+    made.stepped(plan)
+    assert made._find(make(2, prompt=10)) == []
+    assert (pool.free, made.offload.kept) == (8, 0)
+
+
 def test_a_failed_step_gives_up_all_that_lies_in_the_pool():
     made, pool, session = crowded()
     other = make(2, prompt=4)
