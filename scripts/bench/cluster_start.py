@@ -31,7 +31,7 @@ from scripts.bench.cluster_load import Answer, Request, ask
 from scripts.bench.cluster_logs import summary
 from scripts.bench.figures import commit, describe_machine
 from tests.e2e import cluster_nodes
-from tests.e2e.braked import ROOT
+from tests.e2e.forked import ROOT
 from tests.e2e.process import NodeProcess
 from tests.models import make_checkpoint
 

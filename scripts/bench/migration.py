@@ -1,24 +1,24 @@
-"""Sessions that move between real nodes while they run, and nodes killed while they do.
+"""Sessions that move between real nodes while they run.
 
-    python -m scripts.bench.migration [--sessions 200] [--kills 1] [--minutes 15] [--seed 0] [--json FILE]
+    python -m scripts.bench.migration [--sessions 200] [--minutes 15] [--seed 0] [--json FILE]
 
 Three nodes on loopback with one tiny fp32 model. Every session of mixed sampling is run unmoved first, then
 by a reader of a random node and moved 1 to 5 times at random tokens: tokens, text and usage must be equal.
-Then the matrix: source, destination or the reader's node is killed (kill -9) while the destination loads,
-while it resumes, or after the handover; a reader whose own node dies is to leave nothing anywhere. Exit status
-1 if a token was lost, added or repeated, or a session stayed on a node. Moves that come too late are told.
+Exit status 1 if a token was lost, added or repeated, or a session stayed on a node. Moves that come too late
+are told. Who dies when in a move: `scripts.bench.migration_matrix`.
 """
 
 import argparse
 import asyncio
 import contextlib
+import os
 import random
+import shlex
 import sys
 import tempfile
 import time
 from collections import Counter
 from datetime import UTC, datetime
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,8 +33,6 @@ from tests.models import make_checkpoint
 MODEL: Final = "m"
 NAMES: Final = ("a", "b", "c")
 BODIES: Final = 24
-ROLES: Final = ("source", "destination", "entry")
-PHASES: Final = ("loading", "resuming", "handed over")
 ENDED: Final = "session move ended"
 
 
@@ -129,97 +127,19 @@ class Bench:
         await asyncio.gather(*moving)
         self.done += 1
 
-    async def move(self, entry: str, name: str, to: str | None = None) -> str | None:
-        """Move a session of `entry` to another node than it is at; return the migration's id."""
+    async def move(self, entry: str, name: str) -> None:
+        """Move a session of `entry` to another node than it is at."""
         url = self.nodes[entry].url
         with contextlib.suppress(aiohttp.ClientError):
             for session in (await nodes.get(url, "/admin/status"))["sessions"]:
                 if session["session"].startswith(name):
                     at = session["node"] or entry
-                    to = to or self.draw.choice([n for n in NAMES if n != at])
+                    to = self.draw.choice([n for n in NAMES if n != at])
                     path = f"/admin/sessions/{session['session']}/move"
                     status, told = await nodes.post(url, path, {"to": to})
                     if status == 200:
-                        return str(told["migration"])
+                        return
                     self.refused[told["error"]["message"].rpartition(": ")[2]] += 1
-        return None
-
-    # --- kills --------------------------------------------------------------------------------
-
-    async def matrix(self, runs: int) -> list[dict[str, Any]]:
-        """Kill every role in every phase so many times."""
-        rows = []
-        for role in ROLES:
-            for phase in PHASES:
-                row: dict[str, Any] = {
-                    "killed": role,
-                    "when": phase,
-                    "runs": 0,
-                    "wrong": 0,
-                    "go_on_s": [],
-                }
-                for _ in range(runs):
-                    if not self.is_over:
-                        before = len(self.wrong)
-                        row["go_on_s"].append(round(await self.killed(role, phase), 3))
-                        row["runs"] += 1
-                        row["wrong"] += len(self.wrong) - before
-                rows.append(row)
-                sys.stderr.write(f"{row}\n")
-        return rows
-
-    async def killed(self, role: str, phase: str) -> float:
-        """Move a session from b to c for a reader at a, and kill one; return the longest pause."""
-        index = self.draw.randrange(BODIES)
-        name = f"kill{self.draw.randint(0, 10**9)}"
-        times: list[float] = []
-        reached = asyncio.Event()
-
-        def at(event: int) -> None:
-            times.append(time.monotonic())
-            if event == 12:
-                reached.set()
-
-        url = self.nodes["a"].url
-        reading = asyncio.create_task(read(url, self.bodies[index], name, at))
-        await reached.wait()
-        await self.settle(name, "b")
-        if phase == "loading":
-            await nodes.post(self.nodes["c"].url, f"/admin/models/{MODEL}/unload", {"force": True})
-        number = await self.move("a", name, "c")
-        if phase == "resuming":
-            await asyncio.sleep(self.draw.uniform(0, 0.01))
-        if phase == "handed over" and number is not None:
-            await self.ended("a", number)
-        victim = self.nodes[{"source": "b", "destination": "c", "entry": "a"}[role]]
-        victim.process.kill()
-        try:
-            self.check(index, await reading, f"{role} killed, {phase}")
-        except (AssertionError, aiohttp.ClientError) as error:
-            if role != "entry":
-                self.wrong.append(f"{role} killed, {phase}: {error}"[:300])
-        for node in self.nodes.values():
-            if node is not victim:
-                await nodes.until(node.url, "/admin/status", lambda r: not r["sessions"])
-        victim.__exit__(None, None, None)
-        await asyncio.to_thread(victim.__enter__)
-        for node in self.nodes.values():
-            await nodes.sees(node, *NAMES)
-        return max((b - a for a, b in pairwise(times)), default=0.0)
-
-    async def settle(self, name: str, at: str) -> None:
-        """Bring a session of a to node `at`."""
-        for session in (await nodes.get(self.nodes["a"].url, "/admin/status"))["sessions"]:
-            if session["session"].startswith(name) and (session["node"] or "a") != at:
-                number = await self.move("a", name, at)
-                if number is not None:
-                    await self.ended("a", number)
-
-    async def ended(self, entry: str, number: str) -> None:
-        """Wait until the log tells how a move ended."""
-        async with asyncio.timeout(30):
-            while not any(e["migration"] == number for e in self.nodes[entry].events(ENDED)):
-                await nodes.get(self.nodes[entry].url, "/livez")
 
     async def rest(self) -> None:
         """See that no session stayed anywhere."""
@@ -268,10 +188,9 @@ async def measure(asked: argparse.Namespace, place: Path) -> dict[str, Any]:
         await bench.references()
         await bench.sessions(asked.sessions, asked.at_once)
         moves = [move for node in trio for move in node.events(ENDED)]
-        rows = await bench.matrix(asked.kills)
         await bench.rest()
     return {
-        "sessions": bench.done, "wrong": bench.wrong, "moves": summary(moves), "kills": rows,
+        "sessions": bench.done, "wrong": bench.wrong, "moves": summary(moves),
         "refused": dict(bench.refused),
     }  # fmt: skip
 
@@ -281,17 +200,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--sessions", type=int, default=200)
     parser.add_argument("--at-once", type=int, default=6)
-    parser.add_argument("--kills", type=int, default=1, help="runs of each kind of kill")
     parser.add_argument("--minutes", type=float, default=15.0, help="begin nothing new after these")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place:
         found = asyncio.run(measure(asked, Path(place)))
     head = {
         "date": datetime.now(UTC).isoformat(),
         "commit": commit(),
         "machine": describe_machine(),
+        "load_before": round(load, 2),
+        "command": shlex.join(["python", "-m", "scripts.bench.migration", *sys.argv[1:]]),
     }
     report = {**head, "seed": asked.seed, **found}
     if asked.json is not None:
@@ -299,10 +220,6 @@ def main() -> int:
             orjson.dumps(report, option=orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS)
         )
     print(f"{found['sessions']} sessions, {found['moves']}, refused {found['refused']}")
-    for row in found["kills"]:
-        print(
-            f"{row['killed']:12} {row['when']:12} {row['runs']} runs, {row['wrong']} wrong, pauses {row['go_on_s']}"
-        )
     for problem in found["wrong"]:
         print(f"WRONG: {problem}")
     return 1 if found["wrong"] else 0

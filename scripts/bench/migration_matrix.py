@@ -4,7 +4,7 @@
         [--phases matrix,upgrade] [--each FILE] [--json FILE]
 
 matrix: three nodes (`migration_rig`), an entry without the model and two with it. A session runs at one, the
-source, and is moved to the other. The destination stops at a brake (`forked`) while it loads, while it
+source, and is moved to the other. The destination stops at a brake (`braked`) while it loads, while it
 resumes, with the last round on its way (the session is handed over, the destination not let go), or after
 the handover (half of the runs: before its first token, half: after it). There the source, the destination or
 the entry is killed with -9, or the link between the entry and one of them is cut: half of the runs to the
@@ -38,7 +38,6 @@ from typing import Any, Final
 import orjson
 
 from scripts.bench.figures import commit, describe_machine
-from scripts.bench.forked import Nursery
 from scripts.bench.migration import bodies
 from scripts.bench.migration_rig import DEAD_S, Reader, Trio, compared, until
 from scripts.bench.migration_upgrade import upgrade
@@ -262,7 +261,7 @@ def lines(file: Path) -> list[bytes]:
     return file.read_bytes().splitlines() if file.exists() else []
 
 
-async def matrix(asked: argparse.Namespace, place: Path, nursery: Nursery) -> dict[str, Any]:
+async def matrix(asked: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Run all cells, spread over groups of nodes."""
     results = [orjson.loads(line) for line in lines(asked.each)]
     done = {(result["role"], result["phase"], result["number"]) for result in results}
@@ -274,9 +273,7 @@ async def matrix(asked: argparse.Namespace, place: Path, nursery: Nursery) -> di
     async def work(number: int) -> None:
         own = place / f"group{number}"
         own.mkdir()
-        group = Group(
-            Trio(own, nursery, ("e", "x", "y"), ("x", "y"), asked.step_s), asked.seed + number
-        )
+        group = Group(Trio(own, ("e", "x", "y"), ("x", "y"), asked.step_s), asked.seed + number)
         try:
             await group.begin()
             while jobs and time.monotonic() < deadline:
@@ -318,12 +315,12 @@ def main() -> int:
     """Measure, print, write."""
     asked = parsed()
     is_bad, measured = False, commit()
-    with tempfile.TemporaryDirectory() as name, Nursery() as nursery:
+    with tempfile.TemporaryDirectory() as name:
         for phase in asked.phases.split(","):
             place = (asked.keep or Path(name)) / phase
             place.mkdir(parents=True)
             work = matrix if phase == "matrix" else upgrade
-            found = asyncio.run(work(asked, place, nursery))
+            found = asyncio.run(work(asked, place))
             found |= {
                 "machine": describe_machine(), "commit": measured,
                 "date": datetime.now(UTC).isoformat(), "command": shlex.join(

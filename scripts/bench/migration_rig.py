@@ -13,8 +13,8 @@ from typing import Any, Final
 import aiohttp
 import orjson
 
+from scripts.bench.braked import BrakedNode
 from scripts.bench.cluster_net import relayed
-from scripts.bench.forked import ForkedNode, Nursery
 from scripts.bench.migration import MODEL, read
 from tests.e2e import cluster_nodes as nodes
 from tests.e2e.process import NodeProcess
@@ -105,7 +105,7 @@ class Trio:
     """Three nodes and the relays between them; those of `holders` have the model."""
 
     def __init__(
-        self, place: Path, nursery: Nursery, names: tuple[str, ...], holders: tuple[str, ...],
+        self, place: Path, names: tuple[str, ...], holders: tuple[str, ...],
         step_s: float, **settings: Any,
     ) -> None:  # fmt: skip
         self.names = names
@@ -114,18 +114,24 @@ class Trio:
         for kind in ("all", "none"):
             (place / kind).mkdir()
         make_checkpoint(place / "all", MODEL, seed=3, chunk_bytes=65536)
-        self.nodes: dict[str, ForkedNode] = {}
+        self.nodes: dict[str, BrakedNode] = {}
         for name in names:
             store = place / ("all" if name in holders else "none")
             self.nodes[name] = node = self._made(place, name, store, files[name], **settings)
-            node.nursery, node.step_s = nursery, step_s
+            node.step_s = step_s
 
     @staticmethod
-    def _made(place: Path, name: str, store: Path, file: Path, **settings: Any) -> ForkedNode:
+    def _made(place: Path, name: str, store: Path, file: Path, **settings: Any) -> BrakedNode:
         own = place / name
         own.mkdir()
-        given = {"memory_bytes": 64 << 20, "kv_cache_bytes": KV_BYTES, "id": name, **settings}
-        return ForkedNode(own, store, f'\n[cluster]\nfile = "{file}"\n', **given)
+        given = {
+            "memory_bytes": 64 << 20,
+            "kv_cache_bytes": KV_BYTES,
+            "id": name,
+            "braked": True,
+            **settings,
+        }
+        return BrakedNode(own, store, f'\n[cluster]\nfile = "{file}"\n', **given)
 
     async def start(self) -> None:
         """Start them all."""

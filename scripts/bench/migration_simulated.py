@@ -3,9 +3,16 @@
     python -m scripts.bench.migration_simulated --trace code.csv [--seeds 20] [--only code-100,gamma-40]
 
 Three policies that differ in nothing else place the same requests: `ours`, `ours-without-moves` and
-`ours-preempting`. Loads are a burst of the Azure code trace (40 seconds from its third minute), every request
-so many times, and Gamma arrivals (CV 8, 512 tokens out on average) at so many requests a second. Of each
-seed: P50 and P99 of the startup latency, and P50, P99 and sum of the pauses of sessions that moved or were stopped.
+`ours-preempting`. Loads are stretches of the Azure code trace, every request so many times, and Gamma
+arrivals (CV 8, 512 tokens out on average) at so many requests a second.
+
+What a seed is: of `code`, the same 40 seconds (the first burst that lasts, from the third minute), with other
+models for the requests and the copies at other moments within their second. Of `stretch`, another stretch: the
+trace is cut into 40 seconds each, and those with 200 requests or more are taken in their order, one a seed, its
+models drawn anew as well. Of `gamma`, other arrivals. None of them is another trace.
+
+Of each seed: P50 and P99 of the startup latency, and P50, P99 and sum of the pauses of sessions that moved or
+were stopped.
 Intervals are bootstraps of the median over seeds, of ratios those of the median of the seeds' ratios.
 Results go to results/migration_simulated.json, after each seed.
 """
@@ -26,18 +33,32 @@ from sllm_node.sim.trace import Gamma, Row, cut, gamma_rows, read_rows, scaled
 
 RESULTS = figures.HERE / "results" / "migration_simulated.json"
 POLICIES = ("ours", "ours-without-moves", "ours-preempting")
-LOADS = {"code-100": 40.0, "gamma-40": 90.0, "gamma-120": 30.0}
+LOADS = {"code-100": 40.0, "stretch-100": 40.0, "gamma-40": 90.0, "gamma-120": 30.0}
 """Kind, how much of it, and how many seconds."""
 START_S = 180.0
 """Of the trace: the first burst in it that lasts."""
+BUSY = 200
+"""Requests that make a stretch of the trace one of those compared."""
 
 
 def rows_of(load: str, trace: list[Row], seed: int) -> list[Row]:
     """Return the requests of a load: what it is called says how many."""
     kind, much = load.split("-")
-    if kind == "code":
-        return scaled(cut(trace, START_S, LOADS[load]), float(much), seed)
+    if kind in {"code", "stretch"}:
+        rows = (
+            busy(trace, LOADS[load])[seed]
+            if kind == "stretch"
+            else cut(trace, START_S, LOADS[load])
+        )
+        return scaled(rows, float(much), seed)
     return gamma_rows(Gamma(float(much), 8.0, LOADS[load], tokens_out=512.0), seed)
+
+
+def busy(trace: list[Row], length_s: float) -> list[list[Row]]:
+    """Return the stretches of a trace, side by side, that have requests enough."""
+    count = int(trace[-1].at_s // length_s) + 1
+    parts = (cut(trace, number * length_s, length_s) for number in range(count))
+    return [rows for rows in parts if len(rows) >= BUSY]
 
 
 def measures(report: Report) -> dict[str, float]:
@@ -59,6 +80,8 @@ def compare(
 ) -> Iterator[dict[str, Any]]:
     """Run all policies over all seeds; after each seed, yield what is known so far."""
     each: dict[str, dict[str, list[float]]] = {policy: {} for policy in POLICIES}
+    if load.startswith("stretch"):
+        seeds = min(seeds, len(busy(trace, LOADS[load])))
     for seed in range(seeds):
         rows = rows_of(load, trace, seed)
         for policy in POLICIES:

@@ -16,7 +16,6 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
-from scripts.bench.forked import Nursery
 from scripts.bench.migration import bodies
 from scripts.bench.migration_rig import Reader, Trio, compared
 from tests.e2e import cluster_nodes as nodes
@@ -94,9 +93,9 @@ def ranks(values: list[float]) -> dict[str, float]:
     return {k: round(found[min(len(found) - 1, int(p * len(found)))], 4) for k, p in at.items()}
 
 
-async def upgrade(asked: argparse.Namespace, place: Path, nursery: Nursery) -> dict[str, Any]:
+async def upgrade(asked: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Run it; return the report."""
-    trio = Trio(place, nursery, NAMES, NAMES, STEP_S, drain_s=240.0)
+    trio = Trio(place, NAMES, NAMES, STEP_S, drain_s=240.0)
     run = Upgrade(trio, asked.seed)
     try:
         await run.begin()

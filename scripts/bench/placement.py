@@ -21,8 +21,9 @@ from random import Random
 from statistics import median
 
 from scripts.bench import figures
+from sllm_node.cluster.candidate import PlacementRequest
 from sllm_node.cluster.choice import choose
-from sllm_node.cluster.placement import PlacementRequest, Reject, decide
+from sllm_node.cluster.placement import Reject, decide
 from sllm_node.cluster.state import (
     Bandwidths,
     BootId,

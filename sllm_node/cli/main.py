@@ -10,7 +10,7 @@ import typer
 from sllm_node import __version__
 from sllm_node.cli import bench, checkpoints, cluster, remote, simulate
 from sllm_node.cli.output import fail, print_json, say
-from sllm_node.cluster.file import load_cluster
+from sllm_node.cluster.named_files import load_cluster
 from sllm_node.core.config import Config, config_schema, load_config
 from sllm_node.core.errors import SllmError
 from sllm_node.core.types import NodeId

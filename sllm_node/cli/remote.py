@@ -2,6 +2,8 @@
 
 import asyncio
 import os
+import socket
+import ssl
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,6 +26,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Model = Annotated[str, typer.Argument(help="the model's name")]
 SERVED_SHOWN = 50
 """Sessions of the cluster."""
+UNKNOWN = "?"
+"""In the place of what a node of an older release does not tell."""
 DEFAULT_URL = "http://127.0.0.1:8000"
 MOVES_SHOWN = 5
 """Of the last moves, and of the last times that sessions had to leave."""
@@ -177,15 +181,20 @@ async def _request(
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
         fail(f"{url!r} is no URL; write http://HOST:PORT")
     except aiohttp.ClientConnectorError as error:
-        number = error.os_error.errno or 0
-        reason = os.strerror(number) if number > 0 else str(error.os_error)
-        fail(
-            f"no node answers at {url}: {reason.lower()}; does it run, and is --url (or --config) right?"
-        )
+        why = reason(error.os_error)
+        fail(f"no node answers at {url}: {why}; does it run, and is --url (or --config) right?")
     except aiohttp.ClientError as error:
         fail(f"no node answers at {url}: {error}")
     except ValueError:
         fail(f"what answers at {url} is no sllm_node")
+
+
+def reason(error: OSError) -> str:
+    """Return why nobody was reached; TLS and the resolver count their errors by numbers of their own."""
+    if isinstance(error, ssl.SSLError | socket.gaierror):
+        return error.strerror or str(error)
+    number = error.errno or 0
+    return os.strerror(number).lower() if number > 0 else str(error)
 
 
 def _message(answer: dict[str, Any]) -> str:
@@ -199,10 +208,10 @@ def _show_cluster(report: dict[str, Any]) -> None:
     for name in sorted({report["me"], *peers, *nodes}):
         peer, node = peers.get(name), nodes.get(name)
         state = "this node" if peer is None else peer["state"]
-        heard, age = ("" if peer is None else _seconds(peer[k]) for k in ("heard_s", "age_s"))
+        heard, age = ("" if peer is None else _seconds(peer, k) for k in ("heard_s", "age_s"))
         free = "" if node is None else format_size(sum(d["free"] for d in node["devices"]))
         sessions = "" if node is None else str(node["sessions"])
-        address, why = ("", "") if peer is None else (peer["address"], peer["why"])
+        address, why = ("", "") if peer is None else (peer["address"], peer.get("why", UNKNOWN))
         rows.append((name, address or "", state, heard, age, free, sessions, why))
     heads = (">heard s ago", ">state's age s", ">free", ">sessions", "why")
     print_table(("node", "address", "state", *heads), rows)
@@ -237,13 +246,16 @@ def _show_cluster(report: dict[str, Any]) -> None:
         )
 
 
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:.1f}"
+def _seconds(peer: dict[str, Any], key: str) -> str:
+    value = peer.get(key, UNKNOWN)
+    return value if value == UNKNOWN else "" if value is None else f"{value:.1f}"
 
 
 def _show_served(nodes: list[dict[str, Any]]) -> None:
     """Show who serves which session, and whose client has it."""
-    found = [(node["id"], one) for node in nodes for one in node["served"]]
+    if any("served" not in node for node in nodes):
+        say("sessions: unknown, the node that was asked is of an older release")
+    found = [(node["id"], one) for node in nodes for one in node.get("served", ())]
     rows: list[tuple[str, ...]] = [
         (
             one["session"], one["model"], name, one["entry"],

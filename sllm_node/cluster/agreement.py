@@ -62,6 +62,6 @@ class Agreement:
                     extra={"peer": peer, "mine": mine, "its": told},
                 )
 
-    def differs(self, peer: NodeId) -> bool:
-        """Tell whether `peer` has another file."""
-        return peer in self._since
+    def problem(self, peer: NodeId) -> str | None:
+        """Return what is to be shown of a `peer` that has another file; None: it has not."""
+        return "has another cluster file" if peer in self._since else None

@@ -11,15 +11,9 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import Final
 
+from sllm_node.cluster.candidate import Candidate, Kind, PlacementRequest
 from sllm_node.cluster.estimate import StartupParts
-from sllm_node.cluster.placement import (
-    Candidate,
-    Kind,
-    PlacementRequest,
-    decide,
-    decide_moves,
-    ways_on,
-)
+from sllm_node.cluster.placement import decide, decide_moves, ways_on
 from sllm_node.cluster.reservations import Ask, Away, ReservationId
 from sllm_node.cluster.state import DeviceShare, NodeId, NodeState
 from sllm_node.cluster.view import ClusterView

@@ -12,13 +12,14 @@ from typing import Any, Generic
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.checkpoint.given import Given
 from sllm_node.cluster.fetching import Fetching
-from sllm_node.cluster.file import ClusterFile, load_cluster
+from sllm_node.cluster.file import ClusterFile
 from sllm_node.cluster.files import PeerFiles
 from sllm_node.cluster.giving import Giving
 from sllm_node.cluster.hints import HINT
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.listing import Listing
 from sllm_node.cluster.messages import make_boot
+from sllm_node.cluster.named_files import load_cluster
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.rebalancing import Rebalancing
 from sllm_node.cluster.records import Desired

@@ -4,7 +4,8 @@ from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
 from sllm_node.cluster.autoscale import Demand, ReplicaSeen, Start
-from sllm_node.cluster.placement import Candidate, PlacementRequest, loads
+from sllm_node.cluster.candidate import Candidate, PlacementRequest
+from sllm_node.cluster.placement import loads
 from sllm_node.cluster.state import ReplicaState
 from sllm_node.cluster.view import ClusterView
 from sllm_node.core.types import ModelId, NodeId

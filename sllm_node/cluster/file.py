@@ -6,13 +6,10 @@ folder, and `{id}` in them stands for the id of the node that reads it. `reload`
 a wrong file raises, so the caller's old one stays.
 """
 
-import os
 import re
-import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -29,7 +26,6 @@ from sllm_node.core.config import (
     decode_value,
     find_problems,
     parse_toml,
-    read_text,
     sound_part,
 )
 from sllm_node.core.errors import ConfigError, InvalidRequestError
@@ -68,6 +64,13 @@ class TimingConfig(Section, frozen=True):
     suspect_s: Positive = 3.0
     dead_s: Positive = 10.0
     publish_gap_s: Positive = 0.1
+    patience_s: Positive | None = None
+    """A session that no node takes waits so long for one; left out: six times `dead_s`."""
+
+    @property
+    def waits_s(self) -> float:
+        """How long a session waits for a node that can take it."""
+        return 6 * self.dead_s if self.patience_s is None else self.patience_s
 
 
 class LimitsConfig(Section, frozen=True):
@@ -171,33 +174,17 @@ class Reload:
 
 
 NO_NODES: Final = "nodes: none is named in order; a node is a table [[nodes]] with id and address"
-_SECRETS: Final = {"key": ("key_file",), "tls": ("private_key_file",)}
-_NEEDED: Final = {
+NEEDED_FILES: Final = {
     "key": ("key_file",),
     "tls": ("ca_file", "certificate_file", "private_key_file"),
 }
-
-
-_DIRECTORY_FILES: Final = ("password_file", "ca_file", "certificate_file", "private_key_file")
-_DIRECTORY_SECRETS: Final = {"directory.password_file", "directory.private_key_file"}
-
-
-def load_cluster(path: Path, me: NodeId | None = None) -> ClusterFile:
-    """Read and check the cluster file and, for the node `me`, the files of its trust.
-
-    Raises:
-        ConfigError: with every problem found, each naming its key.
-    """
-    cluster = parse_cluster(read_text(path), str(path), me)
-    if me is not None and (problems := tuple(secret_problems(cluster, path, me))):
-        raise ConfigError(str(path), problems)
-    return cluster
+"""By `trust.mode`: the keys of [trust] that have to be set."""
 
 
 def parse_cluster(
     text: str, origin: str = "cluster file", me: NodeId | None = None, *, may_be_new: bool = False
 ) -> ClusterFile:
-    """Parse and check TOML `text`; `origin` names it in errors. Pure: no file is looked at.
+    """Parse and check TOML `text`; `origin` names it in errors. No file is looked at (`named_files` does).
 
     `may_be_new`: no node need have joined yet.
 
@@ -239,59 +226,6 @@ def reload(old: ClusterFile, text: str, origin: str, me: NodeId) -> Reload:
         moved=tuple(sorted(name for name in after if before.get(name, after[name]) != after[name])),
         needs_restart=_needs_restart(old, new, me),
     )
-
-
-def trust_path(cluster: ClusterFile, file: Path, me: NodeId, key: str) -> Path:
-    """Return the path that `trust.<key>` names for the node `me`."""
-    named: str | None = getattr(cluster.trust, key)
-    assert named is not None, "checked by parse_cluster"
-    return named_path(file, me, named)
-
-
-def named_path(file: Path, me: NodeId, named: str) -> Path:
-    """Return the path that a cluster file at `file` calls `named` for the node `me`."""
-    return file.parent / named.replace("{id}", me)
-
-
-def secret_problems(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[str]:
-    """Yield which files of [trust] can't be read, or are readable by others than their owner.
-
-    One line for each file: what is wrong first keeps what is in it from being looked at.
-    """
-    secrets = {f"trust.{key}" for key in _SECRETS[cluster.trust.mode]} | _DIRECTORY_SECRETS
-    for key, path in _named_files(cluster, file, me):
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            yield f"{key} = {str(path)!r}: can't be read: {error.strerror}{_by_whom(error)}"
-            continue
-        try:
-            mode = os.fstat(descriptor).st_mode
-        finally:
-            os.close(descriptor)
-        if not stat.S_ISREG(mode):
-            yield f"{key} = {str(path)!r}: is no file"
-        elif key in secrets and mode & 0o077:
-            yield (
-                f"{key} = {str(path)!r}: others can read or write it "
-                f"(mode {stat.S_IMODE(mode):04o}); run 'chmod 600 {path}', and make a new one if "
-                "somebody may have read it"
-            )
-
-
-def _by_whom(error: OSError) -> str:
-    """Return who asked for a file that is closed to them."""
-    if not isinstance(error, PermissionError):
-        return ""
-    return f" (asked as user {os.geteuid()}); the user that the node runs as must own it"
-
-
-def _named_files(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[tuple[str, Path]]:
-    for key in _NEEDED[cluster.trust.mode]:
-        yield f"trust.{key}", trust_path(cluster, file, me, key)
-    for key in _DIRECTORY_FILES:
-        if (named := getattr(cluster.directory, key)) is not None:
-            yield f"directory.{key}", named_path(file, me, named)
 
 
 def _needs_restart(old: ClusterFile, new: ClusterFile, me: NodeId) -> tuple[str, ...]:
@@ -399,7 +333,7 @@ def _directory_problems(directory: DirectoryConfig) -> Iterator[str]:
 
 
 def _trust_problems(trust: TrustConfig) -> Iterator[str]:
-    needed = _NEEDED[trust.mode]
+    needed = NEEDED_FILES[trust.mode]
     for key in ("key_file", "ca_file", "certificate_file", "private_key_file"):
         is_set = getattr(trust, key) is not None
         if key in needed and not is_set:

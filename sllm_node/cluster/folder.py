@@ -20,13 +20,8 @@ from sllm_node.cluster.certificates import (
     issue,
     make_authority,
 )
-from sllm_node.cluster.file import (
-    ClusterFile,
-    load_cluster,
-    parse_cluster,
-    secret_problems,
-    trust_path,
-)
+from sllm_node.cluster.file import ClusterFile, parse_cluster
+from sllm_node.cluster.named_files import load_cluster, secret_problems, trust_path
 from sllm_node.core.config import read_text
 from sllm_node.core.errors import ClusterFolderError, ClusterKeyError, ConfigError
 from sllm_node.core.types import NodeId
@@ -117,7 +112,7 @@ def check(file: Path, me: NodeId | None, now: datetime) -> Findings:
         raise ConfigError(str(file), (f"nodes: {me!r} is missing; known: {', '.join(ids)}",))
     wanted = ids if me is None else [me]
     if cluster.trust.mode == "key":
-        found = _check_shared_key(cluster, file)
+        found = _check_shared_key(cluster, file, (*wanted, NodeId(""))[0])
     else:
         found = _check_tls(cluster, file, wanted, now, is_all=me is None)
     remarks, well = list(found.remarks), list(found.well)
@@ -129,11 +124,11 @@ def check(file: Path, me: NodeId | None, now: datetime) -> Findings:
     return Findings(found.problems, tuple(remarks), tuple(well))
 
 
-def _check_shared_key(cluster: ClusterFile, file: Path) -> Findings:
-    nobody = NodeId("")  # it is the same for all
-    if problems := tuple(_check_key(cluster, file, nobody)):
+def _check_shared_key(cluster: ClusterFile, file: Path, node: NodeId) -> Findings:
+    """Look at the key where `node` has it: the same for all, though each may have a file of its own."""
+    if problems := tuple(_check_key(cluster, file, node)):
         return Findings(problems)
-    return Findings((), (), (f"{trust_path(cluster, file, nobody, 'key_file')}: a good key",))
+    return Findings((), (), (f"{trust_path(cluster, file, node, 'key_file')}: a good key",))
 
 
 def _check_tls(

@@ -12,21 +12,20 @@ lost. One task drives a session; what its reader has not taken is joined.
 import asyncio
 import logging
 from dataclasses import replace
-from functools import partial
 from typing import Self
 
 from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.course import Course
 from sllm_node.cluster.move import Move, MoveReport
+from sllm_node.cluster.output import Output
 from sllm_node.cluster.pace import Pace
-from sllm_node.cluster.part import LocalSource, Part, PeerSource
+from sllm_node.cluster.part import LocalSource, Part
+from sllm_node.cluster.parts import Parts
 from sllm_node.cluster.retries import ABSENT, RefusedError, Retries
 from sllm_node.cluster.state import ResumeFit
 from sllm_node.cluster.ways import Begun, Lost, Tools, Ways
 from sllm_node.cluster.wire import (
-    HOPS_MAX,
     Failed,
-    Forward,
     Granted,
     Leave,
     Record,
@@ -54,6 +53,7 @@ from sllm_node.core.types import (
     TokenIds,
     Waited,
 )
+from sllm_node.engine.unread import Unread
 
 log = logging.getLogger(__name__)
 
@@ -77,41 +77,30 @@ class RoutedStream:
         self.request = request
         self.node = NodeId("") if first is None else first.node
         """Where it is now, or was last."""
-        self._keep_alive_s = keep_alive_s
-        self._ways = ways
-        self._client, self._clock, self._limits = tools.client, tools.clock, tools.limits
+        self._ways, self._clock, self._limits = ways, tools.clock, tools.limits
+        self._parts = Parts(ways, tools, keep_alive_s)
         self._retries = Retries(request, ways, tools)
         self._placed = tools.clock.now()
-        self._tokens: list[int] = []
-        """All output so far, resumed tokens of the request not included."""
-        self._cached: int | None = None
+        self._output = Output()
         self._epoch = 0
         """Of who owns it now: of anybody else no token is taken."""
         self._part: Part | None = None
         self._move: Move | None = None
         self._moved: MoveReport | None = None
         """A move whose destination has given no token yet."""
-        self._last_at: float | None = None
-        """When its last token came."""
-        self._held_since: float | None = None
-        """When the first token came that its client does not have."""
         self._course = Course(startup_of(first, None), self._placed - request.waited_s)
         self.pace = Pace()
         self.is_orphaned = False
         """Its node failed while it moves: it only waits for the destination."""
-        self._unread: list[GenerationChunk] = []
-        self._news = asyncio.Event()
+        self._unread = Unread()
         self._status: ModelStatus | None = None
         self._is_running = False
-        self._error: SllmError | None = None
-        self._is_ended = False
         if isinstance(before, Begun) and first is not None:
-            self._tokens += before.tokens
-            self._cached, self._epoch = before.cached, 1
+            self._output.begin_with(before.tokens, before.cached, tools.clock.now())
+            self._epoch = 1
             self._is_running = before.stream.is_granted
             self._course = before.course()
             self._part = Part(first, 1, LocalSource(stream=before.stream))
-            self._last_at = self._clock.now() if before.tokens else None
         self._task = asyncio.create_task(
             self._live(first, before if isinstance(before, Lost) else None),
             name=f"route {request.session}",
@@ -123,26 +112,18 @@ class RoutedStream:
         return self
 
     async def __anext__(self) -> GenerationChunk:
-        while not self._unread:
-            if self._error is not None:
-                raise self._error
-            if self._is_ended:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        unread, self._unread = self._unread, []
-        return _joined(unread)
+        return await anext(self._unread)
 
     def cancel(self) -> None:
         """End the session for a reader that went away; a second call does nothing."""
-        if not self._is_ended:
+        if not self._unread.is_ended:
             self._unread.clear()
             self._end(None)
             self._let_go()
 
     def stop(self, error: SllmError) -> None:
         """End the session; its reader gets `error`."""
-        if not self._is_ended:
+        if not self._unread.is_ended:
             self._end(error)
             self._let_go()
 
@@ -153,7 +134,7 @@ class RoutedStream:
 
     def status(self) -> ModelStatus | None:
         """Return how the model stands where the session waits for it, else None."""
-        if self._is_running or self._is_ended:
+        if self._is_running or self._unread.is_ended:
             return None
         if self._status is None:  # no node has told
             self._status = self._ways.standing(self.request.model)
@@ -165,16 +146,16 @@ class RoutedStream:
 
     def passed_on(self) -> None:
         """Take note that its client has what it gave so far."""
-        if self._held_since is not None:
-            self._ways.passed_on(self.node, self._clock.now() - self._held_since)
-            self._held_since = self._last_at if self._unread else None
+        held_s = self._output.passed_on(self._clock.now(), is_all=not self._unread)
+        if held_s is not None:
+            self._ways.passed_on(self.node, held_s)
 
     def session_status(self) -> SessionStatus:
         """Return what `status` shows of the session."""
         return SessionStatus(
             self.request.session, self.request.model,
             "running" if self._is_running else "waiting",
-            len(self.request.prompt), len(self._tokens), self._clock.now() - self._course.arrived,
+            len(self.request.prompt), len(self._output.tokens), self._clock.now() - self._course.arrived,
             self.node or None, self.migration,
         )  # fmt: skip
 
@@ -196,7 +177,7 @@ class RoutedStream:
         except Exception:
             log.exception("routed session failed", extra={"session": self.request.session})
             end = InternalError(self.request.session)
-        if not self._is_ended:
+        if not self._unread.is_ended:
             self._end(end)
 
     async def _found(self, lost: Lost | None) -> Choice:
@@ -204,8 +185,8 @@ class RoutedStream:
         error: SllmError = NoPlaceError(self.request.model, ABSENT, self._limits.silence_s)
         if lost is not None:
             error = lost.error
-            self._retries.failed(lost.choice, error, len(self._tokens))
-        return await self._retries.place_again(error, has_tokens=bool(self._tokens))
+            self._retries.failed(lost.choice, error, len(self._output.tokens))
+        return await self._retries.place_again(error, has_tokens=bool(self._output.tokens))
 
     async def _run(self, part: Part) -> None:
         """Have it served somewhere, and elsewhere when that fails or it moves."""
@@ -256,15 +237,15 @@ class RoutedStream:
         if self._part is not part and self._part is not None:
             return self._part
         if choice is None:
-            choice = await self._retries.place_again(error, has_tokens=bool(self._tokens))
-        self._retries.goes_on(part.choice, choice, len(self._tokens))
+            choice = await self._retries.place_again(error, has_tokens=bool(self._output.tokens))
+        self._retries.goes_on(part.choice, choice, len(self._output.tokens))
         following = self._begin(choice)
         following.start(self.take)
         return following
 
     def _lost(self, part: Part, error: SllmError) -> None:
         """Take note that its node failed, or raise the error if nobody else can do better."""
-        self._retries.failed(part.choice, error, len(self._tokens))
+        self._retries.failed(part.choice, error, len(self._output.tokens))
         if self._is_running:
             self._course.left(part.choice.node, error.code, self._clock.now())
         self._is_running, self._status = False, None
@@ -273,25 +254,17 @@ class RoutedStream:
         """Make the part that a node is to take next, not started."""
         self._placed = self._clock.now()
         self._epoch += 1
-        return self._make(choice, self._epoch, "", is_held=False)
+        return self._make(choice, self._epoch)
 
-    def _make(self, choice: Choice, epoch: int, migration: str, *, is_held: bool) -> Part:
-        ask = self._ways.ask(choice, self.request)
+    def _make(self, choice: Choice, epoch: int, migration: str = "") -> Part:
         waited_s = self._course.waited_s(self._clock.now())
-        request = replace(self._as_it_stands(), held=is_held, waited_s=waited_s)
-        if not ask.boot:  # here
-            opening = partial(self._ways.open_local, request, self._keep_alive_s, choice)
-            known = partial(self._ways.ensure, request.model)
-            return Part(choice, epoch, LocalSource(opening, known=known))
-        why, keep_alive_s = choice.reason, self._keep_alive_s
-        forward = Forward(request, ask, HOPS_MAX, why, keep_alive_s, epoch, migration)
-        source = PeerSource(self._client, choice, forward, self._limits.silence_s)
-        return Part(choice, epoch, source)
+        request = replace(self._as_it_stands(), held=bool(migration), waited_s=waited_s)
+        return self._parts.make(request, choice, epoch, migration)
 
     def _as_it_stands(self) -> GenerationRequest:
-        if not self._tokens:
+        if not self._output.tokens:
             return self.request
-        return replace(self.request, resumed=(*self.request.resumed, *self._tokens))
+        return replace(self.request, resumed=(*self.request.resumed, *self._output.tokens))
 
     def take(self, part: Part, record: Record) -> bool:
         """Take a record of a node that serves it, or is to; return whether it was the last."""
@@ -309,18 +282,13 @@ class RoutedStream:
             case Granted(waited):
                 self._granted(part.choice, waited)
             case Tokens(chunk, position):
-                if position != self.position:
-                    what = f"tokens at {position} of a session that is at {self.position}"
-                    raise MessageFormatError(what)
-                self._give(chunk)
+                self._give(chunk, position)
                 return chunk.finish is not None
-            case Leave() | Standing():
-                self._asked(part, record)
+            case Leave():
+                self._ways.leave(self.request.session, part.choice.node, record)
+            case Standing():  # how far the owner is, its tokens tell
+                pass
         return False
-
-    def _asked(self, part: Part, record: Leave | Standing) -> None:
-        if isinstance(record, Leave):  # how far the owner is, its tokens tell
-            self._ways.leave(self.request.session, part.choice.node, record)
 
     def _granted(self, choice: Choice, waited: Waited | None) -> None:
         self._is_running = True
@@ -328,31 +296,28 @@ class RoutedStream:
         self._course.granted(choice, now)
         self._ways.started(choice, self.request.model, now - self._placed, waited)
 
-    def _give(self, chunk: GenerationChunk) -> None:
+    def _give(self, chunk: GenerationChunk, position: int) -> None:
+        if position != self.position:
+            what = f"tokens at {position} of a session that is at {self.position}"
+            raise MessageFormatError(what)
         now = self._clock.now()
-        if self._cached is None:
-            self._cached = chunk.cached_tokens
+        gap_s = self._output.gap_s(now)
         self._retries.forget()
-        self._tokens += chunk.tokens
         self._course.took(len(chunk.tokens))
         if self._moved is not None:
-            self._tell_move(None if self._last_at is None else now - self._last_at)
-        elif self._last_at is not None:
-            self.pace.came(len(chunk.tokens), now - self._last_at)
-        self._last_at = now
-        self._held_since = now if self._held_since is None else self._held_since
-        # What a resumed part found cached is of its own making: a prompt counts as it was first met.
-        self._unread.append(replace(chunk, cached_tokens=self._cached))
+            self._tell_move(gap_s)
+        elif gap_s is not None:
+            self.pace.came(len(chunk.tokens), gap_s)
+        self._unread.add(self._output.take(chunk, now))
         if chunk.finish is not None:
             self._end(None)
-        self._news.set()
 
     # --- moves --------------------------------------------------------------------------------
 
     @property
     def position(self) -> int:
         """Output tokens so far, resumed tokens of the request included."""
-        return len(self.request.resumed) + len(self._tokens)
+        return len(self.request.resumed) + len(self._output.tokens)
 
     @property
     def migration(self) -> str | None:
@@ -366,7 +331,7 @@ class RoutedStream:
     @property
     def _has_node(self) -> bool:
         """Whether a node generates it: not while it is placed anew, which takes the next epoch."""
-        return not self._is_ended and self._part is not None and not self._part.ended.done()
+        return not self._unread.is_ended and self._part is not None and not self._part.ended.done()
 
     @property
     def can_move(self) -> bool:
@@ -391,14 +356,14 @@ class RoutedStream:
         prompt = len(self.request.prompt)
         report = MoveReport(number, session, self.node, choice.node, reason, prompt, vacate=vacate)
         self.pace.aim(fit, is_replayed=self.request.resume == "replay")
-        part = self._make(choice, self._epoch + 1, number, is_held=True)
+        part = self._make(choice, self._epoch + 1, number)
         self._move = Move(self, part, report, self._clock)
         return report
 
     def hand_over(self, part: Part) -> bool:
         """Take nothing more from the owner, and the rest from `part`; False: it has ended."""
         old = self._part
-        if self._is_ended or old is None:
+        if self._unread.is_ended or old is None:
             return False
         self._epoch = part.epoch
         if self._is_running:
@@ -428,22 +393,8 @@ class RoutedStream:
             self._ways.moved(report)
 
     def _end(self, error: SllmError | None) -> None:
-        self._error = error
-        self._is_ended = True
+        self._unread.end(error)
         if self._move is not None:
             self._move.stop("ended")
         self._tell_move(None)
-        self._news.set()
         self._ways.ended(self)
-
-
-def _joined(chunks: list[GenerationChunk]) -> GenerationChunk:
-    """Return one chunk that says what `chunks` say, one after another."""
-    if len(chunks) == 1:
-        return chunks[0]
-    return replace(
-        chunks[-1],
-        text="".join(chunk.text for chunk in chunks),
-        tokens=tuple(token for chunk in chunks for token in chunk.tokens),
-        logprobs=tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-    )

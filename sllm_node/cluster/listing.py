@@ -29,8 +29,9 @@ from sllm_node.cluster.directory import (
 from sllm_node.cluster.directory_keys import NodeRecord, SharedRecord
 from sllm_node.cluster.directory_link import DirectoryLink, LinkOptions
 from sllm_node.cluster.etcd import EtcdClient, EtcdOptions
-from sllm_node.cluster.file import DirectoryConfig, address_problem, named_path
+from sllm_node.cluster.file import DirectoryConfig, address_problem
 from sllm_node.cluster.journal import Journal
+from sllm_node.cluster.named_files import named_path
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.records import Change, Desired, Drop, KnownPeer, Put, Record, Registration
 from sllm_node.cluster.registered import Registered

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import Part
-from sllm_node.cluster.wire import Granted, Record, Standing
+from sllm_node.cluster.wire import Granted, Record, Standing, Waiting
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import PeerUnreachableError
 from sllm_node.core.types import NodeId, SessionId, TokenIds
@@ -99,6 +99,7 @@ class Move:
         self._session = session
         self._clock = clock
         self._standing = -1
+        self._bytes = 0
         self._asked_at = self._nearer_at = clock.now()
         self._is_granted = False
         self._news = asyncio.Event()
@@ -108,12 +109,18 @@ class Move:
         self.task = asyncio.create_task(self._run(), name=f"move {report.id}")
 
     def take(self, record: Record) -> None:
-        """Take the word of the destination: that it has the model and computes, or how far it is."""
+        """Take the word of the destination: how far its load is, that it computes, or how far it is."""
         if isinstance(record, Granted):
             self._is_granted, self._nearer_at = True, self._clock.now()
         elif isinstance(record, Standing) and record.position > self._standing:
             self._standing, self._nearer_at = record.position, self._clock.now()
             self._news.set()
+        elif isinstance(record, Waiting) and (done := _loaded(record)) > self._bytes:
+            self._bytes, self._nearer_at = done, self._clock.now()
+
+    def stands_s(self) -> float:
+        """Return for how long nothing has come of it: no byte of a load, no grant, no token."""
+        return self._clock.now() - self._nearer_at
 
     def needs_s(self, patience_s: float) -> float:
         """Return how long the destination is expected to take still.
@@ -121,11 +128,12 @@ class Move:
         One that is later than was estimated takes as long again. One that computes is soon there, unless
         nothing came of it for `patience_s`.
         """
-        now = self._clock.now()
         if self._is_granted:
-            return 0.0 if now - self._nearer_at < patience_s else math.inf
+            return 0.0 if self.stands_s() < patience_s else math.inf
         expected_s = self.part.choice.startup_s
-        return math.inf if expected_s is None else abs(expected_s - (now - self._asked_at))
+        if expected_s is None:
+            return math.inf
+        return abs(expected_s - (self._clock.now() - self._asked_at))
 
     def stop(self, outcome: str, why: str = "") -> None:
         """Give it up, since the session has ended or goes elsewhere; does nothing after the handover."""
@@ -199,3 +207,9 @@ class Move:
             await self.part.source.extend(position, tokens, lets_go=lets_go)
         finally:
             self.report.bytes_sent = self.part.source.bytes_sent
+
+
+def _loaded(waiting: Waiting) -> int:
+    """Return how many bytes of a load have come."""
+    progress = waiting.status.progress if waiting.status else None
+    return progress.bytes_done if progress else 0

@@ -21,6 +21,7 @@ from sllm_node.cluster.wire import (
     Record,
     Standing,
     Tokens,
+    Waiting,
     error_of,
     unpack_record,
 )
@@ -30,6 +31,8 @@ from sllm_node.schedule.stream import Stream
 
 LEFT_S: Final = 1.0
 """After so long, a node that does not hear that its session moved sees the connection end."""
+TOLD_S: Final = 1.0
+"""So often a session that waits here tells how its model stands."""
 FRAME_BYTES: Final = 64
 """What a message costs beside its payload, about; for the count of bytes."""
 
@@ -189,7 +192,11 @@ class LocalSource:
             self._stream = self._opening()
         stream = self._stream
         try:
-            await stream.started.wait()
+            while not stream.started.is_set():
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(TOLD_S):
+                        await stream.started.wait()
+                yield Waiting(stream.status())
             if stream.is_granted:
                 yield Granted(stream.waited)
             told = await stream.standing(-1)

@@ -17,92 +17,20 @@ import math
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from enum import IntEnum
 from itertools import combinations
 from operator import attrgetter
 from typing import Final
 
-from sllm_node.cluster.estimate import Source
+from sllm_node.cluster.candidate import Candidate, Kind, PlacementRequest
 from sllm_node.cluster.floors import ROUNDING
 from sllm_node.cluster.move_search import cheapest_moves
-from sllm_node.cluster.moves import Move, Streams, evictions
+from sllm_node.cluster.moves import Streams, evictions
 from sllm_node.cluster.node_view import DeviceView, NodeView
-from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
+from sllm_node.cluster.state import NodeId, ReplicaState
 from sllm_node.cluster.view import ClusterView
-from sllm_node.core.types import ModelId
-
-
-@dataclass(frozen=True, slots=True)
-class PlacementRequest:
-    """What is to be placed."""
-
-    model: ModelId
-    share_bytes: int
-    """Memory that a replica takes of each of its devices: weights and KV."""
-    shares: int = 1
-    """Devices of one node that a replica is split over."""
-    priority: int = 0
-    """Sessions of higher priority are not moved for it."""
-
 
 NODES_MAX: Final = 64
 """Nodes on which one decision looks for moves, those first that could be soonest."""
-
-
-class Kind(IntEnum):
-    """Ways to start, the one that disturbs least first."""
-
-    SERVE = 0
-    WAIT = 1
-    LOAD = 2
-    EVICT = 3
-    """Load after idle replicas have left."""
-    MIGRATE = 4
-
-
-_REASONS = {
-    Kind.SERVE: "a replica has a place",
-    Kind.WAIT: "a replica will have a place",
-    Kind.LOAD: "there is room to load it",
-    Kind.EVICT: "there is room to load it once idle replicas are evicted",
-    Kind.MIGRATE: "there is room to load it once sessions have moved",
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """One way to start, with its estimates in seconds."""
-
-    kind: Kind
-    startup_s: float
-    """Until the request can be decoded."""
-    node: NodeId
-    devices: tuple[str, ...]
-    crowding: float = 0.0
-    """Share of a replica's places that are taken."""
-    replica: ReplicaId = NO_REPLICA
-    wait_s: float = 0.0
-    """Before the load: the queue of the devices, or the moves if they last longer; or for a place."""
-    load_s: float = 0.0
-    """Of its own load, or what is left of one under way."""
-    source: Source | None = None
-    evicts: tuple[ReplicaId, ...] = ()
-    moves: tuple[Move, ...] = ()
-
-    @property
-    def key(self) -> tuple[float, int, float, NodeId, tuple[str, ...], ReplicaId]:
-        """Return what candidates are compared by; no two have the same."""
-        return (
-            self.startup_s, self.kind, self.crowding, self.node, self.devices, self.replica,
-        )  # fmt: skip
-
-    @property
-    def reason(self) -> str:
-        """Return a sentence for logs and `status`."""
-        what = f"{self.node} {','.join(self.devices)}: {_REASONS[self.kind]}"
-        parts = f"wait {self.wait_s:.3f} s, load {self.load_s:.3f} s"
-        source = f" from {self.source.value}" if self.source else ""
-        return f"{what}; starts in {self.startup_s:.3f} s ({parts}{source})"
 
 
 @dataclass(frozen=True, slots=True)

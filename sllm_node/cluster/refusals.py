@@ -22,6 +22,9 @@ from sllm_node.core.types import NodeId
 
 log = logging.getLogger(__name__)
 
+TWICE: Final = "another process runs with its id (node.id), or its clock went back"
+TWICE_S: Final = 600.0
+"""For so long status tells of it."""
 TELL_S: Final = 60.0
 """Least time between two warnings of one peer in one direction."""
 CERTIFICATE: Final = "certificate: "
@@ -53,6 +56,8 @@ class Refusals:
         """By peer: why our last message did not get there."""
         self._theirs: dict[NodeId, tuple[str, float]] = {}
         """By peer: why we took nothing of it, and when last."""
+        self._later: tuple[NodeId, float] | None = None
+        """Which peer knew a later life of this node last, and when."""
         self._told: dict[tuple[NodeId, str], float] = {}
 
     def problem(self, peer: NodeId) -> str | None:
@@ -60,6 +65,21 @@ class Refusals:
         theirs, at = self._theirs.get(peer, ("", -TELL_S))
         is_new = self._clock.now() - at < TELL_S
         return self._ours.get(peer) or (theirs if theirs and is_new else None)
+
+    def own_problem(self) -> str | None:
+        """Return what is wrong with this node's own place among its peers; None: nothing that is known."""
+        now = self._clock.now()
+        if self._later is None or now - self._later[1] > TWICE_S:
+            return None
+        peer, at = self._later
+        return f"node {peer!r} knew a later life of this node {now - at:.0f} s ago: {TWICE}"
+
+    def knew_later_life(self, peer: NodeId, boot: int) -> None:
+        """Take note that `peer` knew a later boot of this node than this one."""
+        self._later = (peer, self._clock.now())
+        log.warning("a peer knew a later life of this node", extra={
+            "peer": peer, "boot": boot, "problem": TWICE,
+        })  # fmt: skip
 
     def unreachable(self, peer: NodeId) -> str | None:
         """Return why the last message to `peer` did not get there; None: it did."""

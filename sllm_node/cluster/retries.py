@@ -22,6 +22,7 @@ from sllm_node.core.errors import (
     PeerDeniedError,
     PeerUnreachableError,
     RemoteUnreachableError,
+    SessionLostError,
     SllmError,
 )
 from sllm_node.core.types import GenerationRequest, NodeId
@@ -58,6 +59,8 @@ class Retries:
         self._excluded: set[NodeId] = set()
         self._refusals: Counter[NodeId] = Counter()
         self._waits_until: float | None = None
+        self._failures = 0
+        """Of nodes, since it began."""
 
     def forget(self) -> None:
         """Take note that tokens come: what was is over, but for the nodes that failed."""
@@ -97,13 +100,14 @@ class Retries:
             "tokens": tokens, "error": str(error),
         })  # fmt: skip
         self._excluded.add(choice.node)
+        self._failures += 1
         if isinstance(error, UNREACHABLE):
             self._ways.lost(choice.node, error)
 
     async def outlast(self, move: Move) -> Choice | None:
         """Wait for a move whose source is lost; return where the session starts sooner, if it does: the move ends.
 
-        None: the move has ended.
+        None: the move has ended, or was given up as nothing came of it for as long as a session waits.
         """
         async with asyncio.TaskGroup() as group:
             looking = group.create_task(self._find_sooner(move))
@@ -112,7 +116,7 @@ class Retries:
         return None if looking.cancelled() else looking.result()
 
     async def _find_sooner(self, move: Move) -> Choice | None:
-        to, looked_at = move.part.choice.node, -math.inf
+        to, lost_at, looked_at = move.part.choice.node, self._clock.now(), -math.inf
         while move.report.outcome == "moving":
             now = self._clock.now()
             if now - looked_at >= LOOK_S:
@@ -122,6 +126,13 @@ class Retries:
                 if found and startup_s is not None and startup_s < move.needs_s(self._patience_s):
                     move.stop("failed", f"its source is lost, and node {found.node!r} is sooner")
                     return found
+                if min(move.stands_s(), now - lost_at) >= self._patience_s:
+                    why = f"its source is lost, and nothing came of it for {self._patience_s:g} s"
+                    move.stop("failed", why)
+                    self._waits_until = now
+                    return None
+                if found is None:
+                    self._excluded.clear()  # who failed may be there again when it looks next
             await self._ways.changed(LOOK_S)
         return None
 
@@ -136,6 +147,7 @@ class Retries:
         """Return where it goes on; wait for a node if none is left and one may come back.
 
         Raises:
+            SessionLostError: it has tokens, and no node could take it in time.
             SllmError: `error`, as no node can take it.
         """
         while (choice := self._ways.choose(self._request, frozenset(self._excluded))) is None:
@@ -148,9 +160,15 @@ class Retries:
             self._excluded.clear()
             left_s = self._waits_until - now
             if left_s <= 0:
-                raise error
+                raise self._as_loss(error) if has_tokens else error
             await self._ways.changed(min(left_s, LOOK_S))  # nobody tells that this node can again
         return choice
+
+    def _as_loss(self, error: SllmError) -> SessionLostError:
+        """Return what the reader of a session gets that no node went on with."""
+        waited = f"no node took it within {self._patience_s:g} s (timing.patience_s)"
+        problem = f"{waited}; the last word was: {error}"
+        return SessionLostError(self._request.session, self._failures, problem)
 
     def _as_absence(self, error: SllmError) -> SllmError:
         """Return what it means that no node is left with a model that was there when the session came."""

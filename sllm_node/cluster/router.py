@@ -12,6 +12,7 @@ from typing import Any, Generic
 
 from sllm_node.cluster import shown
 from sllm_node.cluster.acts import Acts
+from sllm_node.cluster.carried import Carried
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.elsewhere import Elsewhere
 from sllm_node.cluster.fetching import Fetching
@@ -46,7 +47,7 @@ from sllm_node.core.types import (
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.hints import LONG_CHARACTERS
 from sllm_node.schedule.ports import CodecT
-from sllm_node.schedule.stream import Stream, client_id_of, request_of
+from sllm_node.schedule.stream import Stream
 
 log = logging.getLogger(__name__)
 
@@ -70,18 +71,15 @@ class Router(Generic[CodecT]):
         self._clock = clock
         self._metrics = metrics
         timing = peers.cluster.timing
-        self._tools = Tools(client, clock, Limits(timing.dead_s, 6 * timing.dead_s))
+        self._tools = Tools(client, clock, Limits(timing.dead_s, timing.waits_s))
         patience_s = self._tools.limits.patience_s
         self.elsewhere = Elsewhere(peers, texts, clock, self.changed, patience_s)
-        self._routed: set[RoutedStream] = set()
-        self._homes: set[HomeStream] = set()
-        self._quiet = asyncio.Event()
-        self._quiet.set()
+        self._carried = Carried()
         self._news = asyncio.Event()
         self._watching: set[asyncio.Task[None]] = set()
         peers.on_change = self._on_change
         self.hints = Hinting(service, peers, client, clock)
-        self.movers = self._movers = Movers(peers, metrics, clock, self._carried)
+        self.movers = self._movers = Movers(peers, metrics, clock, self._carried.all)
         self.vacating = Vacating(service, peers, self._movers, client, clock, metrics)
         service.on_change = self._on_service_change
         self.leave = self.vacating.asked
@@ -178,13 +176,12 @@ class Router(Generic[CodecT]):
         before: Begun | Lost | None = None,
     ) -> RoutedStream:
         stream = RoutedStream(request, keep_alive_s, choice, self, self._tools, before)
-        self._routed.add(stream)
-        self._quiet.clear()
+        self._carried.add(stream)
         return stream
 
     def _carry(self, home: HomeStream, before: Begun | SllmError | None) -> RoutedStream:
         """Carry a session that this node has served by itself until now, or does not take any more."""
-        self._homes.discard(home)
+        self._carried.leaves_home(home)
         me = self._peers.me
         if isinstance(before, Begun):
             here = Choice(me, "here", "it runs here")
@@ -201,9 +198,8 @@ class Router(Generic[CodecT]):
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
     ) -> HomeStream:
         stream = self.open_local(request, keep_alive_s, choice)
-        home = HomeStream(stream, keep_alive_s, self._carry, self._home_ended)
-        self._homes.add(home)
-        self._quiet.clear()
+        home = HomeStream(stream, keep_alive_s, self._carry, self._carried.ended)
+        self._carried.add(home)
         home.choice = choice
         if choice is not None and choice.startup_s is not None:
             log.info("request placed", extra=_placed_fields(request, choice))
@@ -220,16 +216,7 @@ class Router(Generic[CodecT]):
 
     def ended(self, stream: RoutedStream) -> None:
         """Forget a session that has ended."""
-        self._routed.discard(stream)
-        self._look_quiet()
-
-    def _home_ended(self, home: HomeStream) -> None:
-        self._homes.discard(home)
-        self._look_quiet()
-
-    def _look_quiet(self) -> None:
-        if not self._routed and not self._homes:
-            self._quiet.set()
+        self._carried.ended(stream)
 
     # --- what sessions ask (forward.Ways) -----------------------------------------------------
 
@@ -302,9 +289,6 @@ class Router(Generic[CodecT]):
 
     # --- moves --------------------------------------------------------------------------------
 
-    def _carried(self) -> list[HomeStream | RoutedStream]:
-        return [*self._homes, *self._routed]
-
     def move(self, session: str, to: str) -> dict[str, str]:
         """Begin to move a session of a client of this node to the node `to`; tell the move's id.
 
@@ -368,22 +352,14 @@ class Router(Generic[CodecT]):
 
     def sessions(self) -> list[SessionStatus]:
         """Return who waits and who runs, here or for clients of this node elsewhere."""
-        mine = self._service.sessions()
-        known = {session.session for session in mine}
-        routed = [stream.session_status() for stream in self._routed]
-        me = self._peers.me
-        return [replace(one, entry=one.entry or me, node=me) for one in mine] + [
-            replace(one, entry=me) for one in routed if one.session not in known
-        ]
+        return self._carried.shown(self._service.sessions(), self._peers.me)
 
     def cancel_request(self, request_id: str) -> int:
         """End the sessions of a request, wherever they run; return how many there were."""
-        mine = [s for s in self._routed if request_of(s.request.session) == request_id] or [
-            s for s in self._routed if client_id_of(request_of(s.request.session)) == request_id
-        ]
-        for stream in mine:
-            stream.stop(CancelledByOperatorError("an operator ended it"))
-        return len(mine) + self._service.cancel_request(request_id)
+        error = CancelledByOperatorError("an operator ended it")
+        return self._carried.stop_request(request_id, error) + self._service.cancel_request(
+            request_id
+        )
 
     def explain(self, model: str) -> dict[str, Any]:
         """Return where a request for `model` would go now, and what all ways were estimated at."""
@@ -397,21 +373,14 @@ class Router(Generic[CodecT]):
         """Wait until no session of this node's clients is left anywhere; return how many were ended."""
         deadline = self._clock.now() + limit_s
         ended = await self._service.drained(limit_s)
-        try:
-            async with asyncio.timeout(max(0.0, deadline - self._clock.now())):
-                await self._quiet.wait()
-        except TimeoutError:
-            error = DrainingError(limit_s, was_running=True)
-            for stream in list(self._routed):
-                stream.stop(error)
-                ended += 1
+        if not await self._carried.quiet(max(0.0, deadline - self._clock.now())):
+            ended += self._carried.stop_routed(DrainingError(limit_s, was_running=True))
         return ended
 
     async def close(self) -> None:
         """End what is routed."""
         self._movers.close()
-        for stream in list(self._routed):
-            stream.cancel()
+        self._carried.cancel_routed()
         for task in list(self._watching):
             task.cancel()
         await asyncio.gather(*self._watching, return_exceptions=True)

@@ -13,8 +13,9 @@ from typing import Any, Final, Protocol
 from sllm_node.checkpoint.cards import TEXT_FILES
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.fetching import Fetching
+from sllm_node.cluster.heartbeats import HEARTBEAT
 from sllm_node.cluster.packing import pack
-from sllm_node.cluster.peers import HEARTBEAT, Peers
+from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.reservations import Ask, Refused, Reservations
 from sllm_node.cluster.state import NodeState
 from sllm_node.cluster.transport import Handler, Reply

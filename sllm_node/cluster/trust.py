@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from sllm_node.cluster.auth import MAC_BYTES, Opener, Sealer, parse_key
-from sllm_node.cluster.file import ClusterFile, trust_path
+from sllm_node.cluster.file import ClusterFile
+from sllm_node.cluster.named_files import trust_path
 from sllm_node.core.errors import ConfigError, MisdirectedError, StrangerError
 from sllm_node.core.types import NodeId
 

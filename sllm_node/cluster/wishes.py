@@ -16,6 +16,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
+from sllm_node.cluster.aliases import Aliases
 from sllm_node.cluster.directory_keys import SharedRecord
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.packing import pack
@@ -37,7 +38,6 @@ from sllm_node.cluster.wish_messages import (
 from sllm_node.core.errors import (
     InvalidRequestError,
     MessageFormatError,
-    ModelNotFoundError,
     SllmError,
     WishConflictError,
 )
@@ -107,6 +107,8 @@ class Wishes:
         """`find` returns a model that some node has, or raises ModelNotFoundError; `wall`: seconds."""
         self._journal = journal
         self._find = find
+        self._aliases = aliases = Aliases(journal, find)
+        self.resolve, self.aliases, self.hidden = aliases.resolve, aliases.all, aliases.hidden
         self._reach = reach or Reach()
         self._wall = wall
         self._turn = asyncio.Lock()
@@ -114,40 +116,12 @@ class Wishes:
         self._keeping = asyncio.Lock()
         """Of comparing a wish with what is kept, and writing it. Not held while peers are told, as they keep theirs."""
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._told_hidden: set[str] = set()
-        """Aliases of which the log has that they don't count."""
 
     async def close(self) -> None:
         """Wait for what is being made and told."""
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
     # --- what holds ---------------------------------------------------------------------------
-
-    def resolve(self, name: str) -> str:
-        """Return the model that clients mean by `name`: one that is called so, or else what an alias says."""
-        alias = self._journal.records.aliases.get(name)
-        return name if alias is None or self._is_hidden(alias) else alias.model
-
-    def aliases(self) -> dict[str, str]:
-        """Return the model behind each alias that counts."""
-        found = sorted(self._journal.records.aliases.items())
-        return {name: one.model for name, one in found if not self._is_hidden(one)}
-
-    def hidden(self) -> dict[str, str]:
-        """Return the model behind each alias that does not count, as a model is called so."""
-        found = sorted(self._journal.records.aliases.items())
-        return {name: one.model for name, one in found if self._is_hidden(one)}
-
-    def _is_hidden(self, alias: Alias) -> bool:
-        """Tell whether there is a model of an alias' name: it came later, or a peer did not know of it."""
-        if not self._is_model(alias.name):
-            self._told_hidden.discard(alias.name)
-            return False
-        if alias.name not in self._told_hidden:
-            self._told_hidden.add(alias.name)
-            fields = {"alias": alias.name, "model": alias.model}
-            log.warning("alias does not count: a model has its name", extra=fields)
-        return True
 
     def desired(self) -> tuple[Desired, ...]:
         """Return the desired replicas that were wished for here or at a peer."""
@@ -168,7 +142,7 @@ class Wishes:
         alias = Alias(name, ModelId(model))
         check(alias)
         self._find_model(model)
-        if self._is_model(name):
+        if self._aliases.is_model(name):
             raise WishConflictError(f"a model is called {name!r}; take another name for the alias")
         return (await self._make(Put(alias))).missed
 
@@ -213,7 +187,7 @@ class Wishes:
         none = InvalidRequestError(f"no replicas of {model!r} are desired", param="model")
         wish = next((one for one in self.desired() if one.model == model), None)
         if wish is None:
-            self._check_itself(model)
+            self._aliases.check_no_alias(model)
         if self._reach.directory is not None:
             if wish is None:
                 raise none
@@ -233,7 +207,7 @@ class Wishes:
             SllmError: the directory does not take it.
         """
         check(registration)
-        self._check_itself(registration.model)
+        self._aliases.check_no_alias(registration.model)
         await self._shared().put(registration)
 
     async def unregister(self, model: str) -> None:
@@ -257,21 +231,8 @@ class Wishes:
         return self._reach.directory
 
     def _find_model(self, model: str) -> None:
-        self._check_itself(model)
+        self._aliases.check_no_alias(model)
         self._find(model)
-
-    def _check_itself(self, model: str) -> None:
-        if (meant := self.resolve(model)) != model:
-            raise WishConflictError(f"{model!r} is an alias of {meant!r}; name the model itself")
-
-    def _is_model(self, name: str) -> bool:
-        try:
-            self._find(name)
-        except ModelNotFoundError:
-            return False
-        except SllmError:  # it lies here and is damaged
-            return True
-        return True
 
     def _check_free(self, model: str) -> None:
         if self._reach.others is None:

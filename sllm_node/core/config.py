@@ -5,26 +5,24 @@ error, so that a typing mistake is never a silently ignored wish. `configs/node.
 with its default and one line of meaning; a test holds the two together.
 """
 
-import re
 import tomllib
-from collections.abc import Callable, Iterator
-from ipaddress import ip_address
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
 
+from sllm_node.core.contradictions import contradictions
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.types import ResumeMode
-from sllm_node.core.units import PAGE, parse_size
+from sllm_node.core.units import parse_size
 
 Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0)]
 Name = Annotated[str, Meta(min_length=1)]
 _URLS = "an address as in https://host/path or s3://bucket/prefix"
-_DEVICE_NAME = re.compile(r"cpu(:\d+)?|cuda(:\d+)?")
 
 
 class ByteSize(int):
@@ -77,6 +75,11 @@ class DeviceConfig(Section, frozen=True):
     names: Annotated[tuple[Name, ...], Meta(min_length=1)] = ("cpu",)
     memory_bytes: ByteSize = _size("0")
     reserve_bytes: ByteSize = _size("2GiB")
+
+    @property
+    def cpu_bytes(self) -> ByteSize:
+        """Memory of each device, if these are CPUs."""
+        return self.memory_bytes or CPU_MEMORY_BYTES
 
 
 class EngineConfig(Section, frozen=True):
@@ -223,7 +226,7 @@ def parse_config(text: str, origin: str = "config") -> Config:
     problems = list(find_problems(Config, tree, ""))
     # What is right of a file with mistakes is checked as well, so that all of them are told at once.
     config = msgspec.convert(sound_part(Config, tree), Config, dec_hook=decode_value)
-    problems += _contradictions(config)
+    problems += contradictions(config)
     if problems:
         raise ConfigError(origin, tuple(problems))
     return config
@@ -321,134 +324,3 @@ def _suggest(key: str, fields: dict[str, Any]) -> str:
 
     near = get_close_matches(key, fields, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known here: {', '.join(fields)}"
-
-
-def _contradictions(config: Config) -> Iterator[str]:
-    checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_blocks, _check_pool, _check_offload, _check_bind, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
-    )  # fmt: skip
-    for check in checks:
-        if (problem := check(config)) is not None:
-            yield problem
-
-
-def _check_chunks(config: Config) -> str | None:
-    chunk = config.store.chunk_bytes
-    if chunk < PAGE or chunk % PAGE:
-        return f"store.chunk_bytes = {chunk}: must be a multiple of {PAGE} bytes, for direct I/O"
-    return None
-
-
-def _check_blocks(config: Config) -> str | None:
-    block = config.store.read_block_bytes
-    if block % PAGE:
-        return f"store.read_block_bytes = {block}: must be a multiple of {PAGE} bytes, or 0"
-    return None
-
-
-def _check_pool(config: Config) -> str | None:
-    smallest = 2 * config.store.chunk_bytes
-    if config.store.pool_bytes < smallest:
-        return (
-            f"store.pool_bytes = {config.store.pool_bytes}: must hold two chunks at least "
-            f"({smallest} bytes), so that one is read while the other is copied"
-        )
-    return None
-
-
-def _check_offload(config: Config) -> str | None:
-    chunk, pool = config.store.chunk_bytes, config.store.pool_bytes
-    size = config.engine.kv_offload_bytes
-    if config.engine.kv_offload and not chunk <= size <= pool - 2 * chunk:
-        return (
-            f"engine.kv_offload_bytes = {size}: must be one chunk of the pool at least ({chunk} bytes) and "
-            f"leave two of store.pool_bytes = {pool} to loads, while engine.kv_offload is on"
-        )
-    return None
-
-
-def _check_bind(config: Config) -> str | None:
-    server = config.server
-    if is_loopback(server.host) or server.api_keys or server.allow_unauthenticated_remote:
-        return None
-    return (
-        f"server.host = {server.host!r} is reachable from other machines: set server.api_keys, "
-        "or server.allow_unauthenticated_remote = true if that is what you want"
-    )
-
-
-def _check_keep_alive(config: Config) -> str | None:
-    values = {"schedule.keep_alive_s": config.schedule.keep_alive_s}
-    for name, model in config.models.items():
-        if model.keep_alive_s is not None:
-            values[f"models.{name}.keep_alive_s"] = model.keep_alive_s
-    for key, value in values.items():
-        if value < 0 and value != -1:
-            return f"{key} = {value}: must be seconds, or -1 for ever"
-    return None
-
-
-def _check_beside(config: Config) -> str | None:
-    ratio = config.engine.prefill_beside_ratio
-    if 0 < ratio <= 1:
-        return (
-            f"engine.prefill_beside_ratio = {ratio}: a step with prompts takes longer than one "
-            "without; write more than 1, or 0 for no such limit"
-        )
-    return None
-
-
-def _check_device(config: Config) -> str | None:
-    device = config.device
-    for name in device.names:
-        if not _DEVICE_NAME.fullmatch(name):
-            return f'device.names: {name!r} is no device; write "cpu", "cuda:0" or "cuda" for all'
-    if len({name.partition(":")[0] for name in device.names}) > 1:
-        return "device.names mixes kinds of devices; a node serves on CPUs or on GPUs"
-    if len(set(device.names)) < len(device.names) or ("cuda" in device.names[1:]):
-        return f"device.names = {list(device.names)}: names a device twice"
-    size = device.memory_bytes
-    if not size and device.names[0].startswith("cpu"):
-        size = CPU_MEMORY_BYTES
-    if 0 < size <= config.engine.kv_cache_bytes:
-        return (
-            f"engine.kv_cache_bytes = {config.engine.kv_cache_bytes}: leaves no room for weights "
-            f"in device.memory_bytes = {size}"
-        )
-    return None
-
-
-def _check_remotes(config: Config) -> str | None:
-    for name, remote in config.remotes.items():
-        if name.startswith(":"):
-            return f"remotes.{name!r}: a name must not begin with ':'"
-        only_s3 = {
-            "endpoint": remote.endpoint, "region": remote.region,
-            "credentials_file": remote.credentials_file, "anonymous": remote.anonymous or None,
-        }  # fmt: skip
-        wrong = [key for key, value in only_s3.items() if value is not None]
-        if remote.url.startswith("s3:"):
-            wrong = ["key_file"] if remote.key_file is not None else []
-        if wrong:
-            return f"remotes.{name}.{wrong[0]}: means nothing for url = {remote.url!r}"
-    return None
-
-
-def _check_cluster(config: Config) -> str | None:
-    for key in ("listen", "address"):
-        value = getattr(config.cluster, key)
-        if value and not config.cluster.file:
-            return f"cluster.{key} = {value!r}: means nothing without cluster.file"
-        if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", value):
-            return f'cluster.{key} = {value!r}: must be host:port, as in "0.0.0.0:8100"'
-    return None
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether `host` names this machine only."""
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -18,6 +18,7 @@ from sllm_node.core.types import (
 from sllm_node.engine.sampling import Drawn
 from sllm_node.engine.session import Session, SessionState
 from sllm_node.engine.text import TextState
+from sllm_node.engine.unread import Unread
 
 
 class Generation:
@@ -41,10 +42,7 @@ class Generation:
         self._held_at = -1
         """Output tokens that all before the last of are computed of, while it holds."""
         self._looked = asyncio.Event()
-        self._unread: list[GenerationChunk] = []
-        self._error: SllmError | None = None
-        self._is_ended = False
-        self._news = asyncio.Event()
+        self._unread = Unread()
 
     @property
     def tokens(self) -> TokenIds:
@@ -61,25 +59,17 @@ class Generation:
     @property
     def is_ended(self) -> bool:
         """Whether nothing more will come."""
-        return self._is_ended
+        return self._unread.is_ended
 
     def __aiter__(self) -> Self:
         return self
 
     async def __anext__(self) -> GenerationChunk:
-        while not self._unread:
-            if self._error is not None:
-                raise self._error
-            if self._is_ended:
-                raise StopAsyncIteration
-            self._news.clear()
-            await self._news.wait()
-        unread, self._unread = self._unread, []
-        return _joined(unread)
+        return await anext(self._unread)
 
     def cancel(self) -> None:
         """End the session for a reader that went away; a second call does nothing."""
-        if not self._is_ended:
+        if not self.is_ended:
             self._end()
             self._unread.clear()
             self._on_cancel(self)
@@ -91,7 +81,7 @@ class Generation:
 
         None: it does not hold any more.
         """
-        while self.session.is_holding and not self._is_ended:
+        while self.session.is_holding and not self.is_ended:
             if self._held_at > told:
                 return self._held_at
             self._looked.clear()
@@ -104,7 +94,7 @@ class Generation:
         `lets_go`: go on behind them.
         """
         session = self.session
-        if not session.is_holding or self._is_ended:
+        if not session.is_holding or self.is_ended:
             return
         assert position <= len(session.output)
         for token in tokens[len(session.output) - position :]:
@@ -136,27 +126,24 @@ class Generation:
         """Hand over what one token brought."""
         logprobs = () if logprob is None else (logprob,)
         stop_text = self.text.scanner.found if finish == "stop" else None
-        self._unread.append(
+        self._unread.add(
             GenerationChunk(text, (token,), logprobs, finish, stop_text, self.session.cached_tokens)
         )
         if finish is not None:
             self._end()
-        self._news.set()
 
     def end_at_once(self) -> None:
         """End a session whose resumed tokens are a whole answer already."""
-        self._unread.append(GenerationChunk("", (), (), "stop", self.text.scanner.found))
+        self._unread.add(GenerationChunk("", (), (), "stop", self.text.scanner.found))
         self._end()
 
     def fail(self, error: SllmError) -> None:
         """End with an error, after what is unread."""
-        if not self._is_ended:
-            self._error = error
-            self._end()
+        if not self.is_ended:
+            self._end(error)
 
-    def _end(self) -> None:
-        self._is_ended = True
-        self._news.set()
+    def _end(self, error: SllmError | None = None) -> None:
+        self._unread.end(error)
         self._looked.set()
 
 
@@ -179,17 +166,3 @@ def logprob_of(
         return None
     top = tuple((token, name(token), value) for token, value in drawn.top)
     return TokenLogprob(drawn.token, name(drawn.token), drawn.logprob, top, offset)
-
-
-def _joined(chunks: list[GenerationChunk]) -> GenerationChunk:
-    """Return one chunk that says what `chunks` say, one after another."""
-    if len(chunks) == 1:
-        return chunks[0]
-    return GenerationChunk(
-        "".join(chunk.text for chunk in chunks),
-        tuple(token for chunk in chunks for token in chunk.tokens),
-        tuple(logprob for chunk in chunks for logprob in chunk.logprobs),
-        chunks[-1].finish,
-        chunks[-1].stop_text,
-        chunks[-1].cached_tokens,
-    )

@@ -4,7 +4,7 @@ import logging
 import os
 from typing import Final
 
-from sllm_node.core.config import CPU_MEMORY_BYTES, DeviceConfig
+from sllm_node.core.config import DeviceConfig
 from sllm_node.core.errors import DeviceError, DeviceLostError
 from sllm_node.device.base import Device
 from sllm_node.device.cpu import CpuDevice
@@ -24,8 +24,7 @@ def open_devices(config: DeviceConfig, notifier: Notifier) -> tuple[Device, ...]
         DeviceError: one is not there, or has no free memory.
     """
     if config.names[0].startswith("cpu"):
-        size = config.memory_bytes or CPU_MEMORY_BYTES
-        return tuple(CpuDevice(size, name) for name in config.names)
+        return tuple(CpuDevice(config.cpu_bytes, name) for name in config.names)
     return _open_gpus(config, notifier)
 
 

@@ -3,14 +3,18 @@
 What is tried leaves nothing behind: the file has no name (O_TMPFILE), or is deleted at once.
 """
 
+import errno
 import mmap
 import os
 import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 from sllm_node.core.units import PAGE
+
+_FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,8 @@ class Look:
     """Why nothing can be written there."""
     is_fatal: bool = False
     """It is no folder, or can neither be read nor made."""
+    is_full: bool = False
+    """Nothing can be written because there is no room; what is there can be opened."""
     free: int | None = None
     is_direct: bool | None = None
     """Whether direct I/O works; None: it could not be tried."""
@@ -49,7 +55,8 @@ def look(path: Path) -> Look:
         problem = f"can't be written: {reason}"
         if not exists:
             problem = f"is not there and can't be made in {place}: {reason}"
-        return Look(exists, place, problem, is_fatal=not exists, free=free)
+        is_full = error.errno in _FULL
+        return Look(exists, place, problem, is_fatal=not exists, is_full=is_full, free=free)
     return Look(exists, place, free=free, is_direct=is_direct)
 
 

@@ -1,21 +1,18 @@
-"""What a preflight asks of the machine it runs on: memory, limits, ports, GPUs."""
+"""What a preflight asks of the machine it runs on: memory, limits, folders, ports, GPUs."""
 
-import json
 import resource
 import socket
-import urllib.request
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
 from sllm_node.core.config import DeviceConfig
+from sllm_node.node import folders
 from sllm_node.node.devices import open_devices
 from sllm_node.node.systemd import Notifier
 
 _CGROUPS: Final = Path("/sys/fs/cgroup")
-_ANSWER_S: Final = 2.0
-_ASKED: Final = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104 - whom to ask, not where to listen
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +45,8 @@ class Machine(Protocol):
     def listen_problem(self, host: str, port: int) -> str | None:
         """Return why nobody could listen there now; None: one could."""
 
-    def node_at(self, host: str, port: int, key: str | None) -> str | None:
-        """Return the id of the node that answers there to an admin's `key`; None: no node does."""
+    def look(self, folder: Path) -> folders.Look:
+        """Return what a folder allows."""
 
     def devices(self, config: DeviceConfig) -> list[DeviceRoom]:
         """Open the devices that `config` names, and close them.
@@ -89,16 +86,8 @@ class ThisMachine:
             return (error.strerror or str(error)).lower()
         return None
 
-    def node_at(self, host: str, port: int, key: str | None) -> str | None:
-        name = _ASKED.get(host, f"[{host}]" if ":" in host else host)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        request = urllib.request.Request(f"http://{name}:{port}/admin/status", headers=headers)
-        with (
-            suppress(OSError, ValueError, LookupError, TypeError),
-            urllib.request.urlopen(request, timeout=_ANSWER_S) as answer,  # noqa: S310
-        ):
-            return str(json.load(answer)["node"]["id"])
-        return None
+    def look(self, folder: Path) -> folders.Look:
+        return folders.look(folder)
 
     def devices(self, config: DeviceConfig) -> list[DeviceRoom]:
         if config.names[0].startswith("cpu"):

@@ -121,6 +121,7 @@ class Node:
         limit_s = self._config.node.drain_s
         self._metrics.ready.set(0)
         self._notifier.stopping("draining", limit_s + STOP_SLACK_S)
+        self._service.begin_stop()  # before anything else has its turn
         self._front.drain()
         hurrying = asyncio.create_task(hurry.wait())
         draining = asyncio.create_task(self._front.drained(limit_s))

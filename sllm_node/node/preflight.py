@@ -2,7 +2,8 @@
 
 An error is what a start would fail of; a warning is what an operator should know before it. Nothing is
 changed: what a folder allows is tried with a file that has no name. Where the node runs already, it has
-the port and the memory, and that is no error.
+the port and the memory, and that is no error. Whether it does is told by its journal's lock: whoever
+listens on the port before a start may be anybody, and is sent nothing.
 """
 
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from typing import Final, Literal
 
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.cluster.cluster import own_address
-from sllm_node.cluster.file import ClusterFile, load_cluster
+from sllm_node.cluster.file import ClusterFile
 from sllm_node.cluster.journal import TAKEN, is_taken
-from sllm_node.core.config import CPU_MEMORY_BYTES, Config, is_loopback
+from sllm_node.cluster.named_files import load_cluster
+from sllm_node.core.config import Config
 from sllm_node.core.errors import ClusterKeyError, ConfigError, DeviceError, SllmError
+from sllm_node.core.hosts import is_loopback
 from sllm_node.core.types import NodeId
-from sllm_node.core.units import GIB, PAGE, format_size
+from sllm_node.core.units import GIB, format_size
 from sllm_node.node import folders
 from sllm_node.node.kept import journal_path
 from sllm_node.node.machine import Machine
@@ -45,10 +48,11 @@ class Finding:
 
 def preflight(config: Config, file: Path, machine: Machine) -> Iterator[Finding]:
     """Yield what is found, in the order in which a start would come upon it."""
-    is_running = _node_there(config, machine) == config.node.id
+    is_held = is_taken(journal_path(config))
+    is_running = is_held and _is_served(config, machine)
     yield from _file_findings(config, file)
-    yield from _store_findings(config)
-    yield from _journal_findings(config, is_running=is_running)
+    yield from _store_findings(config, machine)
+    yield from _journal_findings(config, machine, is_strange=is_held and not is_running)
     yield from _memory_findings(config, machine, is_running=is_running)
     yield from _device_findings(config, machine, is_running=is_running)
     yield from _remote_findings(config)
@@ -57,11 +61,10 @@ def preflight(config: Config, file: Path, machine: Machine) -> Iterator[Finding]
         yield from _cluster_findings(config, machine, is_running=is_running)
 
 
-def _node_there(config: Config, machine: Machine) -> str | None:
-    """Return which node has this one's port."""
+def _is_served(config: Config, machine: Machine) -> bool:
+    """Tell whether somebody listens on the node's port; 0 is a new one at each start."""
     server = config.server
-    keys = (*server.admin_keys, *server.api_keys, None)
-    return machine.node_at(server.host, server.port, keys[0]) if server.port else None
+    return server.port == 0 or machine.listen_problem(server.host, server.port) is not None
 
 
 def _file_findings(config: Config, file: Path) -> Iterator[Finding]:
@@ -70,21 +73,21 @@ def _file_findings(config: Config, file: Path) -> Iterator[Finding]:
     if has_keys and file.stat().st_mode & 0o004:
         yield Finding(
             "warning", "file", "everybody on this machine can read the keys in it",
-            f"run 'chmod o= {file}'",
+            f"run 'chmod o= {file}'; who starts the node must still hand it over, as LoadCredential= of "
+            "the unit in systemd/ does",
         )  # fmt: skip
 
 
 # --- folders --------------------------------------------------------------------------------------
 
 
-def _store_findings(config: Config) -> Iterator[Finding]:
+def _store_findings(config: Config, machine: Machine) -> Iterator[Finding]:
     path, key = Path(config.store.path), "store.path"
-    look = folders.look(path)
+    look = machine.look(path)
     if look.problem is not None:
-        level: Level = (
-            "error" if look.is_fatal or config.remotes or config.cluster.file else "warning"
-        )
-        todo = f"{_mending(look)}, or change store.path"
+        level: Level = "error" if look.is_fatal else "warning"
+        goes_on = "" if look.is_fatal else "what is there is served, and nothing comes to it; "
+        todo = f"{goes_on}{_mending(look)}, or change store.path"
         yield Finding(level, key, f"{path}: {look.problem}", todo)
     elif not look.exists:
         yield Finding("ok", key, f"{path} is not there yet; the node makes it")
@@ -107,7 +110,7 @@ def _store_findings(config: Config) -> Iterator[Finding]:
 
 def _mending(look: folders.Look) -> str:
     """Return what makes a folder writable."""
-    if look.free is not None and look.free < PAGE:
+    if look.is_full:
         return f"make room on the disk of {look.place}"
     return f"let the user of the node write {look.place}"
 
@@ -132,13 +135,17 @@ def _catalog_findings(config: Config, path: Path) -> Iterator[Finding]:
             yield Finding("warning", f"models.{name}", said, "convert it, or mend the name")
 
 
-def _journal_findings(config: Config, *, is_running: bool) -> Iterator[Finding]:
+def _journal_findings(config: Config, machine: Machine, *, is_strange: bool) -> Iterator[Finding]:
+    """Look at the journal; a stranger that has it is told."""
     path = journal_path(config)
-    look = folders.look(path.parent)
+    look = machine.look(path.parent)
     if look.problem is not None:
-        todo = f"{_mending(look)}, or set node.journal to a file elsewhere"
-        yield Finding("error", "node.journal", f"{path.parent}: {look.problem}", todo)
-    elif not is_running and is_taken(path):
+        is_opened = look.is_full and path.exists()
+        goes_on = "the node starts, and can keep no new pin or alias; " if is_opened else ""
+        todo = f"{goes_on}{_mending(look)}, or set node.journal to a file elsewhere"
+        level: Level = "warning" if is_opened else "error"
+        yield Finding(level, "node.journal", f"{path.parent}: {look.problem}", todo)
+    elif is_strange:
         yield Finding("error", "node.journal", f"{path}: {TAKEN}")
     else:
         yield Finding("ok", "node.journal", f"{path} can be written")
@@ -171,7 +178,7 @@ def _memory_findings(config: Config, machine: Machine, *, is_running: bool) -> I
 def _cpu_bytes(config: Config) -> int:
     if not config.device.names[0].startswith("cpu"):
         return 0
-    return len(config.device.names) * int(config.device.memory_bytes or CPU_MEMORY_BYTES)
+    return len(config.device.names) * int(config.device.cpu_bytes)
 
 
 def _lock_findings(config: Config, machine: Machine) -> Iterator[Finding]:
@@ -206,7 +213,7 @@ def _device_findings(config: Config, machine: Machine, *, is_running: bool) -> I
             yield Finding("ok", key, words)
         else:
             todo = "lower device.memory_bytes, or see with 'nvidia-smi' who has it"
-            yield Finding("error", key, words, todo)
+            yield Finding("warning", key, words, todo)
         if room.asked <= config.engine.kv_cache_bytes:
             said = (
                 f"{words}: less than engine.kv_cache_bytes, so no model fits beside its KV memory"
@@ -238,9 +245,7 @@ def _server_findings(config: Config, machine: Machine, *, is_running: bool) -> I
     elif is_running:
         yield Finding("ok", key, f"{where}: this node runs already, and serves there")
     else:
-        other = _node_there(config, machine)
-        who = "who listens there ('ss -ltnp' shows it)" if other is None else f"node {other!r}"
-        todo = f"stop {who}, or change server.host, server.port"
+        todo = "stop who listens there ('ss -ltnp' shows it), or change server.host, server.port"
         yield Finding("error", key, f"can't listen on {where}: {problem}", todo)
     if is_loopback(server.host):
         return

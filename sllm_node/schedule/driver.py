@@ -11,24 +11,19 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Generic
 
-from sllm_node.checkpoint.cards import PEERS
-from sllm_node.checkpoint.catalog import Catalog, Checkpoint
+from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
 from sllm_node.core.errors import (
     DrainingError,
     EngineError,
-    ModelNotFoundError,
     MoveRefusedError,
-    NotServableError,
     SllmError,
-    StoppingError,
 )
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import (
@@ -49,20 +44,22 @@ from sllm_node.schedule.actions import (
     Refuse,
     StartLoad,
     Stop,
-    Ticket,
     TicketId,
 )
+from sllm_node.schedule.asked import AskedLoads
+from sllm_node.schedule.draining import Drain
 from sllm_node.schedule.early import EarlySessions
 from sllm_node.schedule.estimate import LoadEstimator
 from sllm_node.schedule.hints import LONG_CHARACTERS, Hints
+from sllm_node.schedule.models import Models
 from sllm_node.schedule.outlook import Outlook, Sources
 from sllm_node.schedule.ports import CodecT, Engines, Pins, Replica, WeightStore
-from sllm_node.schedule.replicas import Hosted, Replicas
+from sllm_node.schedule.replicas import Replicas
 from sllm_node.schedule.scheduler import Scheduler
 from sllm_node.schedule.sessions import Sessions
-from sllm_node.schedule.status import model_status
 from sllm_node.schedule.stream import Outcome, Stream
 from sllm_node.schedule.telemetry import Telemetry
+from sllm_node.schedule.tickets import Tickets
 
 log = logging.getLogger(__name__)
 
@@ -97,24 +94,32 @@ class Service(Generic[CodecT]):
             max_sessions=config.engine.max_sessions,
             drain_s=config.node.drain_s,
         )
-        self._last_ticket = 0
         self._sessions = Sessions()
         self._early = EarlySessions(config.engine.max_sessions)
-        self._load_waiters: dict[TicketId, asyncio.Future[None]] = {}
         self._departures: dict[ModelId, asyncio.Future[None]] = {}
-        self._failures: dict[ModelId, tuple[SllmError, float]] = {}
-        """Of models whose last load failed: why and when."""
         self._evicting: dict[ModelId, float] = {}
         """When evictions under way began."""
         self._actions: deque[Action] = deque()
         self._is_acting = False
         self._alarm = Alarm(clock, self._on_timer)
-        self._drain_end = Alarm(clock, self._on_drain_end)
-        self._ended_by_drain = 0
-        self._is_stopping = False
-        """The process ends after the drain."""
-        self._telemetry = Telemetry(metrics, self._scheduler.view, self._kv_usage)
-        self._hints = Hints(self._scheduler, clock, metrics, self._ask_ahead, self._drop_ahead)
+        self._telemetry = Telemetry(metrics, self._scheduler.roster.view, self._kv_usage)
+        self._drain = Drain(
+            config.node.drain_s, self._scheduler, self._sessions, self._telemetry, clock, self._do
+        )
+        self._models = Models(
+            catalog,
+            store,
+            engines,
+            self._replicas,
+            self._scheduler.roster,
+            clock,
+            replaced=self._replaced,
+        )
+        self._tickets = Tickets(store, engines, self._estimator, self._telemetry.watch)
+        self._asked = AskedLoads(self._scheduler, self._tickets, clock, self._do)
+        self._hints = Hints(
+            self._scheduler, clock, metrics, self._ask_ahead, self._asked.drop_ahead
+        )
         self.on_change: Callable[[], None] = lambda: None
         """Called when something may have changed that other nodes place requests by."""
         self.on_session_end: Callable[[Stream], None] = lambda _: None
@@ -155,7 +160,7 @@ class Service(Generic[CodecT]):
             ModelNotFoundError: there is no such checkpoint.
             SllmError: it can't be used.
         """
-        return await self._replicas.codecs.get(self._servable(ModelId(model)))
+        return await self._replicas.codecs.get(self._models.servable(ModelId(model)))
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have here.
@@ -163,11 +168,11 @@ class Service(Generic[CodecT]):
         Raises:
             ModelNotFoundError: there is no such checkpoint.
         """
-        return self._engines.context_limit(self._servable(ModelId(model)))
+        return self._engines.context_limit(self._models.servable(ModelId(model)))
 
     def session_limit(self, model: str) -> int:
         """Return how many sessions of `model` could be taken now if nobody else had any."""
-        is_ready = self._scheduler.view(ModelId(model)).state is ModelState.READY
+        is_ready = self._scheduler.roster.view(ModelId(model)).state is ModelState.READY
         slots = self._config.engine.max_sessions if is_ready else 0
         return self._config.schedule.max_queue + slots
 
@@ -177,15 +182,17 @@ class Service(Generic[CodecT]):
         Raises:
             SllmError: it is refused at once, with the reason.
         """
-        checkpoint = self._servable(request.model)
+        checkpoint = self._models.servable(request.model)
         self._engines.check_request(request, checkpoint)
-        ticket = self._ticket(checkpoint, priority=request.priority, keep_alive_s=keep_alive_s)
+        ticket = self._tickets.make(
+            checkpoint, priority=request.priority, keep_alive_s=keep_alive_s
+        )
         ticket = replace(ticket, waited_s=request.waited_s)
         stream = Stream(
             ticket.number,
             request,
             self._clock,
-            partial(self._status_or_none, checkpoint),
+            partial(self._models.status_or_none, checkpoint),
             self._stream_ended,
         )
         self._sessions.add(stream)
@@ -211,20 +218,13 @@ class Service(Generic[CodecT]):
 
     def running_on(self, device: str) -> int:
         """Return how many sessions run on `device` now."""
-        return self._scheduler.running_on(device)
+        return self._scheduler.roster.running_on(device)
 
     # --- models -------------------------------------------------------------------------------
 
     def models(self) -> list[ModelStatus]:
         """Return all models whose checkpoints lie in the store folder now."""
-        self._catalog.scan()
-        present = self._catalog.models()
-        self._replicas.forget_removed({*present, *map(ModelId, self._catalog.problems)})
-        statuses = []
-        for model in present:
-            with suppress(SllmError):  # gone since the scan
-                statuses.append(self.status(model))
-        return statuses
+        return self._models.all()
 
     def status(self, model: str) -> ModelStatus:
         """Return how `model` stands.
@@ -232,7 +232,7 @@ class Service(Generic[CodecT]):
         Raises:
             ModelNotFoundError: there is no such checkpoint.
         """
-        return self._model_status(self._checkpoint(ModelId(model)))
+        return self._models.status_of(self._models.checkpoint(ModelId(model)))
 
     def preload(self, pinned: Iterable[ModelId] = ()) -> None:
         """Ask for the models that the config wants on the device from the start, and those pinned before."""
@@ -262,13 +262,13 @@ class Service(Generic[CodecT]):
             ModelNotFoundError: there is no such model.
         """
         name = ModelId(model)
-        if self._scheduler.view(name).state is ModelState.IDLE:
-            self._checkpoint(name)
+        if self._scheduler.roster.view(name).state is ModelState.IDLE:
+            self._models.checkpoint(name)
         self._do(self._scheduler.on_unload_request(name, self._clock.now(), force=force))
-        if self._scheduler.view(name).state is ModelState.EVICTING:
+        if self._scheduler.roster.view(name).state is ModelState.EVICTING:
             departure = self._departures.setdefault(name, self._loop.create_future())
             await asyncio.shield(departure)
-        if self._scheduler.view(name).state is ModelState.IDLE:
+        if self._scheduler.roster.view(name).state is ModelState.IDLE:
             self._store.evict(name, Tier.DEVICE, "operator")  # what it left as a cache, too
 
     async def pin(self, model: str) -> None:
@@ -278,7 +278,7 @@ class Service(Generic[CodecT]):
             ModelNotFoundError: there is no such checkpoint.
             SllmError: it can't be kept for after a restart.
         """
-        name = self._checkpoint(ModelId(model)).model
+        name = self._models.checkpoint(ModelId(model)).model
         if self.pins is not None:
             await self.pins.keep(name)
         self._do(self._scheduler.on_pin(name, self._clock.now()))
@@ -286,8 +286,8 @@ class Service(Generic[CodecT]):
     async def unpin(self, model: str) -> None:
         """Let `model` be evicted again."""
         name = ModelId(model)
-        if not self._scheduler.view(name).pinned:
-            self._checkpoint(name)
+        if not self._scheduler.roster.view(name).pinned:
+            self._models.checkpoint(name)
         if self.pins is not None:
             await self.pins.drop(name)
         self._do(self._scheduler.on_unpin(name, self._clock.now()))
@@ -321,7 +321,7 @@ class Service(Generic[CodecT]):
 
     def give_back_all(self, model: ModelId, error: SllmError) -> None:
         """End all sessions that wait for a model that has no room, for their entries to place them anew."""
-        if self._scheduler.view(model).state is ModelState.QUEUED:
+        if self._scheduler.roster.view(model).state is ModelState.QUEUED:
             self._sessions.give_back_all(model, error)
 
     # --- the node -----------------------------------------------------------------------------
@@ -333,37 +333,31 @@ class Service(Generic[CodecT]):
 
     def drain_refusal(self) -> DrainingError:
         """Return what a request is told while this node drains."""
-        return DrainingError(self._config.node.drain_s)
+        return self._drain.error()
 
     def failures(self) -> list[dict[str, object]]:
         """Return the models whose last load failed, why, and how long ago."""
-        now, present = self._clock.now(), set(self._catalog.models())
-        return [
-            {"model": model, "error": str(error), "code": error.code, "age_s": round(now - at, 1)}
-            for model, (error, at) in sorted(self._failures.items())
-            if model in present
-        ]
+        return self._models.failures()
 
     def health(self) -> dict[str, object]:
         """Return a few figures of the whole node."""
         return {
             "draining": self.is_draining,
-            "running": self._scheduler.running,
-            "waiting": self._scheduler.waiting,
-            "device_bytes": self._scheduler.device_bytes,
+            "running": self._scheduler.roster.running,
+            "waiting": self._scheduler.roster.waiting,
+            "device_bytes": self._scheduler.roster.device_bytes,
             "device_bytes_total": sum(self._capacities.values()),
         }
 
     def drain(self) -> None:
         """Refuse new requests from now on; what runs has `node.drain_s`. A second call does nothing."""
-        if self.is_draining:
-            return
         figures = self.health()
         del figures["draining"]  # from here on
-        log.info("drain started", extra=figures)
-        self._telemetry.draining(is_draining=True)
-        self._drain_end.set(self._clock.now() + self._config.node.drain_s)
-        self._do(self._scheduler.on_drain(self._clock.now()))
+        self._drain.begin(figures)
+
+    def begin_stop(self) -> None:
+        """Let no drain be taken back from now on: the process ends after it."""
+        self._drain.begin_stop()
 
     def undrain(self) -> None:
         """Take new requests again; what the drain has not ended goes on. Nothing if there is none.
@@ -371,40 +365,22 @@ class Service(Generic[CodecT]):
         Raises:
             StoppingError: the node stops.
         """
-        if self._is_stopping:
-            raise StoppingError
-        if not self.is_draining:
-            return
-        log.info("drain taken back", extra={"sessions_ended": self._ended_by_drain})
-        self._telemetry.draining(is_draining=False)
-        self._drain_end.set(None)
-        self._ended_by_drain = 0
-        self._do(self._scheduler.on_undrain(self._clock.now()))
+        self._drain.take_back()
 
     async def drained(self, limit_s: float) -> int:
-        """Wait until no session is left; end those that are left after `limit_s`. No drain is taken back now.
+        """Wait until no session is left; end those that are left after `limit_s`.
 
         Returns how many had to be ended since the drain began.
         """
-        self._is_stopping = True
-        with suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
-                await self._sessions.quiet()
-        self._on_drain_end()
-        return self._ended_by_drain
+        return await self._drain.over(limit_s)
 
     async def close(self) -> None:
         """End all sessions, loads and replicas."""
         self._hints.close()
-        self._do(self._scheduler.on_drain(self._clock.now()))
-        self._drain_end.set(None)
-        self._on_drain_end()
+        self._drain.close()
         self._alarm.set(None)
         await self._replicas.close()
-        error = self._drain_error()
-        for waiter in self._load_waiters.values():
-            if not waiter.done():
-                waiter.set_exception(error)
+        self._asked.close(self._drain.error(was_running=True))
         for departure in self._departures.values():
             departure.set_result(None)
         self._departures.clear()
@@ -423,24 +399,18 @@ class Service(Generic[CodecT]):
 
     def on_loaded(self, model: ModelId) -> None:
         """For `Replicas`: a load succeeded."""
-        self._failures.pop(model, None)
+        self._models.loaded(model)
         hosted = self._replicas.get(model)
-        if hosted is not None and hosted.lease.report is not None:
-            is_peer = hosted.lease.checkpoint.remote == PEERS
-            self._estimator.observe(hosted.lease.report, is_peer=is_peer, is_alone=hosted.was_alone)
-            if hosted.was_alone:  # or it may have waited for others
-                self._estimator.observe_whole(
-                    hosted.lease.report, hosted.elapsed_s, is_kept=hosted.was_kept
-                )
-        with suppress(SllmError):  # removed meanwhile: those who wait are served
-            if hosted is not None and self._is_outdated(hosted, self._catalog.get(model)):
-                self._do(self._scheduler.on_replaced(model, self._clock.now()))
+        if hosted is not None:
+            self._tickets.learn(hosted)
+            if self._models.is_replaced(hosted):
+                self._replaced(model)
         self._do(self._scheduler.on_loaded(model, self._clock.now()))
         self._early.close(model)
 
     def on_load_failed(self, model: ModelId, error: SllmError) -> None:
         """For `Replicas`: a load gave up."""
-        self._failures[model] = (error, self._clock.now())
+        self._models.failed(model, error)
         self._do(self._scheduler.on_load_failed(model, error, self._clock.now()))
 
     def on_evicted(self, model: ModelId) -> None:
@@ -454,12 +424,6 @@ class Service(Generic[CodecT]):
 
     def _on_timer(self) -> None:
         self._do(self._scheduler.on_timer(self._clock.now()))
-
-    def _on_drain_end(self) -> None:
-        self._ended_by_drain += self._sessions.stop_all(self._drain_error())
-
-    def _drain_error(self) -> DrainingError:
-        return DrainingError(self._config.node.drain_s, was_running=True)
 
     def _stream_ended(self, stream: Stream, outcome: Outcome) -> None:
         self._telemetry.ended(stream, outcome, self._clock.now())
@@ -500,16 +464,16 @@ class Service(Generic[CodecT]):
             case Evict(model, reason):
                 self._evicting[model] = self._clock.now()
                 self._replicas.start_eviction(model, reason, self)
-            case Grant(ticket, model) if ticket in self._load_waiters:
-                self._load_waiters.pop(ticket).set_result(None)
+            case Grant(ticket, model) if self._asked.has(ticket):
+                self._asked.granted(ticket)
             case Grant(ticket, model):
                 self._grant(self._sessions.get(ticket), model)
-            case Refuse(ticket, error) if ticket in self._load_waiters:
-                self._load_waiters.pop(ticket).set_exception(error)
+            case Refuse(ticket, error) if self._asked.has(ticket):
+                self._asked.refused(ticket, error)
             case Refuse(ticket, error):
                 self._end(ticket, error, Outcome.REFUSED)
             case GiveWay(ticket, model):
-                self._load_waiters.pop(ticket).cancel()
+                self._asked.gave_way(ticket)
                 self._hints.gave_way(model)
             case Stop(ticket, error):
                 self._end(ticket, error, Outcome.STOPPED)
@@ -543,110 +507,14 @@ class Service(Generic[CodecT]):
 
     # --- looking things up --------------------------------------------------------------------
 
-    def _checkpoint(self, model: ModelId) -> Checkpoint:
-        """Return the checkpoint as it is on disk now; a replica of another one is on its way out."""
-        hosted = self._replicas.get(model)
-        try:
-            checkpoint = self._catalog.get(model)
-        except ModelNotFoundError:
-            if hosted is not None:
-                self._do(self._scheduler.on_replaced(model, self._clock.now()))
-            raise
-        if hosted is not None and self._is_outdated(hosted, checkpoint):
-            self._do(self._scheduler.on_replaced(model, self._clock.now()))
-        return checkpoint
-
-    def _is_outdated(self, hosted: Hosted, checkpoint: Checkpoint) -> bool:
-        return hosted.lease.checkpoint.identities != checkpoint.identities
-
-    def _servable(self, model: ModelId) -> Checkpoint:
-        """Return the checkpoint of `model`, or raise NotServableError if it is none of a model."""
-        checkpoint = self._checkpoint(model)
-        if not checkpoint.index.is_model:
-            raise NotServableError(model)
-        return checkpoint
-
-    def _ticket(
-        self,
-        checkpoint: Checkpoint,
-        *,
-        priority: int = 0,
-        keep_alive_s: float | None = None,
-        is_session: bool = True,
-        is_hint: bool = False,
-    ) -> Ticket:
-        model = checkpoint.model
-        self._telemetry.watch(model)
-        self._last_ticket += 1
-        residency = self._store.residency(model)
-        size, stored = checkpoint.index.size, checkpoint.index.file_size
-        in_dram = residency.get(Tier.DRAM, 0) * size // stored  # as what it decodes to
-        on_nvme = residency.get(Tier.NVME, stored) * size // stored
-        bytes_moved = max(0, size - residency.get(Tier.DEVICE, 0))
-        from_nvme = max(0, bytes_moved - in_dram)
-        from_remote = min(from_nvme, size - on_nvme)
-        is_encoded, is_peer = checkpoint.index.is_encoded, checkpoint.remote == PEERS
-        load_s = self._estimator.load_s(
-            bytes_moved, from_nvme, from_remote, is_encoded=is_encoded, is_peer=is_peer
-        )
-        beside_s = self._estimator.beside_s(is_kept=self._engines.is_kept(checkpoint))
-        return Ticket(
-            TicketId(self._last_ticket),
-            model,
-            self._engines.shares(checkpoint),
-            load_s + beside_s,
-            priority,
-            keep_alive_s,
-            is_session,
-            is_hint,
-            beside_s,
-        )
-
     def _want(self, model: ModelId) -> asyncio.Future[None]:
-        """Ask for `model` to be on the device; the future ends when it is, or can't be."""
-        return self._ask_with(self._ticket(self._servable(model), is_session=False))
-
-    def _ask_with(self, ticket: Ticket) -> asyncio.Future[None]:
-        waiter: asyncio.Future[None] = self._loop.create_future()
-        # Looked at even when the caller is gone.
-        waiter.add_done_callback(lambda done: done.cancelled() or done.exception())
-        self._load_waiters[ticket.number] = waiter
-        self._do(self._scheduler.on_request(ticket, self._clock.now()))
-        return waiter
+        return self._asked.want(self._models.servable(model))
 
     def _ask_ahead(self, model: ModelId) -> TicketId | None:
-        """Ask for a model that nobody waits for yet; None: its load could not begin."""
-        ticket = self._ticket(self._servable(model), is_session=False, is_hint=True)
-        if not self._scheduler.can_begin(ticket, self._clock.now()):
-            return None
-        _ = self._ask_with(ticket)  # its end is nobody's news
-        return ticket.number
+        return self._asked.ask_ahead(self._models.servable(model))
 
-    def _drop_ahead(self, model: ModelId, ticket: TicketId) -> None:
-        """Take a ticket back that nobody waits for; one that was granted leaves its model idle."""
-        now = self._clock.now()
-        if self._load_waiters.pop(ticket, None) is not None:
-            self._do(self._scheduler.on_cancel(ticket, now))
-        else:
-            self._do(self._scheduler.on_unused(model, now))
-
-    def _model_status(self, checkpoint: Checkpoint) -> ModelStatus:
-        model, hosted = checkpoint.model, self._replicas.get(checkpoint.model)
-        status = model_status(
-            checkpoint,
-            self._scheduler.view(model),
-            self._store.residency(model),
-            self._store.progress(model),
-            self._clock.now(),
-            None if hosted is None else hosted.replica.stalled_s,
-        )
-        return replace(status, context_tokens=self._engines.context_limit(checkpoint))
-
-    def _status_or_none(self, checkpoint: Checkpoint) -> ModelStatus | None:
-        try:
-            return self._model_status(checkpoint)
-        except SllmError:  # removed in the meantime
-            return None
+    def _replaced(self, model: ModelId) -> None:
+        self._do(self._scheduler.on_replaced(model, self._clock.now()))
 
     def _kv_usage(self, model: ModelId) -> float:
         hosted = self._replicas.get(model)

@@ -96,12 +96,12 @@ class Hints:
     def _is_welcome(self, model: ModelId, now: float) -> bool:
         if self._paused.get(model, now) > now or len(self._held) >= HINTS_MAX:
             return False
-        is_new = self._scheduler.view(model).state is ModelState.IDLE
-        return is_new and not (self._scheduler.is_crowded or self._scheduler.is_draining)
+        is_new = self._scheduler.roster.view(model).state is ModelState.IDLE
+        return is_new and not (self._scheduler.roster.is_crowded or self._scheduler.is_draining)
 
     def _is_coming(self, model: ModelId) -> bool:
         """Tell whether the load has begun, or begins as soon as idle models have left."""
-        view = self._scheduler.view(model)
+        view = self._scheduler.roster.view(model)
         return bool(view.devices) and view.state is not ModelState.EVICTING
 
     def _on_timer(self) -> None:

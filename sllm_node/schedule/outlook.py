@@ -89,7 +89,7 @@ class Outlook:
 
     def replicas(self) -> tuple[ReplicaView, ...]:
         """Return the models that take device memory, and those that do once evictions have ended."""
-        return self._scheduler.replicas()
+        return self._scheduler.roster.replicas()
 
     def session(self, ticket: TicketId) -> SessionFacts | None:
         """Return a session; None: the ticket is a wish for the model only."""
@@ -118,7 +118,7 @@ class Outlook:
 
     def view(self, model: ModelId) -> ModelView:
         """Return how a model stands with the scheduler."""
-        return self._scheduler.view(model)
+        return self._scheduler.roster.view(model)
 
     def folder(self, model: ModelId) -> Path:
         """Return where its texts lie, or raise ModelNotFoundError."""
@@ -138,7 +138,7 @@ class Outlook:
 
     def is_hosted(self, model: ModelId) -> bool:
         """Tell whether `model` takes device memory now."""
-        return bool(self._scheduler.view(model).devices)
+        return bool(self._scheduler.roster.view(model).devices)
 
     def beside_s(self, *, is_kept: bool) -> float:
         """Return what a load takes beside its bytes."""
@@ -155,7 +155,7 @@ class Outlook:
         return self._scheduler.is_draining
 
     def _waiting(self, model: ModelId) -> int:
-        view = self._scheduler.view(model)
+        view = self._scheduler.roster.view(model)
         return 0 if view.devices else view.waiting
 
     def _facts(self, model: ModelId) -> ModelFacts | None:
@@ -167,5 +167,5 @@ class Outlook:
             model, index.size, index.file_size, self._store.residency(model),
             tuple(share.size for share in self._engines.shares(checkpoint)),
             self._engines.context_limit(checkpoint), index.created, self._waiting(model),
-            self._engines.is_kept(checkpoint) or self._scheduler.view(model).state is ModelState.READY,
+            self._engines.is_kept(checkpoint) or self._scheduler.roster.view(model).state is ModelState.READY,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from aiohttp import web
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
-from sllm_node.core.config import ServerConfig, is_loopback
+from sllm_node.core.config import ServerConfig
 from sllm_node.core.errors import (
     BodyTooLargeError,
     ForbiddenOriginError,
@@ -31,6 +31,7 @@ from sllm_node.core.errors import (
     SllmError,
     UnauthorizedError,
 )
+from sllm_node.core.hosts import is_loopback
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import Stall
 from sllm_node.server.admin import Admin, Probes

@@ -9,8 +9,9 @@ a request is a switch; `sim.preempting` stops them instead.
 
 from typing import TYPE_CHECKING, Final
 
+from sllm_node.cluster.candidate import Candidate, Kind, PlacementRequest
 from sllm_node.cluster.moves import Move
-from sllm_node.cluster.placement import Candidate, Decision, Kind, PlacementRequest, Reject, decide
+from sllm_node.cluster.placement import Decision, Reject, decide
 from sllm_node.cluster.reservations import Ask, Refused, ReservationId, Reservations
 from sllm_node.cluster.state import BootId, DeviceShare, NodeId, ReplicaId
 from sllm_node.cluster.view import ClusterView

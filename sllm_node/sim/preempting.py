@@ -12,16 +12,10 @@ from typing import TYPE_CHECKING, Final
 
 from typing_extensions import override
 
+from sllm_node.cluster.candidate import Candidate, Kind, PlacementRequest
 from sllm_node.cluster.moves import Destination, Move, evictions
 from sllm_node.cluster.node_view import DeviceView, NodeView
-from sllm_node.cluster.placement import (
-    Candidate,
-    Decision,
-    Kind,
-    MigrateThenLoad,
-    PlacementRequest,
-    Reject,
-)
+from sllm_node.cluster.placement import Decision, MigrateThenLoad, Reject
 from sllm_node.cluster.reservations import Ask
 from sllm_node.cluster.state import NodeId, ReplicaState
 from sllm_node.sim.ours import Ours

@@ -19,36 +19,23 @@ Memory is mapped in small steps, so that no copy waits for more than the pieces 
 whose place isn't mapped yet is parked. A target that kept pieces from an earlier replica wants only
 the rest. A model that lies on a sibling device is cloned from there instead.
 
-Whoever wants to use bytes before the last one has come is told through `deliveries`: what of a unit
-has been copied, or decoded without an error.
-
 A load ends once, in `_finish`, when nothing of it is in flight any more: only then do chunks and
 device memory change hands. So a cancelled or failed load takes back what is its own in every state.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.core.errors import (
-    CheckpointChangedError,
-    ChecksumError,
-    CodecError,
-    PoolExhaustedError,
-)
-from sllm_node.core.types import LoadProgress, LoadReport, Placement, Tier
-from sllm_node.device.base import WrongChunkError
+from sllm_node.core.errors import CheckpointChangedError, PoolExhaustedError
+from sllm_node.core.types import LoadProgress, LoadReport, Placement
 from sllm_node.store.arrival import Deliveries
-from sllm_node.store.decoding import by_target, jobs_of, named
+from sllm_node.store.moved import Moved
 from sllm_node.store.pipeline import (
-    CLONE_BYTES,
-    LINK_BYTES,
     MAX_ISSUED,
     LoadCancelledError,
     Machinery,
-    Moved,
-    Slice,
     Source,
     Target,
     call_on,
@@ -66,7 +53,7 @@ from sllm_node.store.reader import (
     stop_reads,
 )
 from sllm_node.store.residency import Unit
-from sllm_node.store.tier import Link
+from sllm_node.store.sending import Sending
 
 
 class Load:
@@ -99,7 +86,6 @@ class Load:
         self._started = machinery.clock.now()
         self.begun: asyncio.Future[float] = machinery.loop.create_future()
         """When the first read or copy was issued, or when it has ended."""
-        self._first_copy: float | None = None
         self._files: tuple[ShardFile, ...] = ()
         self._error: BaseException | None = None
         self._cached: list[Unit] = []
@@ -111,12 +97,12 @@ class Load:
         self._mapping = 0
         self._reading = 0
         self._checking = 0
-        self._copying = 0
-        self._on_links = 0
-        """Bytes under way on links, as they are stored."""
-        self._links = sum(1 + len(target.tier.relays) for target in targets) or 1
         self._is_opening = False
         self._moved = Moved()
+        self._sending = Sending(
+            checkpoint, targets, machinery, self._moved, self.deliveries,
+            begun=self._note_begun, failed=self._fail, ended=self._go_on,
+        )  # fmt: skip
 
     # --- from outside -------------------------------------------------------------------------
 
@@ -152,15 +138,6 @@ class Load:
         read = sum(unit.device_size for unit in self._missing)
         self._moved.dram = max(0, self._moved.wanted - read)
 
-    def _slices_of(self, unit: Unit) -> list[Slice]:
-        start, end = unit.device_offset, unit.device_end
-        slices = []
-        for target in self.targets:
-            for low, high in target.wants:
-                if low < end and start < high:
-                    slices.append(Slice(target, max(start, low), min(end, high)))
-        return slices
-
     def cancel(self) -> None:
         """Stop; `ended` is set when nothing is in flight any more."""
         self._fail(LoadCancelledError())
@@ -189,27 +166,20 @@ class Load:
 
     def progress(self) -> LoadProgress:
         """Return how far it has come."""
-        moved, now = self._moved, self._machinery.clock.now()
-        running_s = now - self._started
-        eta_s = None
-        if moved.done and running_s > 0:
-            eta_s = (moved.wanted - moved.done) * running_s / moved.done
-        kept = self.checkpoint.index.size - moved.wanted if self.targets else 0
-        total = self.checkpoint.index.size
-        return LoadProgress(kept + moved.done, total, now - self._asked, eta_s, self._slowest())
+        now, is_cloned = self._machinery.clock.now(), self._source is not None
+        times = (now - self._asked, now - self._started)
+        return self._moved.progress(self.checkpoint, self._kept, times, is_cloned=is_cloned)
 
-    def _slowest(self) -> Tier:
-        if self._source is not None or not self._moved.wanted:
-            return Tier.DEVICE
-        if self._moved.dram == self._moved.wanted:
-            return Tier.DRAM
-        return Tier.NVME if self.checkpoint.remote is None else Tier.REMOTE
+    @property
+    def _kept(self) -> int:
+        """Bytes that the devices had."""
+        return self.checkpoint.index.size - self._moved.wanted if self.targets else 0
 
     # --- the pipeline -------------------------------------------------------------------------
 
     def pump(self) -> None:
         """Issue what DRAM has, and start as many reads as chunks and readers allow."""
-        while self._cached and self._checking + self._copying < MAX_ISSUED:
+        while self._cached and self._checking + self._sending.under_way < MAX_ISSUED:
             if not self._issue_cached(self._cached[-1]):
                 break
         while self._files and self._missing and self._reading < self._machinery.max_reads:
@@ -234,17 +204,17 @@ class Load:
 
     def _issue_cached(self, unit: Unit) -> bool:
         """Issue the next unit from DRAM; False if its place isn't mapped yet, or links have enough."""
-        if self._on_links >= LINK_BYTES * self._links or not self._is_mapped(unit):
+        if self._sending.is_full or not self._sending.is_mapped(unit):
             return False
         self._cached.pop()
         if self._machinery.verify == "always" and self._verifies_on_device:
-            self._copy(unit, verify=True)
+            self._sending.send(unit, verify=True)
         elif self._machinery.verify == "always":
             chunk = self._ledger.hold(self.model, unit.index)
             view = self._machinery.pool.view(chunk, unit.size)
             self._check(unit, view, self._on_checked_again)
         elif self.targets:
-            self._copy(unit)
+            self._sending.send(unit)
         else:
             self._moved.done += unit.device_size
         return True
@@ -254,11 +224,6 @@ class Load:
         targets = self.targets
         is_wanted = bool(targets) and self._machinery.verify_on_device
         return is_wanted and all(target.tier.verifies for target in targets)
-
-    def _is_mapped(self, unit: Unit) -> bool:
-        if min((target.ready_to for target in self.targets), default=0) >= unit.device_end:
-            return True  # the rule, without a look at what goes where
-        return all(cut.end <= cut.target.ready_to for cut in self._slices_of(unit))
 
     def _read(self, unit: Unit, chunk: int) -> None:
         self._note_begun()
@@ -280,83 +245,13 @@ class Load:
 
     def _must_verify(self, unit: Unit) -> bool:
         policy = self._machinery.verify
-        if policy == "first":
-            return not self._ledger.is_verified(self.model, unit.index)
-        return policy == "always"
-
-    def _copy(self, unit: Unit, *, verify: bool = False) -> None:
-        """Send a unit that is in DRAM to every target that wants of it."""
-        if verify or unit.is_encoded:
-            self._decode(unit, verify=verify)
-            return
-        for cut in self._slices_of(unit):
-            chunk = self._ledger.hold(self.model, unit.index)
-            view = self._machinery.pool.view(chunk, unit.size)
-            view = view[cut.start - unit.device_offset : cut.end - unit.device_offset]
-            link = cut.target.tier.link()
-            place = cut.start - cut.target.part.start
-            copy = partial(link.stream.copy_in, cut.target.buffer, place, view)
-            self._copy_by(link, copy, cut, partial(self._on_copied, unit))
-
-    def _decode(self, unit: Unit, *, verify: bool) -> None:
-        """Send a unit to every target that wants of it, to be decoded or checked there."""
-        loop = self._machinery.loop
-        self._moved.verified += unit.device_size if verify else 0
-        for target, cuts in by_target(self._slices_of(unit)):
-            chunk = self._ledger.hold(self.model, unit.index)
-            view = self._machinery.pool.view(chunk, unit.size)
-            place, jobs = jobs_of(unit, cuts, verify=verify)
-            link = target.tier.link()
-            done = self._sent(link, jobs.size, cuts, partial(self._on_copied, unit))
-            tell = partial(call_on, loop, partial(self._on_decoded, unit, done))
-            try:
-                target.tier.decoder.decode(link.stream, target.buffer, place, view, jobs, tell)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the load ends with it
-                loop.call_soon(done, error)
+        is_known = policy == "first" and self._ledger.is_verified(self.model, unit.index)
+        return policy != "never" and not is_known
 
     def _clone(self, source: Source) -> None:
-        """Send everything from a sibling device, once its places are mapped."""
         self._moved.wanted = sum(high - low for t in self.targets for low, high in t.wants)
-        if self._mapping:
-            return
-        for target in self.targets:
-            for low, high in target.wants:
-                for start in range(low, high, CLONE_BYTES):
-                    end, link = min(start + CLONE_BYTES, high), target.tier.own
-                    place = start - target.part.start
-                    copy = partial(
-                        link.stream.copy_device, target.buffer, place, source.buffer, (start, end)
-                    )
-                    self._copy_by(link, copy, Slice(target, start, end), self._on_cloned)
-
-    def _copy_by(
-        self, link: Link, copy: Callable[[], None], cut: Slice, tell: "Callable[..., None]"
-    ) -> None:
-        """Enqueue the copy of `cut`; `tell` is called when it is done, or can't be."""
-        done = self._sent(link, cut.end - cut.start, (cut,), tell)
-        loop = self._machinery.loop
-        try:
-            copy()
-            event = link.stream.record()
-        except Exception as error:  # noqa: BLE001 - whatever it is, the load ends with it
-            loop.call_soon(done, error)  # not at once: whoever issues the copy is still counting
-        else:
-            event.on_done(lambda error: call_on(loop, done, error))
-
-    def _sent(
-        self, link: Link, carried: int, cuts: Sequence[Slice], tell: "Callable[..., None]"
-    ) -> "Callable[[BaseException | None], None]":
-        """Count what is on its way by `link`; return what is to be called when it is there."""
-        if self._first_copy is None:
-            self._first_copy = self._machinery.clock.now()
-            self._note_begun()
-        self._copying += 1
-        self._moved.stored += carried
-        link.outstanding += carried
-        self._on_links += carried
-        if link.through is not None:
-            self._moved.relayed += sum(cut.end - cut.start for cut in cuts)
-        return partial(self._link_done, link, carried, cuts, tell)
+        if not self._mapping:
+            self._sending.clone(source)
 
     def _watch(self, target: Target) -> None:
         """Be told when memory is mapped."""
@@ -422,8 +317,8 @@ class Load:
         if not self.targets:
             self._moved.done += unit.device_size
             self._moved.stored += unit.size
-        elif self._is_mapped(unit):
-            self._copy(unit)
+        elif self._sending.is_mapped(unit):
+            self._sending.send(unit)
         else:
             self._ledger.hold(self.model, unit.index)
             self._parked.append(unit)
@@ -447,53 +342,12 @@ class Load:
     def _unpark(self) -> None:
         parked, self._parked = self._parked, []
         for unit in parked:
-            if self._error is None and not self._is_mapped(unit):
+            if self._error is None and not self._sending.is_mapped(unit):
                 self._parked.append(unit)
                 continue
             if self._error is None:
-                self._copy(unit)
+                self._sending.send(unit)
             self._ledger.unhold(self.model, unit.index, copied=False)
-
-    def _link_done(
-        self,
-        link: Link,
-        carried: int,
-        cuts: Sequence[Slice],
-        tell: "Callable[..., None]",
-        error: BaseException | None,
-    ) -> None:
-        link.outstanding -= carried
-        self._on_links -= carried
-        self._copying -= 1
-        if error is not None:
-            self._fail(error)
-        else:
-            for cut in cuts:
-                self._moved.done += cut.end - cut.start
-                self.deliveries.delivered(cut.target.number, cut.start, cut.end)
-        tell(error)
-        self._go_on()
-
-    def _on_copied(self, unit: Unit, error: BaseException | None) -> None:
-        self._ledger.unhold(self.model, unit.index, copied=error is None)
-        if isinstance(error, CodecError | ChecksumError):
-            self._ledger.drop(self.model, unit.index)
-
-    def _on_decoded(
-        self,
-        unit: Unit,
-        done: "Callable[[BaseException | None], None]",
-        error: BaseException | None,
-        seconds: float,
-    ) -> None:
-        self._moved.decode_s += seconds
-        if isinstance(error, WrongChunkError):
-            error = named(self.checkpoint, unit, error)
-        done(error)
-
-    def _on_cloned(self, error: BaseException | None) -> None:
-        if error is None:
-            self._moved.sibling = self._moved.done
 
     def _go_on(self) -> None:
         self.pump()
@@ -513,7 +367,7 @@ class Load:
             stop_reads(self._files)
 
     def _finish_if_done(self) -> None:
-        flights = self._mapping or self._reading or self._checking or self._copying
+        flights = self._mapping or self._reading or self._checking or self._sending.under_way
         queued = self._cached or self._missing or self._parked
         if not (self._is_opening or flights or queued or self.ended.done()):
             self._finish()
@@ -534,28 +388,12 @@ class Load:
             self._machinery.on_ended(self, result)
         finally:
             self.ended.set_result(result)
-            if not self.mapped.done():
-                self.mapped.set_result(None)
+            self._tell_mapped()
             self._note_begun()
             self._machinery.chunk_given_back()
 
     def _report(self) -> LoadReport:
-        now, moved = self._machinery.clock.now(), self._moved
-        first_copy = self._first_copy if self._first_copy is not None else now
-        size = self.checkpoint.index.size
-        return LoadReport(
-            model=self.model,
-            bytes_total=size,
-            bytes_from_nvme=moved.nvme,
-            bytes_from_dram=moved.dram,
-            bytes_from_sibling=moved.sibling,
-            bytes_kept=size - moved.wanted if self.targets else 0,
-            bytes_relayed=moved.relayed,
-            elapsed_s=now - self._started,
-            first_copy_s=first_copy - self._asked,
-            verified_bytes=moved.verified,
-            bytes_from_remote=moved.remote,
-            bytes_stored=moved.stored,
-            decode_s=moved.decode_s,
-            is_encoded=self.checkpoint.index.is_encoded,
-        )
+        now = self._machinery.clock.now()
+        first_copy = self._sending.first_at if self._sending.first_at is not None else now
+        times = (now - self._started, first_copy - self._asked)
+        return self._moved.report(self.checkpoint, self._kept, *times)

@@ -1,4 +1,4 @@
-"""What a load is made of: what all loads share, where bytes go, where they come from, the counts."""
+"""What a load is made of: what all loads share, where bytes go, where they come from."""
 
 import asyncio
 from bisect import bisect_left
@@ -82,24 +82,6 @@ class Source:
     buffer: DeviceBuffer
     done: Callable[[], None]
     """To be called when nothing is read from it any more."""
-
-
-@dataclass(slots=True)
-class Moved:
-    """Bytes, by where they came from, and the time of their decoding."""
-
-    wanted: int = 0
-    done: int = 0
-    nvme: int = 0
-    dram: int = 0
-    sibling: int = 0
-    remote: int = 0
-    """Of those from NVMe: fetched first."""
-    relayed: int = 0
-    verified: int = 0
-    stored: int = 0
-    """As stored; all others count what is delivered."""
-    decode_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

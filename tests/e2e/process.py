@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import Self
 
-from tests.e2e.braked import BRAKE, HOLD, ROOT, Forked
+from tests.e2e.braked import BRAKE, HOLD, put_brakes_on
+from tests.e2e.forked import ROOT, Change, Forked
 
 START_LIMIT_S = 300.0
 STOP_LIMIT_S = 120.0
@@ -106,7 +107,7 @@ class NodeProcess:
         own = {
             "NOTIFY_SOCKET": "@" + address[1:], "HF_HUB_OFFLINE": "1", **self.environment,
         }  # fmt: skip
-        self.process = Forked(self.config, self.log, own) if self._is_braked else self._begun(own)
+        self.process = self._forked(own) if self._is_braked else self._begun(own)
         try:
             self.url = self._wait_ready()
         except BaseException:
@@ -115,6 +116,13 @@ class NodeProcess:
             self._socket.close()
             raise
         return self
+
+    def _forked(self, own: dict[str, str]) -> Forked:
+        return Forked(self.config, self.log, own, self._change())
+
+    def _change(self) -> Change:
+        """Return what puts the brakes on."""
+        return put_brakes_on
 
     def _begun(self, own: dict[str, str]) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "sllm_node", "serve", "--config", str(self.config)]

@@ -170,7 +170,7 @@ async def test_random_cycles_leave_nothing_behind(tmp_path, count):
                 tasks.append(asyncio.create_task(use(model, numbers.choice(placements))))
             elif act < 0.65 and tasks:
                 numbers.choice(tasks).cancel()
-            elif not (rig.store.leases(ModelId(model)) or model in rig.store._loads):
+            elif not (rig.store.leases(ModelId(model)) or model in rig.store._flights.loads):
                 tier = numbers.choice([Tier.DEVICE, Tier.DRAM])
                 rig.store.evict(ModelId(model), tier, numbers.choice(["room", "operator"]))
             if numbers.random() < 0.3:

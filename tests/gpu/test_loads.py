@@ -65,14 +65,14 @@ async def test_five_hundred_random_cycles_leave_nothing_behind(tmp_path, count):
                 tasks.append(asyncio.create_task(use(rig, model, placement, numbers)))
             elif act < 0.65 and tasks:
                 numbers.choice(tasks).cancel()
-            elif not (rig.store.leases(ModelId(model)) or model in rig.store._loads):
+            elif not (rig.store.leases(ModelId(model)) or model in rig.store._flights.loads):
                 tier = numbers.choice([Tier.DEVICE, Tier.DRAM])
                 rig.store.evict(ModelId(model), tier, numbers.choice(["room", "operator"]))
             if numbers.random() < 0.3:
                 await asyncio.gather(*tasks[-3:], return_exceptions=True)
         ended = await asyncio.gather(*tasks, return_exceptions=True)
-        while rig.store._loads:
-            await next(iter(rig.store._loads.values())).ended
+        while rig.store._flights.loads:
+            await next(iter(rig.store._flights.loads.values())).ended
         rig.assert_quiet()
         wanted = (type(None), DeviceMemoryError, ModelBusyError, asyncio.CancelledError)
         assert [one for one in ended if not isinstance(one, wanted)] == []

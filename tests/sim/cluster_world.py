@@ -6,6 +6,7 @@ crash cuts the connections of a node at once; a cut link says nothing at all.
 
 import asyncio
 import contextlib
+import functools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from sllm_node.core.types import (
     SessionId,
     Tier,
 )
-from tests.sim.loop import LoopClock
+from tests.sim.loop import LoopClock, run
 from tests.unit.schedule.fakes import make_node
 
 DELAY_S = 0.001
@@ -222,9 +223,7 @@ class WorldNode:
             self.service.on_change = lambda: None
             self.peers._alarm.set(None)
             self.peers._news.set(None)
-            for task in list(self.peers._sending.values()):
-                task.cancel()
-            await asyncio.gather(*self.peers._sending.values(), return_exceptions=True)
+            await self.peers._heartbeats.drop()
             await self.router.close()
         await self.service.close()
         self.is_up = False
@@ -298,3 +297,36 @@ async def read(stream):
     assert len("".join(chunk.text for chunk in chunks)) == len(tokens)
     assert chunks[-1].finish == "length"
     return tokens
+
+
+def in_world(pages=2, more="", *, peer_loads=False, **nodes):
+    """Run an async test in a world; at its end no session, load, lease or promise is left."""
+
+    def decorate(test):
+        @functools.wraps(test)
+        def wrapper(tmp_path):
+            async def play():
+                world = World(tmp_path, nodes, pages, more, peer_loads=peer_loads)
+                await asyncio.sleep(3.0)
+                await test(world)
+                await asyncio.sleep(5.0)
+                see_nothing_left(world)
+                await world.close()
+                for node in world.nodes.values():
+                    assert node.rig.store.leased == set()
+                assert len(asyncio.all_tasks()) == 1
+
+            run(play())
+
+        del wrapper.__wrapped__  # pytest would ask for its parameters
+        return wrapper
+
+    return decorate
+
+
+def see_nothing_left(world):
+    for node in world.nodes.values():
+        if node.is_up:
+            assert node.router.sessions() == []
+            assert node.vacating._vacates.active == ()
+            assert node.vacating._wishes == {}

@@ -26,6 +26,7 @@ from sllm_node.cluster.migration import (
     Free,
     HolderState,
     MigrationLimits,
+    MigrationOutcome,
     Report,
     Seek,
     Show,
@@ -68,6 +69,13 @@ class LatePace(EagerPace):
 
     def is_last(self, gap):
         return gap == 0
+
+
+class NearPace(EagerPace):
+    """Hands over when one token or none is missing, as `Pace` always does; more get a round."""
+
+    def is_last(self, gap):
+        return gap <= 1
 
 
 @dataclass(frozen=True)
@@ -219,6 +227,8 @@ class Found:
     transitions: int = 0
     ends: dict[str, int] = field(default_factory=dict)
     stuck: list[Any] = field(default_factory=list)
+    rounds: set[tuple[int, ...]] = field(default_factory=set)
+    """Of the migrations that were made; those of one length may stand for others."""
 
 
 class World:
@@ -237,6 +247,7 @@ class World:
         self._silent: dict[tuple[int, int], int] = {}
         """By node and its state: the bits of messages that change nothing at it."""
         self._checked: set[int] = set()
+        self.rounds: set[tuple[int, ...]] = set()
 
     # --- one node -------------------------------------------------------------------------------
 
@@ -384,6 +395,8 @@ class World:
                     jobs = {job for job in jobs if job[1] != epoch}
                 case Seek(excluded=excluded, is_orphan=is_orphan):
                     jobs.add(("seek", -1, (excluded, is_orphan)))
+                case Report(outcome=MigrationOutcome.MOVED, rounds=rounds):
+                    self.rounds.add(rounds)
                 case Show(piece=piece):
                     shown += piece.tokens
                 case End(error=error):
@@ -587,7 +600,7 @@ def explore(setting: Setting, states_max: int = 2_000_000, world: type[World] = 
             if is_fair:
                 backwards[number].append(at)
         at += 1
-    found.states = len(states)
+    found.states, found.rounds = len(states), made.rounds
     _judge_ends(made, states, backwards, found)
     return found
 

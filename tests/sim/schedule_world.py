@@ -144,4 +144,4 @@ class World:
         places = self._on_device.values()
         for device, capacity in self.capacities.items():
             assert sum(place.get(device, 0) for place in places) <= capacity
-        assert sum(sum(place.values()) for place in places) == self.scheduler.device_bytes
+        assert sum(sum(place.values()) for place in places) == self.scheduler.roster.device_bytes

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import functools
 import logging
 import random
 from types import SimpleNamespace
@@ -20,38 +19,12 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     MoveRefusedError,
     PeerUnreachableError,
+    SessionLostError,
     SllmError,
 )
 from sllm_node.core.types import ModelState
-from tests.sim.cluster_world import World, read
+from tests.sim.cluster_world import World, in_world, read
 from tests.sim.loop import run
-
-
-def in_world(pages=2, **nodes):
-    """Run an async test in a world; at its end no session, load or lease is left."""
-
-    def decorate(test):
-        @functools.wraps(test)
-        def wrapper(tmp_path):
-            async def play():
-                world = World(tmp_path, nodes, pages)
-                await asyncio.sleep(3.0)
-                await test(world)
-                await asyncio.sleep(5.0)
-                for node in world.nodes.values():
-                    if node.is_up:
-                        assert node.router.sessions() == []
-                await world.close()
-                for node in world.nodes.values():
-                    assert node.rig.store.leased == set()
-                assert len(asyncio.all_tasks()) == 1
-
-            run(play())
-
-        del wrapper.__wrapped__  # pytest would ask for its parameters
-        return wrapper
-
-    return decorate
 
 
 @in_world(a=(), b=("m",))
@@ -75,7 +48,7 @@ async def test_a_session_goes_on_when_its_node_crashes(world):
     await anext(stream)
     await asyncio.sleep(2.0)
     await world[stream.node].crash()
-    assert await read(stream) == list(range(len(stream._tokens) - 60 + 2, 61))
+    assert await read(stream) == list(range(stream.position - 60 + 2, 61))
 
 
 def logged(caplog, event):
@@ -156,6 +129,18 @@ async def test_a_session_waits_for_its_only_node_to_come_back(world):
     await asyncio.sleep(20.0)
     world["b"].start()
     assert await read(stream) == list(range(2, 61))
+
+
+@in_world(a=(), b=("m",), more="patience_s = 12.0\n")
+async def test_a_session_whose_only_node_stays_away_ends_when_the_file_says_and_tells_why(world):
+    stream = world.open("a", "m", tokens=60)
+    await anext(stream)
+    loop = asyncio.get_running_loop()
+    start = loop.time()
+    await world["b"].crash()
+    with pytest.raises(SessionLostError, match=r"within 12 s \(timing.patience_s\)"):
+        await read(stream)
+    assert 12.0 <= loop.time() - start < 14.0
 
 
 @in_world(a=(), b=("m",), c=("m",))
@@ -257,7 +242,7 @@ async def test_a_node_that_has_left_says_nothing_more(world):
     await peers.close()
     peers.changed()
     await asyncio.sleep(5.0)
-    assert peers._sending == {}
+    assert not peers._heartbeats.is_sending("b")
     assert not peers._alarm.is_set
 
 

@@ -18,8 +18,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import NodeId
 from sllm_node.server.faults import status_of
-from tests.sim.cluster_world import read
-from tests.sim.test_cluster_simulation import in_world
+from tests.sim.cluster_world import in_world, read
 
 
 @in_world(a=("mine",), b=("m",))
@@ -107,14 +106,12 @@ async def test_a_peer_with_another_key_is_told_as_that_and_not_only_as_dead(worl
 @in_world(a=(), b=("m",))
 async def test_a_peer_that_follows_another_cluster_file_is_shown_until_the_files_agree(world):
     peers, other = world["a"].peers, world["b"].peers
-    other._path = world.path.with_name("other.toml")
-    other._path.write_text(
-        world.path.read_text() + "[models.m]\nmin_replicas = 0\nmax_replicas = 3\n"
-    )
+    path = other._file._path = world.path.with_name("other.toml")
+    path.write_text(world.path.read_text() + "[models.m]\nmin_replicas = 0\nmax_replicas = 3\n")
     await asyncio.sleep(4.0)
     assert [peer["problem"] for peer in peers.status()] == ["has another cluster file"]
     assert [peer["problem"] for peer in other.status()] == ["has another cluster file"]
-    other._path.write_text(world.path.read_text())
+    path.write_text(world.path.read_text())
     await asyncio.sleep(4.0)
     assert [peer["problem"] for peer in peers.status()] == [None]
 

@@ -3,7 +3,7 @@
 import asyncio
 
 from sllm_node.core.types import NodeId
-from tests.sim.test_cluster_simulation import in_world
+from tests.sim.cluster_world import in_world
 
 C = NodeId("c")
 

@@ -11,7 +11,7 @@ import pytest
 
 from sllm_node.cluster.entry import Entry
 from sllm_node.cluster.migrations import Migrations
-from tests.sim.migration_world import EagerPace, LatePace, Setting, World, explore
+from tests.sim.migration_world import EagerPace, LatePace, NearPace, Setting, World, explore
 
 PAIR = ("a", "b")
 
@@ -54,6 +54,9 @@ LARGE = {
     "twice": Setting("a", "b", PAIR, moves=("a",), suspicions=2, tokens=1, recoveries=2),
     "no memory, or a failed step": Setting("a", "b", moves=("c",), refusals=2),
     "a second migration": Setting("a", "b", moves=("c", "b"), cancels=True),
+    "a gap of one token, and deaths": Setting(
+        "a", "b", PAIR, moves=("a",), crashes=PAIR, tokens=3, pace=NearPace
+    ),
 }  # fmt: skip
 
 
@@ -78,6 +81,12 @@ def test_so_it_is_in_larger_settings(name):
 
 def test_without_losses_every_session_is_finished():
     assert set(check(Setting("a", "b", moves=("c",), resends=True, tokens=1)).ends) == {"finished"}
+
+
+def test_a_gap_of_one_token_is_handed_over_at_once_or_behind_a_round_and_a_larger_one_never():
+    found = check(Setting("a", "b", moves=("c",), tokens=3, pace=NearPace))
+    assert {(1,), (2, 1), (3, 0)} <= found.rounds
+    assert {rounds[-1] for rounds in found.rounds} == {0, 1}
 
 
 class GullibleEntry(Entry):

@@ -1,7 +1,6 @@
 """Real peers, routers and services on virtual time: nodes that load what only peers have."""
 
 import asyncio
-import functools
 
 import pytest
 
@@ -14,35 +13,15 @@ from sllm_node.core.errors import (
     SllmError,
 )
 from sllm_node.core.types import ModelId, NodeId
-from tests.sim.cluster_world import World, read
-from tests.sim.loop import run
+from tests.sim.cluster_world import in_world, read
 from tests.unit.schedule.fakes import LOAD_S
 
 TOKENS = list(range(1, 21))
 
 
 def with_peer_loads(more="", **nodes):
-    """Run an async test in a world whose nodes load from peers; at its end nothing is left."""
-
-    def decorate(test):
-        @functools.wraps(test)
-        def wrapper(tmp_path):
-            async def play():
-                world = World(tmp_path, nodes, peer_loads=True, more=more)
-                await asyncio.sleep(3.0)
-                await test(world)
-                await asyncio.sleep(5.0)
-                await world.close()
-                for node in world.nodes.values():
-                    assert node.rig.store.leased == set()
-                assert len(asyncio.all_tasks()) == 1
-
-            run(play())
-
-        del wrapper.__wrapped__  # pytest would ask for its parameters
-        return wrapper
-
-    return decorate
+    """Run an async test in a world whose nodes load from peers."""
+    return in_world(more=more, peer_loads=True, **nodes)
 
 
 def loads(world, name):
@@ -91,13 +70,19 @@ async def test_a_forwarded_session_has_its_model_fetched_where_it_goes(world):
     assert world["c"].fetching.ensured == ["m"]
 
 
-@with_peer_loads(a=(), b=("m",))
-async def test_a_model_whose_peers_stay_away_before_it_is_known_is_told_as_that_in_the_end(world):
+async def opened_and_left(world):
+    """Open a session at a, whose node is to fetch the model from b; b crashes before a knows it."""
     drain(world, "b")
     await asyncio.sleep(1.0)
     stream = world.open("a", "m")
     await asyncio.sleep(0.1)
     await world["b"].crash()
+    return stream
+
+
+@with_peer_loads(a=(), b=("m",))
+async def test_a_model_whose_peers_stay_away_before_it_is_known_is_told_as_that_in_the_end(world):
+    stream = await opened_and_left(world)
     start = now()
     with pytest.raises(SllmError, match=r"no node that lives has all of it|can't be reached"):
         await read(stream)
@@ -107,11 +92,7 @@ async def test_a_model_whose_peers_stay_away_before_it_is_known_is_told_as_that_
 
 @with_peer_loads(a=(), b=("m",))
 async def test_a_model_whose_peers_go_before_it_is_known_is_loaded_when_they_are_back(world):
-    drain(world, "b")
-    await asyncio.sleep(1.0)
-    stream = world.open("a", "m")
-    await asyncio.sleep(0.1)
-    await world["b"].crash()
+    stream = await opened_and_left(world)
     await asyncio.sleep(20.0)
     world["b"].start()
     assert await read(stream) == TOKENS

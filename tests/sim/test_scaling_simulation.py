@@ -9,8 +9,7 @@ from sllm_node.cluster.packing import pack
 from sllm_node.cluster.scale_messages import ScaleAnswer, ScaleAsk, unpack_answer, unpack_ask
 from sllm_node.core.errors import MessageFormatError, ModelNotFoundError
 from sllm_node.core.types import ModelId, NodeId
-from tests.sim.cluster_world import read
-from tests.sim.test_cluster_simulation import in_world
+from tests.sim.cluster_world import in_world, read
 
 SETTLED_S = 15.0
 """The file is read, a new home has watched, a load has ended."""

@@ -9,6 +9,7 @@ import pytest
 
 from sllm_node.core.errors import InternalError, MoveRefusedError
 from sllm_node.core.types import GenerationRequest, ModelId, SamplingParameters, SessionId
+from tests.sim import cluster_world
 from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
 
@@ -17,30 +18,8 @@ EXAMPLE = {"east": ("a", "b"), "gate": (), "west": ("a",)}
 
 
 def in_world(nodes=EXAMPLE, more="", pages=1):
-    """Run an async test in a world; at its end no session, load, lease or promise is left."""
-
-    def decorate(test):
-        def wrapper(tmp_path):
-            async def play():
-                world = World(tmp_path, nodes, pages, more)
-                await asyncio.sleep(3.0)
-                await test(world)
-                await asyncio.sleep(5.0)
-                for node in world.nodes.values():
-                    if node.is_up:
-                        assert node.router.sessions() == []
-                        assert node.vacating._vacates.active == ()
-                        assert node.vacating._wishes == {}
-                await world.close()
-                for node in world.nodes.values():
-                    assert node.rig.store.leased == set()
-                assert len(asyncio.all_tasks()) == 1
-
-            run(play())
-
-        return wrapper
-
-    return decorate
+    """Run an async test in a world, the example if nothing else is said."""
+    return cluster_world.in_world(pages, more, **nodes)
 
 
 async def running(world, entry, tokens=200, model="a", at="east"):

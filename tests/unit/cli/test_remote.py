@@ -2,13 +2,16 @@
 
 import asyncio
 import json
+import socket
 import threading
+from typing import Any
 
 import pytest
 from aiohttp import web
 from typer.testing import CliRunner
 
 from sllm_node.cli.main import app
+from sllm_node.cli.remote import reason
 
 REPORT = {
     "node": {"id": "n1", "version": "0.1.0", "state": "serving", "uptime_s": 12.0},
@@ -109,7 +112,7 @@ def test_status_as_json_is_the_report(node):
     assert json.loads(run("status", "--url", node.url, "--json").stdout) == REPORT
 
 
-CLUSTER = {
+CLUSTER: dict[str, Any] = {
     "me": "a", "version": 3, "problem": "node 'b' knew a later life of this node",
     "peers": [
         {"id": "b", "address": "10.0.0.2:8100", "state": "alive", "age_s": 0.5, "boot": 1, "version": 2,
@@ -165,6 +168,19 @@ def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
         assert part in shown
     whole = run("status", "--cluster", "--json", "--url", node.url).stdout
     assert json.loads(whole) == CLUSTER
+
+
+def test_what_a_node_of_an_older_release_does_not_tell_is_shown_as_unknown(node):
+    peers = [
+        {k: v for k, v in one.items() if k not in ("heard_s", "why")} for one in CLUSTER["peers"]
+    ]
+    nodes = [{k: v for k, v in one.items() if k != "served"} for one in CLUSTER["nodes"]]
+    node.answer = (200, {"cluster": {**CLUSTER, "peers": peers, "nodes": nodes}})
+    done = run("status", "--cluster", "--url", node.url)
+    assert (done.exit_code, "sessions: unknown" in done.output) == (0, True)
+    (line,) = [line for line in done.output.splitlines() if "10.0.0.2:8100" in line]
+    assert line.split()[-1] == "?"
+    assert line.count("?") == 2
 
 
 def test_status_of_the_cluster_of_a_node_that_is_alone_says_so(node):
@@ -227,6 +243,13 @@ def test_a_node_that_is_not_there_is_one_sentence():
     done = run("status", "--url", "http://127.0.0.1:1")
     assert done.exit_code == 1
     assert done.stderr.startswith("sllm-node: no node answers at http://127.0.0.1:1")
+
+
+def test_what_keeps_tls_and_the_resolver_from_a_node_is_told_in_their_words(node):
+    done = run("status", "--url", node.url.replace("http:", "https:"))
+    assert ("[SSL:" in done.stderr, "not permitted" in done.stderr) == (True, False)
+    assert reason(socket.gaierror(-2, "Name not known")) == "Name not known"
+    assert reason(ConnectionRefusedError(111, "Connect call failed")) == "connection refused"
 
 
 def test_what_is_no_url_is_told():

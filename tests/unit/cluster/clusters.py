@@ -8,7 +8,7 @@ from itertools import combinations, product
 from math import inf
 from random import Random
 
-from sllm_node.cluster.placement import PlacementRequest
+from sllm_node.cluster.candidate import PlacementRequest
 from sllm_node.cluster.state import (
     Bandwidths,
     BootId,

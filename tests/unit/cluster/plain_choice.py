@@ -3,8 +3,9 @@
 What is quick now has to choose what this chooses.
 """
 
+from sllm_node.cluster.candidate import Kind
 from sllm_node.cluster.choice import Choice, _is_as_good, _queue
-from sllm_node.cluster.placement import Kind, decide, explain, ways_on
+from sllm_node.cluster.placement import decide, explain, ways_on
 
 
 def plain_choose(view, request, me, now, excluded=frozenset(), gain_s=None):

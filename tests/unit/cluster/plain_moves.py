@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Final
 
+from sllm_node.cluster.candidate import Kind, PlacementRequest
 from sllm_node.cluster.estimate import resume_s
 from sllm_node.cluster.floors import Lazy
 from sllm_node.cluster.moves import Destination, Move, evictions
 from sllm_node.cluster.node_view import NodeView
-from sllm_node.cluster.placement import Kind, PlacementRequest, Reject, decide
+from sllm_node.cluster.placement import Reject, decide
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId, ReplicaState
 from sllm_node.cluster.view import ClusterView, Slot
 from sllm_node.core.types import ModelId

@@ -51,10 +51,10 @@ def test_a_difference_is_shown_at_once_and_logged_when_it_lasts_once(caplog):
     agreement = Agreement(10.0)
     for now in (0.0, 5.0, 10.0, 15.0):
         agreement.look("x", {B: "y"}, now)
-        assert agreement.differs(B)
+        assert agreement.problem(B)
         assert len(caplog.records) == (now >= 10.0)
     agreement.look("y", {B: "y"}, 16.0)
-    assert not agreement.differs(B)
+    assert not agreement.problem(B)
 
 
 def test_an_edit_that_reaches_all_nodes_one_after_another_is_not_logged(caplog):
@@ -63,4 +63,4 @@ def test_an_edit_that_reaches_all_nodes_one_after_another_is_not_logged(caplog):
     agreement.look("y", {B: "y"}, 1.0)
     agreement.look("y", {B: ""}, 20.0)  # another release
     assert not caplog.records
-    assert not agreement.differs(B)
+    assert not agreement.problem(B)

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllm_node.cluster.candidate import Kind, PlacementRequest
 from sllm_node.cluster.choice import ask_for, choose, request_for
-from sllm_node.cluster.placement import Kind, PlacementRequest, explain
+from sllm_node.cluster.placement import explain
 from sllm_node.cluster.reservations import Granted, Reservations
 from sllm_node.cluster.state import (
     Bandwidths,

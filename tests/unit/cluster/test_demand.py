@@ -1,8 +1,8 @@
 from dataclasses import replace
 
 from sllm_node.cluster.autoscale import ReplicaSeen, Start
+from sllm_node.cluster.candidate import PlacementRequest
 from sllm_node.cluster.demand import Load, demand_of, load_of
-from sllm_node.cluster.placement import PlacementRequest
 from sllm_node.cluster.state import (
     Bandwidths,
     BootId,

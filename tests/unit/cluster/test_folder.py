@@ -106,6 +106,16 @@ def test_a_bad_shared_key_is_told(tmp_path):
     assert "No such file" in check(file, A, NOW).problems[0]
 
 
+@pytest.mark.parametrize("node", [A, None])
+def test_the_shared_key_may_lie_in_a_file_of_each_node(tmp_path, node):
+    file = made(tmp_path, "key")
+    file.write_text(file.read_text().replace("cluster.key", "{id}.key"))
+    (tmp_path / "cluster.key").rename(tmp_path / "a.key")
+    found = check(file, node, NOW)
+    assert found.problems == ()
+    assert f"{tmp_path / 'a.key'}: a good key" in found.well
+
+
 def test_a_readable_authority_key_is_told(tmp_path):
     file = made(tmp_path)
     (tmp_path / "ca.key").chmod(0o644)

@@ -8,12 +8,12 @@ from typing import cast
 import pytest
 from msgspec.structs import replace as replace_struct
 
+from sllm_node.cluster.candidate import Candidate, Kind
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.packing import pack
-from sllm_node.cluster.placement import Candidate, Kind
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.retries import LOOK_S, REFUSALS_MAX
 from sllm_node.cluster.serving import EXTEND
@@ -41,15 +41,18 @@ from sllm_node.core.errors import (
     MoveRefusedError,
     NoPlaceError,
     PeerUnreachableError,
+    SessionLostError,
 )
 from sllm_node.core.types import (
     GenerationChunk,
     GenerationRequest,
+    LoadProgress,
     ModelId,
     NodeId,
     SamplingParameters,
     SessionId,
     Startup,
+    Tier,
 )
 from sllm_node.schedule.stream import Stream
 from tests.unit.cluster.test_choice import node as state_of
@@ -309,12 +312,15 @@ async def test_a_session_waits_for_a_node_that_comes_back():
     assert world.asked[1][1].request.resumed == (1,)
 
 
-async def test_a_session_that_nobody_takes_any_more_ends_with_the_last_error():
+async def test_a_session_that_nobody_takes_any_more_ends_with_an_error_that_says_for_how_long_it_waited():
     world = World(a=[[tokens(1), failed(EngineError("m", "broke"))]])
     world.is_heard = False
     stream = world.open()
-    with pytest.raises(PeerUnreachableError):
+    with pytest.raises(
+        SessionLostError, match=r"within 10 s \(timing.patience_s\).* 'a' can't be"
+    ) as caught:
         await read(stream)
+    assert (caught.value.code, world.clock.now()) == ("session_lost", PATIENCE_S)
     assert world.ended_streams == [stream]
 
 
@@ -342,7 +348,7 @@ async def test_patience_ends_although_nodes_come_and_go():
         world.news.set()
         for _ in range(10):
             await asyncio.sleep(0)
-    with pytest.raises(PeerUnreachableError):
+    with pytest.raises(PeerUnreachableError):  # it has no token: nothing was lost
         await read(stream)
 
 
@@ -390,7 +396,7 @@ async def test_a_reader_that_lags_gets_joined_chunks():
     done = asyncio.Event()
     world = World(a=[[tokens(1), tokens(2), done, tokens(3, finish="stop")]])
     stream = world.open()
-    while len(stream._tokens) < 2:
+    while len(stream.tokens_from(0)) < 2:
         await asyncio.sleep(0)
     chunk = await anext(stream)
     assert (chunk.tokens, chunk.text, chunk.finish) == ((1, 2), "ab", None)
@@ -531,6 +537,58 @@ async def test_a_session_whose_source_dies_leaves_a_destination_that_computes_on
     stream, report = await moving_to_b(world, 1.0, die)
     assert (await read(stream))[0] == (1, 2)
     assert (report.outcome, world.clock.now()) == ("failed", PATIENCE_S)
+
+
+async def test_a_session_whose_source_dies_goes_back_to_it_when_it_is_there_before_the_destination():
+    die = asyncio.Event()
+    world = World(
+        a=[
+            [Granted(), tokens(1), die, PeerUnreachableError("a", "killed")],
+            [Granted(), tokens(2, finish="stop")],
+        ],
+        b=[[Waiting(), asyncio.Event()]],
+    )
+    world.ways, world.is_heard = {"a": way("a", 3.0)}, False
+    stream, report = await moving_to_b(world, 60.0, die)
+    assert (await read(stream))[0] == (1, 2)
+    assert [peer for peer, _ in world.asked] == ["a", "b", "a"]
+    assert (report.outcome, world.clock.now()) == ("failed", LOOK_S)
+    assert "'a' is sooner" in report.error
+
+
+async def test_a_session_whose_source_dies_gives_up_a_destination_of_which_nothing_comes():
+    die = asyncio.Event()
+    world = World(
+        a=[[Granted(), tokens(1), die, PeerUnreachableError("a", "killed")]],
+        b=[[Waiting(), asyncio.Event()]],
+    )
+    world.is_heard = False
+    stream, report = await moving_to_b(world, 60.0, die)
+    with pytest.raises(SessionLostError, match="nodes tried: 3"):
+        await read(stream)
+    assert (report.outcome, world.clock.now()) == ("failed", PATIENCE_S)
+    assert "nothing came of it for 10 s" in report.error
+
+
+async def test_a_session_whose_source_dies_waits_as_long_as_the_load_at_its_destination_goes_on():
+    def loads(done):
+        return Waiting(status_of(progress=LoadProgress(done, 100, 1.0, None, Tier.NVME)))
+
+    die, more, much = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    last = replace_struct(tokens(2, finish="stop"), position=1)
+    world = World(
+        a=[[Granted(), tokens(1), die, PeerUnreachableError("a", "killed")]],
+        b=[[loads(1), more, loads(50), much, loads(100), Granted(), Standing(1), LET_GO, last]],
+    )
+    stream, report = await moving_to_b(world, 1.0, die)
+    for come, done in ((more, 50), (much, 100)):
+        world.clock.advance(PATIENCE_S - 1)
+        world.news.set()
+        await until(lambda: not world.news.is_set())
+        come.set()
+        await until(lambda done=done: stream._move is None or stream._move._bytes == done)
+    assert (await read(stream))[0] == (1, 2)
+    assert (report.outcome, world.clock.now()) == ("moved", 2 * (PATIENCE_S - 1))
 
 
 async def moving_to_b(world, expected_s, die):

@@ -36,8 +36,16 @@ def test_where_resuming_is_no_faster_than_decoding_no_round_is_worth_while():
     assert pace(0.02, ResumeFit(1e-4, 0.01), is_replayed=True).is_last(1000)
 
 
-def test_no_gap_is_the_end():
-    assert pace(0.001, ResumeFit(1.0, 9.0)).is_last(0)
+@pytest.mark.parametrize("gap", [0, 1])
+def test_no_gap_and_a_gap_of_one_token_are_the_end_however_slow_the_destination_and_large_the_round_before(
+    gap,
+):
+    made = pace(0.001, ResumeFit(1e-9, 9.0))
+    assert not made.is_last(2)
+    assert made.is_last(gap)
+    made.resumed(8000, 9.0)
+    assert not made.is_last(2)
+    assert made.is_last(gap)
 
 
 def test_a_destination_slower_than_it_said_is_believed_by_what_it_does():

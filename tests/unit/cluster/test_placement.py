@@ -3,11 +3,10 @@ from random import Random
 
 import pytest
 
+from sllm_node.cluster.candidate import Kind, PlacementRequest
 from sllm_node.cluster.placement import (
-    Kind,
     LoadThere,
     MigrateThenLoad,
-    PlacementRequest,
     Reject,
     ServeHere,
     Wait,

@@ -2,7 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from sllm_node.cluster.placement import LoadThere, PlacementRequest, decide
+from sllm_node.cluster.candidate import PlacementRequest
+from sllm_node.cluster.placement import LoadThere, decide
 from sllm_node.cluster.reservations import Ask, Granted, Refused, ReservationId, Reservations
 from sllm_node.cluster.state import (
     Bandwidths,

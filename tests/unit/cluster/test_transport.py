@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sllm_node.cluster import folder
-from sllm_node.cluster.file import load_cluster
+from sllm_node.cluster.named_files import load_cluster
 from sllm_node.cluster.transport import PREFIX, Client, Listener
 from sllm_node.cluster.trust import REQUEST_LIMIT, KeyTrust, open_trust
 from sllm_node.core.errors import (

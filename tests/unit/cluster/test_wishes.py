@@ -251,7 +251,7 @@ async def test_a_model_that_comes_later_goes_before_an_alias_of_its_name(tmp_pat
 
 
 async def test_an_alias_of_a_peer_does_not_hide_a_model_here(cluster):
-    cluster.there._find = lambda name: find("m" if name == "gpt" else name)
+    cluster.there._aliases._find = lambda name: find("m" if name == "gpt" else name)
     assert await cluster.here.set_alias("gpt", "n") == ["c"]
     assert (cluster.there.resolve("gpt"), cluster.there.hidden()) == ("gpt", {"gpt": "n"})
 

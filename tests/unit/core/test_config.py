@@ -3,7 +3,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from sllm_node.core.config import Config, config_schema, is_loopback, load_config, parse_config
+from sllm_node.core.config import Config, config_schema, load_config, parse_config
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.units import MIB
 
@@ -114,14 +114,6 @@ def test_the_schema_describes_every_table():
     schema = config_schema()
     tables = schema["$defs"]["Config"]["properties"]
     assert set(tables) == {field.name for field in msgspec.structs.fields(Config)}
-
-
-@pytest.mark.parametrize(
-    ("host", "expected"),
-    [("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False), ("box", False)],
-)
-def test_loopback_is_recognised(host, expected):
-    assert is_loopback(host) is expected
 
 
 REMOTE = '[remotes.far]\nurl = "http://h/p"\n'

@@ -297,12 +297,18 @@ def test_nothing_is_certain_about_prompts():
     assert turns.following() is None
 
 
-def test_it_is_open_who_follows_while_one_that_decodes_may_come_with_an_earlier_deadline():
+def taken_by_the_second_of_three():
+    """Return turns in which the first has gone in this round and decodes again, and the third has not asked."""
     turns, first, second, third = taken_by_one_of_three()
     turns.ready(second, decoding(1.0), 1.0)
     turns.ended(first, 0, 2.0, draws=1)
     assert turns.begin(2.0) == second
     turns.ready(first, decoding(2.0), 2.0)
+    return turns, first, second, third
+
+
+def test_it_is_open_who_follows_while_one_that_decodes_may_come_with_an_earlier_deadline():
+    turns, first, second, third = taken_by_the_second_of_three()
     turns.ended(second, 0, 3.0, draws=1)
     assert turns.begin(3.0) == first  # a new round, in which the second has not gone
     turns.ready(third, decoding(2.5), 3.0)
@@ -312,11 +318,7 @@ def test_it_is_open_who_follows_while_one_that_decodes_may_come_with_an_earlier_
 
 
 def test_a_round_begins_ahead_only_if_nobody_may_come_with_prompts():
-    turns, first, second, third = taken_by_one_of_three()
-    turns.ready(second, decoding(1.0), 1.0)
-    turns.ended(first, 0, 2.0, draws=1)
-    assert turns.begin(2.0) == second
-    turns.ready(first, decoding(2.0), 2.0)
+    turns, first, _, third = taken_by_the_second_of_three()
     assert turns.following() is None
     turns.leave(third)
     assert turns.following() == first

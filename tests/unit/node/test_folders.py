@@ -1,6 +1,11 @@
 """What a folder allows, tried in real folders."""
 
+import os
+import subprocess
+from contextlib import suppress
 from pathlib import Path
+
+import pytest
 
 from sllm_node.node.folders import look, reading_problem
 
@@ -34,6 +39,22 @@ def test_where_no_file_can_be_made_the_problem_is_told():
     found = look(Path("/proc/self/none"))
     assert found.is_fatal
     assert "can't be made in /proc/self" in str(found.problem)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
+def test_a_full_disk_is_told_as_that(tmp_path):
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", tmp_path], check=False)
+    if done.returncode:
+        pytest.skip("no mounts here")
+    try:
+        with suppress(OSError), (tmp_path / "fill").open("wb", buffering=0) as file:
+            while file.write(bytes(4096)):
+                pass
+        found = look(tmp_path)
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+    assert (found.is_full, found.is_fatal, found.exists) == (True, False, True)
+    assert "no space left" in str(found.problem)
 
 
 def test_a_file_that_is_not_there_can_not_be_read(tmp_path):

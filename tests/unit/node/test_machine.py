@@ -1,11 +1,8 @@
 """What is asked of the machine that the tests run on."""
 
-import asyncio
 import socket
-import threading
 
 import pytest
-from aiohttp import web
 
 from sllm_node.core.config import DeviceConfig
 from sllm_node.core.errors import DeviceError
@@ -33,38 +30,3 @@ def test_a_gpu_that_is_not_there_is_an_error_and_cpus_are_not_opened():
     with pytest.raises(DeviceError):
         MACHINE.devices(DeviceConfig(names=("cuda:99",)))
     assert MACHINE.devices(DeviceConfig()) == []
-
-
-@pytest.fixture
-def port():
-    """Where something answers /admin/status to who has the key."""
-
-    async def status(request):
-        if request.headers.get("Authorization") != "Bearer k":
-            return web.json_response({}, status=401)
-        return web.json_response({"node": {"id": "n1"}})
-
-    loop = asyncio.new_event_loop()
-    application = web.Application()
-    application.router.add_get("/admin/status", status)
-    runner = web.AppRunner(application)
-    loop.run_until_complete(runner.setup())
-    loop.run_until_complete(web.TCPSite(runner, "127.0.0.1", 0).start())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-    yield runner.addresses[0][1]
-    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
-
-
-def test_a_node_that_runs_tells_its_id_to_who_has_its_key(port):
-    assert MACHINE.node_at("0.0.0.0", port, "k") == "n1"
-    assert MACHINE.node_at("127.0.0.1", port, None) is None
-
-
-def test_what_is_no_node_has_no_id():
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-    assert MACHINE.node_at("127.0.0.1", port, None) is None

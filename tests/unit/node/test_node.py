@@ -1,5 +1,11 @@
+import asyncio
+
+from sllm_node.core.clock import MonotonicClock
+from sllm_node.core.config import parse_config
+from sllm_node.core.errors import StoppingError
 from sllm_node.core.units import GIB
-from sllm_node.node.node import describe_devices
+from sllm_node.node.node import Node, describe_devices
+from sllm_node.node.systemd import Notifier
 
 
 def test_what_is_cached_is_not_told_as_used():
@@ -9,3 +15,31 @@ def test_what_is_cached_is_not_told_as_used():
     ]
     told = describe_devices(devices)
     assert told == "device 20.0 GiB of 278.0 GiB used, 40.0 GiB cached"
+
+
+def test_no_drain_is_taken_back_from_the_moment_in_which_a_node_stops(tmp_path):
+    text = f'[server]\nport = 0\n[store]\npath = "{tmp_path}/models"\npool_bytes = "4MiB"\n'
+    small = 'chunk_bytes = "64KiB"\n[device]\nmemory_bytes = "64MiB"\n'
+    config = parse_config(f'{text}{small}[engine]\nkv_cache_bytes = "4MiB"\n')
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        node = Node(config, Notifier({}), MonotonicClock())
+        await node.start()
+        stopping = loop.create_task(node.stop(asyncio.Event()))
+        refused = loop.create_future()
+
+        def undrain():
+            """Be what the loop runs next after the turn in which the drain begins."""
+            try:
+                node._service.undrain()
+            except StoppingError:
+                refused.set_result(True)
+            else:
+                refused.set_result(False)
+
+        loop.call_soon(undrain)
+        await stopping
+        assert await refused
+
+    asyncio.run(main())

@@ -1,15 +1,17 @@
 """What a preflight says of a config, on a machine that is made up, in real folders."""
 
+import socket
 import sqlite3
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
 from sllm_node.core.config import parse_config
 from sllm_node.core.errors import DeviceError
 from sllm_node.core.units import GIB
-from sllm_node.node.machine import DeviceRoom, Memory
+from sllm_node.node import folders
+from sllm_node.node.machine import DeviceRoom, Memory, ThisMachine
 from sllm_node.node.preflight import preflight
 
 
@@ -21,7 +23,8 @@ class FakeMachine:
     available: int = 32 * GIB
     lock_limit: int | None = None
     taken: dict[int, str] = field(default_factory=dict)
-    nodes: dict[int, str] = field(default_factory=dict)
+    unwritable: dict[str, bool] = field(default_factory=dict)
+    """Names of folders in which nothing can be written, and whether that is for want of room."""
     rooms: list[DeviceRoom] = field(default_factory=list)
     device_problem: str = ""
 
@@ -34,8 +37,11 @@ class FakeMachine:
     def listen_problem(self, host, port):
         return self.taken.get(port)
 
-    def node_at(self, host, port, key):
-        return self.nodes.get(port)
+    def look(self, folder):
+        found = folders.look(folder)
+        if not found.exists or folder.name not in self.unwritable:
+            return found
+        return replace(found, problem="can't be written", is_full=self.unwritable[folder.name])
 
     def devices(self, config):
         if self.device_problem:
@@ -78,19 +84,79 @@ def test_a_store_that_can_not_be_made_is_an_error_with_its_place(found, tmp_path
     assert f"{tmp_path}/file is no folder" in lines[0][2]
 
 
-def test_a_journal_that_another_process_has_is_an_error_but_for_the_node_that_runs(found, tmp_path):
-    journal = tmp_path / "models" / ".journal" / "node-0.sqlite"
-    journal.parent.mkdir(parents=True)
+TAKEN = {8000: "address already in use"}
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """Where the journal of the node is, in a folder that is there."""
+    path = tmp_path / "models" / ".journal" / "node-0.sqlite"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+@pytest.fixture
+def held(journal):
+    """The journal while somebody has it: as this process does, until it is looked at once."""
     with closing(sqlite3.connect(journal)) as other:
         other.execute("PRAGMA locking_mode = EXCLUSIVE")
         other.execute("PRAGMA journal_mode = WAL")
         other.execute("CREATE TABLE one (x)")
-        level, key, line = only(found())
-        assert (level, key) == ("error", "node.journal")
-        assert "need ids of their own (node.id)" in line
-        assert found("", FakeMachine(nodes={8000: "node-0"})) == []
+        yield journal
+
+
+@pytest.mark.usefixtures("held")
+def test_a_journal_that_another_process_has_is_an_error(found):
+    level, key, line = only(found())
+    assert (level, key) == ("error", "node.journal")
+    assert "need ids of their own (node.id)" in line
+
+
+@pytest.mark.usefixtures("held")
+def test_who_has_journal_and_port_is_the_node_that_runs(found):
+    assert found("", FakeMachine(taken=TAKEN)) == []
+
+
+def test_a_look_at_the_journal_leaves_nothing_behind(found, journal):
+    with closing(sqlite3.connect(journal)) as other:
+        other.execute("CREATE TABLE one (x)")
     assert found() == []
     assert [path.name for path in journal.parent.iterdir()] == ["node-0.sqlite"]
+
+
+def test_a_store_that_can_not_be_written_serves_what_is_there(found, tmp_path, cluster):
+    (tmp_path / "models").mkdir()
+    away = f'[node]\njournal = "{tmp_path}/j/n.sqlite"\n'
+    remote = '[remotes.r]\nurl = "http://h/x"\n'
+    for text in (away, away + remote, cluster().replace("[node]\n", away)):
+        level, key, line = only(found(text, FakeMachine(unwritable={"models": False})))
+        assert (level, key) == ("warning", "store.path")
+        assert "what is there is served" in line
+
+
+@pytest.mark.parametrize(
+    ("is_full", "is_there", "level"),
+    [(True, True, "warning"), (True, False, "error"), (False, True, "error")],
+)
+def test_a_full_disk_keeps_no_node_from_a_journal_that_is_there(
+    found, journal, is_full, is_there, level
+):
+    if is_there:
+        journal.touch()
+    line = only(found("", FakeMachine(unwritable={".journal": is_full})))
+    assert line[:2] == (level, "node.journal")
+    assert ("the node starts" in line[2]) == (level == "warning")
+
+
+def test_who_listens_on_the_port_before_a_start_is_asked_nothing(found):
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        port = stranger.getsockname()[1]
+        text = f'pool_bytes = "32MiB"\n[server]\nport = {port}\nadmin_keys = ["secret"]\n'
+        level, key, _ = only([one for one in found(text, ThisMachine()) if one[0] == "error"])
+        assert (level, key) == ("error", "server.port")
+        stranger.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            stranger.accept()
 
 
 def test_damaged_checkpoints_and_models_that_are_not_there_are_warnings(found, tmp_path):
@@ -110,11 +176,9 @@ def test_a_pool_above_the_memory_is_an_error_and_above_what_is_free_a_warning(fo
     assert only(found(text, FakeMachine(total=40 * GIB)))[0] == "error"
 
 
+@pytest.mark.usefixtures("held")
 def test_what_the_node_that_runs_has_is_no_shortage(found):
-    machine = FakeMachine(
-        nodes={8000: "node-0"}, taken={8000: "address already in use"}, available=GIB,
-        rooms=[DeviceRoom("cuda:0", 70 * GIB, GIB)],
-    )  # fmt: skip
+    machine = FakeMachine(taken=TAKEN, available=GIB, rooms=[DeviceRoom("cuda:0", 70 * GIB, GIB)])
     assert found('[device]\nnames = ["cuda:0"]\n', machine) == []
 
 
@@ -131,27 +195,26 @@ def test_the_limit_of_locked_memory_matters_for_gpus_only(found):
     assert line[:2] == ("warning", "RLIMIT_MEMLOCK")
 
 
-def test_a_gpu_that_is_not_there_or_has_too_little_room_is_an_error(found):
+def test_a_gpu_that_is_not_there_is_an_error_and_too_little_room_a_warning(found):
     cuda = '[device]\nnames = ["cuda:0"]\n'
     line = only(found(cuda, FakeMachine(device_problem="there is no CUDA driver")))
     assert (line[0], "there is no CUDA driver" in line[2]) == ("error", True)
     line = only(found(cuda, FakeMachine(rooms=[DeviceRoom("cuda:0", 80 * GIB, 70 * GIB)])))
-    assert line[:2] == ("error", "device.names")
+    assert line[:2] == ("warning", "device.names")
     assert "80.0 GiB asked, 70.0 GiB free; lower device.memory_bytes" in line[2]
     line = only(found(cuda, FakeMachine(rooms=[DeviceRoom("cuda:0", GIB // 4, GIB)])))
     assert "less than engine.kv_cache_bytes" in line[2]
 
 
-def test_a_port_that_is_taken_names_the_node_that_has_it(found):
-    taken = {8000: "address already in use"}
-    assert "('ss -ltnp' shows it)" in only(found("", FakeMachine(taken=taken)))[2]
-    level, _, line = only(found("", FakeMachine(taken=taken, nodes={8000: "other"})))
-    assert (level, "stop node 'other'" in line) == ("error", True)
+def test_a_port_that_is_taken_is_an_error_that_says_how_to_find_who_has_it(found):
+    level, _, line = only(found("", FakeMachine(taken=TAKEN)))
+    assert (level, "('ss -ltnp' shows it)" in line) == ("error", True)
 
 
 def test_keys_that_everybody_can_read_or_that_nobody_needs_are_warnings(found):
     keys = '[server]\nhost = "0.0.0.0"\napi_keys = ["a"]\n'
     lines = found(keys, mode=0o644)
+    assert "LoadCredential= of the unit" in lines[0][2]
     assert [(level, key) for level, key, _ in lines] == [
         ("warning", "file"), ("warning", "server.admin_keys"),
     ]  # fmt: skip

@@ -29,6 +29,15 @@ def test_the_unit_waits_for_ready_and_feeds_a_watchdog():
     assert found["Restart"] == "on-failure"
 
 
+def test_the_node_reads_a_copy_of_a_config_that_its_user_could_not_read():
+    found = settings()
+    assert found["DynamicUser"] == "yes"
+    name, _, file = found["LoadCredential"].partition(":")
+    assert file == "/etc/sllm-node/node.toml"
+    for command in ("ExecStartPre", "ExecStart"):
+        assert found[command].split()[-1] == f"${{CREDENTIALS_DIRECTORY}}/{name}"
+
+
 def test_systemd_waits_for_a_drain():
     assert float(settings()["TimeoutStopSec"]) >= Config().node.drain_s + STOP_SLACK_S
 

@@ -76,7 +76,7 @@ class Board:
         return self.scheduler.on_cancel(TicketId(ticket), self.now)
 
     def state(self, model) -> ModelState:
-        return self.scheduler.view(model).state
+        return self.scheduler.roster.view(model).state
 
     def serve(self, model, **wish):
         """Bring `model` to the device with one session running; returns its ticket."""

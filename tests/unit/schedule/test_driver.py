@@ -788,7 +788,10 @@ async def test_a_node_that_stops_can_not_be_undrained(node):
     n = node()
     running = n.open("a", tokens=1000)
     await anext(running)
+    n.service.begin_stop()
     n.service.drain()
+    with pytest.raises(StoppingError):  # at once: nothing of ours has had a turn since
+        n.service.undrain()
     stopping = asyncio.create_task(n.service.drained(1.0))
     await asyncio.sleep(0.5)
     with pytest.raises(StoppingError):

@@ -328,7 +328,7 @@ def test_the_time_begins_when_the_last_session_ends():
     board.wait(100.0)
     board.finish(1)
     assert board.scheduler.next_timer() == 160.0
-    assert board.scheduler.view(A).keep_alive_until == 160.0
+    assert board.scheduler.roster.view(A).keep_alive_until == 160.0
 
 
 def test_a_keep_alive_of_zero_evicts_as_soon_as_idle():
@@ -475,7 +475,7 @@ def test_a_cancelled_request_in_the_queue_is_forgotten():
     board.serve(A)
     board.request(B)
     board.cancel(2)
-    assert (board.state(B), board.scheduler.waiting, board.scheduler.running) == (
+    assert (board.state(B), board.scheduler.roster.waiting, board.scheduler.roster.running) == (
         ModelState.IDLE, 0, 1)  # fmt: skip
 
 
@@ -494,7 +494,7 @@ def test_a_load_request_for_a_ready_model_ends_at_once():
     board = Board()
     board.serve(A)
     assert board.request(A, session=False) == [grant(2, A)]
-    assert board.scheduler.running == 1
+    assert board.scheduler.roster.running == 1
 
 
 def test_a_preloaded_model_is_counted_down():
@@ -596,7 +596,7 @@ def test_a_checkpoint_replaced_by_a_larger_one_is_loaded_by_its_new_size():
     board.request(A, size=6)
     assert board.evicted(A) == [Evict(B, "room")]
     assert board.evicted(B) == [start(A)]
-    assert board.scheduler.device_bytes == 6
+    assert board.scheduler.roster.device_bytes == 6
 
 
 def test_a_checkpoint_replaced_while_it_loads_serves_nobody():
@@ -665,7 +665,9 @@ def test_a_drain_opens_a_model_that_was_closed_for_another():
 
 def coming(board):
     return [
-        (r.model, r.devices) for r in board.scheduler.replicas() if r.state is ModelState.QUEUED
+        (r.model, r.devices)
+        for r in board.scheduler.roster.replicas()
+        if r.state is ModelState.QUEUED
     ]
 
 
@@ -674,7 +676,7 @@ def test_a_model_that_waits_for_evictions_only_is_told_to_come():
     board.rest(A)
     board.request(B, load_s=2.0)
     assert coming(board) == [(B, ("cpu",))]
-    assert board.scheduler.view(B).devices == ("cpu",)
+    assert board.scheduler.roster.view(B).devices == ("cpu",)
     board.evicted(A)
     assert coming(board) == []
 
@@ -683,7 +685,7 @@ def test_a_model_that_waits_for_sessions_is_not_told_to_come():
     board = Board()
     board.serve(A)
     board.request(B, priority=1)
-    assert board.scheduler.replicas()[0].is_leaving
+    assert board.scheduler.roster.replicas()[0].is_leaving
     assert coming(board) == []
     board.finish(1)
     assert coming(board) == [(B, ("cpu",))]
@@ -729,7 +731,7 @@ def test_a_hint_for_a_model_of_higher_priority_closes_nobody():
     board.serve(A)
     board.rest(B)
     assert board.hint(C, size=8) is None
-    assert not any(replica.is_leaving for replica in board.scheduler.replicas())
+    assert not any(replica.is_leaving for replica in board.scheduler.roster.replicas())
 
 
 def test_a_hint_does_not_wait_for_what_a_closed_model_will_leave():
@@ -864,11 +866,11 @@ def test_a_model_that_is_promised_room_closes_the_other_and_loads_when_its_sessi
     board.serve(A)
     board.request(B)
     assert promise(board, B, A) == []
-    assert board.scheduler.replicas()[0].is_leaving
+    assert board.scheduler.roster.replicas()[0].is_leaving
     assert board.request(A) == []  # it waits
     assert board.finish(1) == [Evict(A, "room")]
     assert board.evicted(A) == [start(B)]  # though a session of A waits
-    assert not any(replica.is_leaving for replica in board.scheduler.replicas())
+    assert not any(replica.is_leaving for replica in board.scheduler.roster.replicas())
 
 
 def test_promised_room_is_not_taken_by_those_who_come_later():
@@ -896,9 +898,9 @@ def test_a_promise_ends_with_the_last_who_waits():
     board.request(B)
     promise(board, B, A)
     board.cancel(2)
-    assert not board.scheduler.replicas()[0].is_leaving
+    assert not board.scheduler.roster.replicas()[0].is_leaving
     board.request(B)
-    assert not board.scheduler.replicas()[0].is_leaving
+    assert not board.scheduler.roster.replicas()[0].is_leaving
 
 
 def test_no_room_is_promised_of_pinned_models_nor_of_those_of_a_higher_priority_nor_to_who_does_not_wait():
@@ -936,11 +938,11 @@ def test_the_longest_wait_before_another_model_is_displaced_counts_from_the_firs
     board.serve(A)
     board.request(B, waited_s=9.0)
     board.request(A)  # granted: nobody is overdue
-    assert board.scheduler.view(A).running == 2
+    assert board.scheduler.roster.view(A).running == 2
     board.wait(1.0)
     board.finish(1)
     board.request(A)
-    assert board.scheduler.view(A).waiting == 1
+    assert board.scheduler.roster.view(A).waiting == 1
 
 
 def test_the_limit_of_the_queue_counts_from_the_first_arrival():

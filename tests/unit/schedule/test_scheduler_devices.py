@@ -77,8 +77,8 @@ def test_a_split_model_takes_its_share_of_each_device():
     whole = {"cuda:0": 6, "cuda:1": 6}
     assert board.request(B, size=whole) == [Evict(A, "room")]
     assert board.evicted(A) == [start(B, "cuda:0", "cuda:1")]
-    assert board.scheduler.device_bytes == 12
-    assert board.scheduler.view(B).devices == ("cuda:0", "cuda:1")
+    assert board.scheduler.roster.device_bytes == 12
+    assert board.scheduler.roster.view(B).devices == ("cuda:0", "cuda:1")
     board.loaded(B)
     assert board.request(C, size=2) == [start(C, "cuda:0")]
 
@@ -129,10 +129,10 @@ def test_a_plan_that_closed_a_busy_model_stays_with_it():
     first, second = board.serve(A, size=8), board.serve(B, size=8)
     board.request(C, size=8)
     board.wait(5)
-    closed = [m for m in (A, B) if board.scheduler._records[m].is_closed]
+    closed = [m for m in (A, B) if board.scheduler.roster.record(m).is_closed]
     assert len(closed) == 1
     other = B if closed == [A] else A
     board.request(other, size=8)
-    assert board.scheduler._records[closed[0]].is_closed
-    assert not board.scheduler._records[other].is_closed
+    assert board.scheduler.roster.record(closed[0]).is_closed
+    assert not board.scheduler.roster.record(other).is_closed
     assert {first, second} == {1, 2}

@@ -115,25 +115,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         number = TicketId(self.count + 1)
         parts = shares(self.sizes[model])
         ticket = Ticket(number, model, parts, 1.0, is_session=False, is_hint=True)
-        is_idle = self.scheduler.view(model).state is ModelState.IDLE
+        is_idle = self.scheduler.roster.view(model).state is ModelState.IDLE
         if not is_idle or not self.scheduler.can_begin(ticket, self.now):
             return
-        if self.scheduler.waiting >= MAX_QUEUE:
+        if self.scheduler.roster.waiting >= MAX_QUEUE:
             return
         self.count += 1
-        closed = {m for m in SIZES if self.scheduler._record(m).is_closed}
+        closed = {m for m in SIZES if self.scheduler.roster.record(m).is_closed}
         self.waiting[number] = (model, self.now)
         self.loads_only.add(number)
         self.hints.add(number)
         self.carry_out(self.scheduler.on_request(ticket, self.now))
-        assert closed == {m for m in SIZES if self.scheduler._record(m).is_closed}
-        assert self.scheduler.view(model).devices
+        assert closed == {m for m in SIZES if self.scheduler.roster.record(m).is_closed}
+        assert self.scheduler.roster.view(model).devices
 
     @invariant()
     def a_model_that_only_hints_wait_for_comes(self):
         for model in SIZES:
-            if self.scheduler._record(model).is_hinted:
-                view = self.scheduler.view(model)
+            if self.scheduler.roster.record(model).is_hinted:
+                view = self.scheduler.roster.view(model)
                 assert view.state is not ModelState.QUEUED or view.devices
 
     @precondition(lambda self: self.waiting)
@@ -220,7 +220,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for device, capacity in self.capacities.items():
             assert sum(place.get(device, 0) for place in here) <= capacity
         used = sum(sum(place.values()) for place in here)
-        assert used == self.scheduler.device_bytes
+        assert used == self.scheduler.roster.device_bytes
 
     @invariant()
     def no_model_runs_more_sessions_than_allowed(self):
@@ -229,15 +229,17 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_lost_and_nobody_waits_too_long(self):
-        assert self.scheduler.waiting == len(self.waiting) <= MAX_QUEUE + len(self.loads_only)
-        assert self.scheduler.running == len(self.running)
+        assert (
+            self.scheduler.roster.waiting == len(self.waiting) <= MAX_QUEUE + len(self.loads_only)
+        )
+        assert self.scheduler.roster.running == len(self.running)
         for _, since in self.waiting.values():
             assert self.now - since <= QUEUE_TIMEOUT_S
 
     @invariant()
     def the_view_agrees(self):
         for model in SIZES:
-            view = self.scheduler.view(model)
+            view = self.scheduler.roster.view(model)
             assert view.running == list(self.running.values()).count(model)
             assert view.waiting == [m for m, _ in self.waiting.values()].count(model)
             assert view.pinned == (model in self.pinned)
@@ -251,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def what_comes_fits_once_evictions_have_ended(self):
         used = dict.fromkeys(self.capacities, 0)
-        for replica in self.scheduler.replicas():
+        for replica in self.scheduler.roster.replicas():
             if replica.state is not ModelState.EVICTING:
                 for device, size in zip(replica.devices, replica.sizes, strict=True):
                     used[device] += size
@@ -262,7 +264,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         here = [self.places[model] for model in self.loading | self.ready | self.evicting]
         used = {d: sum(place.get(d, 0) for place in here) for d in self.capacities}
         free = {d: self.capacities[d] - used[d] for d in self.capacities}
-        queued = {m for m, _ in self.waiting.values() if not self.scheduler.view(m).devices}
+        queued = {m for m, _ in self.waiting.values() if not self.scheduler.roster.view(m).devices}
         if len(queued) == 1 and not self.evicting:
             (model,) = queued
             parts = shares(self.sizes[model])
@@ -275,9 +277,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def a_plan_does_not_waver(self):
         """What time alone did not change needs no other plan."""
-        closed = {m for m in SIZES if self.scheduler._record(m).is_closed}
+        closed = {m for m in SIZES if self.scheduler.roster.record(m).is_closed}
         assert self.scheduler.on_timer(self.now) == []
-        assert closed == {m for m in SIZES if self.scheduler._record(m).is_closed}
+        assert closed == {m for m in SIZES if self.scheduler.roster.record(m).is_closed}
 
     @override
     def teardown(self):

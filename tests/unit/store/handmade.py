@@ -210,7 +210,7 @@ class Rig:
         """Nothing is in flight, nothing is leaked."""
         ledger = self.store._ledger
         assert ledger.in_flight == 0
-        assert self.store._loads == {}
+        assert self.store._flights.loads == {}
         held = sum(slot.chunk >= 0 for row in ledger._rows.values() for slot in row.slots)
         assert held + ledger.free == ledger.chunks
         assert self.files.open_files == 0
@@ -224,7 +224,7 @@ class Rig:
                 assert row.memory == sum(row.bytes_of(piece) for piece in used)
             assert device.memory_used == sum(row.memory for row in rows) + lent
             assert not any(PieceState.MAPPED in row.states for row in rows)
-            placements = [p for there in self.store._residents.values() for p in there]
+            placements = [p for _, p, _ in self.store._residents.all()]
             here = [part for p in placements for part in p if part.device == device.name]
             assert sum(row.holds for row in rows) == len(here)
 

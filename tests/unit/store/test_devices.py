@@ -312,12 +312,12 @@ async def test_random_loads_over_two_devices_leave_nothing_behind(tmp_path, seed
                 numbers.choice(tasks).cancel()
             else:
                 await asyncio.sleep(0)
-                if not (rig.store.leases(ModelId(model)) or model in rig.store._loads):
+                if not (rig.store.leases(ModelId(model)) or model in rig.store._flights.loads):
                     reason = numbers.choice(["room", "operator"])
                     rig.store.evict(ModelId(model), Tier.DEVICE, reason)
         ended = await asyncio.gather(*tasks, return_exceptions=True)
-        while rig.store._loads:
-            await next(iter(rig.store._loads.values())).ended
+        while rig.store._flights.loads:
+            await next(iter(rig.store._flights.loads.values())).ended
         rig.assert_quiet()
         wanted = (type(None), DeviceMemoryError, ModelBusyError, asyncio.CancelledError)
         assert [one for one in ended if not isinstance(one, wanted)] == []

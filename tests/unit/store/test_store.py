@@ -528,7 +528,7 @@ async def test_a_device_that_fails_to_copy_fails_the_load(tmp_path):
         gate = Gate(rig)
         task = asyncio.create_task(rig.store.acquire(A))
         await gate.reached.wait()
-        rig.store._loads[A].targets[0].buffer._array = None
+        rig.store._flights.loads[A].targets[0].buffer._array = None
         gate.open()
         with pytest.raises(LoadFailedError):
             await task
@@ -639,11 +639,11 @@ async def test_random_loads_cancels_and_evictions_leave_nothing_behind(tmp_path,
                 numbers.choice(tasks).cancel()
             else:
                 await asyncio.sleep(0)
-                if not (rig.store.leases(ModelId(model)) or model in rig.store._loads):
+                if not (rig.store.leases(ModelId(model)) or model in rig.store._flights.loads):
                     rig.store.evict(ModelId(model), numbers.choice([Tier.DEVICE, Tier.DRAM]), "t")
         await asyncio.gather(*tasks, return_exceptions=True)
-        while rig.store._loads:
-            await next(iter(rig.store._loads.values())).ended
+        while rig.store._flights.loads:
+            await next(iter(rig.store._flights.loads.values())).ended
         rig.assert_quiet()
         for model in "abc":
             rig.store.evict(ModelId(model), Tier.DEVICE, "test")
