@@ -330,9 +330,9 @@ def _show_status(report: dict[str, Any]) -> None:
     for device in report["devices"]:
         used, cached, total = (format_size(device[key]) for key in ("used", "cached", "total"))
         say(f"device {device['name']}: {used} of {total} used, {cached} cached")
-    say(
-        f"pinned pool: {pool['used']} of {pool['chunks']} chunks of {format_size(pool['chunk_bytes'])}"
-    )
+    lent = f" and {pool['lent']} lent" if pool.get("lent") else ""
+    size = format_size(pool["chunk_bytes"])
+    say(f"pinned pool: {pool['used']}{lent} of {pool['chunks']} chunks of {size}")
     for remote in report.get("remotes", []):
         problem = f": {remote['problem']}" if remote["problem"] else ""
         say(

@@ -493,16 +493,18 @@ class UnsupportedArchitectureError(ConversionError):
 
 
 class PoolExhaustedError(SllmError):
-    """No chunk of the pinned pool can be freed for a load: everything in it is pinned."""
+    """No chunk of the pinned pool can be freed for a load: everything in it is pinned or lent."""
 
     fault = Fault.BUSY
     code = "pool_exhausted"
     retry_after_s = 10.0
 
-    def __init__(self, model: str, chunks: int) -> None:
+    def __init__(self, model: str, chunks: int, lent: int = 0) -> None:
+        loans = f" ({lent} lent to KV blocks)" if lent else ""
+        lower = ", lower engine.kv_offload_bytes" if lent else ""
         super().__init__(
-            f"model {model!r}: all {chunks} chunks of the pinned pool are pinned or in use; "
-            "unpin a model or raise store.pool_bytes"
+            f"model {model!r}: all {chunks} chunks of the pinned pool are pinned or in use{loans}; "
+            f"unpin a model{lower} or raise store.pool_bytes"
         )
         self.model = model
 

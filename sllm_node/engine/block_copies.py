@@ -47,15 +47,17 @@ class BlockCopies:
         self._chunk_blocks = chunk_blocks
 
     def run(self, transfers: Sequence[Transfer]) -> None:
-        """Carry out `transfers` in order; those to the pool have ended on return."""
+        """Carry out `transfers` in order; those to the pool have ended then, however it went."""
         with torch.inference_mode():
             parts = self._parts()
-            for transfer in transfers:
-                for piece in self._pieces(transfer):
-                    _copy(parts, piece, is_back=transfer.is_back)
-            if any(not transfer.is_back for transfer in transfers):
-                for rows in parts:
-                    _wait(rows[0].device)
+            try:
+                for transfer in transfers:
+                    for piece in self._pieces(transfer):
+                        _copy(parts, piece, is_back=transfer.is_back)
+            finally:  # after a failure, too: chunks go back to the pool then
+                if any(not transfer.is_back for transfer in transfers):
+                    for rows in parts:
+                        _wait(rows[0].device)
 
     def _parts(self) -> list[list[torch.Tensor]]:
         """Return the tensors of each device, as (blocks, elements)."""

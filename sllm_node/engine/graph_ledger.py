@@ -2,8 +2,9 @@
 
 A kind of step is computed plainly when it comes for the first time, which compiles kernels and sizes
 libraries' memory, and captured when it comes again. Above the bound, what was used longest ago is let
-go; it has to come twice as often as before to be captured again, so that more kinds of steps than
-there is room for don't capture each other away. What could not be captured is not tried again.
+go; while others would have to go for it, it has to come twice as often as before to be captured again (up to
+a bound), so that more kinds of steps than there is room for don't capture each other away. What could
+not be captured is not tried again.
 """
 
 from collections import OrderedDict
@@ -12,7 +13,9 @@ from enum import Enum, auto
 from typing import Final, NamedTuple
 
 _USES: Final = 2
-"""The use at which a kind of step is captured first."""
+"""The use at which a kind of step is captured first, or again where there is room."""
+_USES_MOST: Final = 256
+"""The use at which it is captured at the latest: a capture costs little beside so many plain steps."""
 
 
 class Key(NamedTuple):
@@ -42,7 +45,7 @@ class GraphLedger:
         self._uses: dict[Key, int] = {}
         """Of those without graphs, since they have none."""
         self._needed: dict[Key, int] = {}
-        """Uses at which those are captured that had graphs before."""
+        """Uses at which those are captured, at the cost of others, that had graphs before."""
         self._failed: set[Key] = set()
 
     @property
@@ -62,7 +65,9 @@ class GraphLedger:
         if key in self._failed or count > self._most:
             return Turn.PLAIN
         self._uses[key] = uses = self._uses.get(key, 0) + 1
-        return Turn.CAPTURE if uses >= self._needed.get(key, _USES) else Turn.PLAIN
+        has_room = self.graphs + count <= self._most
+        needed = _USES if has_room else self._needed.get(key, _USES)
+        return Turn.CAPTURE if uses >= needed else Turn.PLAIN
 
     def captured(self, key: Key, count: int) -> list[Key]:
         """Note that it was captured; return whose graphs are to be let go for it."""
@@ -72,7 +77,7 @@ class GraphLedger:
         over = self.graphs - self._most
         while over > 0:
             victim, freed = self._held.popitem(last=False)
-            self._needed[victim] = 2 * self._needed.get(victim, _USES)
+            self._needed[victim] = min(2 * self._needed.get(victim, _USES), _USES_MOST)
             victims.append(victim)
             over -= freed
         return victims

@@ -7,8 +7,9 @@ many bytes out and back by what copies take, against so many tokens by what step
 Without a measurement of either, it is tried. A model whose copies turned out slow is tried again now and then:
 each time it computes instead, a copy is thought to take a little less.
 
-Transfers are carried out in the order in which they were decided, before the step that was planned with them;
-so what they read is there still, and what they write is there in time. A loan of chunks is given back
+Transfers are carried out before the step that was planned with them, those to the pool first (none reads what one
+back writes: a session that comes back is not preempted before its step has ended), then those back, each in the order
+in which they were decided; so what they read is there still, and what they write is there in time. A loan of chunks is given back
 when nothing works on it any more: after the step behind the copy back; or when the session ends or
 memory is forgotten, and a copy under way has ended.
 
@@ -161,6 +162,8 @@ class _Aside:
     """Nobody wants it any more."""
     restored_from: int | None = None
     """The token from which on it came back."""
+    is_doubted: bool = False
+    """Nobody may find what came back."""
 
 
 @dataclass(slots=True)
@@ -251,7 +254,7 @@ class Offload:
 
     def carried_out(self, transfers: Sequence[Transfer], took_s: float | None) -> None:
         """Take note that copies to the pool have ended, and those back are enqueued; None: not measured."""
-        size = sum(len(one.blocks) for one in transfers) * self.block_bytes
+        size = sum(len(one.blocks) for one in transfers if not one.is_back) * self.block_bytes
         if took_s is not None:
             self.rates.copied(size, took_s)
         out = {id(one.loan) for one in transfers if not one.is_back}
@@ -261,21 +264,30 @@ class Offload:
                 aside.is_under_way = False
                 self._close_if_over(number)
 
+    def lost(self, transfers: Sequence[Transfer]) -> None:
+        """Take note that copies to the pool failed, and work on no loan any more: those sessions compute again."""
+        loans = {id(one.loan) for one in transfers}
+        for number, aside in list(self._aside.items()):
+            if id(aside.loan) in loans:
+                aside.is_under_way, aside.is_over = False, True
+                self._close_if_over(number)
+
     def landed(self, session: Session) -> int | None:
         """Take note that a step of a session has ended; return the token from which it was restored.
 
-        None: it was not, or that was told before.
+        None: it was not, or that was told before, or nobody may find it.
         """
         aside = self._aside.get(session.number)
         if aside is None or aside.restored_from is None:
             return None
         aside.is_under_way, aside.is_over = False, True
         self._close_if_over(session.number)
-        return aside.restored_from
+        return None if aside.is_doubted else aside.restored_from
 
     def forget(self) -> None:
-        """Give up all that waits in the pool: nobody knows whether it is right."""
+        """Give up all that lies in the pool: nobody knows whether it is right. What comes back is not found."""
         for number, aside in list(self._aside.items()):
+            aside.is_doubted = True
             if aside.restored_from is None:
                 self._give_up(number)
 

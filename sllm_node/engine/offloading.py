@@ -1,6 +1,11 @@
-"""Carries out what `offload` decides for one engine: copies before steps, rates and metrics after them."""
+"""Carries out what `offload` decides for one engine: copies before steps, rates and metrics after them.
+
+A copy to the pool that fails costs its session no more than computing again, and the step goes on. One back that
+fails takes the step along, which counts on what it brings.
+"""
 
 import asyncio
+import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -11,6 +16,8 @@ from sllm_node.core.types import ModelId
 from sllm_node.engine.block_copies import BlockCopies, block_bytes
 from sllm_node.engine.kv import KvCache
 from sllm_node.engine.offload import Offload, Room, Transfer
+
+log = logging.getLogger(__name__)
 
 StepsT = TypeVar("StepsT")
 DrawnT = TypeVar("DrawnT")
@@ -23,6 +30,7 @@ class Offloading:
         self, name: ModelId, offload: Offload, copies: BlockCopies, clock: Clock, metrics: Metrics
     ) -> None:
         self.offload = offload
+        self._name = name
         self._copies = copies
         self._clock = clock
         self._decisions = partial(metrics.kv_offload_decisions.labels, name)
@@ -41,10 +49,7 @@ class Offloading:
 
         def job(steps: StepsT) -> DrawnT:
             if transfers:
-                began = self._clock.now()
-                self._copies.run(transfers)
-                took_s = self._clock.now() - began
-                loop.call_soon_threadsafe(self._carried_out, transfers, took_s)
+                self._carry_out(transfers, loop)
             began = self._clock.now()
             drawn = advance(steps)
             took_s = self._clock.now() - began
@@ -52,6 +57,29 @@ class Offloading:
             return drawn
 
         return job
+
+    def _carry_out(self, transfers: Sequence[Transfer], loop: asyncio.AbstractEventLoop) -> None:
+        """Copy, on the step thread: to the pool first, as what comes back may overwrite what goes."""
+        out = [one for one in transfers if not one.is_back]
+        back = [one for one in transfers if one.is_back]
+        began = self._clock.now()
+        if out:
+            try:
+                self._copies.run(out)
+            except Exception as error:
+                if {id(one.loan) for one in out} & {id(one.loan) for one in back}:
+                    raise
+                loop.call_soon_threadsafe(self._lost, out, error)
+                out = []
+        took_s = self._clock.now() - began
+        if back:
+            self._copies.run(back)
+        loop.call_soon_threadsafe(self._carried_out, [*out, *back], took_s)
+
+    def _lost(self, transfers: Sequence[Transfer], error: Exception) -> None:
+        text = f"{type(error).__name__}: {error}"
+        log.warning("copy to the pool failed", extra={"model": self._name, "error": text})
+        self.offload.lost(transfers)
 
     def _carried_out(self, transfers: Sequence[Transfer], took_s: float) -> None:
         out = sum(len(one.blocks) for one in transfers if not one.is_back)

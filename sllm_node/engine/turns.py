@@ -18,7 +18,8 @@ such and P rounds of D.
 
 How long the pieces of a round may take together is what the target says: while others decode, steps
 share the time that is left beside all their steps, by what these have taken lately, with those whose
-last turn had prompts, and who comes after it is spent has `prefill_beside_tokens`, as all have at least.
+last turn had prompts, and who comes after it is spent has `prefill_beside_tokens`, as all have at least, as far as
+turns go: beside a model's own readers `beside` goes down to a quarter of it.
 So a gap is longer than the target where these leave no room; and by up to as much again for a round
 or two after a model began to take prompts. When nobody else decodes, nothing limits a piece.
 

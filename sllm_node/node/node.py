@@ -282,6 +282,7 @@ class Node:
             "pool": {
                 "chunks": store.pool_chunks,
                 "used": store.pool_chunks_used,
+                "lent": store.pool_chunks_lent,
                 "chunk_bytes": self._config.store.chunk_bytes,
             },
             "bandwidth": bandwidth,

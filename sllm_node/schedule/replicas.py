@@ -59,7 +59,7 @@ class Hosted:
     was_kept: bool = False
     """Its module was there from an earlier replica."""
     was_alone: bool = True
-    """No other load was under way meanwhile."""
+    """No other load was under way meanwhile, and it waited for none."""
 
     @property
     def load(self) -> tuple[float, float]:
@@ -100,7 +100,7 @@ class Replicas(Generic[CodecT]):
         self._evictions: dict[ModelId, asyncio.Task[None]] = {}
         self._aborted: set[ModelId] = set()
         self._beside: set[ModelId] = set()
-        """Models whose loads have had others beside them."""
+        """Models whose loads have had others beside them or before them."""
         self._brought: set[ModelId] = set()
         """Models that something may be kept of."""
         self._begun_s: dict[ModelId, float] = {}
@@ -231,7 +231,10 @@ class Replicas(Generic[CodecT]):
     async def _begin(self, model: ModelId, started: float) -> None:
         """Wait until bytes move; the store knows of the load by now."""
         begun = await self._store.begun(model)
-        self._begun_s[model] = (self._clock.now() if begun is None else begun) - started
+        if begun is None:  # it waits behind others
+            self._beside.add(model)
+        begun_s = (self._clock.now() if begun is None else begun) - started
+        self._begun_s[model] = max(0.0, begun_s)
         self.beginnings.discard(("load", model))
 
     async def _skeleton(self, checkpoint: Checkpoint) -> Any:
@@ -332,13 +335,15 @@ class Replicas(Generic[CodecT]):
         self, model: ModelId, reason: str, listener: Listener, task: asyncio.Task[None]
     ) -> None:
         del self._evictions[model]
-        if not task.cancelled() and (error := task.exception()) is not None:
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        if error is not None:
             # The scheduler is told all the same: what the memory lacks, the next load will say.
             log.error("eviction failed", extra={"model": model}, exc_info=error)
         if not self._is_closing:
             listener.on_evicted(model)
         self.beginnings.discard(("eviction", model))
-        log.info("evicted", extra={"model": model, "reason": reason})  # no load waits for that line
+        if error is None:
+            log.info("evicted", extra={"model": model, "reason": reason})  # no load waits for that
 
     def _give_back(self, model: ModelId, lease: WeightLease, reason: str) -> None:
         lease.release()

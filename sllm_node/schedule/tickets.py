@@ -73,4 +73,5 @@ class Tickets:
             return
         is_peer = hosted.lease.checkpoint.remote == PEERS
         self._estimator.observe(report, is_peer=is_peer, is_alone=hosted.was_alone)
-        self._estimator.observe_whole(report, hosted.elapsed_s, is_kept=hosted.was_kept)
+        if hosted.was_alone:  # or it may have waited for others
+            self._estimator.observe_whole(report, hosted.elapsed_s, is_kept=hosted.was_kept)

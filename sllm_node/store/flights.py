@@ -124,10 +124,10 @@ class Flights:
     async def begun(self, model: ModelId) -> float | None:
         """Wait until a load of `model` has issued its first read or copy; return when that was.
 
-        None: there is none, or it waits behind others.
+        None: there is none onto devices, or it waits behind others, or for a prefetch of the model.
         """
         load = self.loads.get(model)
-        if load is None or self._waiting.is_to_start(load):
+        if load is None or not load.is_onto_device or self._waiting.is_to_start(load):
             return None
         return await asyncio.shield(load.begun)
 

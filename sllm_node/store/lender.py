@@ -20,13 +20,13 @@ class Lender:
 
     def lend(self, count: int, pool: PinnedPool) -> Loan | None:
         """Lend `count` chunks of `pool`; None: there is no room."""
+        if self._waiting.wants_chunks or count > self._ledger.lendable:
+            return None
         chunks: list[int] = []
         size = pool.chunk_bytes
         while len(chunks) < count:
-            taken = None if self._waiting.wants_chunks else self._ledger.lend()
-            if taken is None:
-                self._take_back_chunks(chunks)
-                return None
+            taken = self._ledger.lend()
+            assert taken is not None
             chunk, victim = taken
             chunks.append(chunk)
             if victim is not None:

@@ -199,7 +199,7 @@ class Load:
             self._missing.clear()  # a prefetch brings what fits
             self._finish_if_done()
         elif not self._machinery.wait_for_chunk(self):
-            self._fail(PoolExhaustedError(self.model, self._ledger.chunks))
+            self._fail(PoolExhaustedError(self.model, self._ledger.chunks, self._ledger.lent))
             self._finish_if_done()
 
     def _issue_cached(self, unit: Unit) -> bool:

@@ -11,21 +11,21 @@ model larger than the pool streams through it and keeps its head for the next ti
 answer when all that is left is in flight: whoever asked waits until something is given back.
 
 Chunks can be lent for something that is no checkpoint: free ones, else other models', as a load takes them.
-Of what pins leave, two chunks stay for loads, as many as any load needs.
+Of what pins leave, two chunks stay for loads, as many as any load needs. A model that is pinned, or brought while
+it is, after a loan may take these: so while chunks are lent, pinned models give up to a load what exceeds that.
 """
 
-from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
 from sllm_node.checkpoint.index import FileChunk, TensorIndex
 from sllm_node.codec.names import RAW
-from sllm_node.core.errors import CheckpointFormatError
 from sllm_node.core.types import ModelId
 from sllm_node.device.base import ChunkJobs
+from sllm_node.store.grouping import check_chunks, grouped
 
 LOAD_CHUNKS: Final = 2
 """What a load needs at least: one chunk is read while the other is copied."""
@@ -72,12 +72,12 @@ def units_of(index: TensorIndex, chunk_bytes: int) -> tuple[Unit, ...]:
         CheckpointFormatError: raw file chunks do not fill a pool chunk evenly, or an encoded one is
             larger.
     """
-    _check_chunks(index, chunk_bytes)
+    check_chunks(index, chunk_bytes)
     units: list[Unit] = []
     base, step = 0, index.chunk_bytes
     for number, shard in enumerate(index.shards):
         places = index.chunk_offsets(number)
-        for first, last in _grouped(places, chunk_bytes):
+        for first, last in grouped(places, chunk_bytes):
             start, end = first * step, min(last * step, shard.size)
             units.append(
                 Unit(
@@ -94,33 +94,6 @@ def units_of(index: TensorIndex, chunk_bytes: int) -> tuple[Unit, ...]:
             )
         base += shard.size
     return tuple(units)
-
-
-def _grouped(places: Sequence[int], size: int) -> Iterator[tuple[int, int]]:
-    """Yield runs [first, last) of chunks of at most `size` bytes, each as long as can be."""
-    first = 0
-    while first < len(places) - 1:
-        last = max(bisect_right(places, places[first] + size) - 1, first + 1)
-        yield first, last
-        first = last
-
-
-def _check_chunks(index: TensorIndex, chunk_bytes: int) -> None:
-    if index.is_encoded:
-        largest = max(size for shard in index.shards for size in shard.stored)
-        if largest > chunk_bytes:
-            raise CheckpointFormatError(
-                index.model,
-                f"has chunks of up to {largest} bytes, more than store.chunk_bytes = "
-                f"{chunk_bytes}; recode it with a smaller --chunk-size or change the config",
-            )
-        return
-    if chunk_bytes % index.chunk_bytes:
-        raise CheckpointFormatError(
-            index.model,
-            f"its chunks are {index.chunk_bytes} bytes, of which store.chunk_bytes = {chunk_bytes} "
-            f"is no multiple; convert it with --chunk-size {chunk_bytes} or change the config",
-        )
 
 
 class UnitState(Enum):
@@ -186,6 +159,15 @@ class Residency:
     def lent(self) -> int:
         """Chunks that are lent."""
         return len(self._lent)
+
+    @property
+    def lendable(self) -> int:
+        """Chunks that `lend` would lend, one after another."""
+        rows = [row for row in self._rows.values() if not (row.loads or row.is_pinned)]
+        slots = (slot for row in rows for slot in row.slots)
+        idle = sum(slot.state is UnitState.FILLED and not slot.holds for slot in slots)
+        most = self._chunks - LOAD_CHUNKS - self._kept() - len(self._lent)
+        return max(0, min(most, len(self._free) + idle))
 
     def models(self) -> tuple[ModelId, ...]:
         """Return the known models, least recently used first."""
@@ -284,7 +266,7 @@ class Residency:
         assert slot.state is UnitState.EMPTY
         victim: ModelId | None = None
         if not self._free:
-            victim = self._evict_one()
+            victim = self._evict_one() or self._evict_for_loan(row)
         if not self._free:
             self._recycle(row)
         if not self._free:
@@ -349,9 +331,7 @@ class Residency:
 
     def lend(self) -> tuple[int, ModelId | None] | None:
         """Lend a chunk; return it and the model it was taken from, if from one; None: there is none."""
-        pinned = [row for row in self._rows.values() if row.is_pinned]
-        kept = sum(slot.state is not UnitState.EMPTY for row in pinned for slot in row.slots)
-        if len(self._lent) + kept + LOAD_CHUNKS >= self._chunks:
+        if len(self._lent) + self._kept() + LOAD_CHUNKS >= self._chunks:
             return None
         victim = None if self._free else self._evict_one()
         if not self._free:
@@ -367,9 +347,20 @@ class Residency:
 
     # --- victims ------------------------------------------------------------------------------
 
-    def _evict_one(self) -> ModelId | None:
+    def _kept(self, but: _Row | None = None) -> int:
+        """Count the chunks of pinned models `but` one."""
+        pinned = [row for row in self._rows.values() if row.is_pinned and row is not but]
+        return sum(slot.state is not UnitState.EMPTY for row in pinned for slot in row.slots)
+
+    def _evict_for_loan(self, asks: _Row) -> ModelId | None:
+        """Evict a chunk of a pinned model where a loan leaves the load that `asks` too few."""
+        if not self._lent or len(self._lent) + self._kept(asks) + LOAD_CHUNKS <= self._chunks:
+            return None
+        return self._evict_one(pinned=True)
+
+    def _evict_one(self, *, pinned: bool = False) -> ModelId | None:
         for model, row in self._rows.items():
-            if not (row.loads or row.is_pinned):
+            if not row.loads and row.is_pinned is pinned:
                 for unit in self._given_up_in_order(row):
                     self._empty(row, unit)
                     return model

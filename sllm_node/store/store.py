@@ -204,8 +204,8 @@ class Store:
 
     @property
     def pool_chunks_used(self) -> int:
-        """Chunks that hold or await bytes."""
-        return self._ledger.chunks - self._ledger.free
+        """Chunks that hold or await bytes of checkpoints."""
+        return self._ledger.chunks - self._ledger.free - self._ledger.lent
 
     @property
     def pool_chunks_lent(self) -> int:
@@ -308,7 +308,7 @@ class Store:
     async def begun(self, model: ModelId) -> float | None:
         """Wait until a load of `model` has issued its first read or copy; return when that was.
 
-        None: there is none, or it waits behind others.
+        None: there is none onto devices, or it waits behind others, or for a prefetch of the model.
         """
         return await self._flights.begun(model)
 

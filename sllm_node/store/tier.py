@@ -155,7 +155,8 @@ class DeviceTier:
             raise DeviceError(
                 self.device.name,
                 f"chunks of {chunk_bytes} bytes can't be decoded in {self._staging.size} bytes of "
-                "staging memory; raise store.decode_staging_bytes",
+                "staging memory; raise store.decode_staging_bytes, or device.memory_bytes where a quarter "
+                "of that is less; or recode the checkpoint with a smaller --chunk-size",
             )
         return (self._staged,)
 

@@ -270,6 +270,8 @@ class OffloadMachine(BatchMachine):
         self.batch = Batch(blocks, 3, 11, self.WINDOW)
         self.batch.offload = self.offload
         self.job: list[Any] = []
+        self.is_failing = False
+        """The next copies to the pool fail."""
 
     def begin_copies(self):
         self.job = self.offload.take()
@@ -278,7 +280,7 @@ class OffloadMachine(BatchMachine):
         for one in self.job:
             loan: Any = one.loan
             assert not loan._loan.is_closed
-            if not one.is_back:
+            if not one.is_back and not self.loses(self.job):
                 loan._loan.blocks = dict(enumerate(map(self.content, one.blocks)))
         return tuple(one for one in self.job if one.is_back)
 
@@ -295,7 +297,19 @@ class OffloadMachine(BatchMachine):
 
     def end_copies(self):
         job, self.job = self.job, []
+        if self.loses(job):
+            self.offload.lost([one for one in job if not one.is_back])
+            job, self.is_failing = [one for one in job if one.is_back], False
         self.offload.carried_out(job, None)
+
+    def loses(self, job):
+        """Tell whether copies of `job` to the pool fail; what comes back of them would take the step along."""
+        out, back = ({id(o.loan) for o in job if o.is_back is way} for way in (False, True))
+        return self.is_failing and bool(out) and not out & back
+
+    @rule()
+    def let_copies_fail(self):
+        self.is_failing = True
 
     @precondition(lambda self: self.flight)
     @rule()

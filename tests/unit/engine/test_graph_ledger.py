@@ -68,6 +68,30 @@ def test_steps_that_there_is_no_room_for_do_not_capture_each_other_away():
     assert turns.count(Turn.CAPTURE) <= 24
 
 
+def taking_turns(ledger, rounds, uses):
+    """Let the steps of two models, for one of which there is room, take turns of so many uses."""
+    for _ in range(rounds):
+        for owner in (B, A):
+            for _ in range(uses):
+                used(ledger, 1, 3, owner)
+
+
+def test_where_there_is_room_again_a_step_is_captured_as_if_for_the_first_time():
+    ledger = GraphLedger(4)
+    taking_turns(ledger, 6, 1000)
+    used(ledger, 1, 3, B)
+    assert [ledger.graphs_of(owner) for owner in (A, B)] == [3, 0]
+    ledger.forget(A)
+    assert used(ledger, 1, 3, B) is Turn.CAPTURE
+
+
+def test_a_step_that_others_replace_again_and_again_is_captured_after_a_bounded_number_of_uses():
+    ledger = GraphLedger(4)
+    taking_turns(ledger, 40, 1000)
+    turns = [used(ledger, 1, 3, B) for _ in range(257)]
+    assert Turn.CAPTURE in turns
+
+
 def test_an_owner_that_goes_takes_its_graphs_along():
     ledger = GraphLedger(8)
     for owner in (A, B):

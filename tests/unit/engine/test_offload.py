@@ -183,6 +183,24 @@ def test_what_was_cached_is_found_and_only_the_rest_comes_back():
     assert (part.start, back.first, len(back.blocks)) == (10, 2, 1)
 
 
+def test_what_is_on_its_way_back_when_all_is_forgotten_is_not_found():
+    pool = Chunks(8)
+    made = Batch(Blocks(8, BLOCK), 8, 16)
+    made.offload = Offload(Room(pool, 99), BLOCK)
+    session = make(1, prompt=10)
+    made.add(session)
+    step(made)
+    made._preempt(session)
+    made.offload.carried_out(made.offload.take(), 0.1)
+    made.blocks.forget()  # others have taken its blocks
+    plan = made.plan()
+    made.offload.take()
+    made.forget()
+    made.stepped(plan)
+    assert made._find(make(2, prompt=10, like=1)) == []
+    assert (pool.free, made.offload.kept) == (8, 0)
+
+
 def test_a_failed_step_gives_up_all_that_lies_in_the_pool():
     made, pool, session = crowded()
     other = make(2, prompt=4)
@@ -313,16 +331,42 @@ async def test_an_engine_that_closes_meanwhile_leaves_nothing_in_the_pool(checkp
         await engine.close()
 
 
-@pytest.mark.parametrize("fails", ["step", "copy"])
-async def test_after_a_failure_a_paused_session_computes_again(checkpoint, fails):
+async def test_a_copy_to_the_pool_that_fails_disturbs_no_session(checkpoint, caplog):
     model = make_model("llama")
     async with crowded_engine(checkpoint, 14) as engine:
-        if fails == "copy":
-            fail_once(engine._parts.offloading._copies, "run")
-            sent = [engine.submit(ask((*PROMPT, n), 40)) for n in range(2)]
-        else:
-            sent = await one_in_the_pool(engine)
-            fail_once(engine._runner, "advance")
+        fail_once(engine._parts.offloading._copies, "run")
+        sent = [engine.submit(ask((*PROMPT, n), 40)) for n in range(2)]
+        got = await asyncio.gather(*map(collect, sent))
+        expected = [reference(model, (*PROMPT, n), 40) for n in range(2)]
+        assert [tokens for _, tokens, _, _ in got] == expected
+        assert copied(engine) == [0, 0]
+        assert engine._preempted._value.get() == 1
+    (record,) = [one for one in caplog.records if "copy to the pool failed" in one.message]
+    assert (record.model, record.error) == ("m", "ZeroDivisionError: ")
+
+
+def test_a_copy_to_the_pool_that_fails_gives_its_chunks_back_and_no_others():
+    made, pool, session = crowded()
+    other = make(2, prompt=4)
+    made.add(other)
+    step(made)
+    made._preempt(session)
+    made.offload.carried_out(made.offload.take(), 0.1)
+    made._preempt(other)
+    made.offload.lost(made.offload.take())
+    assert (pool.free, made.offload.kept) == (7, 1)
+    plan = made.plan()
+    assert [(part.session, part.start) for part in plan] == [
+        (session, session.computed),
+        (other, 0),
+    ]
+
+
+async def test_after_a_failed_step_a_paused_session_computes_again(checkpoint):
+    model = make_model("llama")
+    async with crowded_engine(checkpoint, 14) as engine:
+        sent = await one_in_the_pool(engine)
+        fail_once(engine._runner, "advance")
         with pytest.raises(EngineError):
             await collect(sent[0])
         _, tokens, _, _ = await collect(sent[1])

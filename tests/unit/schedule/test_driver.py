@@ -907,6 +907,49 @@ async def test_a_load_is_expected_to_take_what_those_before_took_beside_their_by
     stream.cancel()
 
 
+@pytest.mark.parametrize("behind", ["another load", "a prefetch"])
+def test_what_a_load_waits_for_others_is_not_counted_as_its_own(tmp_path, behind):
+    async def play():
+        n = make_node(tmp_path, pages=3)
+        guess, acquire = n.service.outlook.beside_s(is_kept=False), n.store.acquire
+
+        async def behind_others(model, placement, *, early):
+            await asyncio.sleep(5.0 if model == "b" else 0.0)
+            return await acquire(model, placement, early=early)
+
+        async def begun(model):
+            return None
+
+        n.store.acquire = behind_others
+        if behind == "a prefetch":
+            n.store.begun = begun
+            await n.ask("b", tokens=1)
+        else:
+            await asyncio.gather(n.ask("a", tokens=1), n.ask("b", tokens=1))
+        assert n.service.outlook.beside_s(is_kept=False) == guess
+        await n.service.close()
+
+    run(play())
+
+
+def test_an_eviction_that_failed_is_not_logged_as_one(tmp_path, caplog):
+    async def play():
+        n = make_node(tmp_path, pages=2)
+        await n.ask("a")
+        evict, n.store.evict = n.store.evict, None  # raises a TypeError
+        with pytest.raises(TypeError):
+            await n.service.unload("a")
+        n.store.evict = evict
+        await n.ask("b")
+        await n.service.unload("b")
+        await n.service.close()
+
+    with caplog.at_level(logging.INFO):
+        run(play())
+    told = [(one.message, one.model) for one in caplog.records if "evict" in one.message]
+    assert told == [("eviction failed", "a"), ("evicted", "b")]
+
+
 @on_virtual_time
 async def test_loads_side_by_side_say_nothing_worse_of_a_tier_than_one_alone(node):
     n = node(pages=3)

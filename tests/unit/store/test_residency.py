@@ -19,10 +19,14 @@ def ledger_with(**filled):
     for name, count in MODELS.items():
         ledger.open(ModelId(name), units(count))
     for given, count in filled.items():
-        for unit in range(count):
-            ledger.take(ModelId(given), unit)
-            ledger.filled(ModelId(given), unit, verified=True)
+        load(ledger, given, count)
     return ledger
+
+
+def load(ledger, name, count):
+    for unit in range(count):
+        ledger.take(ModelId(name), unit)
+        ledger.filled(ModelId(name), unit, verified=True)
 
 
 def test_a_victim_loses_its_tail_first():
@@ -66,6 +70,41 @@ def test_two_chunks_stay_for_loads_besides_pinned_ones():
     assert ledger.lend() is None
     ledger.pin(ModelId("a"), pinned=False)
     assert ledger.lend() is not None
+
+
+def test_what_could_be_lent_is_known_before_anything_is_evicted():
+    ledger = ledger_with(a=3, b=2)
+    assert ledger.lendable == 4
+    ledger.hold(ModelId("a"), 0)
+    ledger.begin_load(ModelId("b"))
+    assert ledger.lendable == 3  # one is free, two are a's
+    ledger.pin(ModelId("a"), pinned=True)
+    assert ledger.lendable == 1
+    assert [ledger.lend() is not None for _ in range(2)] == [True, False]
+    assert ledger.lendable == 0
+
+
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_a_model_pinned_after_a_loan_leaves_two_chunks_to_each_load(is_pinned):
+    ledger = ledger_with()
+    ledger.lend()
+    load(ledger, "a", 3)
+    load(ledger, "c", 2)
+    ledger.pin(ModelId("a"), pinned=True)
+    ledger.pin(ModelId("c"), pinned=True)
+    ledger.pin(ModelId("b"), pinned=is_pinned)
+    ledger.begin_load(ModelId("b"))
+    taken = [ledger.take(ModelId("b"), unit) for unit in range(3)]
+    assert [one and one[1] for one in taken] == ["a", "a", None]
+    assert (ledger.bytes_of(ModelId("a")), ledger.bytes_of(ModelId("c"))) == (10, 20)
+
+
+def test_without_a_loan_pinned_models_keep_all_chunks():
+    ledger = ledger_with(a=3, c=3)
+    for name in ("a", "c"):
+        ledger.pin(ModelId(name), pinned=True)
+    ledger.begin_load(ModelId("b"))
+    assert ledger.take(ModelId("b"), 0) is None
 
 
 def test_a_load_without_victims_recycles_its_own_latest_copied_unit():
@@ -141,8 +180,9 @@ class Ledger(RuleBasedStateMachine):
             for m in MODELS
             for i, slot in enumerate(self.slots(m))
             if slot.holds or slot.state is UnitState.FILLING or (m in self.loading and m != model)
-            or (self.ledger.is_pinned(m) and m != model)
+            or (self.ledger.is_pinned(m) and m != model and not self.lent)
         }  # fmt: skip
+        pins = self.pinned_but(model)
         taken = self.ledger.take(model, unit)
         if taken is None:
             assert self.ledger.free == 0
@@ -151,6 +191,12 @@ class Ledger(RuleBasedStateMachine):
         for (m, i), chunk in safe.items():
             if (m, i) != (model, unit):
                 assert self.slots(m)[i].chunk == chunk
+        if self.pinned_but(model) < pins:
+            assert len(self.lent) + pins > CHUNKS - 2
+
+    def pinned_but(self, model):
+        pinned = [m for m in MODELS if self.ledger.is_pinned(m) and m != model]
+        return sum(s.state is not UnitState.EMPTY for m in pinned for s in self.slots(m))
 
     @rule(
         data=st.data(),
@@ -209,7 +255,10 @@ class Ledger(RuleBasedStateMachine):
     def lend(self):
         protected = [m for m in MODELS if m in self.loading or self.ledger.is_pinned(m)]
         before = [self.ledger.bytes_of(model) for model in protected]
+        lendable = self.ledger.lendable
         taken = self.ledger.lend()
+        assert (taken is not None) == (lendable > 0)
+        assert taken is None or self.ledger.lendable == lendable - 1
         if taken is not None:
             self.lent.append(taken[0])
             pinned = [s for m in MODELS if self.ledger.is_pinned(m) for s in self.slots(m)]

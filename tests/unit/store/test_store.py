@@ -328,6 +328,50 @@ async def test_lent_chunks_are_nobody_elses_until_they_are_given_back(tmp_path):
         assert rig.store.lend(4) is not None
 
 
+async def test_a_loan_that_is_refused_evicts_nothing(tmp_path):
+    async with Rig(tmp_path, chunks=UNITS + 2) as rig:
+        await rig.store.prefetch(A)
+        there = rig.store.residency(A)[Tier.DRAM]
+        assert rig.store.lend(UNITS + 1) is None
+        assert rig.store.residency(A)[Tier.DRAM] == there > 0
+        rig.store.lend(UNITS).close()
+        assert rig.store.residency(A)[Tier.DRAM] < there
+
+
+@pytest.mark.parametrize("is_pinned_first", [False, True])
+async def test_a_pin_after_a_loan_leaves_chunks_for_other_loads(tmp_path, is_pinned_first):
+    async with Rig(tmp_path, chunks=UNITS + 2) as rig:
+        loan = rig.store.lend(2)
+        if is_pinned_first:
+            rig.store.pin(A, Tier.DRAM)
+        await rig.check("a")
+        rig.store.pin(A, Tier.DRAM)
+        await rig.check("b")
+        assert rig.store.residency(A)[Tier.DRAM] > 0
+        assert rig.store.pool_chunks_used + rig.store.pool_chunks_lent <= rig.store.pool_chunks
+        loan.close()
+
+
+async def test_two_loads_at_once_end_where_one_is_pinned_and_chunks_are_lent(tmp_path):
+    async with Rig(tmp_path, chunks=UNITS + 2) as rig:
+        loan = rig.store.lend(UNITS)
+        rig.store.pin(A, Tier.DRAM)
+        await asyncio.gather(rig.check("a"), rig.check("b"))
+        loan.close()
+
+
+async def test_who_waits_behind_a_prefetch_is_told_no_beginning(tmp_path):
+    async with Rig(tmp_path) as rig:
+        prefetch = asyncio.create_task(rig.store.prefetch(A))
+        await asyncio.sleep(0)
+        load = asyncio.create_task(rig.store.acquire(A))
+        await asyncio.sleep(0)
+        assert await rig.store.begun(A) is None
+        await prefetch
+        (await load).release()
+        rig.assert_quiet()
+
+
 async def test_a_full_device_is_told_at_once(tmp_path):
     async with Rig(tmp_path, memory=10 * CHUNK) as rig:
         lease = await rig.store.acquire(A)
