@@ -121,9 +121,9 @@ async def test_a_step_is_under_way_while_the_tokens_of_another_are_handed_out(ch
     async with engine_of(checkpoint, **config) as engine:
         take, under_way = engine._take, []
 
-        def watched(plan, drawn):
+        def watched(plan, drawn, began):
             under_way.append(len(engine._runner._under_way))
-            take(plan, drawn)
+            take(plan, drawn, began)
 
         engine._take = watched
         await collect(engine.submit(ask(PROMPT, 8)))
