@@ -23,6 +23,7 @@ from sllm_node.engine.decode_kernels import (
     Matrix,
     RmsNorm,
 )
+from sllm_node.engine.flash import PieceOps
 from sllm_node.engine.gathered import Gathered, GatherLayer
 from sllm_node.engine.joined import joined_columns, joined_rows
 from sllm_node.engine.kernel_tensors import HALVES, Kernels
@@ -52,7 +53,7 @@ class FusedLayer:
     scoring: Scoring
 
 
-class DecodeOps(Protocol):
+class DecodeOps(PieceOps, Protocol):
     """The operations; x is (rows, size), outputs are written in place."""
 
     @property
@@ -94,20 +95,6 @@ class DecodeOps(Protocol):
         self, query: torch.Tensor, cache: KvTables, scoring: Scoring, output: torch.Tensor
     ) -> AttendLayer:
         """Return what does so with keys and values of other layers that are like `cache`'s."""
-
-    def gathering(
-        self,
-        query: torch.Tensor,
-        cached: tuple[torch.Tensor, torch.Tensor],
-        slots: torch.Tensor,
-        rows: torch.Tensor,
-    ) -> GatherLayer:
-        """Return what gathers from tensors like these (`gathered.prepared`)."""
-
-    def joining(
-        self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
-    ) -> JoinLayer:
-        """Return what joins looks like these (`segments.prepared`)."""
 
 
 class ReferenceOps:

@@ -80,8 +80,8 @@ Kernel = Callable[
 """Attends to sequences, like `flash`."""
 
 
-class Ops(Protocol):
-    """What stands around the kernel: of `DecodeOps`."""
+class PieceOps(Protocol):
+    """What stands around the kernel; `decode_ops.DecodeOps` are such."""
 
     def gathering(
         self,
@@ -90,12 +90,12 @@ class Ops(Protocol):
         slots: torch.Tensor,
         rows: torch.Tensor,
     ) -> GatherLayer:
-        """Return what brings together keys, values and queries of a layer."""
+        """Return what brings together keys, values and queries of layers like these (`gathered.prepared`)."""
 
     def joining(
         self, near: Look, far: Look, places: torch.Tensor, output: torch.Tensor
     ) -> JoinLayer:
-        """Return what puts together results of segments."""
+        """Return what puts together looks like these (`segments.prepared`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +166,7 @@ class FlashPieces:
         pieces: Sequence[Piece],
         cuts: Cuts,
         numbers: Sequence[torch.Tensor],
-        ops: Ops,
+        ops: PieceOps,
         kernel: Kernel | None = None,
     ) -> None:
         """`numbers`: `Numbers.arrays` on the device; `kernel` None: torch's."""
@@ -193,7 +193,7 @@ class FlashPieces:
         cuts: Cuts,
         slots: Sequence[Array],
         device: torch.device,
-        ops: Ops,
+        ops: PieceOps,
         kernel: Kernel | None = None,
     ) -> "FlashPieces":
         """Return pieces whose context lies in `slots` of the cache, all of each."""
