@@ -1,9 +1,11 @@
 """Everything at once for minutes: streams, cancels, bad requests, loads, unloads, more models than fit.
 
     python -m scripts.bench.chaos --minutes 30 [--clients 24] [--device cpu] [--seed 0] [--json FILE]
+        [--shape 8b --copies 3]
 
 Starts a node of its own on loopback with tiny models of several families of which about half fit, and
-ends it. Each client draws what to do next: a stream to its end, a stream that it leaves in the middle,
+ends it. With `--shape` there are as many copies of a model of this shape beside them (random weights, on
+the disk of temporary files): a third of those fit on the device and two thirds into the pool. Each client draws what to do next: a stream to its end, a stream that it leaves in the middle,
 a request that is wrong, or an operator's act. At the end everything is unloaded, without force. Exit
 status 1 if a stream failed, had another number of tokens than asked for or a usage that is not right,
 if a wrong request was answered by anything but 4xx, if KV blocks, sessions or device memory did not go
@@ -27,6 +29,7 @@ import aiohttp
 import orjson
 import psutil
 
+from scripts.bench import random_checkpoint
 from scripts.bench.figures import commit, describe_machine
 from scripts.bench.soak import data_lines, watch
 from sllm_node.core.units import MIB, align_up
@@ -40,6 +43,8 @@ WRONG: Final[tuple[dict[str, Any], ...]] = (
 )  # fmt: skip
 ERRORS_MAX: Final = 20
 KV_BYTES: Final = 8 * MIB
+LARGE_KV_BYTES: Final = 256 * MIB
+LARGE_CHUNK_BYTES: Final = 16 * MIB
 GPU_GRAIN: Final = 2 * MIB
 """Weights on a GPU take whole pages of this size."""
 
@@ -47,9 +52,12 @@ GPU_GRAIN: Final = 2 * MIB
 class Chaos:
     """What all clients share."""
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, seed: int) -> None:
+    def __init__(
+        self, session: aiohttp.ClientSession, url: str, seed: int, models: tuple[str, ...]
+    ) -> None:
         self.session = session
         self.url = url
+        self.models = models
         self.draw = random.Random(seed)
         self.done: Counter[str] = Counter()
         self.errors: list[str] = []
@@ -59,7 +67,7 @@ class Chaos:
         """Return a request of any kind."""
         draw = self.draw
         body: dict[str, Any] = {
-            "model": draw.choice(FAMILIES), "stream": True, "ignore_eos": True,
+            "model": draw.choice(self.models), "stream": True, "ignore_eos": True,
             "prompt": "many words " * draw.randint(1, 20), "max_tokens": draw.randint(1, 40),
             "stream_options": {"include_usage": True},
         }  # fmt: skip
@@ -103,7 +111,7 @@ class Chaos:
         """Load or unload a model, or look; a refusal because it is in use is an answer as well."""
         act, model = (
             self.draw.choice(("load", "unload", "pin", "unpin")),
-            self.draw.choice(FAMILIES),
+            self.draw.choice(self.models),
         )
         url = f"{self.url}/admin/models/{model}/{act}"
         async with self.session.post(url, json={}) as response:
@@ -132,7 +140,7 @@ class Chaos:
 
     async def settle(self) -> dict[str, Any]:
         """Unload everything and return what is left."""
-        for model in FAMILIES:
+        for model in self.models:
             async with self.session.post(
                 f"{self.url}/admin/models/{model}/unload", json={}
             ) as response:
@@ -152,7 +160,7 @@ class Chaos:
 
 
 async def measure(
-    node: NodeProcess, arguments: argparse.Namespace
+    node: NodeProcess, arguments: argparse.Namespace, models: tuple[str, ...]
 ) -> tuple[Chaos, list[float], dict[str, Any]]:
     """Let the clients loose."""
     memory_mib: list[float] = []
@@ -160,12 +168,22 @@ async def measure(
     timeout = aiohttp.ClientTimeout(total=None, sock_read=180)
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
-        chaos = Chaos(session, node.url, arguments.seed)
+        chaos = Chaos(session, node.url, arguments.seed, models)
         async with asyncio.TaskGroup() as group:
             group.create_task(watch(psutil.Process(node.process.pid), until, memory_mib))
             for _ in range(arguments.clients):
                 group.create_task(chaos.client(until))
         return chaos, memory_mib, await chaos.settle()
+
+
+def beside_large(size: int, half: int, copies: int) -> dict[str, Any]:
+    """Return what the node is given when models of `size` bytes are there as well."""
+    each = align_up(size, GPU_GRAIN) + LARGE_KV_BYTES
+    return {
+        "chunk_bytes": LARGE_CHUNK_BYTES, "kv_cache_bytes": LARGE_KV_BYTES,
+        "memory_bytes": max(copies // 3, 1) * each + half + len(FAMILIES) // 2 * LARGE_KV_BYTES,
+        "pool_bytes": align_up(2 * copies * size // 3, LARGE_CHUNK_BYTES) + 16 * LARGE_CHUNK_BYTES,
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -178,6 +196,8 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--memory-mib", type=int, default=0, help="of the device")
+    parser.add_argument("--shape", default="", help="of larger models beside the tiny ones")
+    parser.add_argument("--copies", type=int, default=3, help="of these")
     parser.add_argument("--growth-mib", type=float, default=96.0)
     parser.add_argument("--json", type=Path, help="write the result here too")
     arguments = parser.parse_args()
@@ -187,24 +207,30 @@ def main() -> int:
         sizes = [make_checkpoint(store, family, family).index.size for family in FAMILIES]
         taken = sum(KV_BYTES + align_up(size, GPU_GRAIN) for size in sizes) // 2
         half = (28 << 20) + sum(sizes) // 2 if arguments.device == "cpu" else taken * 4 // 3
-        settings = {
+        settings: dict[str, Any] = {
             "kv_cache_bytes": KV_BYTES,
             "memory_bytes": (arguments.memory_mib << 20) or half,
             "device": arguments.device,
         }
+        large = tuple(f"{arguments.shape}-{number}" for number in range(arguments.copies))
+        if arguments.shape:
+            size = random_checkpoint.write_served(store, arguments.shape, large)
+            settings |= beside_large(size, settings["memory_bytes"], len(large))
+        models = (*FAMILIES, *large) if arguments.shape else FAMILIES
         with NodeProcess(Path(name), store, **settings) as node:
-            chaos, memory_mib, left = asyncio.run(measure(node, arguments))
+            chaos, memory_mib, left = asyncio.run(measure(node, arguments, models))
             faults = [line for line in node.log.read_text().splitlines() if "Traceback" in line]
     quarter = memory_mib[len(memory_mib) // 4 :]
     half = len(quarter) // 2
     growth = statistics.median(quarter[half:]) - statistics.median(quarter[:half])
     result = {
         "minutes": arguments.minutes, "clients": arguments.clients, "device": arguments.device,
-        "seed": arguments.seed, "done": dict(chaos.done), "tokens": chaos.tokens,
+        "seed": arguments.seed, "models": models, "done": dict(chaos.done), "tokens": chaos.tokens,
         "errors": len(chaos.errors), "left": left, "memory_last_mib": quarter[-1],
         "memory_growth_mib": growth, "machine": describe_machine(),
         "command": f"python -m scripts.bench.chaos --minutes {arguments.minutes:g} "
-        f"--clients {arguments.clients} --device {arguments.device}",
+        f"--clients {arguments.clients} --device {arguments.device}"
+        + f" --shape {arguments.shape} --copies {arguments.copies}" * bool(arguments.shape),
         "commit": commit(), "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
     for key, value in result.items():

@@ -2,9 +2,7 @@
 
 import argparse
 import contextlib
-import os
 import secrets
-import shutil
 import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +11,6 @@ from typing import Final
 
 from scripts.bench import random_checkpoint
 from scripts.bench.cluster_logs import Logs
-from sllm_node.checkpoint.catalog import open_checkpoint
 from sllm_node.cluster.auth import KEY_BYTES
 from sllm_node.core.units import GIB, MIB
 from tests.e2e import cluster_nodes
@@ -70,27 +67,11 @@ class Rig:
         self.place, self.asked = place, asked
         self.names = NAMES[: asked.nodes]
         self.models = [f"{asked.shape}-{number}" for number in range(asked.models)]
-        self.size = self._write()
+        self.size = random_checkpoint.write_served(asked.store, asked.shape, self.models)
         self.file = self._cluster_file()
         self.nodes = {name: self._node(number) for number, name in enumerate(self.names)}
         self.logs = Logs()
         self.failed: list[str] = []
-
-    def _write(self) -> int:
-        """Write the checkpoint and its other names, if they are not there; return its bytes."""
-        store, first = self.asked.store, self.models[0]
-        if not (store / first).exists():
-            begun = time.perf_counter()
-            made = store / f".new-{first}"
-            shutil.rmtree(made, ignore_errors=True)
-            random_checkpoint.write(store, self.asked.shape, made.name)
-            random_checkpoint.make_servable(made, self.asked.shape)
-            made.rename(store / first)
-            print(f"weights written in {time.perf_counter() - begun:.0f} s", flush=True)
-        for model in self.models[1:]:
-            if not (store / model).exists():
-                shutil.copytree(store / first, store / model, copy_function=os.link)
-        return open_checkpoint(store / first).index.size
 
     def _cluster_file(self) -> Path:
         """Write what `sllm-node cluster init` and `join` make, which want a package that may not be there."""

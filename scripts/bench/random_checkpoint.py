@@ -6,9 +6,11 @@ between 2^-7 and 2^-3, so that a model made of them computes numbers; they say n
 trained weights compress.
 """
 
+import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from os import cpu_count
@@ -19,6 +21,7 @@ import numpy as np
 import xxhash
 
 from sllm_node.bench.shapes import find_shape
+from sllm_node.checkpoint.catalog import open_checkpoint
 from sllm_node.checkpoint.index import (
     CODEC,
     INDEX_FILE,
@@ -93,6 +96,26 @@ def make_servable(folder: Path, shape: str) -> None:
             if "tokenizer" in path.name or path.suffix == ".jinja":
                 shutil.copy(path, folder)
     find_shape(shape).config.save_pretrained(folder)
+
+
+def write_served(store: Path, shape: str, names: Sequence[str]) -> int:
+    """Write a servable checkpoint of `shape` under these names, where they are not there.
+
+    They share their files. Returns the bytes of one.
+    """
+    first = store / names[0]
+    if not first.exists():
+        begun = time.perf_counter()
+        made = store / f".new-{first.name}"
+        shutil.rmtree(made, ignore_errors=True)
+        write(store, shape, made.name)
+        make_servable(made, shape)
+        made.rename(first)
+        print(f"weights written in {time.perf_counter() - begun:.0f} s", flush=True)
+    for name in names[1:]:
+        if not (store / name).exists():
+            shutil.copytree(first, store / name, copy_function=os.link)
+    return open_checkpoint(first).index.size
 
 
 def chunk_seed(seed: int, shard: int, offset: int) -> int:

@@ -24,7 +24,7 @@ drain_s = {drain_s}
 [store]
 path = {store!r}
 pool_bytes = {pool_bytes}
-chunk_bytes = "64KiB"
+chunk_bytes = {chunk_bytes}
 [device]
 names = ["{device}"]
 memory_bytes = {memory_bytes}
@@ -42,7 +42,7 @@ format = "json"
 """
 DEFAULTS = {
     "id": "test", "drain_s": 20.0, "pool_bytes": 4 << 20, "memory_bytes": 64 << 20,
-    "kv_cache_bytes": 4 << 20, "device": "cpu",
+    "kv_cache_bytes": 4 << 20, "device": "cpu", "chunk_bytes": 64 << 10,
 }  # fmt: skip
 
 
