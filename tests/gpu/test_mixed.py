@@ -100,6 +100,7 @@ def logits_of(model, ops, device, graphs=None):
         steps = MixedSteps(decoder, cache, BLOCK_TOKENS, (1, 2, 4, 8), memory, graphs)
         made = [steps.compute(places, ids, positions, rows).clone() for _ in range(3)]
         assert (steps.graphs > 0) == (graphs is not None)
+        torch.cuda.synchronize()  # unmapping waits for nobody, and another process may keep the GPU busy
         steps.close()
     cache.close()
     buffer.close()
