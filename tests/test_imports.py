@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-CUDA = [
-    ("device", name)
-    for name in ("cuda.py", "cuda_decoder.py", "kernels.py", "nvrtc.py", "step_kernels.py")
-]
+CUDA_MODULES = (
+    "cuda.py", "cuda_context.py", "cuda_decoder.py", "cuda_memory.py", "cuda_stream.py", "kernels.py",
+    "nvrtc.py", "step_kernels.py",
+)  # fmt: skip
+CUDA = [("device", name) for name in CUDA_MODULES]
 LIGHT = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
     for folder in (

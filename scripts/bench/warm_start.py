@@ -135,7 +135,7 @@ def stream_of(device: str) -> type:
     """Return the class whose `copy_in` moves bytes to such a device."""
     if not device.startswith("cuda"):
         return CpuStream
-    from sllm_node.device.cuda import CudaStream
+    from sllm_node.device.cuda_stream import CudaStream
 
     return CudaStream
 

@@ -32,7 +32,7 @@ from sllm_node.device.kernels import CHUNKS_MAX, Kernels
 from sllm_node.device.staging import JOBS_MAX, Batch, Ring, batches
 
 if TYPE_CHECKING:
-    from sllm_node.device.cuda import CudaStream
+    from sllm_node.device.cuda_stream import CudaStream
 
 _TABLES: Final = 64
 """That are made together."""

@@ -10,7 +10,10 @@ from sllm_node.core.units import MIB
 from sllm_node.device.base import ChunkJob, ChunkJobs
 
 driver = pytest.importorskip("cuda.bindings.driver")
-cuda = pytest.importorskip("sllm_node.device.cuda")
+CudaContext = pytest.importorskip("sllm_node.device.cuda_context").CudaContext
+CudaDecoder = pytest.importorskip("sllm_node.device.cuda_decoder").CudaDecoder
+CudaRange = pytest.importorskip("sllm_node.device.cuda_memory").CudaRange
+CudaStream = pytest.importorskip("sllm_node.device.cuda_stream").CudaStream
 OK, REFUSED = driver.CUresult.CUDA_SUCCESS, driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 PAGE = 4096
 
@@ -62,13 +65,13 @@ class Driver:
 class Rig:
     def __init__(self, monkeypatch):
         self.driver = Driver(monkeypatch)
-        context = cuda._Driver("cuda:0", 0, 0, lambda error: None)
-        self.link, stream = cuda.CudaStream(context), cuda.CudaStream(context)
+        context = CudaContext("cuda:0", 0, 0, lambda error: None)
+        self.link, stream = CudaStream(context), CudaStream(context)
 
         def pin(size):
             return SimpleNamespace(view=memoryview(bytearray(size)), close=lambda: None)
 
-        self.decoder = cuda.CudaDecoder(context, stream, pin)
+        self.decoder = CudaDecoder(context, stream, pin)
         self.decoder.stage_in(self.memory(MIB))
         self.source = memoryview(bytearray(MIB))
         self.told = []
@@ -76,7 +79,7 @@ class Rig:
     @staticmethod
     def memory(size):
         """Return device memory that nobody touches."""
-        made = cuda.CudaRange.__new__(cuda.CudaRange)
+        made = CudaRange.__new__(CudaRange)
         made.address, made._size = 1 << 40, size
         return made
 
@@ -144,6 +147,6 @@ def test_whatever_event_is_refused_nothing_is_under_way_or_lost(rig, digest):
         rig.driver.refuse = lambda name: False
     rig.decoder._stream.close()
     assert len(rig.decoder._tables) == 64 * len(rig.decoder._slabs)
-    rig.decoder._stream = cuda.CudaStream(rig.decoder._cuda)
+    rig.decoder._stream = CudaStream(rig.decoder._cuda)
     rig.close()
     assert rig.driver.events == set()
