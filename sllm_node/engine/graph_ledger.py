@@ -70,7 +70,7 @@ class GraphLedger:
         return Turn.CAPTURE if uses >= needed else Turn.PLAIN
 
     def captured(self, key: Key, count: int) -> list[Key]:
-        """Note that it was captured; return whose graphs are to be let go for it."""
+        """Note that it is captured, or has begun to be; return whose graphs are to be let go for it."""
         self._held[key] = count
         del self._uses[key]
         victims = []
@@ -86,6 +86,7 @@ class GraphLedger:
         """Note that it can't be captured."""
         self._failed.add(key)
         self._uses.pop(key, None)
+        self._held.pop(key, None)
 
     def forget(self, owner: object) -> list[Key]:
         """Note that an owner is gone; return which of its steps had graphs."""

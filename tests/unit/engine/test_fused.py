@@ -9,6 +9,7 @@ import torch
 from sllm_node.core.config import ByteSize, EngineConfig
 from sllm_node.core.types import ModelId, SamplingParameters
 from sllm_node.device.cpu import CpuDevice
+from sllm_node.engine import step_graphs
 from sllm_node.engine.decode_batch import BUCKETS, bucket_of
 from sllm_node.engine.decode_ops import ReferenceOps
 from sllm_node.engine.scratch import ScratchMemory
@@ -127,7 +128,9 @@ async def test_a_kind_of_step_is_captured_when_it_comes_again(tmp_path):
     assert captured.replays == 2 * (COUNT - 1 - 1)  # the first token comes with the prompt
 
 
-async def test_what_lies_between_attentions_of_prompts_is_captured(tmp_path):
+@pytest.mark.parametrize("at_once", [1, 2, 8])
+async def test_what_lies_between_attentions_of_prompts_is_captured(tmp_path, monkeypatch, at_once):
+    monkeypatch.setattr(step_graphs, "CAPTURES_A_STEP", at_once)
     checkpoint, prompts = make_checkpoint(tmp_path, "m", "qwen2"), prompts_of("c")
 
     async def run(graphs):
@@ -139,7 +142,8 @@ async def test_what_lies_between_attentions_of_prompts_is_captured(tmp_path):
 
     captured = Captured()
     assert await run(captured) == await run(None)
-    assert captured.captures % 3 == 0  # of two layers: before, between and behind
+    # Of two layers: before, between and behind; not all kinds of steps come often enough.
+    assert captured.captures % 3 == 0 or at_once < 3
     assert captured.replays > captured.captures > 0
 
 

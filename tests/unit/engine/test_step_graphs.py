@@ -5,7 +5,7 @@ import weakref
 import pytest
 
 from sllm_node.core.errors import KernelError
-from sllm_node.engine.step_graphs import StepGraphs
+from sllm_node.engine.step_graphs import CAPTURES_A_STEP, StepGraphs
 
 OWNER, OTHER = object(), object()
 
@@ -44,6 +44,41 @@ def test_all_pieces_of_a_step_are_captured_together():
     assert say(graphs, "k", pieces) == [1, 2]
     assert say(graphs, "k", pieces) == [("replayed", 1), ("replayed", 2)]
     assert graphs.count(OWNER) == 2
+
+
+def test_a_step_of_many_pieces_is_captured_some_at_a_time():
+    backend = Backend()
+    graphs, pieces = StepGraphs(backend, 100), [piece(n) for n in range(2 * CAPTURES_A_STEP + 1)]
+    plain, replayed = list(range(len(pieces))), [("replayed", n) for n in range(len(pieces))]
+    assert say(graphs, "k", pieces) == plain
+    for step in (1, 2, 3, 4):
+        done = min(step * CAPTURES_A_STEP, len(pieces))
+        assert say(graphs, "k", pieces) == replayed[:done] + plain[done:]
+        assert backend.tries == done
+    assert graphs.count(OWNER) == len(pieces)
+
+
+def test_a_step_that_gives_way_half_captured_is_captured_anew_from_its_beginning():
+    backend = Backend()
+    pieces = [piece(n) for n in range(CAPTURES_A_STEP + 1)]
+    graphs = StepGraphs(backend, len(pieces))
+    for _ in range(2):
+        say(graphs, "one", pieces)
+    for _ in range(3):
+        say(graphs, "two", [piece(2)], OTHER)
+    assert graphs.count(OWNER) == 0
+    assert len(backend.made) == 1
+    assert say(graphs, "one", pieces) == list(range(len(pieces)))
+
+
+def test_a_step_whose_capture_fails_in_a_later_part_is_computed_plainly():
+    backend = Backend(most=CAPTURES_A_STEP)
+    graphs, pieces = StepGraphs(backend, 100), [piece(n) for n in range(CAPTURES_A_STEP + 1)]
+    for _ in range(2):
+        say(graphs, "k", pieces)
+    assert [say(graphs, "k", pieces) for _ in range(2)] == [list(range(len(pieces)))] * 2
+    assert graphs.count(OWNER) == 0
+    assert not backend.made
 
 
 def test_a_step_whose_capture_fails_half_way_is_computed_plainly_and_tells_once(caplog):
