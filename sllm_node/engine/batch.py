@@ -45,7 +45,7 @@ from typing import Final
 
 from sllm_node.engine.beside import Beside
 from sllm_node.engine.blocks import Blocks
-from sllm_node.engine.offload import Offload
+from sllm_node.engine.offload import NoOffload, Offload
 from sllm_node.engine.session import Session, SessionEvent, SessionState
 
 _BESIDE_EACH: Final = 3
@@ -99,8 +99,8 @@ class Batch:
         `prefill_beside_ratio`: as for `Beside`.
         """
         self.blocks = blocks
-        self.offload: Offload | None = None
-        """What keeps the blocks of preempted sessions; None: nothing. Set before any comes."""
+        self.offload: Offload | NoOffload = NoOffload()
+        """What keeps the blocks of preempted sessions. Set before any comes."""
         self.preemptions = 0
         self.asked_tokens = 0
         """Tokens of sessions that were admitted for the first time."""
@@ -148,8 +148,7 @@ class Batch:
             return
         (self._running if session.state is SessionState.RUNNING else self._waiting).remove(session)
         session.happen(SessionEvent.ENDED)
-        if self.offload is not None:
-            self.offload.drop(session)
+        self.offload.drop(session)
         if not session.in_flight:
             self.blocks.give_back(session.table)
 
@@ -205,7 +204,7 @@ class Batch:
             session = part.session
             self._landed(part)
             session.computed = part.start + part.count
-            restored = None if self.offload is None else self.offload.landed(session)
+            restored = self.offload.landed(session)
             self._fill(session, part.start if restored is None else restored)
             if session.state is not SessionState.ENDED:
                 self._leave(session)
@@ -219,8 +218,7 @@ class Batch:
         """
         self._under_way -= 1
         self.blocks.forget()
-        if self.offload is not None:
-            self.offload.close()
+        self.offload.close()
         for part in parts:
             session = part.session
             self._landed(part)
@@ -230,8 +228,7 @@ class Batch:
     def forget(self) -> None:
         """Let no session begin behind what was computed: some of it may be no numbers."""
         self.blocks.forget()
-        if self.offload is not None:
-            self.offload.forget()
+        self.offload.forget()
 
     def _landed(self, part: Part) -> None:
         part.session.in_flight -= 1
@@ -261,14 +258,12 @@ class Batch:
         if session is None or len(self._running) >= self._max_sessions:
             return None
         size = self.blocks.block_tokens
-        passed = 0 if self.offload is None else self.offload.passed_blocks(session)
+        passed = self.offload.passed_blocks(session)
         found = [] if passed else self._find(session)
         if not self.blocks.begin(session.table, found, session.length + 1 - passed * size):
             return None
         self._waiting.remove(session)
-        session.computed = len(found) * size
-        if self.offload is not None:
-            session.computed = self.offload.restore(session, len(found), size)
+        session.computed = self.offload.restore(session, len(found), size)
         session.planned, session.passed_blocks = session.computed, passed
         if session.found is None:
             session.found = session.computed
@@ -303,8 +298,7 @@ class Batch:
         return True
 
     def _preempt(self, session: Session) -> None:
-        if self.offload is not None:
-            self.offload.pause(session, self.blocks.block_tokens)
+        self.offload.pause(session, self.blocks.block_tokens)
         self.blocks.give_back(session.table)
         session.computed = session.planned = session.passed_blocks = 0
         session.happen(SessionEvent.PREEMPTED)

@@ -58,7 +58,8 @@ class Engine:
             parts.blocks, config.max_sessions, config.max_step_tokens, parts.window,
             config.prefill_beside_tokens, config.prefill_beside_ratio,
         )  # fmt: skip
-        self._batch.offload = None if parts.offloading is None else parts.offloading.offload
+        if parts.offloading is not None:
+            self._batch.offload = parts.offloading.offload
         self._resume = config.resume
         # Only the module's forward pass knows how to wait for weights.
         decode = parts.decode if parts.arriving is None else None

@@ -313,6 +313,34 @@ class Offload:
             aside.loan.close()
 
 
+class NoOffload:
+    """What an engine has for an `Offload` that lays nothing aside."""
+
+    def pause(self, session: Session, block_tokens: int) -> None:
+        """Let the blocks go."""
+
+    def passed_blocks(self, session: Session) -> int:
+        """Return 0: nothing lies in the pool."""
+        return 0
+
+    def restore(self, session: Session, found: int, block_tokens: int) -> int:
+        """Return the tokens that the blocks found hold."""
+        return found * block_tokens
+
+    def drop(self, session: Session) -> None:
+        """Do nothing."""
+
+    def landed(self, session: Session) -> int | None:
+        """Return None: nothing was restored."""
+        return None
+
+    def forget(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
 def _lost(session: Session) -> tuple[int, int]:
     """Return what a session computes again if nothing is kept: tokens at once, and steps."""
     if not session.is_replayed:
