@@ -51,6 +51,17 @@ def is_model_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def may_go(path: Path) -> bool:
+    """Tell whether the folder `path` is a checkpoint, damaged or not, or empty.
+
+    Nothing else is ever replaced or deleted, whatever its name is.
+    """
+    try:
+        return (path / INDEX_FILE).is_file() or not any(path.iterdir())
+    except OSError:  # no folder, or none that we may look into
+        return False
+
+
 def identity_of(status: os.stat_result) -> ShardIdentity:
     """Return the identity in the result of a stat call."""
     return ShardIdentity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
@@ -169,11 +180,17 @@ class Catalog:
 
         Raises:
             ModelNotFoundError: there is none.
+            CheckpointFormatError: the folder of that name is something else.
             StorageWriteError: the system refuses.
         """
         if self._remove_partial(ModelId(name)):
             return
         path = self._folder(ModelId(name))
+        if not may_go(path):
+            problem = f"has no {INDEX_FILE}, so it is no checkpoint of ours; it is left alone"
+            raise CheckpointFormatError(
+                str(path), f"{problem}: delete it by hand if nobody needs it"
+            )
         # Out of sight at once, so that nobody opens half of it.
         hidden = self.root / f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}"
         try:

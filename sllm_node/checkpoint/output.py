@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from sllm_node.checkpoint.catalog import TEMPORARY_PREFIX
+from sllm_node.checkpoint.catalog import TEMPORARY_PREFIX, may_go
 from sllm_node.core.errors import StorageWriteError, StoreFullError
 
 _AT_FDCWD: Final = -100
@@ -151,6 +151,17 @@ def publish(folder: Path, destination: Path, files: OutputFiles, *, replace: boo
     else:
         files.rename(folder, destination)
     _sync_path(destination.parent, files)
+
+
+def check_still_ours(destination: Path) -> None:
+    """Make sure that what has the name `destination` by now may be replaced.
+
+    Raises:
+        StorageWriteError: it is no checkpoint.
+    """
+    if destination.exists() and not may_go(destination):
+        problem = "what was put there meanwhile is no checkpoint, and left alone; use another name"
+        raise StorageWriteError(str(destination), problem)
 
 
 def _sync_path(path: Path, files: OutputFiles) -> None:

@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sllm_node.checkpoint.catalog import Checkpoint, is_model_name, open_checkpoint
-from sllm_node.checkpoint.index import VERSION, Shard, TensorIndex
+from sllm_node.checkpoint.catalog import Checkpoint, is_model_name, may_go, open_checkpoint
+from sllm_node.checkpoint.index import INDEX_FILE, VERSION, Shard, TensorIndex
 from sllm_node.checkpoint.layout import Layout, plan_layout
 from sllm_node.checkpoint.output import (
     DiskFiles,
     OutputFiles,
     SpaceNeeded,
+    check_still_ours,
     publish,
     temporary_folder,
     write_errors_named,
@@ -27,7 +28,13 @@ from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.names import EXPONENT
 from sllm_node.convert.mapping import GroupRunner
 from sllm_node.convert.plan import Plan, plan_tensors, tensor_bytes
-from sllm_node.convert.sources import Download, Source, download_from_hub, open_source
+from sllm_node.convert.sources import (
+    Download,
+    Source,
+    check_apart,
+    download_from_hub,
+    open_source,
+)
 from sllm_node.convert.tensors import dtype_named
 from sllm_node.convert.texts import context_tokens, library_errors_named, set_dtype
 from sllm_node.core.clock import Clock, MonotonicClock
@@ -103,6 +110,7 @@ def convert(
     """
     chunk_bytes = chunk_bytes_or_default(options.chunk_bytes, options.codec)
     _check(name, store, options, chunk_bytes)
+    check_apart(source, store / name)
     dtype = _dtype(options)
     download = surroundings.download
     with open_source(source, dtype, download, needs_tokenizer=options.servable) as opened:
@@ -152,6 +160,7 @@ def convert_opened(
             aliases=plan.aliases,
         )
         write_index(folder, with_shards(index, shards), files)
+        check_still_ours(destination)
         publish(folder, destination, files, replace=options.force)
     return open_checkpoint(destination)
 
@@ -167,16 +176,27 @@ def _check(name: str, store: Path, options: ConvertOptions, chunk_bytes: int) ->
             "is not allowed: letters, digits, '.', '_', ':' and '-', at most 96, "
             "a letter or digit first",
         )
-    if (store / name).exists() and not options.force:
+    _check_free(name, store, force=options.force)
+    check_codec(options.codec, chunk_bytes)
+    if options.shard_bytes < PAGE or options.shard_bytes % PAGE:
+        problem = f"is not a multiple of {PAGE} bytes"
+        raise ConversionError(f"shard size {options.shard_bytes}", problem)
+
+
+def _check_free(name: str, store: Path, *, force: bool) -> None:
+    path = store / name
+    if path.exists() and not may_go(path):
+        raise ConversionError(
+            f"name {name!r}",
+            f"is taken: {path} is no checkpoint (it has no {INDEX_FILE}) and is left alone; "
+            "choose another name or --store",
+        )
+    if (path / INDEX_FILE).exists() and not force:
         raise ConversionError(
             f"name {name!r}",
             f"is taken in {store}; 'sllm-node rm {name}' removes that checkpoint, "
             "--force replaces it",
         )
-    check_codec(options.codec, chunk_bytes)
-    if options.shard_bytes < PAGE or options.shard_bytes % PAGE:
-        problem = f"is not a multiple of {PAGE} bytes"
-        raise ConversionError(f"shard size {options.shard_bytes}", problem)
 
 
 def _build(folder: Path, origin: str, *, servable: bool) -> tuple[Any, tuple[str, ...]]:

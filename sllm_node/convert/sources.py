@@ -79,6 +79,21 @@ def open_source(
             raise ConversionError(source, "there is no such folder or file, and it is no hub id")
 
 
+def check_apart(source: str, destination: Path) -> None:
+    """Make sure that replacing `destination` leaves `source` whole.
+
+    Raises:
+        ConversionError: the source is there, or inside.
+    """
+    path = Path(source).expanduser()
+    replaced = destination.resolve()
+    named = path.parent.resolve() / path.name  # a link is a part of its folder, wherever it leads
+    for place in (named, path.resolve()):
+        if path.exists() and place.is_relative_to(replaced):
+            problem = f"to replace {destination} would delete the source; choose another name"
+            raise ConversionError(source, problem)
+
+
 def download_from_hub(model: str) -> Path:
     """Bring the files that a conversion needs from the hub into its cache; never a pickle."""
     from huggingface_hub import snapshot_download

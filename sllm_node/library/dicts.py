@@ -15,6 +15,7 @@ from sllm_node.checkpoint.layout import TensorSpec, plan_layout
 from sllm_node.checkpoint.output import (
     DiskFiles,
     SpaceNeeded,
+    check_still_ours,
     publish,
     temporary_folder,
     write_errors_named,
@@ -70,6 +71,7 @@ def save(
             aliases=aliases,
         )
         write_index(folder, index, files)
+        check_still_ours(target)
         publish(folder, target, files, replace=overwrite)
     return target
 

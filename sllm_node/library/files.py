@@ -6,7 +6,13 @@ from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
 
-from sllm_node.checkpoint.catalog import Catalog, Checkpoint, is_model_name, open_checkpoint
+from sllm_node.checkpoint.catalog import (
+    Catalog,
+    Checkpoint,
+    is_model_name,
+    may_go,
+    open_checkpoint,
+)
 from sllm_node.checkpoint.index import INDEX_FILE
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import ArgumentError, CheckpointNotFoundError
@@ -31,11 +37,9 @@ def destination(directory: AnyPath, *, overwrite: bool) -> Path:
             f"{path.name!r} is no name for a checkpoint: letters, digits, '.', '_', ':' and '-', "
             "at most 96, a letter or digit first",
         )
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return path
-    if not (path / INDEX_FILE).is_file():
+    if path.exists() and not may_go(path):
         raise ArgumentError("directory", f"{path} is there and no checkpoint; it is left alone")
-    if not overwrite:
+    if (path / INDEX_FILE).exists() and not overwrite:
         raise ArgumentError("directory", f"{path} is a checkpoint; overwrite=True replaces it")
     return path
 

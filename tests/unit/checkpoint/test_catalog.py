@@ -134,9 +134,24 @@ def test_a_removed_checkpoint_is_gone_from_disk_and_from_memory(catalog):
 
 
 def test_a_damaged_checkpoint_can_be_removed(catalog):
-    (catalog.root / "one" / INDEX_FILE).unlink()
+    (catalog.root / "one" / INDEX_FILE).write_text("{")
+    (catalog.root / "one" / "shard-00000.bin").unlink()
     catalog.remove("one")
     assert not (catalog.root / "one").exists()
+
+
+def test_an_empty_folder_can_be_removed(catalog):
+    (catalog.root / "empty").mkdir()
+    catalog.remove("empty")
+    assert not (catalog.root / "empty").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_removed(catalog):
+    (catalog.root / "data").mkdir()
+    (catalog.root / "data" / "photos").write_text("all of them")
+    with pytest.raises(CheckpointFormatError, match=r"data: has no tensor_index.json.*left alone"):
+        catalog.remove("data")
+    assert (catalog.root / "data" / "photos").is_file()
 
 
 @pytest.mark.parametrize("name", ["three", "..", "../store"])

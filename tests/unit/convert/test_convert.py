@@ -14,7 +14,12 @@ from sllm_node.checkpoint.verify import verify
 from sllm_node.convert.convert import ConvertOptions, Surroundings, convert
 from sllm_node.convert.tensors import as_bytes
 from sllm_node.core.clock import ManualClock
-from sllm_node.core.errors import ConversionError, StoreFullError, UnsupportedArchitectureError
+from sllm_node.core.errors import (
+    ConversionError,
+    StorageWriteError,
+    StoreFullError,
+    UnsupportedArchitectureError,
+)
 from tests.models import make_checkpoint, make_source
 from tests.unit.checkpoint.raw import FullDisk, ShortWrites
 
@@ -106,6 +111,50 @@ def test_a_name_that_is_taken_is_refused_with_what_to_do(source, store):
     with pytest.raises(ConversionError, match=r"sllm-node rm m.*--force"):
         convert(str(source), "m", store)
     assert Catalog(store).get(before.model) == before
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(source, store):
+    (store / "data").mkdir(parents=True)
+    (store / "data" / "photos").write_text("all of them")
+    for force in (False, True):
+        with pytest.raises(ConversionError, match=r"no checkpoint.*left alone.*another name"):
+            convert(str(source), "data", store, ConvertOptions(force=force))
+    assert (store / "data" / "photos").read_text() == "all of them"
+    assert names_in(store) == ["data"]
+
+
+def test_an_empty_folder_may_be_the_checkpoints(source, store):
+    (store / "m").mkdir(parents=True)
+    assert verify(convert(str(source), "m", store, SMALL)) == []
+
+
+@pytest.mark.parametrize("inside", ["", "original"])
+def test_the_source_is_never_replaced_by_what_is_made_of_it(store, tmp_path, inside):
+    convert(str(make_source(tmp_path / "first")), "m", store, SMALL)
+    source = make_source(store / "m" / inside)
+    (tmp_path / "link").symlink_to(source)
+    for given in (source, tmp_path / "link"):
+        with pytest.raises(ConversionError, match=r"would delete the source.*another name"):
+            convert(str(given), "m", store, ConvertOptions(force=True))
+    assert (source / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_may_lie_in_the_folder_of_its_source_and_be_replaced_there(source):
+    convert(str(source), "fast", source, SMALL)
+    after = convert(str(source), "fast", source, ConvertOptions(chunk_bytes=8192, force=True))
+    assert verify(after) == []
+    assert (source / "model.safetensors").is_file()
+
+
+def test_a_folder_that_took_the_name_meanwhile_is_not_replaced(source, store):
+    def take(progress):
+        (store / "m").mkdir(exist_ok=True)
+        (store / "m" / "photos").write_text("all of them")
+
+    with pytest.raises(StorageWriteError, match="no checkpoint"):
+        convert(str(source), "m", store, ConvertOptions(force=True), progress=take)
+    assert (store / "m" / "photos").is_file()
+    assert names_in(store) == ["m"]
 
 
 def test_force_replaces_a_checkpoint(source, store):
