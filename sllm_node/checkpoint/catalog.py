@@ -2,13 +2,13 @@
 
 import os
 import re
-import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
 from sllm_node.checkpoint.index import INDEX_FILE, Shard, TensorIndex, from_json
+from sllm_node.checkpoint.temporary import temporary_path
 from sllm_node.core.errors import (
     CheckpointFormatError,
     ModelNotFoundError,
@@ -17,7 +17,6 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import ModelId
 
-TEMPORARY_PREFIX: Final = ".tmp-"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,95}")
 _INDEX_BYTES_MAX: Final = 1 << 30
 
@@ -192,7 +191,7 @@ class Catalog:
                 str(path), f"{problem}: delete it by hand if nobody needs it"
             )
         # Out of sight at once, so that nobody opens half of it.
-        hidden = self.root / f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}"
+        hidden = temporary_path(self.root, name)
         try:
             path.rename(hidden)
         except OSError as error:

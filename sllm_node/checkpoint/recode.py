@@ -20,11 +20,11 @@ from sllm_node.checkpoint.output import (
     OutputFiles,
     SpaceNeeded,
     publish,
-    temporary_folder,
     write_errors_named,
 )
 from sllm_node.checkpoint.sinks import THREADS, chunk_bytes_or_default
 from sllm_node.checkpoint.stored import read_decoded
+from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.exponent import DECODED_BYTES_MAX
 from sllm_node.codec.names import AUTO, CHOICES, RAW

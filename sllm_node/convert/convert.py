@@ -19,11 +19,11 @@ from sllm_node.checkpoint.output import (
     SpaceNeeded,
     check_still_ours,
     publish,
-    temporary_folder,
     write_errors_named,
 )
 from sllm_node.checkpoint.recode import check_codec
 from sllm_node.checkpoint.sinks import chunk_bytes_or_default
+from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.names import EXPONENT
 from sllm_node.convert.mapping import GroupRunner

@@ -17,9 +17,9 @@ from sllm_node.checkpoint.output import (
     SpaceNeeded,
     check_still_ours,
     publish,
-    temporary_folder,
     write_errors_named,
 )
+from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.checkpoint.writer import ShardWriter, write_index
 from sllm_node.convert.tensors import MemoryTensor, check_tensor
 from sllm_node.core.clock import MonotonicClock

@@ -26,7 +26,7 @@ def catalog(tmp_path):
 
 
 def test_a_scan_finds_checkpoints_and_nothing_hidden(catalog):
-    (catalog.root / ".tmp-three-1").mkdir()
+    (catalog.root / ".sllm-tmp-three-00000001").mkdir()
     (catalog.root / "a-file").write_text("")
     catalog.scan()
     assert (catalog.models(), catalog.problems) == (("one", "two"), {})

@@ -261,7 +261,7 @@ def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_the_next_one_sweep
         [sys.executable, "-c", KILLED, str(source), str(store), "30"], check=False, cwd=ROOT
     )
     assert done.returncode == -signal.SIGKILL
-    assert [name[:7] for name in names_in(store)] == [".tmp-m-"]
+    assert [name[:-8] for name in names_in(store)] == [".sllm-tmp-m-"]
     catalog = Catalog(store)
     catalog.scan()
     assert (catalog.models(), catalog.problems) == ((), {})
