@@ -69,12 +69,12 @@ def identity_of(status: os.stat_result) -> ShardIdentity:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the index of the checkpoint in folder `path` and check that its shards are there.
 
+    One that is replaced in that moment is the old one or the new one, never some of both.
+
     Raises:
         CheckpointFormatError: the index or a shard is missing, unreadable, of another size.
     """
-    index = _read_index(path)
-    identities = tuple(_shard_identity(path, shard) for shard in index.shards)
-    return Checkpoint(ModelId(path.name), path, index, identities)
+    return _open_whole(path).checkpoint
 
 
 def open_for_verify(path: Path) -> Checkpoint:
@@ -230,14 +230,22 @@ class Catalog:
 
 
 def _open_whole(path: Path) -> _Opened:
-    """Open the checkpoint in folder `path`, once more if it is replaced in that moment."""
+    """Open the checkpoint in folder `path`, once more if it is replaced in that moment.
+
+    Index and shards are found by name, one after another. Shards of the next checkpoint may well
+    have the sizes that the index of this one says, so that nothing was wrong does not tell.
+    """
     while True:
         before = _index_identity(path)
         try:
-            return _Opened(open_checkpoint(path), before)
-        except CheckpointFormatError:  # perhaps of the index of one and the shards of another
+            index = _read_index(path)
+            identities = tuple(_shard_identity(path, shard) for shard in index.shards)
+        except CheckpointFormatError:
             if _index_identity(path) == before:
                 raise
+        else:
+            if _index_identity(path) == before:
+                return _Opened(Checkpoint(ModelId(path.name), path, index, identities), before)
 
 
 def _index_identity(path: Path) -> ShardIdentity:

@@ -5,8 +5,14 @@ from pathlib import PosixPath
 import msgspec
 import pytest
 
-from sllm_node.checkpoint.catalog import Catalog, is_model_name, open_for_verify
+from sllm_node.checkpoint.catalog import (
+    Catalog,
+    is_model_name,
+    open_checkpoint,
+    open_for_verify,
+)
 from sllm_node.checkpoint.index import INDEX_FILE
+from sllm_node.checkpoint.verify import verify
 from sllm_node.core.errors import (
     CheckpointFormatError,
     ModelNotFoundError,
@@ -71,19 +77,35 @@ def test_a_replaced_checkpoint_is_read_anew(catalog):
     assert before.identities != after.identities
 
 
-def test_a_checkpoint_replaced_while_it_is_opened_is_no_problem(catalog, monkeypatch):
-    decode, replaced = msgspec.json.decode, []
+@pytest.fixture
+def while_read(monkeypatch):
+    """Return what lets a call be made once, between an index being read and its shards."""
+    decode, waiting = msgspec.json.decode, []
 
-    def replace_first(data, **kind):
-        if not replaced:
-            replaced.append(data)
-            write_raw(catalog.root, "one", shard_bytes=16384, replace=True)
+    def call_first(data, **kind):
+        if waiting:
+            waiting.pop()()
         return decode(data, **kind)
 
-    os.utime(catalog.root / "one" / INDEX_FILE, ns=(1, 1))
-    monkeypatch.setattr(msgspec.json, "decode", replace_first)
-    assert [shard.size for shard in catalog.get("one").index.shards] == [16384]
-    assert catalog.get("one") is catalog.get("one")
+    monkeypatch.setattr(msgspec.json, "decode", call_first)
+    return waiting.append
+
+
+@pytest.mark.parametrize("changed", [{"shard_bytes": 16384}, {"chunk_bytes": 8192}])
+def test_a_checkpoint_replaced_while_it_is_opened_is_the_new_one(catalog, while_read, changed):
+    path = catalog.root / "one"
+    for opened in (lambda: open_checkpoint(path), lambda: Catalog(catalog.root).get("one")):
+        write_raw(catalog.root, "one", replace=True)
+        os.utime(path / INDEX_FILE, ns=(1, 1))
+        while_read(lambda: write_raw(catalog.root, "one", replace=True, **changed))
+        assert opened() == open_checkpoint(path)
+        assert verify(open_checkpoint(path)) == []
+
+
+def test_a_checkpoint_removed_while_it_is_opened_is_a_format_error(catalog, while_read):
+    while_read(lambda: catalog.remove("one"))
+    with pytest.raises(CheckpointFormatError, match="No such file"):
+        open_checkpoint(catalog.root / "one")
 
 
 def test_a_shard_touched_since_gets_a_new_identity(catalog):
