@@ -27,7 +27,7 @@ from sllm_node.core.errors import ArgumentError, CheckpointFormatError, Conversi
 from sllm_node.core.types import LoadProgress, Part
 from sllm_node.core.units import GIB, MIB
 from sllm_node.engine.weights import views_by
-from sllm_node.library.files import AnyPath, Show, destination, find, pool_size, shown
+from sllm_node.library.files import AnyPath, Show, begun_anew, destination, find, pool_size, shown
 from sllm_node.library.loader import Loader
 from sllm_node.library.placement import device_name
 
@@ -76,6 +76,7 @@ def save(
     return target
 
 
+@begun_anew
 def load(
     loader: Loader,
     directory: AnyPath,

@@ -22,7 +22,7 @@ from sllm_node.core.types import LoadProgress
 from sllm_node.engine.skeleton import BUILDING, build_module, read_config
 from sllm_node.engine.spread import spread
 from sllm_node.engine.weights import TORCH_DTYPES, bind_views, torch_name, views_by
-from sllm_node.library.files import AnyPath, destination, find, pool_size, shown
+from sllm_node.library.files import AnyPath, begun_anew, destination, find, pool_size, shown
 from sllm_node.library.loader import Loader
 from sllm_node.library.memory import Held
 from sllm_node.library.placement import place, place_modules
@@ -63,6 +63,7 @@ def save(
     return target
 
 
+@begun_anew
 def load(  # noqa: PLR0913 - one for each argument of load_model
     loader: Loader,
     source: AnyPath,

@@ -94,7 +94,10 @@ def while_read(monkeypatch):
 @pytest.mark.parametrize("changed", [{"shard_bytes": 16384}, {"chunk_bytes": 8192}])
 def test_a_checkpoint_replaced_while_it_is_opened_is_the_new_one(catalog, while_read, changed):
     path = catalog.root / "one"
-    for opened in (lambda: open_checkpoint(path), lambda: Catalog(catalog.root).get("one")):
+    for opened in (
+        lambda: open_checkpoint(path),
+        lambda: Catalog(catalog.root).get(ModelId("one")),
+    ):
         write_raw(catalog.root, "one", replace=True)
         os.utime(path / INDEX_FILE, ns=(1, 1))
         while_read(lambda: write_raw(catalog.root, "one", replace=True, **changed))
