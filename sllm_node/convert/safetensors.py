@@ -71,11 +71,14 @@ class _WeightsIndex(msgspec.Struct):
 def open_weights(folder: Path, files: ExitStack) -> Mapping[str, FileTensor]:
     """Open the safetensors of a Hugging Face folder, sharded or not; `files` closes them.
 
+    A single file goes before an index, as it does in transformers: saving a model that was sharded
+    in one file leaves the index behind, and perhaps the shards.
+
     Raises:
         ConversionError: there are none, or they are damaged or incomplete.
     """
     index_path = folder / WEIGHTS_INDEX_FILE
-    if not index_path.is_file():
+    if (folder / WEIGHTS_FILE).is_file() or not index_path.is_file():
         return _open_file(_single_file(folder), files)
     places = _read_index(index_path)
     tensors: dict[str, FileTensor] = {}

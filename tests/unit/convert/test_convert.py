@@ -269,6 +269,23 @@ def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_the_next_one_sweep
     assert names_in(store) == ["m"]
 
 
+def test_a_folder_saved_again_in_one_file_is_what_from_pretrained_loads(store, tmp_path):
+    source = make_source(tmp_path / "source", shard_size="100KB")
+    shards = sorted(source.glob("model-*.safetensors"))
+    again = make_source(tmp_path / "again", seed=7)
+    (again / "model.safetensors").rename(source / "model.safetensors")
+    for left in (True, False):  # the older shards, whose index stays
+        for shard in [] if left else shards:
+            shard.unlink()
+        checkpoint = convert(str(source), "m", store, ConvertOptions(codec="raw", force=True))
+        wanted = AutoModelForCausalLM.from_pretrained(source).state_dict()
+        stored = (checkpoint.path / "shard-00000.bin").read_bytes()
+        for entry in checkpoint.index.tensors:
+            assert stored[entry.offset : entry.offset + entry.size] == bytes(
+                as_bytes(wanted[entry.name])
+            )
+
+
 def test_the_models_of_tests_come_in_several_shards_and_chunks(store):
     index = make_checkpoint(store, "m", "qwen3").index
     assert len(index.shards) > 1

@@ -64,6 +64,12 @@ def test_a_sharded_folder_gives_the_tensors_that_its_index_names(tmp_path):
     assert open_all(tmp_path) == {"a": ("F32", (2,), b"12345678"), "b": ("U8", (3,), b"xyz")}
 
 
+def test_a_single_file_goes_before_an_index_as_it_does_for_transformers(tmp_path):
+    write_sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    write_file(tmp_path / WEIGHTS_FILE, {"a": ("F32", [2], b"abcdefgh")})
+    assert open_all(tmp_path) == {"a": ("F32", (2,), b"abcdefgh")}
+
+
 def test_a_single_file_of_another_name_is_found(tmp_path):
     write_file(tmp_path / "weights.safetensors", B)
     assert open_all(tmp_path)["empty"] == ("F16", (0, 4), b"")
