@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from sllm_node.checkpoint.index import INDEX_FILE, Shard, TensorIndex, from_json
-from sllm_node.checkpoint.temporary import temporary_path
+from sllm_node.checkpoint.temporary import sweep, temporary_path
 from sllm_node.core.errors import (
     CheckpointFormatError,
     ModelNotFoundError,
@@ -174,31 +174,39 @@ class Catalog:
         self.problems.pop(model, None)
         return opened.checkpoint
 
-    def remove(self, name: str) -> None:
-        """Delete the checkpoint `name`, a damaged one too.
+    def remove(self, name: str) -> Path | None:
+        """Delete the checkpoint `name`, a damaged one too, and what crashed writers left.
+
+        Of a link only the link is deleted, as its bytes may have other names; where they stay is
+        returned.
 
         Raises:
             ModelNotFoundError: there is none.
             CheckpointFormatError: the folder of that name is something else.
             StorageWriteError: the system refuses.
         """
+        sweep(self.root)
         if self._remove_partial(ModelId(name)):
-            return
+            return None
         path = self._folder(ModelId(name))
         if not may_go(path):
             problem = f"has no {INDEX_FILE}, so it is no checkpoint of ours; it is left alone"
             raise CheckpointFormatError(
                 str(path), f"{problem}: delete it by hand if nobody needs it"
             )
-        # Out of sight at once, so that nobody opens half of it.
+        stays = path.resolve() if path.is_symlink() else None
         hidden = temporary_path(self.root, name)
         try:
-            path.rename(hidden)
+            if stays is not None:
+                path.unlink()
+            else:
+                path.rename(hidden)  # out of sight at once, so that nobody opens half of it
         except OSError as error:
             raise StorageWriteError(str(path), error.strerror or str(error)) from error
         self._opened.pop(ModelId(name), None)
         self.problems.pop(name, None)
         shutil.rmtree(hidden, ignore_errors=True)
+        return stays
 
     def _remote(self, model: ModelId) -> Checkpoint | None:
         """Return what is known of `model` at a remote; one that is here goes before."""

@@ -128,6 +128,14 @@ def publish(folder: Path, destination: Path, files: OutputFiles, *, replace: boo
     _sync_path(destination.parent, files)
 
 
+def linked(destination: Path) -> Path:
+    """Return where links lead that `destination` is, or lies behind.
+
+    What is replaced is replaced there: to exchange a link would leave what it leads to.
+    """
+    return Path(os.path.realpath(destination))
+
+
 def check_still_ours(destination: Path) -> None:
     """Make sure that what has the name `destination` by now may be replaced.
 

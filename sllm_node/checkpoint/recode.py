@@ -19,6 +19,7 @@ from sllm_node.checkpoint.output import (
     DiskFiles,
     OutputFiles,
     SpaceNeeded,
+    linked,
     publish,
     write_errors_named,
 )
@@ -74,7 +75,8 @@ def recode(
     """
     size = chunk_bytes_or_default(chunk_bytes, codec)
     check_codec(codec, size)
-    store, index, space = checkpoint.path.parent, checkpoint.index, SpaceNeeded()
+    place, index, space = linked(checkpoint.path), checkpoint.index, SpaceNeeded()
+    store = place.parent
     layout = Layout(index.tensors, tuple(shard.size for shard in index.shards))
     with (
         write_errors_named(store, space, files),
@@ -88,7 +90,7 @@ def recode(
             shards = writer.finish()
         write_index(folder, with_shards(replace(index, chunk_bytes=size), shards), files)
         _check_same(checkpoint)
-        publish(folder, checkpoint.path, files, replace=True)
+        publish(folder, place, files, replace=True)
     return open_checkpoint(checkpoint.path)
 
 

@@ -49,6 +49,13 @@ def temporary_folder(store: Path, name: str) -> Iterator[Path]:
         os.close(lock)
 
 
+def sweep(store: Path) -> list[str]:
+    """Delete what crashed writers left in `store` and return the names; nothing if it is busy."""
+    with suppress(OSError), _locked_now(store):
+        return _sweep(store)
+    return []
+
+
 @contextmanager
 def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Hold the lock of `folder`, which others hold for moments only."""
@@ -65,14 +72,24 @@ def _locked_now(folder: Path) -> AbstractContextManager[None]:
     return _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _sweep(store: Path) -> None:
+def _sweep(store: Path) -> list[str]:
     """Delete what crashed writers left in `store`, whose lock the caller holds."""
-    for folder in store.iterdir():
+    swept = []
+    for path in sorted(store.iterdir()):
         with suppress(OSError):
-            if not _is_ours(folder):
-                continue
-            with _locked_now(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+            if _is_ours(path) and _delete(path):
+                swept.append(path.name)
+    return swept
+
+
+def _delete(path: Path) -> bool:
+    """Delete what nobody writes to; of a link, not what it leads to. False: some of it is left."""
+    if path.is_symlink():
+        path.unlink()
+        return True
+    with _locked_now(path):
+        shutil.rmtree(path, ignore_errors=True)
+    return not path.exists()
 
 
 def _is_ours(path: Path) -> bool:

@@ -246,18 +246,19 @@ def remove(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Delete a checkpoint. A node that has it loaded serves on until it evicts it."""
+    """Delete a checkpoint, or a link to one. A node that has it loaded serves on until it evicts it."""
     from sllm_node.checkpoint.cards import Cards
     from sllm_node.checkpoint.catalog import Catalog
 
     store = _folder(store, config)
     if not store.is_dir():
         raise StoreFolderError(str(store), "is not there")
-    Catalog(store, Cards(store)).remove(ModelId(name))
+    stays = Catalog(store, Cards(store)).remove(ModelId(name))
     if as_json:
-        print_json({"removed": name})
+        print_json({"removed": name, "stays": None if stays is None else str(stays)})
     else:
-        say(f"{name}: removed from {store}")
+        rest = "" if stays is None else f"; it was a link, and its bytes stay in {stays}"
+        say(f"{name}: removed from {store}{rest}")
 
 
 def _folder(store: Path, config: Path | None) -> Path:

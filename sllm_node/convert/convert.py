@@ -18,6 +18,7 @@ from sllm_node.checkpoint.output import (
     OutputFiles,
     SpaceNeeded,
     check_still_ours,
+    linked,
     publish,
     write_errors_named,
 )
@@ -135,7 +136,8 @@ def convert_opened(
     """
     dtype = _dtype(options)
     chunk_bytes = chunk_bytes_or_default(options.chunk_bytes, options.codec)
-    store, name = destination.parent, destination.name
+    place = linked(destination)
+    store, name = place.parent, destination.name
     space = SpaceNeeded()
     files = surroundings.files
     with write_errors_named(store, space, files), temporary_folder(store, name) as folder:
@@ -160,8 +162,8 @@ def convert_opened(
             aliases=plan.aliases,
         )
         write_index(folder, with_shards(index, shards), files)
-        check_still_ours(destination)
-        publish(folder, destination, files, replace=options.force)
+        check_still_ours(place)
+        publish(folder, place, files, replace=options.force)
     return open_checkpoint(destination)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from sllm_node.checkpoint.output import linked
 from sllm_node.convert.gguf import GgufModel, load_gguf
 from sllm_node.convert.safetensors import WEIGHTS_INDEX_FILE, few, open_weights
 from sllm_node.convert.tensors import SourceTensor
@@ -86,7 +87,7 @@ def check_apart(source: str, destination: Path) -> None:
         ConversionError: the source is there, or inside.
     """
     path = Path(source).expanduser()
-    replaced = destination.resolve()
+    replaced = linked(destination)
     named = path.parent.resolve() / path.name  # a link is a part of its folder, wherever it leads
     for place in (named, path.resolve()):
         if path.exists() and place.is_relative_to(replaced):

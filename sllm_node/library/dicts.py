@@ -16,6 +16,7 @@ from sllm_node.checkpoint.output import (
     DiskFiles,
     SpaceNeeded,
     check_still_ours,
+    linked,
     publish,
     write_errors_named,
 )
@@ -45,7 +46,8 @@ def save(
     target = destination(directory, overwrite=overwrite)
     tensors, aliases = _sorted_out(state_dict)
     layout = plan_layout((TensorSpec(t.name, t.dtype, t.shape) for t in tensors), _SHARD_BYTES)
-    store, files, space = target.parent, DiskFiles(), SpaceNeeded()
+    place, files, space = linked(target), DiskFiles(), SpaceNeeded()
+    store = place.parent
     with write_errors_named(store, space, files), temporary_folder(store, target.name) as folder:
         space.require(layout.size, store, files)
         with (
@@ -71,8 +73,8 @@ def save(
             aliases=aliases,
         )
         write_index(folder, index, files)
-        check_still_ours(target)
-        publish(folder, target, files, replace=overwrite)
+        check_still_ours(place)
+        publish(folder, place, files, replace=overwrite)
     return target
 
 

@@ -1,5 +1,6 @@
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import PosixPath
 
 import msgspec
@@ -163,6 +164,23 @@ def test_a_damaged_checkpoint_can_be_removed(catalog):
     (catalog.root / "one" / "shard-00000.bin").unlink()
     catalog.remove("one")
     assert not (catalog.root / "one").exists()
+
+
+def test_of_a_link_only_the_link_is_removed(catalog, tmp_path):
+    linked = write_raw(tmp_path / "disk", "large")
+    (catalog.root / "three").symlink_to(linked.path)
+    assert catalog.remove("three") == linked.path.resolve()
+    assert verify(linked) == []
+    assert "three" not in catalog.models()
+    assert sorted(path.name for path in catalog.root.iterdir()) == ["disk", "one", "two"]
+
+
+def test_a_removal_sweeps_what_was_left_behind_even_of_a_name_that_is_not_there(catalog):
+    for name in ("one", "gone"):
+        (catalog.root / f".sllm-tmp-{name}-00000000").mkdir()
+        with nullcontext() if name == "one" else pytest.raises(ModelNotFoundError):
+            assert catalog.remove(name) is None
+    assert [path.name for path in catalog.root.iterdir()] == ["two"]
 
 
 def test_an_empty_folder_can_be_removed(catalog):

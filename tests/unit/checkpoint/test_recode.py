@@ -36,6 +36,18 @@ def test_there_and_back_every_byte_is_as_it_was(checkpoint):
     assert [path.name for path in Path(checkpoint.path.parent).iterdir()] == ["m"]
 
 
+def test_what_a_link_leads_to_is_recoded_where_it_lies(checkpoint, tmp_path):
+    (tmp_path / "store").mkdir()
+    link = tmp_path / "store" / "linked"
+    link.symlink_to(checkpoint.path)
+    encoded = recode(open_checkpoint(link), "exp", 16384)
+    assert (encoded.model, encoded.path, encoded.index.version) == ("linked", link, 2)
+    assert link.is_symlink()
+    assert verify(open_checkpoint(checkpoint.path)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "store"]
+    assert list(link.parent.iterdir()) == [link]
+
+
 def test_whatever_call_fails_the_old_checkpoint_stays_whole(checkpoint):
     class StoppedError(Exception):
         pass

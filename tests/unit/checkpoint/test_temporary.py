@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from sllm_node.checkpoint.temporary import temporary_folder
+from sllm_node.checkpoint.temporary import sweep, temporary_folder
+from sllm_node.checkpoint.verify import verify
 from tests.unit.checkpoint.raw import write_raw
 
 ROOT = Path(__file__).parents[3]
@@ -87,3 +88,40 @@ def test_a_writer_waits_while_another_makes_its_folder(tmp_path):
     child.stdout.close()
     assert child.wait() == 0
     assert (tmp_path / "m").is_dir()
+
+
+def test_a_sweep_tells_what_it_deleted_and_leaves_what_is_in_use(tmp_path):
+    leave(tmp_path / ".sllm-tmp-m-00000000", "shard-00000.bin")
+    leave(tmp_path / ".tmp-n-00000000", "shard-00000.bin")
+    leave(tmp_path / ".tmp-my-precious", "thesis.txt")
+    with temporary_folder(tmp_path / "other", "one") as folder:
+        (folder / "shard-00000.bin").write_bytes(b"half")
+        assert sweep(tmp_path) == [".sllm-tmp-m-00000000", ".tmp-n-00000000"]
+        assert sweep(tmp_path / "other") == []
+        assert names_in(folder) == ["shard-00000.bin"]
+    assert names_in(tmp_path) == [".tmp-my-precious", "other"]
+
+
+def test_a_sweep_waits_for_nobody_who_makes_a_folder(tmp_path):
+    leave(tmp_path / ".sllm-tmp-m-00000000")
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    assert sweep(tmp_path) == []
+    os.close(descriptor)
+    assert sweep(tmp_path) == [".sllm-tmp-m-00000000"]
+
+
+def test_a_sweep_of_a_folder_that_is_not_there_does_nothing(tmp_path):
+    assert sweep(tmp_path / "nowhere") == []
+
+
+def test_a_link_that_was_left_behind_is_swept_and_not_what_it_leads_to(tmp_path):
+    made = write_raw(tmp_path / "disk")
+    store = leave(tmp_path / "store")
+    for name in (".tmp-m-0000000a", ".sllm-tmp-m-0000000a", ".tmp-m-20261121"):
+        (store / name).symlink_to(made.path)
+    leave(tmp_path / "photos", "one")
+    (store / ".tmp-photos-20261121").symlink_to(tmp_path / "photos")
+    assert len(sweep(store)) == 3
+    assert names_in(store) == [".tmp-photos-20261121"]
+    assert verify(made) == []

@@ -51,6 +51,19 @@ def test_a_folder_is_converted_listed_inspected_verified_and_removed(tmp_path):
     assert json.loads(run("ls", "--store", folder, "--json").stdout)["checkpoints"] == []
 
 
+def test_of_a_link_the_link_is_removed_and_what_stays_is_named(tmp_path):
+    make_checkpoint(tmp_path / "disk", "large")
+    folder = tmp_path / "store"
+    folder.mkdir()
+    for flags in ([], ["--json"]):
+        (folder / "m").symlink_to(tmp_path / "disk" / "large")
+        said = run("rm", "m", "--store", folder, *flags).stdout
+        place = str(tmp_path / "disk" / "large")
+        assert json.loads(said)["stays"] == place if flags else f"its bytes stay in {place}" in said
+    assert list(folder.iterdir()) == []
+    assert "verified, no damage" in run("verify", "large", "--store", tmp_path / "disk").stdout
+
+
 def test_the_folder_may_be_that_of_a_nodes_config(tmp_path):
     store, config = tmp_path / "store", tmp_path / "node.toml"
     make_checkpoint(store, "tiny")

@@ -146,6 +146,16 @@ def test_a_checkpoint_may_lie_in_the_folder_of_its_source_and_be_replaced_there(
     assert (source / "model.safetensors").is_file()
 
 
+def test_what_a_link_leads_to_is_replaced_where_it_lies(source, store, tmp_path):
+    convert(str(source), "large", tmp_path / "disk", SMALL)
+    store.mkdir()
+    (store / "m").symlink_to(tmp_path / "disk" / "large")
+    after = convert(str(source), "m", store, ConvertOptions("bfloat16", force=True))
+    assert (after.model, after.index.model, after.index.dtype) == ("m", "m", "BF16")
+    assert (store / "m").is_symlink()
+    assert (names_in(store), names_in(tmp_path / "disk")) == (["m"], ["large"])
+
+
 def test_a_folder_that_took_the_name_meanwhile_is_not_replaced(source, store):
     def take(progress):
         (store / "m").mkdir(exist_ok=True)

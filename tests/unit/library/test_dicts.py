@@ -119,6 +119,16 @@ def test_what_is_no_dict_of_names_is_refused(tmp_path, value):
         dicts.save(value, tmp_path / "d")
 
 
+def test_what_a_link_leads_to_is_replaced_where_it_lies(loader, tmp_path):
+    dicts.save({"x": torch.zeros(2)}, tmp_path / "disk" / "d")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "link").symlink_to(tmp_path / "disk" / "d")
+    dicts.save({"x": torch.ones(2)}, tmp_path / "store" / "link", overwrite=True)
+    assert dicts.load(loader, tmp_path / "disk" / "d", pool_bytes=POOL)["x"].tolist() == [1, 1]
+    for folder, name in (("store", "link"), ("disk", "d")):
+        assert [path.name for path in (tmp_path / folder).iterdir()] == [name]
+
+
 class Replacing:
     """A loader before each of whose first loads somebody replaces the checkpoint."""
 
