@@ -132,6 +132,21 @@ def test_verify_names_shard_offset_and_tensors_of_damage(tmp_path, as_json):
         assert found["offset"] <= 40_000 < found["offset"] + found["size"]
 
 
+def test_verify_says_no_undamaged_of_what_ls_calls_unusable(tmp_path):
+    def lengthen(path):
+        path.write_bytes(path.read_bytes() + bytes(4096))
+
+    folder = damaged(tmp_path, lengthen)
+    assert "not usable" in run("ls", "--store", folder).stderr
+    done = run("verify", "bad", "--store", folder)
+    assert done.exit_code == 1
+    assert "4096 bytes too many; tensors: none" in done.stdout
+    assert "no damage" not in done.stdout
+    told = run("verify", "bad", "--store", folder, "--json")
+    assert told.exit_code == 1
+    assert "the index says" in json.loads(told.stdout)["problem"]
+
+
 def test_verify_reports_a_shard_that_was_cut_short_chunk_by_chunk(tmp_path):
     folder = damaged(tmp_path, lambda path: path.write_bytes(path.read_bytes()[:20_000]))
     done = run("verify", "bad", "--store", folder)
