@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from sllm_node.checkpoint.index import INDEX_FILE
 from sllm_node.checkpoint.output import linked
 from sllm_node.convert.gguf import GgufModel, load_gguf
 from sllm_node.convert.safetensors import WEIGHTS_INDEX_FILE, few, open_weights
@@ -128,6 +129,8 @@ def _open_folder(
         if not (path / CONFIG_FILE).is_file():
             raise ConversionError(origin, f"has no {CONFIG_FILE}")
         return FolderSource(path, origin, open_weights(path, files), needs_tokenizer)
+    if (path / INDEX_FILE).is_file():
+        raise _converted_already(origin, path)
     names = sorted(entry.name for entry in path.iterdir())
     quantised = [name for name in names if name.endswith(".gguf")]
     if len(quantised) == 1:
@@ -142,11 +145,22 @@ def _open_folder(
 def _open_file(path: Path, origin: str, dtype: str | None) -> GgufModel:
     if path.suffix == ".gguf":
         return load_gguf(path, origin, dtype)
+    if (path.parent / INDEX_FILE).is_file():
+        raise _converted_already(origin, path.parent)
     if path.suffix in _PICKLES:
         raise _pickle_refused(origin, [path.name])
     if path.suffix == ".safetensors":
         raise ConversionError(origin, "is one file of a model; give the folder that it lies in")
     raise ConversionError(origin, "is neither a folder nor a GGUF file")
+
+
+def _converted_already(origin: str, folder: Path) -> ConversionError:
+    place = folder.absolute()
+    return ConversionError(
+        origin,
+        f"is a checkpoint already: give its folder {place.parent} as --store, or copy it into "
+        f"your store; 'sllm-node recode {place.name}' changes its codec",
+    )
 
 
 def _pickle_refused(origin: str, names: list[str]) -> ConversionError:
