@@ -89,8 +89,8 @@ def check_apart(source: str, destination: Path) -> None:
     """
     path = Path(source).expanduser()
     replaced = linked(destination)
-    named = path.parent.resolve() / path.name  # a link is a part of its folder, wherever it leads
-    for place in (named, path.resolve()):
+    named = linked(path.parent) / path.name  # a link is a part of its folder, wherever it leads
+    for place in (named, linked(path)):
         if path.exists() and place.is_relative_to(replaced):
             problem = f"to replace {destination} would delete the source; choose another name"
             raise ConversionError(source, problem)

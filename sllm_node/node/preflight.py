@@ -127,7 +127,11 @@ def _catalog_findings(config: Config, path: Path) -> Iterator[Finding]:
     yield Finding("ok", "store.path", f"{path}: {len(found)} checkpoints")
     for name, problem in sorted(catalog.problems.items()):
         is_ours = may_go(path / name)
-        mend = f"'sllm-node rm {name}' deletes it" if is_ours else "it may lie in another folder"
+        mend = (
+            f"'sllm-node rm {name}' deletes it"
+            if is_ours
+            else "if it is none, move it out of the store"
+        )
         todo = f"the node starts without it; {mend}"
         yield Finding("warning", "store.path", f"checkpoint {name}: {problem}", todo)
     is_alone = not (config.remotes or config.cluster.file)

@@ -94,6 +94,20 @@ def test_a_checkpoint_that_was_deleted_meanwhile_does_not_come_back(checkpoint):
     assert not checkpoint.path.exists()
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_folders_in_a_checkpoint_are_never_deleted_by_recoding_it(checkpoint, is_there):
+    def put():
+        (checkpoint.path / "original").mkdir(exist_ok=True)
+        (checkpoint.path / "original" / "model.safetensors").write_text("precious")
+
+    if is_there:
+        put()
+    with pytest.raises(ConversionError, match="has folders that would be deleted: original; move"):
+        recode(checkpoint, "exp", 16384, progress=lambda done, total: put())
+    assert (checkpoint.path / "original" / "model.safetensors").read_text() == "precious"
+    assert [path.name for path in checkpoint.path.parent.iterdir()] == ["m"]
+
+
 def test_a_damaged_checkpoint_is_not_recoded(checkpoint):
     path = checkpoint.path / "shard-00000.bin"
     path.write_bytes(b"x" + path.read_bytes()[1:])
