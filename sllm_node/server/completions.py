@@ -28,6 +28,7 @@ from sllm_node.core.types import (
     GenerationRequest,
     ModelId,
     ModelStatus,
+    SamplingParameters,
     SessionId,
     TokenIds,
 )
@@ -201,7 +202,8 @@ class Completions:
             for i, prompt in enumerate(prompts):
                 for j in range(request.n):
                     session = SessionId(f"{_request_id()}-{i * request.n + j}")
-                    asked = _generation(request, wish, prompt, session, j, limit)
+                    sampling = wish.for_choice(i, j, request.n)
+                    asked = _generation(request, wish, prompt, session, sampling, limit)
                     streams.append(self._service.open(asked, keep_alive_s=wish.keep_alive_s))
         except BaseException:
             for stream in streams:
@@ -357,7 +359,7 @@ def _generation(
     wish: Wish,
     prompt: TokenIds,
     session: SessionId,
-    choice: int,
+    sampling: SamplingParameters,
     limit: int,
 ) -> GenerationRequest:  # fmt: skip
     left = limit - len(prompt)
@@ -369,7 +371,7 @@ def _generation(
         session=session,
         model=ModelId(request.model),
         prompt=prompt,
-        sampling=wish.for_choice(choice),
+        sampling=sampling,
         max_tokens=wish.max_tokens or left,
         stop=wish.stop,
         ignore_eos=request.ignore_eos,
