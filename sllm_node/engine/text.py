@@ -68,9 +68,9 @@ class TextCodec:
         batch = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(batch[0].ids)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of `tokens`, special ones left out."""
-        return str(self._core.decode(list(tokens), skip_special_tokens=True))
+    def decode(self, tokens: Sequence[int], *, with_special: bool = False) -> str:
+        """Return the text of `tokens`, special ones left out unless they are asked for."""
+        return str(self._core.decode(list(tokens), skip_special_tokens=not with_special))
 
     def token_text(self, token: int) -> str:
         """Return one token by itself, special or not; for log probabilities."""

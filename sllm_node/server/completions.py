@@ -179,8 +179,9 @@ class Completions:
             f"{shape.prefix}{_request_id()}", request.model, int(self._clock.wall()),
             wish.logprobs is not None,
         )  # fmt: skip
-        echoes = isinstance(request, CompletionRequest) and request.echo
-        texts = [await self._prompts.text(codec, prompt) if echoes else "" for prompt in prompts]
+        texts = [""] * len(prompts)
+        if isinstance(request, CompletionRequest) and request.echo:
+            texts = [await self._prompts.text(codec, given) for given in prompts_of(request)]
         choices = [
             Choice(i * request.n + j, text)
             for i, text in enumerate(texts)

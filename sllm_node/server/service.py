@@ -39,8 +39,8 @@ class TextCodec(Protocol):
             PromptTooLongError: it is so long that they must be more than `limit`.
         """
 
-    def decode(self, tokens: TokenIds) -> str:
-        """Return the text of `tokens`, special tokens left out."""
+    def decode(self, tokens: TokenIds, *, with_special: bool = False) -> str:
+        """Return the text of `tokens`, special ones left out unless they are asked for."""
 
 
 class Stream(Protocol):

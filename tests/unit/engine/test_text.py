@@ -120,6 +120,7 @@ def test_no_text_is_cut_or_padded_because_the_tokenizers_file_says_so(tmp_path):
 def test_special_tokens_end_but_do_not_show(codec):
     eos = next(iter(codec.eos_ids))
     assert codec.decode([eos]) == ""
+    assert codec.decode([eos], with_special=True) == "<|im_end|>"
     assert codec.token_text(eos) == "<|im_end|>"
 
 

@@ -130,6 +130,16 @@ async def test_completions_take_many_prompts_and_echo(rig):
     assert answer["usage"]["prompt_tokens"] == 3
 
 
+async def test_an_echo_is_the_prompt_as_it_came_with_its_special_tokens(rig):
+    given = "<s>ab"
+    for prompt in (given, [given], list(map(ord, given)), [list(map(ord, given))]):
+        body = {"model": "m", "prompt": prompt, "echo": True}
+        _, answer, _ = await rig.post(COMPLETIONS, body)
+        assert answer["choices"][0]["text"] == "<s>abHello"
+        _, data = await rig.events(COMPLETIONS, {**body, "stream": True})
+        assert json.loads(data[0])["choices"][0]["text"] == "<s>ab"
+
+
 async def test_logprobs_come_in_both_shapes(rig):
     _, chat, _ = await rig.post(CHATS, {**CHAT, "logprobs": True, "top_logprobs": 1})
     entry = chat["choices"][0]["logprobs"]["content"][0]
