@@ -34,6 +34,8 @@ _WINDOW_MAX: Final = 64
 """Tokens that are decoded again to get the text of the next one."""
 _PROMPT_TAIL: Final = 6
 """Tokens of the prompt that the first window begins with."""
+_CHARACTER_TOKENS: Final = 4
+"""That one character can be spread over."""
 
 
 class TextCodec:
@@ -158,14 +160,17 @@ class Detokenizer:
 
     Decoding a window that begins before the new tokens keeps what tokenizers do between words right
     (a space before a word, or none at the start), and costs the same however long the text is. The
-    first window begins in the prompt, so that the text goes on from it.
+    first window begins in the prompt, so that the text goes on from it: also in the middle of a
+    character, which is emitted if the first tokens make it whole.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._tokens = list(prompt[-_PROMPT_TAIL:])
+        self._tokens = _tail(decode, prompt)
         self._prefix = 0
         self._read = len(self._tokens)
+        self._is_first = True
+        """Nothing was emitted: the window's known part is the prompt's."""
         self.characters = 0
         """Emitted so far."""
 
@@ -184,9 +189,22 @@ class Detokenizer:
 
     def _window(self) -> tuple[str, str]:
         text = self._decode(self._tokens[self._prefix :])
-        return text, self._decode(self._tokens[self._prefix : self._read])
+        before = self._decode(self._tokens[self._prefix : self._read])
+        if self._is_first and before.endswith(REPLACEMENT) and not text.startswith(before):
+            return text, self._before_character(text)
+        return text, before
+
+    def _before_character(self, text: str) -> str:
+        """Go back to before the character that the prompt has begun and its answer made whole."""
+        for read in range(self._read, max(-1, self._read - _CHARACTER_TOKENS), -1):
+            before = self._decode(self._tokens[:read])
+            if text.startswith(before):
+                self._read = read
+                return before
+        return self._decode(self._tokens[: self._read])
 
     def _emit(self, text: str, before: str) -> str:
+        self._is_first = False
         # A window must begin with tokens that show, or what follows looks like the text's start.
         if len(text) > len(before) or len(self._tokens) - self._prefix > _WINDOW_MAX:
             self._prefix = self._read
@@ -198,6 +216,21 @@ class Detokenizer:
         emitted = text[len(before) :]
         self.characters += len(emitted)
         return emitted
+
+
+def _tail(decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> list[int]:
+    """Return the last tokens of a prompt, from where a character begins.
+
+    One that is cut makes some tokenizers decode all bytes beside it as U+FFFD; so the last one, which
+    may be cut, is left aside to tell.
+    """
+    for size in range(_PROMPT_TAIL, _PROMPT_TAIL + _CHARACTER_TOKENS):
+        tail = list(prompt[-size:])
+        for cut in range(_CHARACTER_TOKENS):
+            text = decode(tail[: len(tail) - cut])
+            if not (text.startswith(REPLACEMENT) or text.endswith(REPLACEMENT)):
+                return tail
+    return list(prompt[-_PROMPT_TAIL:])
 
 
 class StopScanner:

@@ -85,6 +85,35 @@ def test_the_text_goes_on_from_the_prompt_with_its_space(sentences):
     assert state.add(token) + state.flush() == " world"
 
 
+def shown_after(decode, prompt, tokens):
+    state = TextState.begin(decode, (), (), tuple(prompt))
+    return "".join([*map(state.add, tokens), state.flush()])
+
+
+@pytest.mark.parametrize("text", ["日本語は難しい", "a日b", "👩‍👩‍👧", "a\ufffd日"])
+def test_a_character_that_begins_in_the_prompt_is_shown_when_it_is_whole(codec, text):
+    tokens = codec.encode(text, add_special_tokens=False)
+    for cut in range(1, len(tokens)):
+        whole = codec.decode(tokens[:cut]).rstrip("\ufffd")
+        shown = shown_after(codec.decode, tokens[:cut], tokens[cut:])
+        assert shown.lstrip("\ufffd") == text.removeprefix(whole).lstrip("\ufffd")
+
+
+def test_a_character_of_a_prompt_in_bytes_is_shown_when_it_is_whole(sentences):
+    words = [f"<0x{byte:02X}>" for byte in "日本語は難しい".encode()]
+    tokens = [sentences.token_to_id(word) for word in words]
+    for cut in range(1, len(tokens)):
+        rest = "日本語は難しい"[cut // 3 :]
+        assert shown_after(sentences.decode, tokens[:cut], tokens[cut:]) == rest
+
+
+def test_half_a_character_at_the_end_of_the_prompt_is_not_shown_if_nothing_comes_of_it(codec):
+    half, then = codec.encode("日", add_special_tokens=False)[:1], codec.encode("a")[-1]
+    assert shown_after(codec.decode, half, [then]) == "a"
+    mark = codec.encode("bad \ufffd", add_special_tokens=False)
+    assert shown_after(codec.decode, mark, [then]) == "a"
+
+
 def test_many_tokens_that_do_not_show_cost_no_more_than_a_few(sentences):
     seen = []
 
