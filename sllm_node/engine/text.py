@@ -7,9 +7,11 @@ by feeding them what was generated before.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from sllm_node.core.errors import (
@@ -51,6 +53,8 @@ class TextCodec:
         """Tokens that end a generation."""
         self.vocabulary_size = vocabulary_size
         """Of the model: tokens that it can be given."""
+        added = self._core.get_added_tokens_decoder().items()
+        self._special = {token: found.content for token, found in added if found.special}
         # One by one: get_vocab would hold the GIL for a tenth of a second.
         names = (self._core.id_to_token(token) or "" for token in range(vocabulary_size))
         self._token_characters = max(map(len, names), default=1)
@@ -77,6 +81,13 @@ class TextCodec:
     def token_text(self, token: int) -> str:
         """Return one token by itself, special or not; for log probabilities."""
         return str(self._core.decode([token], skip_special_tokens=False))
+
+    def text_state(
+        self, stops: Sequence[str], resumed: TokenIds = (), prompt: TokenIds = ()
+    ) -> "TextState":
+        """Start a session's text; that of `resumed` has been shown already."""
+        named = {t: name for t, name in self._special.items() if any(name in s for s in stops)}
+        return TextState.begin(self.decode, stops, resumed, prompt, named)
 
     def render_chat(
         self, messages: Sequence[dict[str, Any]], *, limit: int | None = None
@@ -234,36 +245,43 @@ def _tail(decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> list
 
 
 class StopScanner:
-    """Passes text on up to the first stop string; holds back what may be the beginning of one."""
+    """Passes text on up to the first stop string; holds back what may be the beginning of one.
+
+    Text may be hidden: a special token's, which is looked at and never passed on.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._shows: list[bool] = []
+        """Of each character held: whether it can be shown."""
         self.found: str | None = None
         """The stop string that was met."""
 
-    def add(self, text: str) -> str:
+    def add(self, text: str, *, is_hidden: bool = False) -> str:
         """Take text and return what can be shown."""
         if not self._stops:
-            return text
+            return "" if is_hidden else text
         self._held += text
+        self._shows += [not is_hidden] * len(text)
         places = [(self._held.find(stop), stop) for stop in self._stops]
         met = [(at, -len(stop), stop) for at, stop in places if at >= 0]
         if met:
             at, _, self.found = min(met)
-            shown, self._held = self._held[:at], ""
+            shown = self._take(at)
+            self._take(len(self._held))
             return shown
-        keep = self._longest_beginning()
-        shown, self._held = (
-            self._held[: len(self._held) - keep],
-            self._held[len(self._held) - keep :],
-        )
-        return shown
+        return self._take(len(self._held) - self._longest_beginning())
 
     def flush(self) -> str:
         """Return what was held back: no stop string came of it."""
-        held, self._held = self._held, ""
-        return held
+        return self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        shown = "".join(compress(self._held[:count], self._shows))
+        self._held = self._held[count:]
+        del self._shows[:count]
+        return shown
 
     def _longest_beginning(self) -> int:
         """Return the length of the longest end of the text that begins a stop string."""
@@ -281,6 +299,8 @@ class TextState:
 
     detokenizer: Detokenizer
     scanner: StopScanner
+    special: Mapping[int, str]
+    """Names of special tokens that stop strings are written with."""
 
     @classmethod
     def begin(
@@ -289,16 +309,24 @@ class TextState:
         stops: Sequence[str],
         resumed: TokenIds,
         prompt: TokenIds = (),
+        special: Mapping[int, str] = MappingProxyType({}),
     ) -> "TextState":
         """Start a session; the text of `resumed` has been shown already."""
-        state = cls(Detokenizer(decode, prompt), StopScanner(stops))
+        state = cls(Detokenizer(decode, prompt), StopScanner(stops), special)
         for token in resumed:
             state.add(token)
         return state
 
     def add(self, token: int) -> str:
         """Take a token and return what can be shown."""
-        return self.scanner.add(self.detokenizer.add(token))
+        name = self.special.get(token)
+        if name is None:
+            return self.scanner.add(self.detokenizer.add(token))
+        text = self.detokenizer.flush() + self.detokenizer.add(token)
+        shown = self.scanner.add(text)
+        if self.scanner.found is not None:
+            return shown
+        return shown + self.scanner.add(name, is_hidden=True)
 
     def flush(self) -> str:
         """Return what is left when the session ends without a stop string."""

@@ -194,6 +194,48 @@ def test_how_text_is_cut_makes_no_difference(text, stops, data):
     assert (found is not None) == bool(places)
 
 
+SPOKEN = "Hi<|im_end|>\n<|im_start|>user"
+
+
+@pytest.mark.parametrize(
+    ("stops", "shown", "found"),
+    [
+        (["<|im_end|>"], "Hi", "<|im_end|>"),
+        (["<|im_start|>user", "user"], "Hi\n", "<|im_start|>user"),
+        (["i<|im_end|>\n"], "H", "i<|im_end|>\n"),
+        (["<|im_end|>\n<|im_start|>"], "Hi", "<|im_end|>\n<|im_start|>"),
+        (["<|im_end|>x", "zz"], "Hi\nuser", None),
+        (["<|pad|>"], "Hi\nuser", None),
+    ],
+)
+def test_a_stop_string_may_be_written_with_special_tokens_that_do_not_show(
+    codec, stops, shown, found
+):
+    tokens = codec.encode(SPOKEN, add_special_tokens=False)
+    state, text = codec.text_state(stops), ""
+    for position, token in enumerate(tokens):
+        resumed = codec.text_state(stops, tokens[:position])
+        piece = state.add(token)
+        assert (piece, state.scanner.found) == (resumed.add(token), resumed.scanner.found)
+        text += piece
+        if state.scanner.found is not None:
+            break
+    else:
+        text += state.flush()
+    assert (text, state.scanner.found) == (shown, found)
+
+
+def test_a_special_token_that_stops_leaves_no_text_behind(codec):
+    (end,) = codec.encode("<|im_end|>", add_special_tokens=False)
+    for before, shown in (
+        (codec.encode("aE", add_special_tokens=False), "aE"),
+        (codec.encode("日", add_special_tokens=False)[:1], "\ufffd"),
+    ):
+        state = codec.text_state(["END", "<|im_end|>"])
+        assert "".join(map(state.add, (*before, end))) == shown
+        assert state.scanner.found == "<|im_end|>"
+
+
 def test_a_resumed_session_goes_on_with_the_same_text(codec):
     tokens = codec.encode("one two日本 three END four", add_special_tokens=False)
     whole = TextState.begin(codec.decode, ["END"], ())
