@@ -9,6 +9,7 @@ by feeding them what was generated before.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import compress
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,9 @@ from sllm_node.core.errors import (
     InvalidRequestError,
     PromptTooLongError,
 )
+from sllm_node.core.token_name import name_of
 from sllm_node.core.types import TokenIds
+from sllm_node.engine.token_bytes import TokenBytes
 
 REPLACEMENT: Final = "\ufffd"
 _TOKENIZER_FILES: Final = (
@@ -39,6 +42,9 @@ _PROMPT_TAIL: Final = 6
 _CHARACTER_TOKENS: Final = 4
 """That one character can be spread over."""
 
+_NAMES_MAX: Final = 1 << 14
+"""Names of tokens that are kept."""
+
 
 class TextCodec:
     """The tokenizer, chat template and end tokens of one checkpoint."""
@@ -53,6 +59,10 @@ class TextCodec:
         """Tokens that end a generation."""
         self.vocabulary_size = vocabulary_size
         """Of the model: tokens that it can be given."""
+        self.token_bytes = token_bytes = TokenBytes(self._core).of
+        """What one token stands for, special or not."""
+        self.token_text = lru_cache(_NAMES_MAX)(lambda token: name_of(token_bytes(token)))
+        """The name of one token by itself; for log probabilities, up to twenty of each drawn one."""
         added = self._core.get_added_tokens_decoder().items()
         self._special = {token: found.content for token, found in added if found.special}
         # One by one: get_vocab would hold the GIL for a tenth of a second.
@@ -77,10 +87,6 @@ class TextCodec:
     def decode(self, tokens: Sequence[int], *, with_special: bool = False) -> str:
         """Return the text of `tokens`, special ones left out unless they are asked for."""
         return str(self._core.decode(list(tokens), skip_special_tokens=not with_special))
-
-    def token_text(self, token: int) -> str:
-        """Return one token by itself, special or not; for log probabilities."""
-        return str(self._core.decode([token], skip_special_tokens=False))
 
     def text_state(
         self, stops: Sequence[str], resumed: TokenIds = (), prompt: TokenIds = ()
