@@ -158,12 +158,11 @@ class Completions:
     def _check_choices(self, request: ChatRequest | CompletionRequest) -> None:
         """Refuse a request whose sessions would never be taken all together."""
         prompts = 1 if isinstance(request, ChatRequest) else len(prompts_of(request))
-        sessions, limit = request.n * prompts, self._service.session_limit(request.model)
+        sessions, limit = request.n * prompts, self._service.session_limit
         if sessions > limit:
             raise InvalidRequestError(
-                f"the request asks for {sessions} choices and this node takes {limit} of this model "
-                "at once (schedule.max_queue, and engine.max_sessions once it is on the device); "
-                "send fewer in a request",
+                f"the request asks for {sessions} choices and this node takes {limit} of a model "
+                "at once (schedule.max_queue and engine.max_sessions); send fewer in a request",
                 param="n" if request.n > 1 else "prompt",
             )
 

@@ -193,7 +193,8 @@ class FakeService:
     def context_limit(self, model):
         return self.limit
 
-    def session_limit(self, model):
+    @property
+    def session_limit(self):
         return self.sessions_max
 
     def open(self, request, *, keep_alive_s=None):
