@@ -162,14 +162,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _eos_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
-    """Return the end tokens that generation config and tokenizer name; the config's if neither."""
-    found: set[Any] = set()
+    """Return the end tokens of the generation config, or else of the config, and the tokenizer's."""
+    found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if not found:
             ids = _read_json(directory / name).get("eos_token_id")
-            found.update(ids if isinstance(ids, list) else [ids])
-    found.add(tokenizer.eos_token_id)
-    return frozenset(token for token in found if isinstance(token, int))
+            named = ids if isinstance(ids, list) else [ids]
+            found.update(token for token in named if isinstance(token, int))
+    own = tokenizer.eos_token_id
+    return frozenset(found if own is None else {*found, own})
 
 
 class Detokenizer:

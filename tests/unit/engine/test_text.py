@@ -270,16 +270,22 @@ def test_a_model_without_a_template_or_that_refuses_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("generation", "expected"),
-    [({"eos_token_id": [5, 6]}, {5, 6, 317}), ({}, {317}), (None, {317})],
+    [
+        ({"eos_token_id": [5, 6]}, {5, 6, 317}),
+        ({"eos_token_id": None}, {7, 8, 317}),
+        ({}, {7, 8, 317}),
+        (None, {7, 8, 317}),
+    ],
 )
-def test_end_tokens_are_those_of_the_generation_config(tmp_path, generation, expected):
+def test_end_tokens_are_those_of_the_generation_config_or_else_the_config(
+    tmp_path, generation, expected
+):
     folder = make_tokenizer(tmp_path)
-    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 317}')
+    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": [7, 8]}')
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     codec = load_codec(folder)
     assert codec.eos_ids == expected
-    assert codec.vocabulary_size == 320
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
