@@ -149,22 +149,30 @@ def convert_opened(
         space.require(layout.size, store, files)
         with ShardWriter(folder, layout, chunk_bytes, files, options.codec) as writer:
             shards = _write(plan, layout, writer, GroupRunner(model), progress)
-        index = TensorIndex(
-            version=VERSION,
-            model=name,
-            architecture=architecture(model.config),
-            dtype=plan.dtype,
-            context_tokens=context_tokens(model.config),
-            chunk_bytes=chunk_bytes,
-            created=int(surroundings.clock.wall()),
-            shards=(),
-            tensors=layout.tensors,
-            aliases=plan.aliases,
-        )
+        created = int(surroundings.clock.wall())
+        index = _index(name, model.config, plan, layout, chunk_bytes, created)
         write_index(folder, with_shards(index, shards), files)
         check_still_ours(place)
         publish(folder, place, files, replace=options.force)
     return open_checkpoint(destination)
+
+
+def _index(
+    name: str, config: Any, plan: Plan, layout: Layout, chunk_bytes: int, created: int
+) -> TensorIndex:
+    """Return the index of what is written, but for its shards."""
+    return TensorIndex(
+        version=VERSION,
+        model=name,
+        architecture=architecture(config),
+        dtype=plan.dtype,
+        context_tokens=context_tokens(config),
+        chunk_bytes=chunk_bytes,
+        created=created,
+        shards=(),
+        tensors=layout.tensors,
+        aliases=plan.aliases,
+    )
 
 
 def _dtype(options: ConvertOptions) -> str | None:
