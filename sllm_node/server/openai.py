@@ -2,7 +2,8 @@
 
 Nothing is silently ignored. A field that OpenAI defines and we do not serve is taken when it asks
 for nothing (null, or its neutral value) and refused otherwise; a field that nobody defines is
-refused. `user` and `safety_identifier` are labels and go to the log.
+refused, but in a message it may be null: so clients send our own answers back, with fields that they
+add. `user` and `safety_identifier` are labels and go to the log.
 """
 
 import math
@@ -28,6 +29,7 @@ _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Odd, so that the seeds of a request's choices differ (2^64 over the golden ratio)."""
 
 Nothing = Annotated[list[Any], Meta(max_length=0)]
+NoFields = Annotated[dict[str, Any], Meta(max_length=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0)]
 RequestT = TypeVar("RequestT", bound=msgspec.Struct)
@@ -60,6 +62,8 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     function_call: None = None
     audio: None = None
     annotations: Nothing | None = None
+    provider_specific_fields: dict[str, Nothing | NoFields | None] | None = None
+    """A client's own place for fields of answers."""
 
     def as_template_input(self) -> dict[str, str]:
         """Return the message as chat templates take it; `developer` is what was called `system`."""
@@ -232,6 +236,8 @@ def _parse(body: bytes, kind: type[RequestT]) -> RequestT:
         if value is not None and not _UNSERVED[name](value):
             raise InvalidRequestError(f"{name} is not served by this node", param=name)
     wanted = {name: v for name, v in tree.items() if v is not None or name not in known}
+    if "messages" in known:
+        _drop_unknown_nulls(wanted.get("messages"))
     request = convert_object(wanted, kind)
     assert isinstance(request, _Common)
     if request.stream_options is not None and not request.stream:
@@ -240,6 +246,18 @@ def _parse(body: bytes, kind: type[RequestT]) -> RequestT:
         where = "stream_options.include_obfuscation"
         raise InvalidRequestError(f"{where} is not served by this node", param=where)
     return request
+
+
+_MESSAGE_FIELDS: Final = frozenset(Message.__struct_fields__)
+
+
+def _drop_unknown_nulls(messages: Any) -> None:
+    """Take fields out of messages that nobody knows and that say nothing."""
+    for message in messages if isinstance(messages, list) else ():
+        if isinstance(message, dict):
+            for name in [name for name, value in message.items() if value is None]:
+                if name not in _MESSAGE_FIELDS:
+                    del message[name]
 
 
 _FIELD: Final = re.compile(r"(?:unknown|required) field `([^`]+)`")

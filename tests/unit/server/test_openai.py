@@ -61,6 +61,11 @@ def refused(parse, body):
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages[0].refusal"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "provider_specific_fields": {"a": 1}}]},
+            "messages[0].provider_specific_fields",
+        ),
+        ({"messages": [None]}, "messages[0]"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"banana": None}, "banana"), ({"prompt": "x"}, "prompt"),
     ],
@@ -198,10 +203,17 @@ def test_our_own_answers_can_be_sent_back_as_they_are():
     answers = [
         {"role": "assistant", "content": "Hello", **nothing},
         {"role": "assistant", "content": None, "tool_calls": [], "annotations": []},
+        {"role": "assistant", "content": "Hi", "parsed": None, "thinking_blocks": None},
+        {
+            "role": "assistant",
+            "content": "Hi",
+            "provider_specific_fields": {"refusal": None, "x": [], "y": {}},
+        },
     ]
     messages = parse_chat(json.dumps({**CHAT, "messages": answers}).encode()).messages
     assert [message.as_template_input() for message in messages] == [
         {"role": "assistant", "content": "Hello"}, {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "Hi"}, {"role": "assistant", "content": "Hi"},
     ]  # fmt: skip
 
 
