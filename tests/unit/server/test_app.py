@@ -480,10 +480,23 @@ async def test_a_body_may_be_compressed(rig, encoding):
     assert rig.service.requests[1:] == []
 
 
-async def test_an_encoding_that_is_not_known_is_refused_and_not_ignored(rig):
-    status, answer, headers = await rig.post(CHATS, b"{}", **{"Content-Encoding": "x-snappy"})
+@pytest.mark.parametrize("encoding", ["x-snappy", "br", "zstd", "BR"])
+async def test_an_encoding_that_is_not_known_is_refused_and_not_ignored(rig, encoding):
+    status, answer, headers = await rig.post(CHATS, b"{}", **{"Content-Encoding": encoding})
     assert (status, answer["error"]["code"]) == (415, "unsupported_encoding")
+    assert repr(encoding.lower()) in answer["error"]["message"]
     assert headers["Accept-Encoding"] == "gzip, deflate"
+
+
+@pytest.mark.parametrize("path", [CHATS, "/nowhere"])
+async def test_a_body_that_is_no_gzip_is_no_error_of_the_node(rig, caplog, path):
+    sent = head_of(3, "Content-Encoding: gzip").replace(CHATS.encode(), path.encode()) + b"abc"
+    reader, writer = await asyncio.open_connection(*rig.url[7:].split(":"))
+    writer.write(sent)
+    answer = await reader.read()  # up to the end: what is logged after the answer is there, too
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 400 " if path == CHATS else b"HTTP/1.1 404 ")
+    assert [r for r in caplog.records if r.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "ünicode"])
@@ -507,6 +520,12 @@ async def test_keys_open_what_they_are_for():
         assert refusal[1]["error"]["code"] == "invalid_api_key"
         for path in ("/livez", "/readyz", "/health"):
             assert (await rig.get(path))[0] == 200
+
+
+async def test_a_key_that_is_no_text_is_a_wrong_key():
+    async with serving(api_keys=("k",)) as rig:
+        head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\xe4\r\n\r\n"
+        assert (await talk(rig, head)).startswith(b"HTTP/1.1 401 ")
 
 
 async def test_client_keys_open_the_admin_endpoints_if_there_are_no_others():
