@@ -24,6 +24,7 @@ PROMPTS_MAX: Final = 128
 LOGPROBS_MAX: Final = 20
 LOGIT_BIAS_MAX: Final = 1024
 CACHE_SALT_MAX: Final = 1024
+LABEL_MAX: Final = 1024
 SEEDS: Final = 1 << 64
 _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Odd, so that the seeds of a request's choices differ (2^64 over the golden ratio)."""
@@ -94,8 +95,8 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop: str | list[str] = []
     ignore_eos: bool = False
     keep_alive: float | str | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
+    user: Annotated[str, Meta(max_length=LABEL_MAX)] | None = None
+    safety_identifier: Annotated[str, Meta(max_length=LABEL_MAX)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=CACHE_SALT_MAX)] | None = None
 
 

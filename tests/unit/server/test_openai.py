@@ -46,6 +46,7 @@ def refused(parse, body):
         ({"logit_bias": {"5": 101}}, "logit_bias"), ({"seed": 1 << 63}, "seed"), ({"seed": 0.5}, "seed"),
         ({"n": 0}, "n"), ({"max_tokens": 0}, "max_tokens"),
         ({"cache_salt": ""}, "cache_salt"), ({"cache_salt": "x" * 1025}, "cache_salt"), ({"cache_salt": 3}, "cache_salt"),
+        ({"user": "x" * 1025}, "user"), ({"safety_identifier": "x" * 1025}, "safety_identifier"),
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
         ({"stop": 5}, "stop"), ({"stop": [5]}, "stop[0]"),
         ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": True}}, "stream_options"),
