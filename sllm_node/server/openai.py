@@ -3,7 +3,7 @@
 Nothing is silently ignored. A field that OpenAI defines and we do not serve is taken when it asks
 for nothing (null, or its neutral value) and refused otherwise; a field that nobody defines is
 refused, but in a message it may be null: so clients send our own answers back, with fields that they
-add. `user` and `safety_identifier` are labels and go to the log.
+add. `user` and `safety_identifier` are labels and go to the log; `name` goes to the chat template.
 """
 
 import math
@@ -57,6 +57,7 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     content: str | list[TextPart] | None
     """None: an answer without text."""
     name: str | None = None
+    """The model's chat template gets it; most do not read it."""
     # What our own answers carry, so that they can be sent back as they are; we fill none of it.
     refusal: None = None
     tool_calls: Nothing | None = None
