@@ -150,8 +150,9 @@ class Server:
             return Connection(
                 manager,
                 loop=loop,
-                access_log=None,  # type: ignore[arg-type] # none, as for AppRunner
+                access_log=None,  # none, as for AppRunner
                 keepalive_timeout=KEEPALIVE_S,
+                write_timeout_s=self._config.write_timeout_s,
             )
 
         try:

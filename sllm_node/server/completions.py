@@ -49,8 +49,6 @@ from sllm_node.server.service import GenerationService, Stream, TextCodec
 from sllm_node.server.stream import (
     HEADERS,
     EventWriter,
-    SlowClientError,
-    abort,
     items,
     merged,
     progress_text,
@@ -236,21 +234,17 @@ class Completions:
         its tokenizer: a failure before that is answered with its own status, one after it as an event.
         """
         response = web.StreamResponse(headers=HEADERS)
-        writer = EventWriter(http, response, self._config.write_timeout_s)
+        writer = EventWriter(response)
         try:
-            try:
-                codec = await self._prepare_audibly(http, response, writer, request)
-                job, streams = await self._begun(request, shape, codec)
-                await self._send(http, response, writer, job, streams)
-            except (SlowClientError, ConnectionError):
+            codec = await self._prepare_audibly(http, response, writer, request)
+            job, streams = await self._begun(request, shape, codec)
+            await self._send(http, response, writer, job, streams)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not response.prepared:
                 raise
-            except Exception as error:
-                if not response.prepared:
-                    raise
-                await writer.data(body_of(_told(error, http)))
-        except SlowClientError:
-            log.warning("client takes no bytes, dropped", extra={"limit_s": writer.timeout_s})
-            abort(http)
+            await writer.data(body_of(_told(error, http)))
         return response
 
     async def _prepare_audibly(

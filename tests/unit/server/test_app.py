@@ -2,6 +2,7 @@ import asyncio
 import json
 import math
 import re
+import socket
 import threading
 import zlib
 
@@ -16,7 +17,7 @@ from sllm_node.core.errors import (
     NodeFullError,
     PinnedMemoryError,
 )
-from sllm_node.core.types import ModelId, Stall
+from sllm_node.core.types import GenerationChunk, ModelId, Stall
 from sllm_node.server.app import ROUTES
 from sllm_node.server.prompts import FEW_CHARACTERS, FEW_PROMPTS
 from tests.unit.server.fake_service import FakeStream, chunks_of, status_of
@@ -287,6 +288,23 @@ async def test_a_client_that_takes_no_bytes_is_dropped():
         await rig.service.streams[0].cancelled.wait()
         writer.close()
         reader.feed_eof()
+
+
+@pytest.mark.parametrize(("answers", "size"), [(1, 1 << 26), (1 << 11, 1 << 15)])
+async def test_a_client_that_takes_nothing_of_whole_answers_is_dropped(caplog, answers, size):
+    body = json.dumps(CHAT).encode()
+    head = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    text = GenerationChunk("x" * size, (1,), (), "stop")
+    async with serving(write_timeout_s=0.05) as rig:
+        rig.service.make_stream = lambda request: FakeStream([text])
+        with socket.create_connection(("127.0.0.1", int(rig.url.rpartition(":")[2]))) as client:
+            client.setblocking(False)
+            sent = asyncio.get_running_loop().sock_sendall(client, answers * (head.encode() + body))
+            sending = asyncio.create_task(sent)
+            while "client takes no bytes, dropped" not in caplog.messages:
+                await asyncio.sleep(0)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
 
 async def test_short_prompts_do_not_wait_for_long_ones_of_clients_that_are_gone(rig):
