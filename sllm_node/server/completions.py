@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
 import orjson
 from aiohttp import web
 
@@ -107,11 +106,13 @@ class Completions:
 
     async def chat(self, http: web.Request) -> web.StreamResponse:
         """Answer a chat request."""
-        return await self._answer(http, parse_chat(await http.read()), ChatShape())
+        request = await self._prompts.parsed(parse_chat, await http.read())
+        return await self._answer(http, request, ChatShape())
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
         """Answer a completion request."""
-        return await self._answer(http, parse_completion(await http.read()), CompletionShape())
+        request = await self._prompts.parsed(parse_completion, await http.read())
+        return await self._answer(http, request, CompletionShape())
 
     # --- what both do -------------------------------------------------------------------------
 
@@ -121,7 +122,7 @@ class Completions:
         request: ChatRequest | CompletionRequest,
         shape: ChatShape | CompletionShape,
     ) -> web.StreamResponse:
-        request = msgspec.structs.replace(request, model=self._resolve(request.model))
+        request.model = self._resolve(request.model)
         logs.model_id.set(request.model)
         if request.stream:
             return await self._stream(http, request, shape)

@@ -78,8 +78,10 @@ def test_a_wrong_field_of_a_chat_request_is_named(change, param):
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [1, "a"]}, "prompt"),
-        ({"prompt": [[1], "a", 2]}, "prompt"), ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [1, "a"]}, "prompt[1]"),
+        ({"prompt": [[1], "a", 2]}, "prompt[2]"), ({"prompt": 3}, "prompt"), ({"prompt": {}}, "prompt"),
+        ({"prompt": None}, "prompt"), ({"prompt": [[-1]]}, "prompt[0][0]"),
+        ({"prompt": [[]] * 129}, "prompt"), ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": [-1]}, "prompt[0]"), ({"logprobs": 21}, "logprobs"),
         ({"echo": True, "logprobs": 1}, "echo"), ({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"),
         ({"messages": []}, "messages"),
@@ -190,6 +192,37 @@ def test_prompts_are_texts_or_tokens(prompt, expected):
         prompts_of(parse_completion(json.dumps({**COMPLETION, "prompt": prompt}).encode()))
         == expected
     )
+
+
+def test_the_prompts_of_a_request_are_made_once():
+    request = parse_completion(json.dumps({**COMPLETION, "prompt": [1, 2]}).encode())
+    assert prompts_of(request) is prompts_of(request)
+
+
+@pytest.mark.parametrize("space", [" ", " " * 100, "\n\t"])
+def test_prompts_may_be_written_with_spaces(space):
+    for prompt in ("[1]", '["a"]', "[[1]]"):
+        spaced = prompt.replace("[", "[" + space)
+        assert parse_completion(b'{"model": "m", "prompt": %b}' % spaced.encode()) == (
+            parse_completion(b'{"model": "m", "prompt": %b}' % prompt.encode())
+        )
+
+
+@pytest.mark.parametrize("name", ["stop", "user", "logit_bias", "model"])
+def test_only_prompts_may_be_long(name):
+    with pytest.raises(InvalidRequestError, match=f"{name} has 400001 bytes") as caught:
+        parse_chat(json.dumps({**CHAT, name: "x" * 399_999}).encode())
+    assert caught.value.param == name
+    long = [{"role": "user", "content": "x" * 399_999}]
+    assert parse_chat(json.dumps({**CHAT, "messages": long}).encode()).characters == 399_999
+
+
+def test_the_characters_of_a_conversation_are_counted_while_it_is_parsed():
+    parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "c"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    request = parse_chat(json.dumps({**CHAT, "messages": [*messages, *CHAT["messages"]]}).encode())
+    request.messages = []
+    assert request.characters == 5
 
 
 def test_message_parts_are_joined_and_developers_are_systems():
