@@ -3,8 +3,9 @@ import contextlib
 import socket
 
 import pytest
+from aiohttp import web
 
-from sllm_node.server.connection import Watch
+from sllm_node.server.connection import Connection, Watch
 
 
 class FakeTransport(asyncio.Transport):
@@ -15,6 +16,19 @@ class FakeTransport(asyncio.Transport):
         self.waiting = 0
         self.socket = None
         self.is_aborted = False
+        self.aborted = asyncio.Event()
+
+    def write(self, data):
+        self.waiting += len(data)
+
+    def writelines(self, list_of_data):
+        self.waiting += sum(map(len, list_of_data))
+
+    def is_closing(self):
+        return False
+
+    def close(self):
+        pass
 
     def get_write_buffer_size(self):
         return self.waiting
@@ -24,6 +38,7 @@ class FakeTransport(asyncio.Transport):
 
     def abort(self):
         self.is_aborted = True
+        self.aborted.set()
 
 
 class Timers:
@@ -101,3 +116,15 @@ async def test_a_client_that_takes_bytes_of_a_full_kernel_is_waited_for(watched)
         assert not transport.is_aborted
         timers.fire()
         assert transport.is_aborted
+
+
+async def test_an_answer_that_nobody_takes_is_not_kept_however_small_it_is():
+    async def answer(_):
+        return web.Response(text="x")
+
+    transport, loop = FakeTransport(), asyncio.get_running_loop()
+    connection = Connection(web.Server(answer), loop=loop, write_timeout_s=0.001)
+    connection.connection_made(transport)
+    connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await transport.aborted.wait()
+    connection.connection_lost(None)
