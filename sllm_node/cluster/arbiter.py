@@ -147,15 +147,16 @@ class Approach:
 class Arbiter:
     """Of one session; what is returned is to be carried out, in that order and in the same turn."""
 
-    def __init__(self, position: int) -> None:
+    def __init__(self, position: int, rounds_max: int = ROUNDS_MAX) -> None:
         self.state = EntryState.SEEKING
         self.position = position
         """Output tokens so far."""
         self.owner: int | None = None
         """The one epoch whose tokens count."""
         self.destination: Approach | None = None
-        self._epochs = 0
+        self.epochs = 0
         """That were given."""
+        self._rounds_max = rounds_max
 
     @property
     def is_over(self) -> bool:
@@ -234,7 +235,7 @@ class Arbiter:
         approach = self.destination
         assert approach is not None
         assert self.is_reached
-        is_last = self.state is EntryState.ORPHANED or is_near or approach.rounds >= ROUNDS_MAX
+        is_last = self.state is EntryState.ORPHANED or is_near or approach.rounds >= self._rounds_max
         start = approach.standing
         if not is_last:
             approach.rounds += 1
@@ -270,8 +271,8 @@ class Arbiter:
         self.state = following
 
     def _next_epoch(self) -> int:
-        self._epochs += 1
-        return self._epochs
+        self.epochs += 1
+        return self.epochs
 
     def _give_up_owner(self, *, is_left: bool = False) -> tuple[Action, ...]:
         owner, self.owner = self.owner, None
