@@ -235,7 +235,9 @@ class Arbiter:
         approach = self.destination
         assert approach is not None
         assert self.is_reached
-        is_last = self.state is EntryState.ORPHANED or is_near or approach.rounds >= self._rounds_max
+        is_last = (
+            self.state is EntryState.ORPHANED or is_near or approach.rounds >= self._rounds_max
+        )
         start = approach.standing
         if not is_last:
             approach.rounds += 1
