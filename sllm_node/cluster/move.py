@@ -173,18 +173,15 @@ class Move:
 
     async def _reached(self) -> None:
         """Wait until the destination has computed what it was sent; raise if it failed."""
-        while not self._session.arbiter.is_reached:
-            if self.part.ended.done():
-                end = self.part.ended.result()
-                raise (
-                    end
-                    if isinstance(end, Exception)
-                    else PeerUnreachableError(
-                        self.report.to, "it ended a session that it was to hold"
-                    )
-                )
+        while not self.part.ended.done():
+            if self._session.arbiter.is_reached:
+                return
             self._news.clear()
             await self._news.wait()
+        end = self.part.ended.result()
+        if isinstance(end, Exception):
+            raise end
+        raise PeerUnreachableError(self.report.to, "it ended a session that it was to hold")
 
     async def _send(self, extend: Extend, tokens: TokenIds) -> None:
         self.report.tokens += len(tokens)

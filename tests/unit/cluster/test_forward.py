@@ -470,11 +470,15 @@ async def test_tokens_that_come_between_the_asking_and_the_first_turn_of_a_move_
 
 
 @pytest.mark.parametrize(
-    "end", [PeerUnreachableError("b", "gone"), REFUSED, failed(DrainingError(1.0))]
-)
+    "end",
+    [
+        (PeerUnreachableError("b", "gone"),), (REFUSED,), (failed(DrainingError(1.0)),),
+        (Standing(1), PeerUnreachableError("b", "gone")),
+    ],
+)  # fmt: skip
 async def test_a_destination_that_fails_before_the_handover_changes_nothing(end):
     go = asyncio.Event()
-    world = World(a=[[Granted(), tokens(1), go, tokens(2, finish="stop")]], b=[[Granted(), end]])
+    world = World(a=[[Granted(), tokens(1), go, tokens(2, finish="stop")]], b=[[Granted(), *end]])
     stream = world.open()
     await until(lambda: stream.position == 1)
     report = stream.move(to("b"), "operator")
