@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 from sllm_node.cluster.auth import MAC_BYTES, Opener, Sealer, parse_key
 from sllm_node.cluster.file import ClusterFile
-from sllm_node.cluster.named_files import trust_path
+from sllm_node.cluster.named_files import used_trust_path
 from sllm_node.core.errors import ConfigError, MisdirectedError, StrangerError
 from sllm_node.core.types import NodeId
 
@@ -132,11 +132,11 @@ def open_trust(cluster: ClusterFile, file: Path, me: NodeId, boot: Callable[[], 
     """
     peers = cluster.peers(me)
     if cluster.trust.mode == "key":
-        path = trust_path(cluster, file, me, "key_file")
+        path = used_trust_path(cluster, file, me, "key_file")
         key = parse_key(path.read_text(encoding="ascii", errors="replace"), str(path))
         return KeyTrust(key, me, peers, cluster.limits.replay_window_messages, boot)
     names = ("ca_file", "certificate_file", "private_key_file")
-    ca, certificate, key_file = (trust_path(cluster, file, me, name) for name in names)
+    ca, certificate, key_file = (used_trust_path(cluster, file, me, name) for name in names)
     try:
         client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=ca)
         server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)

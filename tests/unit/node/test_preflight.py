@@ -248,6 +248,14 @@ def test_a_node_in_order_in_its_cluster_is_well(found, cluster):
     assert found(cluster()) == []
 
 
+def test_a_key_that_systemd_hands_over_is_used(found, cluster, tmp_path, monkeypatch):
+    text = cluster(key="short", mode=0o644)  # as if this user could not read the one of the file
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "trust.key_file").write_text("0" * 64)
+    (tmp_path / "trust.key_file").chmod(0o440)
+    assert found(text) == []
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
