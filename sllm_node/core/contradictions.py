@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sllm_node.core.hosts import is_loopback
 from sllm_node.core.units import PAGE
@@ -11,6 +11,8 @@ from sllm_node.core.urls import plain
 if TYPE_CHECKING:
     from sllm_node.core.config import Config
 
+LONGEST_S: Final = 1e9
+"""Seconds that a key may name: thirty years. Timers and systemd count to an end."""
 _DEVICE_NAME = re.compile(r"cpu(:\d+)?|cuda(:\d+)?")
 
 
@@ -75,8 +77,8 @@ def _check_keep_alive(config: "Config") -> str | None:
         if model.keep_alive_s is not None:
             values[f"models.{name}.keep_alive_s"] = model.keep_alive_s
     for key, value in values.items():
-        if value < 0 and value != -1:
-            return f"{key} = {value}: must be seconds, or -1 for ever"
+        if value != -1 and not 0 <= value <= LONGEST_S:
+            return f"{key} = {value}: must be seconds ({LONGEST_S:.0f} at most), or -1 for ever"
     return None
 
 

@@ -89,6 +89,16 @@ def test_a_value_that_contradicts_is_refused_by_name(text, key):
     assert problems(text)[0].startswith(key)
 
 
+@pytest.mark.parametrize("key", [
+    "node.drain_s", "engine.stall_after_s", "engine.prefill_beside_ratio", "schedule.keep_alive_s",
+    "schedule.max_wait_s", "server.read_timeout_s", "models.m.keep_alive_s",
+])  # fmt: skip
+@pytest.mark.parametrize("value", ["inf", "nan", "1e300"])
+def test_a_number_without_an_end_is_refused(key, value):
+    table, _, field = key.rpartition(".")
+    assert problems(f"[{table}]\n{field} = {value}\n")[0].startswith(f"{key} = ")
+
+
 @pytest.mark.parametrize("extra", ['api_keys = ["k"]', "allow_unauthenticated_remote = true"])
 def test_listening_to_other_machines_needs_a_key_or_the_explicit_word(extra):
     assert parse_config(f'[server]\nhost = "0.0.0.0"\n{extra}').server.host == "0.0.0.0"
