@@ -29,7 +29,7 @@ from sllm_node.cluster.directory import (
 from sllm_node.cluster.directory_keys import NodeRecord, SharedRecord
 from sllm_node.cluster.directory_link import DirectoryLink, LinkOptions
 from sllm_node.cluster.etcd import EtcdClient, EtcdOptions
-from sllm_node.cluster.file import DirectoryConfig, address_problem
+from sllm_node.cluster.file import DirectoryConfig
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.named_files import used_path
 from sllm_node.cluster.peers import Peers, Place
@@ -37,6 +37,7 @@ from sllm_node.cluster.records import Change, Desired, Drop, KnownPeer, Put, Rec
 from sllm_node.cluster.registered import Registered
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import ConfigError, JournalError
+from sllm_node.core.hosts import address_problem
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, NodeId
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
-from sllm_node.core.hosts import is_loopback
+from sllm_node.core.hosts import address_problem, is_loopback, listen_problem
 from sllm_node.core.units import PAGE
 from sllm_node.core.urls import plain
 
@@ -127,10 +127,11 @@ def _check_remotes(config: "Config") -> str | None:
 
 
 def _check_cluster(config: "Config") -> str | None:
-    for key in ("listen", "address"):
+    checks = (("listen", listen_problem), ("address", address_problem))
+    for key, check in checks:
         value = getattr(config.cluster, key)
         if value and not config.cluster.file:
             return f"cluster.{key} = {value!r}: means nothing without cluster.file"
-        if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", value):
-            return f'cluster.{key} = {value!r}: must be host:port, as in "0.0.0.0:8100"'
+        if value and (problem := check(value)) is not None:
+            return f"cluster.{key} = {value!r}: {problem}"
     return None

@@ -89,6 +89,24 @@ def test_a_value_that_contradicts_is_refused_by_name(text, key):
     assert problems(text)[0].startswith(key)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("listen", "address") for value in
+          ("10.0.0.1:99999", "10.0.0.1:0", "10.0.0.1", "[1:2]:8100")),
+        ("address", "0.0.0.0:8100"),
+    ],
+)  # fmt: skip
+def test_an_address_that_peers_can_not_call_is_refused(key, value):
+    (told,) = problems(f'[cluster]\nfile = "f"\n{key} = "{value}"\n')
+    assert told.startswith(f"cluster.{key} = {value!r}: ")
+
+
+def test_a_node_may_listen_on_all_interfaces():
+    text = '[cluster]\nfile = "f"\nlisten = "0.0.0.0:8100"\n'
+    assert parse_config(text).cluster.listen == "0.0.0.0:8100"
+
+
 @pytest.mark.parametrize("key", [
     "node.drain_s", "engine.stall_after_s", "engine.prefill_beside_ratio", "schedule.keep_alive_s",
     "schedule.max_wait_s", "server.read_timeout_s", "models.m.keep_alive_s",
