@@ -10,17 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from sllm_node.cli.asking import DEFAULT_URL, ConfigFile, Key, Url, call, quoted
 from sllm_node.cli.output import fail, print_json, print_table, say, tell
-from sllm_node.cli.remote import (
-    DEFAULT_URL,
-    AsJson,
-    ConfigFile,
-    Key,
-    Model,
-    Url,
-    call,
-    quoted,
-)
+from sllm_node.cli.remote import AsJson, Model
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.types import NodeId
 
