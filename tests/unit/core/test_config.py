@@ -3,6 +3,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from sllm_node.checkpoint.sinks import RAW_CHUNK_BYTES
 from sllm_node.core.config import Config, config_schema, load_config, parse_config
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.units import MIB
@@ -31,6 +32,12 @@ def test_every_shipped_config_is_valid(path):
             load_config(path)
     else:
         load_config(path)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_config_serves_what_is_converted_by_default(path):
+    if not path.name.startswith("simulation"):
+        assert load_config(path).store.chunk_bytes % RAW_CHUNK_BYTES == 0
 
 
 def test_every_problem_is_reported_at_once_with_its_key():

@@ -13,6 +13,7 @@ from sllm_node.core.units import GIB
 from sllm_node.node import folders
 from sllm_node.node.machine import DeviceRoom, Memory, ThisMachine
 from sllm_node.node.preflight import preflight
+from tests.unit.checkpoint.raw import write_raw
 
 
 @dataclass
@@ -166,6 +167,14 @@ def test_damaged_checkpoints_and_models_that_are_not_there_are_warnings(found, t
         ("warning", "store.path"), ("warning", "models.none"),
     ]  # fmt: skip
     assert "checkpoint broken" in lines[0][2]
+
+
+def test_a_checkpoint_whose_chunks_do_not_fit_the_pools_is_a_warning(found, tmp_path):
+    write_raw(tmp_path / "models", "large", chunk_bytes=1 << 20)
+    assert found(f'[store]\npath = "{tmp_path}/models"\nchunk_bytes = "1MiB"\n') == []
+    line = only(found(f'[store]\npath = "{tmp_path}/models"\nchunk_bytes = "512KiB"\n'))
+    assert line[:2] == ("warning", "store.chunk_bytes")
+    assert "large: its chunks are 1048576 bytes" in line[2]
 
 
 def test_a_pool_above_the_memory_is_an_error_and_above_what_is_free_a_warning(found):
