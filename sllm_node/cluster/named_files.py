@@ -56,6 +56,18 @@ def used_path(file: Path, me: NodeId, key: str, named: str) -> Path:
     return _named_path(file, me, named)
 
 
+def named_files(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[tuple[str, Path]]:
+    """Yield each file that the cluster file names for the node `me`, with its key."""
+    for key, named in _names(cluster):
+        yield key, _named_path(file, me, named)
+
+
+def used_files(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[tuple[str, Path]]:
+    """Yield the same files where the node `me`, which is this process, reads them."""
+    for key, named in _names(cluster):
+        yield key, used_path(file, me, key, named)
+
+
 def credential_lines(cluster: ClusterFile, file: Path, me: NodeId) -> tuple[str, ...]:
     """Return the lines of a unit that hand the files of [trust] to the node `me`."""
     found = []
@@ -73,7 +85,7 @@ def secret_problems(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[st
     One line for each file: what is wrong first keeps what is in it from being looked at.
     """
     secrets = {f"trust.{key}" for key in _SECRETS[cluster.trust.mode]} | _DIRECTORY_SECRETS
-    for key, path in _named_files(cluster, file, me):
+    for key, path in used_files(cluster, file, me):
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
@@ -109,12 +121,13 @@ def _closed_bits(path: Path) -> int:
     return 0o037 if folder and path.is_relative_to(folder) else 0o077
 
 
-def _named_files(cluster: ClusterFile, file: Path, me: NodeId) -> Iterator[tuple[str, Path]]:
+def _names(cluster: ClusterFile) -> Iterator[tuple[str, str]]:
     for key in NEEDED_FILES[cluster.trust.mode]:
-        yield f"trust.{key}", used_trust_path(cluster, file, me, key)
+        if (named := getattr(cluster.trust, key)) is not None:
+            yield f"trust.{key}", named
     for key in _DIRECTORY_FILES:
         if (named := getattr(cluster.directory, key)) is not None:
-            yield f"directory.{key}", used_path(file, me, f"directory.{key}", named)
+            yield f"directory.{key}", named
 
 
 def _named(cluster: ClusterFile, key: str) -> str:

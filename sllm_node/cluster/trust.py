@@ -7,7 +7,7 @@ name `urn:sllm-node:ID` in its certificate.
 
 import hmac
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -21,6 +21,8 @@ from sllm_node.core.types import NodeId
 REQUEST_LIMIT: Final = 8 << 20
 """Bytes of a request between nodes: a prompt of a million tokens."""
 _URN: Final = "urn:sllm-node:"
+_OWN: Final = frozenset({"trust.certificate_file", "trust.private_key_file"})
+"""What is taken while the node runs: connections that are open keep theirs, the next one shows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,13 @@ class Trust(Protocol):
     def set_peers(self, peers: Iterable[NodeId]) -> None:
         """Follow a changed cluster file."""
 
+    def renew(self, changed: Collection[str]) -> frozenset[str]:
+        """Take those of the files that changed, by their keys, that a running node can; return which.
+
+        Raises:
+            ConfigError: they can't be used; what was read before stays.
+        """
+
 
 class KeyTrust:
     """A key that all nodes share."""
@@ -92,6 +101,10 @@ class KeyTrust:
     def set_peers(self, peers: Iterable[NodeId]) -> None:
         self._opener.set_peers(peers)
 
+    def renew(self, changed: Collection[str]) -> frozenset[str]:
+        del changed  # messages under way are sealed with the key that is there
+        return frozenset()
+
     def _secret(self, body: bytes) -> bytes:
         return hmac.digest(self._key, b"answer to " + body[-MAC_BYTES:], "sha256")
 
@@ -100,10 +113,23 @@ class TlsTrust:
     """Certificates of the cluster's own authority."""
 
     def __init__(
-        self, client: ssl.SSLContext, server: ssl.SSLContext, me: NodeId, peers: Iterable[NodeId]
+        self, ca: Path, own: tuple[Path, Path], me: NodeId, peers: Iterable[NodeId]
     ) -> None:
+        """Read the authority's certificate, and the node's `own` with its key.
+
+        Raises:
+            OSError: they can't be read, or do not fit together (ssl.SSLError).
+        """
+        client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=ca)
+        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
+        self._contexts = (client, server)
+        for context in self._contexts:
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.load_cert_chain(*own)
+        server.verify_mode = ssl.CERT_REQUIRED
         self.client_tls: ssl.SSLContext | None = client
         self.server_tls: ssl.SSLContext | None = server
+        self._own = own
         self._me = me
         self._peers = frozenset(peers)
 
@@ -122,6 +148,18 @@ class TlsTrust:
     def set_peers(self, peers: Iterable[NodeId]) -> None:
         self._peers = frozenset(peers)
 
+    def renew(self, changed: Collection[str]) -> frozenset[str]:
+        if not _OWN & set(changed):
+            return frozenset()
+        try:
+            # Tried aside first: what does not fit together leaves a context without a key.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*self._own)
+            for context in self._contexts:
+                context.load_cert_chain(*self._own)
+        except OSError as error:
+            raise ConfigError(str(self._own[0]), (_unusable(error),)) from error
+        return _OWN
+
 
 def open_trust(cluster: ClusterFile, file: Path, me: NodeId, boot: Callable[[], int]) -> Trust:
     """Read the files of [trust].
@@ -138,16 +176,13 @@ def open_trust(cluster: ClusterFile, file: Path, me: NodeId, boot: Callable[[], 
     names = ("ca_file", "certificate_file", "private_key_file")
     ca, certificate, key_file = (used_trust_path(cluster, file, me, name) for name in names)
     try:
-        client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=ca)
-        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
-        for context in (client, server):
-            context.minimum_version = ssl.TLSVersion.TLSv1_3
-            context.load_cert_chain(certificate, key_file)
-    except (OSError, ssl.SSLError) as error:
-        problem = f"trust: {error}; 'sllm-node cluster check' says more"
-        raise ConfigError(str(file), (problem,)) from error
-    server.verify_mode = ssl.CERT_REQUIRED
-    return TlsTrust(client, server, me, peers)
+        return TlsTrust(ca, (certificate, key_file), me, peers)
+    except OSError as error:
+        raise ConfigError(str(file), (_unusable(error),)) from error
+
+
+def _unusable(error: OSError) -> str:
+    return f"trust: {error}; 'sllm-node cluster check' says more"
 
 
 def _named(certificate: Any) -> str:
