@@ -11,6 +11,7 @@ import typer
 
 from sllm_node.cli.output import fail
 from sllm_node.core.config import load_config
+from sllm_node.core.contradictions import has_control_characters
 
 Url = Annotated[
     str, typer.Option(envvar="SLLM_NODE_URL", help="where the node listens", metavar="URL")
@@ -65,6 +66,9 @@ def call(
         url = f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}"
         keys = config.server.admin_keys or config.server.api_keys
         key = key or (keys[0] if keys else None)
+    key = key and key.strip()
+    if key and has_control_characters(key):
+        fail("the key has control characters, which no request can carry; see --key, SLLM_NODE_KEY")
     limit_s = limit_of(path) if limit_s is None else limit_s
     return asyncio.run(_request(method, url.rstrip("/") + path, key, body, limit_s))
 

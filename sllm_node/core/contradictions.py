@@ -19,7 +19,7 @@ _DEVICE_NAME = re.compile(r"cpu(:\d+)?|cuda(:\d+)?")
 def contradictions(config: "Config") -> Iterator[str]:
     """Yield each, naming its keys."""
     checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_blocks, _check_pool, _check_offload, _check_bind, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
+        _check_chunks, _check_blocks, _check_pool, _check_offload, _check_bind, _check_keys, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
     )  # fmt: skip
     for check in checks:
         if (problem := check(config)) is not None:
@@ -69,6 +69,23 @@ def _check_bind(config: "Config") -> str | None:
         f"server.host = {server.host!r} is reachable from other machines: set server.api_keys, "
         "or server.allow_unauthenticated_remote = true if that is what you want"
     )
+
+
+def _check_keys(config: "Config") -> str | None:
+    """Look for keys that no client could send; the key itself is not told."""
+    for table in ("api_keys", "admin_keys"):
+        for i, key in enumerate(getattr(config.server, table)):
+            if key != key.strip() or has_control_characters(key):
+                return (
+                    f"server.{table}[{i}]: has a space at an end or a control character, which no request "
+                    "can carry; remove it"
+                )
+    return None
+
+
+def has_control_characters(key: str) -> bool:
+    """Tell whether no header of a request may have `key`."""
+    return any(ord(character) < 32 or ord(character) == 127 for character in key)
 
 
 def _check_keep_alive(config: "Config") -> str | None:

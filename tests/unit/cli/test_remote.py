@@ -218,6 +218,17 @@ def test_address_and_key_can_come_from_the_nodes_config(node, tmp_path):
     assert node.seen[0][2] == "Bearer b"
 
 
+def test_a_key_is_sent_without_the_space_around_it(node):
+    run("drain", "--url", node.url, "--key", " secret\n")
+    assert node.seen[-1][2] == "Bearer secret"
+
+
+def test_a_key_that_no_header_can_carry_is_told_before_anybody_is_asked(node):
+    done = run("drain", "--url", node.url, "--key", "sec\nret")
+    assert (done.exit_code, "the key has control characters" in done.stderr) == (1, True)
+    assert (node.seen, "ret" in done.stderr) == ([], False)
+
+
 def test_the_address_in_a_config_may_be_of_ipv6(tmp_path):
     config = tmp_path / "node.toml"
     config.write_text('[server]\nhost = "::1"\nport = 1\n')

@@ -129,6 +129,20 @@ def test_listening_to_other_machines_needs_a_key_or_the_explicit_word(extra):
     assert parse_config(f'[server]\nhost = "0.0.0.0"\n{extra}').server.host == "0.0.0.0"
 
 
+@pytest.mark.parametrize("key", ["api_keys", "admin_keys"])
+@pytest.mark.parametrize(
+    "value", [" secret", "secret ", r"secret\n", r"sec\nret", r"sec\u0000ret", r"\u00a0secret", " "]
+)
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key, value):
+    (told,) = problems(f'[server]\n{key} = ["good", "{value}"]\n')
+    assert told.startswith(f"server.{key}[1]: ")
+    assert "secret" not in told
+
+
+def test_a_key_may_have_a_space_within():
+    assert parse_config('[server]\napi_keys = ["a b"]\n').server.api_keys == ("a b",)
+
+
 def test_text_that_is_no_toml_is_refused():
     assert "is no TOML" in problems("[node")[0]
 
