@@ -23,6 +23,7 @@ NotNegative = Annotated[int, Meta(ge=0)]
 Seconds = Annotated[float, Meta(ge=0, le=LONGEST_S)]
 SomeSeconds = Annotated[float, Meta(gt=0, le=LONGEST_S)]
 Name = Annotated[str, Meta(min_length=1)]
+_SHOWN_MAX = 80
 _URLS = "an address as in https://host/path or s3://bucket/prefix"
 
 
@@ -204,7 +205,7 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         raise ConfigError(origin, (f"is no TOML: {error}",)) from error
 
 
@@ -306,7 +307,13 @@ def _value_problems(kind: Any, value: object, where: str) -> Iterator[str]:
     try:
         msgspec.convert(value, kind, dec_hook=decode_value)
     except (msgspec.ValidationError, ValueError) as error:
-        yield f"{where} = {value!r}: {_allowed(kind) or error}"
+        yield f"{where} = {_shown(value)}: {_allowed(kind) or error}"
+
+
+def _shown(value: object) -> str:
+    """Return what the file says, of something long the beginning."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."
 
 
 def _allowed(kind: Any) -> str | None:

@@ -62,6 +62,14 @@ def test_a_mistyped_key_is_answered_with_the_nearest_one():
     assert problems("[store]\npool_byte = 1")[0].endswith("did you mean 'pool_bytes'?")
 
 
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize("quote", ['"', ""])
+def test_a_size_of_very_many_digits_is_a_config_error(digits, quote):
+    (told, *_) = problems(f"[store]\npool_bytes = {quote}{'9' * digits}{quote}\n")
+    assert "store.pool_bytes = " in told or "is no TOML" in told
+    assert len(told) < 200
+
+
 def test_sizes_may_carry_units():
     assert parse_config('[store]\nchunk_bytes = "4MiB"').store.chunk_bytes == 4 * MIB
 
