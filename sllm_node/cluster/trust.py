@@ -8,6 +8,7 @@ name `urn:sllm-node:ID` in its certificate.
 import hmac
 import ssl
 from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -120,15 +121,9 @@ class TlsTrust:
         Raises:
             OSError: they can't be read, or do not fit together (ssl.SSLError).
         """
-        client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=ca)
-        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
-        self._contexts = (client, server)
-        for context in self._contexts:
-            context.minimum_version = ssl.TLSVersion.TLSv1_3
-            context.load_cert_chain(*own)
-        server.verify_mode = ssl.CERT_REQUIRED
-        self.client_tls: ssl.SSLContext | None = client
-        self.server_tls: ssl.SSLContext | None = server
+        self._contexts = _contexts(own, cafile=ca)
+        self.client_tls: ssl.SSLContext | None = self._contexts[0]
+        self.server_tls: ssl.SSLContext | None = self._contexts[1]
         self._own = own
         self._me = me
         self._peers = frozenset(peers)
@@ -153,7 +148,8 @@ class TlsTrust:
             return frozenset()
         try:
             # Tried aside first: what does not fit together leaves a context without a key.
-            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(*self._own)
+            authority = b"".join(self._contexts[0].get_ca_certs(binary_form=True))
+            _try_own(authority, self._own, self._me)
             for context in self._contexts:
                 context.load_cert_chain(*self._own)
         except OSError as error:
@@ -179,6 +175,38 @@ def open_trust(cluster: ClusterFile, file: Path, me: NodeId, boot: Callable[[], 
         return TlsTrust(ca, (certificate, key_file), me, peers)
     except OSError as error:
         raise ConfigError(str(file), (_unusable(error),)) from error
+
+
+def _contexts(
+    own: tuple[Path, Path], cafile: Path | None = None, cadata: bytes | None = None
+) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return how a node calls and how it listens."""
+    client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=cafile, cadata=cadata)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=cafile, cadata=cadata)
+    for context in (client, server):
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(*own)
+    server.verify_mode = ssl.CERT_REQUIRED
+    return client, server
+
+
+def _try_own(authority: bytes, own: tuple[Path, Path], me: NodeId) -> None:
+    """Call the node as a peer would that has this `authority`, in memory.
+
+    Raises:
+        OSError: a peer would not take it (ssl.SSLError), or a file can't be read.
+        ConfigError: it would take it for another node.
+    """
+    client, server = _contexts(own, cadata=authority)
+    client.check_hostname = False  # by which host peers call is not known here
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    calling = client.wrap_bio(to_client, to_server)
+    called = server.wrap_bio(to_server, to_client, server_side=True)
+    for side in (calling, called, calling):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    if (name := _named(calling.getpeercert())) != me:
+        raise ConfigError(str(own[0]), (f"is the certificate of {name!r}, not of {me!r}",))
 
 
 def _unusable(error: OSError) -> str:

@@ -60,6 +60,37 @@ def test_a_certificate_whose_key_has_not_come_yet_changes_nothing(place):
     assert shown(trust) == before
 
 
+def test_a_certificate_that_peers_would_not_believe_is_not_taken(place, tmp_path_factory):
+    trust = opened(place)
+    before, mine = shown(trust), place / "nodes"
+    folder.join(place, NodeId("b"), "localhost:8101", datetime.now(UTC))
+    strange = tmp_path_factory.mktemp("strange")
+    folder.init(strange, "tls", datetime.now(UTC))
+    folder.join(strange, A, "localhost:8100", datetime.now(UTC))
+    for found, problem in (
+        (place / "nodes" / "b", "is the certificate of 'b'"),
+        (strange / "nodes" / "a", "verify failed"),
+    ):
+        for kind in ("crt", "key"):
+            (mine / f"a.{kind}").write_bytes(found.with_suffix(f".{kind}").read_bytes())
+        with pytest.raises(ConfigError, match=problem):
+            trust.renew(OWN)
+        assert shown(trust) == before
+
+
+def test_a_certificate_of_another_authority_is_not_taken_if_that_has_come_too(
+    place, tmp_path_factory
+):
+    trust, strange = opened(place), tmp_path_factory.mktemp("strange")
+    before = shown(trust)
+    folder.init(strange, "tls", datetime.now(UTC))
+    for path in folder.join(strange, A, "localhost:8100", datetime.now(UTC)):
+        (place / path.relative_to(strange)).write_bytes(path.read_bytes())
+    with pytest.raises(ConfigError, match="verify failed"):
+        trust.renew(OWN | {"trust.ca_file"})
+    assert shown(trust) == before
+
+
 def test_an_authority_or_a_shared_key_is_not_changed_under_a_running_node(place):
     assert opened(place).renew({"trust.ca_file"}) == frozenset()
     key = KeyTrust(bytes(32), A, [A], 64, lambda: 1)
