@@ -177,6 +177,15 @@ def test_a_checkpoint_whose_chunks_do_not_fit_the_pools_is_a_warning(found, tmp_
     assert "large: its chunks are 1048576 bytes" in line[2]
 
 
+def test_a_folder_that_rm_would_not_delete_is_not_said_to_be_deleted(found, tmp_path):
+    for name, file in (("broken", "tensor_index.json"), ("photos", "one.jpg")):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / file).write_text("")
+    broken, photos = (line for _, _, line in found() if "checkpoint " in line)
+    assert "'sllm-node rm broken' deletes it" in broken
+    assert "rm photos" not in photos
+
+
 def test_a_pool_above_the_memory_is_an_error_and_above_what_is_free_a_warning(found):
     text = 'pool_bytes = "40GiB"\n'
     level, key, line = only(found(text))
