@@ -10,17 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
+from sllm_node.cli.asking import DEFAULT_URL, ConfigFile, Key, Url, call, quoted
 from sllm_node.cli.output import fail, print_json, print_table, say, tell
-from sllm_node.cli.remote import (
-    DEFAULT_URL,
-    AsJson,
-    ConfigFile,
-    Key,
-    Model,
-    Url,
-    call,
-    quoted,
-)
+from sllm_node.cli.remote import AsJson, Model
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.types import NodeId
 
@@ -66,7 +58,7 @@ def join(
     *,
     renew: Annotated[bool, typer.Option(help="issue a new certificate to a known node")] = False,
 ) -> None:
-    """Add a node and issue its certificate; print the files to copy to it."""
+    """Add a node and issue its certificate; print the files to copy to it, and what its unit needs."""
     if renew == (address is not None):
         fail("name the node's HOST:PORT, or --renew for a node that is in the file already")
     if address is None:
@@ -76,6 +68,11 @@ def join(
     for path in needed:
         say(str(path))
     tell(f"copy these to {node}" + ("" if renew else ", and the first to all other nodes"))
+    tell(
+        "where systemd runs it, its unit hands all but the first to it ('systemctl edit sllm-node'):"
+    )
+    for line in ("[Service]", *_folder().handed_over(folder, NodeId(node))):
+        tell(f"  {line}")
 
 
 @app.command("check")

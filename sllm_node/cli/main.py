@@ -1,6 +1,7 @@
 """The commands of `sllm-node` and how their errors look: one sentence on stderr, exit status 1."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,7 +10,7 @@ import typer
 
 from sllm_node import __version__
 from sllm_node.cli import bench, checkpoints, cluster, remote, simulate
-from sllm_node.cli.output import fail, print_json, say
+from sllm_node.cli.output import fail, print_json, say, tell
 from sllm_node.cluster.named_files import load_cluster
 from sllm_node.core.config import Config, config_schema, load_config
 from sllm_node.core.errors import SllmError
@@ -56,7 +57,22 @@ def serve(
     checked = load_config(config)
     from sllm_node.node.node import run
 
-    run(checked)
+    serve_or_tell(checked, config, run)
+
+
+def serve_or_tell(config: Config, file: Path, start: Callable[[Config], None]) -> None:
+    """Start the node; if that fails, tell all that keeps it from starting, not the first cause only.
+
+    Raises:
+        SllmError: the node can't start.
+    """
+    try:
+        start(config)
+    except SllmError:
+        for one in _preflight(config, file):
+            if one.level != "ok":
+                tell(f"{one.level:<8} {one.line}")
+        raise
 
 
 @app.command("check-config")

@@ -1,34 +1,19 @@
 """Commands to a running node over its admin endpoints: status, load, pull, pin, cancel, move, drain, undrain."""
 
-import asyncio
-import os
-import socket
-import ssl
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from sllm_node.cli.asking import DEFAULT_URL, ConfigFile, Key, Target, Url, call, quoted
 from sllm_node.cli.output import fail, print_json, print_table, say
-from sllm_node.core.config import load_config
 from sllm_node.core.units import format_rate, format_size
 
-Url = Annotated[
-    str, typer.Option(envvar="SLLM_NODE_URL", help="where the node listens", metavar="URL")
-]
-Key = Annotated[
-    str | None, typer.Option(envvar="SLLM_NODE_KEY", help="an admin key", metavar="KEY")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option(help="take address and key from the node's config instead")
-]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Model = Annotated[str, typer.Argument(help="the model's name")]
 SERVED_SHOWN = 50
 """Sessions of the cluster."""
 UNKNOWN = "?"
 """In the place of what a node of an older release does not tell."""
-DEFAULT_URL = "http://127.0.0.1:8000"
 MOVES_SHOWN = 5
 """Of the last moves, and of the last times that sessions had to leave."""
 
@@ -128,77 +113,9 @@ def undrain(url: Url = DEFAULT_URL, key: Key = None, config: ConfigFile = None) 
     say("serving")
 
 
-Target = tuple[str, str | None, Path | None]
-
-
 def _act(verb: str, model: str, target: Target, body: dict[str, Any] | None = None) -> None:
     report = call("POST", f"/admin/models/{quoted(model)}/{verb}", target, body)
     say(f"{model}: {report.get('state', verb)}")
-
-
-def quoted(name: str) -> str:
-    """Return a name as a part of a path."""
-    from urllib.parse import quote
-
-    return quote(name, safe="")
-
-
-def call(
-    method: str, path: str, target: Target, body: dict[str, Any] | None = None
-) -> dict[str, Any]:
-    """Return what a node answers; what it refuses ends the program with its words."""
-    url, key, config_file = target
-    if "://" not in url:
-        url = f"http://{url}"
-    if config_file is not None:
-        config = load_config(config_file)
-        host = config.server.host
-        url = f"http://{f'[{host}]' if ':' in host else host}:{config.server.port}"
-        keys = config.server.admin_keys or config.server.api_keys
-        key = key or (keys[0] if keys else None)
-    return asyncio.run(_request(method, url.rstrip("/") + path, key, body))
-
-
-async def _request(
-    method: str, url: str, key: str | None, body: dict[str, Any] | None
-) -> dict[str, Any]:
-    import aiohttp
-
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        async with (
-            aiohttp.ClientSession(headers=headers) as session,
-            session.request(method, url, json=body) as response,
-        ):
-            answer = await response.json(content_type=None)
-            if not isinstance(answer, dict):
-                fail(f"what answers at {url} is no sllm_node")
-            if response.status == 401:
-                fail(f"{_message(answer)} (--key, SLLM_NODE_KEY, or --config of the node)")
-            if response.status >= 400:
-                fail(_message(answer) or str(response.reason))
-            return answer
-    except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
-        fail(f"{url!r} is no URL; write http://HOST:PORT")
-    except aiohttp.ClientConnectorError as error:
-        why = reason(error.os_error)
-        fail(f"no node answers at {url}: {why}; does it run, and is --url (or --config) right?")
-    except aiohttp.ClientError as error:
-        fail(f"no node answers at {url}: {error}")
-    except ValueError:
-        fail(f"what answers at {url} is no sllm_node")
-
-
-def reason(error: OSError) -> str:
-    """Return why nobody was reached; TLS and the resolver count their errors by numbers of their own."""
-    if isinstance(error, ssl.SSLError | socket.gaierror):
-        return error.strerror or str(error)
-    number = error.errno or 0
-    return os.strerror(number).lower() if number > 0 else str(error)
-
-
-def _message(answer: dict[str, Any]) -> str:
-    return str(answer.get("error", {}).get("message", ""))
 
 
 def _show_cluster(report: dict[str, Any]) -> None:

@@ -6,10 +6,8 @@ folder, and `{id}` in them stands for the id of the node that reads it. `reload`
 a wrong file raises, so the caller's old one stays.
 """
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from ipaddress import ip_address
 from typing import Annotated, Any, Final, Literal
 
 import msgspec
@@ -29,10 +27,10 @@ from sllm_node.core.config import (
     sound_part,
 )
 from sllm_node.core.errors import ConfigError, InvalidRequestError
+from sllm_node.core.hosts import address_problem
 from sllm_node.core.types import ModelId, NodeId
 from sllm_node.core.units import MIB, parse_size
 
-_ADDRESS: Final = re.compile(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):([0-9]{1,5})")
 _ID: Final = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 _ID_WORDS: Final = "letters, digits, '.', '_' and '-', 64 at most, the first a letter or digit"
 LARGEST_DOCUMENT: Final = 4 * MIB
@@ -277,20 +275,6 @@ def _contradictions(cluster: ClusterFile) -> Iterator[str]:
         except InvalidRequestError as error:
             yield f"models.{wish.model}: {error}"
     yield from _trust_problems(cluster.trust)
-
-
-def address_problem(address: str) -> str | None:
-    """Return why peers can't call a node at `address`, if so."""
-    match = _ADDRESS.fullmatch(address)
-    if match is None:
-        return 'must be host:port, as in "10.0.0.1:8100" or "[fd00::1]:8100"'
-    if not 1 <= int(match[2]) <= 65535:
-        return "the port must be from 1 to 65535"
-    try:
-        host = ip_address(match[1].strip("[]"))
-    except ValueError:
-        return "is no IPv6 address" if match[1].startswith("[") else None
-    return "peers can't call that; name the node's own address" if host.is_unspecified else None
 
 
 def _duplicates(key: str, values: list[str]) -> Iterator[str]:

@@ -21,7 +21,12 @@ from sllm_node.cluster.certificates import (
     make_authority,
 )
 from sllm_node.cluster.file import ClusterFile, parse_cluster
-from sllm_node.cluster.named_files import load_cluster, secret_problems, trust_path
+from sllm_node.cluster.named_files import (
+    credential_lines,
+    load_cluster,
+    secret_problems,
+    trust_path,
+)
 from sllm_node.core.config import read_text
 from sllm_node.core.errors import ClusterFolderError, ClusterKeyError, ConfigError
 from sllm_node.core.types import NodeId
@@ -98,6 +103,15 @@ def renew(folder: Path, node: NodeId, now: datetime) -> tuple[Path, ...]:
     if cluster.trust.mode != "tls":
         raise ClusterFolderError(str(file), 'has no certificates: trust.mode is "key"')
     return (file, *_issue_to(cluster, file, node, now))
+
+
+def handed_over(folder: Path, node: NodeId) -> tuple[str, ...]:
+    """Return the lines with which the unit of a node of the cluster hands it its secrets.
+
+    Raises:
+        ConfigError: the cluster file is wrong.
+    """
+    return credential_lines(load_cluster(folder / FILE), folder / FILE, node)
 
 
 def check(file: Path, me: NodeId | None, now: datetime) -> Findings:

@@ -29,14 +29,15 @@ from sllm_node.cluster.directory import (
 from sllm_node.cluster.directory_keys import NodeRecord, SharedRecord
 from sllm_node.cluster.directory_link import DirectoryLink, LinkOptions
 from sllm_node.cluster.etcd import EtcdClient, EtcdOptions
-from sllm_node.cluster.file import DirectoryConfig, address_problem
+from sllm_node.cluster.file import DirectoryConfig
 from sllm_node.cluster.journal import Journal
-from sllm_node.cluster.named_files import named_path
+from sllm_node.cluster.named_files import used_path
 from sllm_node.cluster.peers import Peers, Place
 from sllm_node.cluster.records import Change, Desired, Drop, KnownPeer, Put, Record, Registration
 from sllm_node.cluster.registered import Registered
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import ConfigError, JournalError
+from sllm_node.core.hosts import address_problem
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, NodeId
 
@@ -241,8 +242,8 @@ def etcd_options(config: DirectoryConfig, file: Path, me: NodeId) -> EtcdOptions
     try:
         password = ""
         if config.password_file is not None:
-            text = named_path(file, me, config.password_file).read_text(encoding="utf-8")
-            password = text.removesuffix("\n")
+            path = used_path(file, me, "directory.password_file", config.password_file)
+            password = path.read_text(encoding="utf-8").removesuffix("\n")
         tls = _tls(config, file, me)
     except (OSError, ValueError) as error:
         raise ConfigError(str(file), (f"directory: {error}",)) from error
@@ -254,12 +255,14 @@ def etcd_options(config: DirectoryConfig, file: Path, me: NodeId) -> EtcdOptions
 def _tls(config: DirectoryConfig, file: Path, me: NodeId) -> ssl.SSLContext | None:
     if not all(endpoint.startswith("https:") for endpoint in config.endpoints):
         return None
-    ca = None if config.ca_file is None else named_path(file, me, config.ca_file)
+    ca = None
+    if config.ca_file is not None:
+        ca = used_path(file, me, "directory.ca_file", config.ca_file)
     context = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=ca)
     if config.certificate_file is not None and config.private_key_file is not None:
         context.load_cert_chain(
-            named_path(file, me, config.certificate_file),
-            named_path(file, me, config.private_key_file),
+            used_path(file, me, "directory.certificate_file", config.certificate_file),
+            used_path(file, me, "directory.private_key_file", config.private_key_file),
         )
     return context
 

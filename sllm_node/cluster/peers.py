@@ -104,7 +104,7 @@ class Peers:
         self.listens_until = clock.now() + LISTENS_DEAD_S * timing.dead_s
         """Until then, a peer that has not said what it has is waited for."""
         self._client: Client
-        self._file = FollowedFile(place.path, place.me)
+        self._file = FollowedFile(place.path, place.me, place.cluster)
         snapshot.settle_s = place.cluster.placement.settle_s
         snapshot.cluster_file = digest_of(place.cluster)
 
@@ -384,7 +384,7 @@ class Peers:
     def reload(self) -> bool:
         """Read the cluster file again; a wrong one changes nothing. Return whether it was taken."""
         try:
-            found = self._file.read(self.cluster)
+            found = self._file.read(self.cluster, self._trust.renew)
         except ConfigError as error:
             self._metrics.cluster_reloads.labels("refused").inc()
             log.error(  # noqa: TRY400 - the sentence says it

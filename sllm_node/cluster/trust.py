@@ -7,20 +7,23 @@ name `urn:sllm-node:ID` in its certificate.
 
 import hmac
 import ssl
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from sllm_node.cluster.auth import MAC_BYTES, Opener, Sealer, parse_key
 from sllm_node.cluster.file import ClusterFile
-from sllm_node.cluster.named_files import trust_path
+from sllm_node.cluster.named_files import used_trust_path
 from sllm_node.core.errors import ConfigError, MisdirectedError, StrangerError
 from sllm_node.core.types import NodeId
 
 REQUEST_LIMIT: Final = 8 << 20
 """Bytes of a request between nodes: a prompt of a million tokens."""
 _URN: Final = "urn:sllm-node:"
+_OWN: Final = frozenset({"trust.certificate_file", "trust.private_key_file"})
+"""What is taken while the node runs: connections that are open keep theirs, the next one shows it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,13 @@ class Trust(Protocol):
     def set_peers(self, peers: Iterable[NodeId]) -> None:
         """Follow a changed cluster file."""
 
+    def renew(self, changed: Collection[str]) -> frozenset[str]:
+        """Take those of the files that changed, by their keys, that a running node can; return which.
+
+        Raises:
+            ConfigError: they can't be used; what was read before stays.
+        """
+
 
 class KeyTrust:
     """A key that all nodes share."""
@@ -92,6 +102,10 @@ class KeyTrust:
     def set_peers(self, peers: Iterable[NodeId]) -> None:
         self._opener.set_peers(peers)
 
+    def renew(self, changed: Collection[str]) -> frozenset[str]:
+        del changed  # messages under way are sealed with the key that is there
+        return frozenset()
+
     def _secret(self, body: bytes) -> bytes:
         return hmac.digest(self._key, b"answer to " + body[-MAC_BYTES:], "sha256")
 
@@ -100,10 +114,17 @@ class TlsTrust:
     """Certificates of the cluster's own authority."""
 
     def __init__(
-        self, client: ssl.SSLContext, server: ssl.SSLContext, me: NodeId, peers: Iterable[NodeId]
+        self, ca: Path, own: tuple[Path, Path], me: NodeId, peers: Iterable[NodeId]
     ) -> None:
-        self.client_tls: ssl.SSLContext | None = client
-        self.server_tls: ssl.SSLContext | None = server
+        """Read the authority's certificate, and the node's `own` with its key.
+
+        Raises:
+            OSError: they can't be read, or do not fit together (ssl.SSLError).
+        """
+        self._contexts = _contexts(own, cafile=ca)
+        self.client_tls: ssl.SSLContext | None = self._contexts[0]
+        self.server_tls: ssl.SSLContext | None = self._contexts[1]
+        self._own = own
         self._me = me
         self._peers = frozenset(peers)
 
@@ -122,6 +143,19 @@ class TlsTrust:
     def set_peers(self, peers: Iterable[NodeId]) -> None:
         self._peers = frozenset(peers)
 
+    def renew(self, changed: Collection[str]) -> frozenset[str]:
+        if not _OWN & set(changed):
+            return frozenset()
+        try:
+            # Tried aside first: what does not fit together leaves a context without a key.
+            authority = b"".join(self._contexts[0].get_ca_certs(binary_form=True))
+            _try_own(authority, self._own, self._me)
+            for context in self._contexts:
+                context.load_cert_chain(*self._own)
+        except OSError as error:
+            raise ConfigError(str(self._own[0]), (_unusable(error),)) from error
+        return _OWN
+
 
 def open_trust(cluster: ClusterFile, file: Path, me: NodeId, boot: Callable[[], int]) -> Trust:
     """Read the files of [trust].
@@ -132,22 +166,51 @@ def open_trust(cluster: ClusterFile, file: Path, me: NodeId, boot: Callable[[], 
     """
     peers = cluster.peers(me)
     if cluster.trust.mode == "key":
-        path = trust_path(cluster, file, me, "key_file")
+        path = used_trust_path(cluster, file, me, "key_file")
         key = parse_key(path.read_text(encoding="ascii", errors="replace"), str(path))
         return KeyTrust(key, me, peers, cluster.limits.replay_window_messages, boot)
     names = ("ca_file", "certificate_file", "private_key_file")
-    ca, certificate, key_file = (trust_path(cluster, file, me, name) for name in names)
+    ca, certificate, key_file = (used_trust_path(cluster, file, me, name) for name in names)
     try:
-        client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=ca)
-        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=ca)
-        for context in (client, server):
-            context.minimum_version = ssl.TLSVersion.TLSv1_3
-            context.load_cert_chain(certificate, key_file)
-    except (OSError, ssl.SSLError) as error:
-        problem = f"trust: {error}; 'sllm-node cluster check' says more"
-        raise ConfigError(str(file), (problem,)) from error
+        return TlsTrust(ca, (certificate, key_file), me, peers)
+    except OSError as error:
+        raise ConfigError(str(file), (_unusable(error),)) from error
+
+
+def _contexts(
+    own: tuple[Path, Path], cafile: Path | None = None, cadata: bytes | None = None
+) -> tuple[ssl.SSLContext, ssl.SSLContext]:
+    """Return how a node calls and how it listens."""
+    client = ssl.create_default_context(ssl.Purpose.SERVER_AUTH, cafile=cafile, cadata=cadata)
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=cafile, cadata=cadata)
+    for context in (client, server):
+        context.minimum_version = ssl.TLSVersion.TLSv1_3
+        context.load_cert_chain(*own)
     server.verify_mode = ssl.CERT_REQUIRED
-    return TlsTrust(client, server, me, peers)
+    return client, server
+
+
+def _try_own(authority: bytes, own: tuple[Path, Path], me: NodeId) -> None:
+    """Call the node as a peer would that has this `authority`, in memory.
+
+    Raises:
+        OSError: a peer would not take it (ssl.SSLError), or a file can't be read.
+        ConfigError: it would take it for another node.
+    """
+    client, server = _contexts(own, cadata=authority)
+    client.check_hostname = False  # by which host peers call is not known here
+    to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+    calling = client.wrap_bio(to_client, to_server)
+    called = server.wrap_bio(to_server, to_client, server_side=True)
+    for side in (calling, called, calling):
+        with suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    if (name := _named(calling.getpeercert())) != me:
+        raise ConfigError(str(own[0]), (f"is the certificate of {name!r}, not of {me!r}",))
+
+
+def _unusable(error: OSError) -> str:
+    return f"trust: {error}; 'sllm-node cluster check' says more"
 
 
 def _named(certificate: Any) -> str:

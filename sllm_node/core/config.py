@@ -13,15 +13,17 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import msgspec
 from msgspec import Meta
 
-from sllm_node.core.contradictions import contradictions
+from sllm_node.core.contradictions import LONGEST_S, contradictions
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.types import ResumeMode
 from sllm_node.core.units import parse_size
 
 Count = Annotated[int, Meta(ge=1)]
 NotNegative = Annotated[int, Meta(ge=0)]
-Seconds = Annotated[float, Meta(ge=0)]
+Seconds = Annotated[float, Meta(ge=0, le=LONGEST_S)]
+SomeSeconds = Annotated[float, Meta(gt=0, le=LONGEST_S)]
 Name = Annotated[str, Meta(min_length=1)]
+_SHOWN_MAX = 80
 _URLS = "an address as in https://host/path or s3://bucket/prefix"
 
 
@@ -93,7 +95,7 @@ class EngineConfig(Section, frozen=True):
     max_sessions: Count = 256
     max_step_tokens: Annotated[int, Meta(ge=1, le=65535)] = 2048  # of a launch of our kernels
     prefill_beside_tokens: Count = 128
-    prefill_beside_ratio: Annotated[float, Meta(ge=0)] = 2.0
+    prefill_beside_ratio: Annotated[float, Meta(ge=0, le=1e6)] = 2.0
     inter_token_target_s: Seconds = 0.05
     resume: ResumeMode = "fast"
     launch_ahead: Literal["auto", "always", "never"] = "auto"
@@ -122,9 +124,9 @@ class ServerConfig(Section, frozen=True):
     allow_unauthenticated_remote: bool = False
     max_body_bytes: ByteSize = _size("8MiB")
     max_choices: Count = 16
-    progress_interval_s: Annotated[float, Meta(gt=0)] = 2.0
-    read_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
-    write_timeout_s: Annotated[float, Meta(gt=0)] = 60.0
+    progress_interval_s: SomeSeconds = 2.0
+    read_timeout_s: SomeSeconds = 60.0
+    write_timeout_s: SomeSeconds = 60.0
 
 
 class ClusterConfig(Section, frozen=True):
@@ -162,7 +164,7 @@ class RemoteConfig(Section, frozen=True):
     credentials_file: Name | None = None
     anonymous: bool = False
     fetch_threads: Count = 16
-    timeout_s: Annotated[float, Meta(gt=0)] = 10.0
+    timeout_s: SomeSeconds = 10.0
     retries: NotNegative = 4
 
 
@@ -203,7 +205,7 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
     """
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         raise ConfigError(origin, (f"is no TOML: {error}",)) from error
 
 
@@ -305,7 +307,13 @@ def _value_problems(kind: Any, value: object, where: str) -> Iterator[str]:
     try:
         msgspec.convert(value, kind, dec_hook=decode_value)
     except (msgspec.ValidationError, ValueError) as error:
-        yield f"{where} = {value!r}: {_allowed(kind) or error}"
+        yield f"{where} = {_shown(value)}: {_allowed(kind) or error}"
+
+
+def _shown(value: object) -> str:
+    """Return what the file says, of something long the beginning."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_MAX else f"{text[:_SHOWN_MAX]}..."
 
 
 def _allowed(kind: Any) -> str | None:

@@ -2,22 +2,24 @@
 
 import re
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from sllm_node.core.hosts import is_loopback
+from sllm_node.core.hosts import address_problem, is_loopback, listen_problem
 from sllm_node.core.units import PAGE
 from sllm_node.core.urls import plain
 
 if TYPE_CHECKING:
     from sllm_node.core.config import Config
 
+LONGEST_S: Final = 1e9
+"""Seconds that a key may name: thirty years. Timers and systemd count to an end."""
 _DEVICE_NAME = re.compile(r"cpu(:\d+)?|cuda(:\d+)?")
 
 
 def contradictions(config: "Config") -> Iterator[str]:
     """Yield each, naming its keys."""
     checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_blocks, _check_pool, _check_offload, _check_bind, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
+        _check_chunks, _check_blocks, _check_pool, _check_offload, _check_bind, _check_keys, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
     )  # fmt: skip
     for check in checks:
         if (problem := check(config)) is not None:
@@ -69,14 +71,31 @@ def _check_bind(config: "Config") -> str | None:
     )
 
 
+def _check_keys(config: "Config") -> str | None:
+    """Look for keys that no client could send; the key itself is not told."""
+    for table in ("api_keys", "admin_keys"):
+        for i, key in enumerate(getattr(config.server, table)):
+            if key != key.strip() or has_control_characters(key):
+                return (
+                    f"server.{table}[{i}]: has a space at an end or a control character, which no request "
+                    "can carry; remove it"
+                )
+    return None
+
+
+def has_control_characters(key: str) -> bool:
+    """Tell whether no header of a request may have `key`."""
+    return any(ord(character) < 32 or ord(character) == 127 for character in key)
+
+
 def _check_keep_alive(config: "Config") -> str | None:
     values = {"schedule.keep_alive_s": config.schedule.keep_alive_s}
     for name, model in config.models.items():
         if model.keep_alive_s is not None:
             values[f"models.{name}.keep_alive_s"] = model.keep_alive_s
     for key, value in values.items():
-        if value < 0 and value != -1:
-            return f"{key} = {value}: must be seconds, or -1 for ever"
+        if value != -1 and not 0 <= value <= LONGEST_S:
+            return f"{key} = {value}: must be seconds ({LONGEST_S:.0f} at most), or -1 for ever"
     return None
 
 
@@ -125,10 +144,11 @@ def _check_remotes(config: "Config") -> str | None:
 
 
 def _check_cluster(config: "Config") -> str | None:
-    for key in ("listen", "address"):
+    checks = (("listen", listen_problem), ("address", address_problem))
+    for key, check in checks:
         value = getattr(config.cluster, key)
         if value and not config.cluster.file:
             return f"cluster.{key} = {value!r}: means nothing without cluster.file"
-        if value and not re.fullmatch(r"(\[[0-9a-fA-F:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}", value):
-            return f'cluster.{key} = {value!r}: must be host:port, as in "0.0.0.0:8100"'
+        if value and (problem := check(value)) is not None:
+            return f"cluster.{key} = {value!r}: {problem}"
     return None

@@ -1,6 +1,7 @@
 """Sizes in bytes, as people write them and as machines align them."""
 
 import re
+from fractions import Fraction
 from typing import Final
 
 KIB: Final = 1 << 10
@@ -14,6 +15,9 @@ _FACTORS: Final = {
     "kib": KIB, "mib": MIB, "gib": GIB, "tib": 1 << 40,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
 }  # fmt: skip
+LARGEST_SIZE: Final = (1 << 63) - 1
+"""What a file or a memory can have at most."""
+_DIGITS_MAX: Final = 30
 _SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([a-zA-Z]*)\s*")
 
 
@@ -31,14 +35,22 @@ def parse_size(text: str | int) -> int:
     if isinstance(text, int):
         if isinstance(text, bool) or text < 0:
             raise ValueError(f"{text!r} is no size in bytes")
-        return text
+        return _bounded(text)
     match = _SIZE.fullmatch(text)
     if match is None or match[2].lower() not in _FACTORS:
-        raise ValueError(f'{text!r} is no size; write a number with a unit, as in "16MiB"')
-    size = float(match[1]) * _FACTORS[match[2].lower()]
-    if size != int(size):
+        raise ValueError(f'{text[:40]!r} is no size; write a number with a unit, as in "16MiB"')
+    if len(match[1]) > _DIGITS_MAX:
+        return _bounded(LARGEST_SIZE + 1)
+    size = Fraction(match[1]) * _FACTORS[match[2].lower()]
+    if size.denominator != 1:
         raise ValueError(f"{text!r} is not a whole number of bytes")
-    return int(size)
+    return _bounded(int(size))
+
+
+def _bounded(size: int) -> int:
+    if size > LARGEST_SIZE:
+        raise ValueError(f"is no size of a machine: above {format_size(LARGEST_SIZE)}")
+    return size
 
 
 def format_size(size: float) -> str:

@@ -39,6 +39,7 @@ from sllm_node.node.devices import open_devices
 from sllm_node.node.kept import KeptPins, journal_path
 from sllm_node.node.monitor import Monitor
 from sllm_node.node.systemd import Notifier
+from sllm_node.node.unfit import unfit
 from sllm_node.schedule.driver import Service
 from sllm_node.server.app import Edge, Server
 from sllm_node.store.remote import RemoteTier
@@ -63,6 +64,8 @@ class Node:
         self._catalog = Catalog(
             Path(config.store.path), None if self._remote is None else self._remote.cards
         )
+        self._unfit: tuple[ModelId, ...] = ()
+        """Checkpoints whose chunks did not fit the pool's at the start."""
         self._devices: tuple[Device, ...] = ()
         self._store: Store
         self._engines: Engines
@@ -165,8 +168,16 @@ class Node:
             self._catalog.scan()
         except OSError as error:
             raise StoreFolderError(str(folder), error.strerror or str(error)) from error
-        for name, problem in self._catalog.problems.items():
-            log.warning("checkpoint not usable", extra={"model": name, "problem": str(problem)})
+        chunk_bytes = self._config.store.chunk_bytes
+        self._unfit = tuple(unfit(self._catalog, self._catalog.models(), chunk_bytes))
+        for name, problem in self._unusable().items():
+            log.warning("checkpoint not usable", extra={"model": name, "problem": problem})
+
+    def _unusable(self) -> dict[str, str]:
+        """Return which checkpoints can't be used now, and why."""
+        still = unfit(self._catalog, self._unfit, self._config.store.chunk_bytes)
+        problems = (*self._catalog.problems.items(), *still.items())
+        return {name: str(error) for name, error in sorted(dict(problems).items())}
 
     async def _open_journal(self) -> None:
         self._journal = await Journal.open(journal_path(self._config))
@@ -290,7 +301,7 @@ class Node:
                 "chunk_bytes": self._config.store.chunk_bytes,
             },
             "bandwidth": bandwidth,
-            "unusable": {name: str(error) for name, error in self._catalog.problems.items()},
+            "unusable": self._unusable(),
             "failures": self._service.failures(),
             "remotes": self._remotes(),
             "cluster": None if self._cluster is None else self._cluster.status(),

@@ -24,6 +24,7 @@ from sllm_node.core.units import GIB, format_size
 from sllm_node.node import folders
 from sllm_node.node.kept import journal_path
 from sllm_node.node.machine import Machine
+from sllm_node.node.unfit import unfit
 
 Level = Literal["ok", "warning", "error"]
 LITTLE_BYTES: Final = 1 * GIB
@@ -134,6 +135,9 @@ def _catalog_findings(config: Config, path: Path) -> Iterator[Finding]:
         )
         todo = f"the node starts without it; {mend}"
         yield Finding("warning", "store.path", f"checkpoint {name}: {problem}", todo)
+    for misfit in unfit(catalog, found, config.store.chunk_bytes).values():
+        said = f"no request for this checkpoint can be served: {misfit}"
+        yield Finding("warning", "store.chunk_bytes", said)
     is_alone = not (config.remotes or config.cluster.file)
     for name in sorted(config.models):
         if is_alone and name not in found and name not in catalog.problems:

@@ -127,6 +127,9 @@ class NoTrust:
     def set_peers(self, peers):
         pass
 
+    def renew(self, changed):
+        return frozenset()
+
 
 class Copying:
     """What `fetching.Fetching` is to a node: a peer's model is known once its folder is copied."""

@@ -26,6 +26,8 @@ def test_a_cluster_is_made_joined_and_checked(tmp_path, addresses):
     joined = run("join", tmp_path, "a", addresses[0])
     assert f"{tmp_path}/nodes/a.key" in joined.stdout
     assert "copy these to a" in joined.stderr
+    place = f"/etc/sllm-node/{tmp_path.name}/nodes"
+    assert f"  LoadCredential=trust.private_key_file:{place}/a.key\n" in joined.stderr
     file = tmp_path / "cluster.toml"
     assert run("check", file).stdout.endswith(f"{file}: no problems\n")
     assert run("join", tmp_path, "a", "--renew").exit_code == 0

@@ -1,11 +1,14 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from sllm_node import __version__
-from sllm_node.cli.main import app, main
+from sllm_node.cli.main import app, main, serve_or_tell
+from sllm_node.core.config import load_config
+from sllm_node.core.errors import StoreFolderError
 
 
 def run(*arguments):
@@ -23,6 +26,29 @@ def test_a_good_config_has_no_problems(tmp_path):
     assert (
         json.loads(run("check-config", str(file), "--file-only", "--json").stdout)["problems"] == []
     )
+
+
+def test_a_start_that_fails_tells_all_that_a_preflight_finds(tmp_path, capsys):
+    file = tmp_path / "node.toml"
+    file.write_text(f'[server]\nport = 0\n[store]\npath = "{file}/models"\n')
+
+    def fail(_):
+        raise StoreFolderError(f"{file}/models", "is none")
+
+    with pytest.raises(StoreFolderError):
+        serve_or_tell(load_config(file), file, fail)
+    told = capsys.readouterr()
+    assert "error    store.path: " in told.err
+    assert "error    node.journal: " in told.err
+    assert "ok  " not in told.err + told.out
+
+
+def test_a_start_that_goes_well_looks_at_nothing_else(tmp_path, capsys):
+    file = tmp_path / "node.toml"
+    file.write_text(f'[server]\nport = 0\n[store]\npath = "{file}/models"\n')
+    started = []
+    serve_or_tell(load_config(file), Path("gone.toml"), started.append)
+    assert (len(started), capsys.readouterr().err) == (1, "")
 
 
 def test_a_preflight_has_one_line_for_each_finding_and_fails_with_an_error(tmp_path):

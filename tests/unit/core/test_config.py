@@ -3,6 +3,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from sllm_node.checkpoint.sinks import RAW_CHUNK_BYTES
 from sllm_node.core.config import Config, config_schema, load_config, parse_config
 from sllm_node.core.errors import ConfigError
 from sllm_node.core.units import MIB
@@ -33,6 +34,12 @@ def test_every_shipped_config_is_valid(path):
         load_config(path)
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.toml")), ids=lambda path: path.name)
+def test_every_shipped_config_serves_what_is_converted_by_default(path):
+    if not path.name.startswith("simulation"):
+        assert load_config(path).store.chunk_bytes % RAW_CHUNK_BYTES == 0
+
+
 def test_every_problem_is_reported_at_once_with_its_key():
     found = problems(
         '[node]\nidd = "x"\ndrain_s = "soon"\n[store]\npool_bytes = "much"\n'
@@ -53,6 +60,14 @@ def test_contradictions_are_told_beside_mistakes():
 
 def test_a_mistyped_key_is_answered_with_the_nearest_one():
     assert problems("[store]\npool_byte = 1")[0].endswith("did you mean 'pool_bytes'?")
+
+
+@pytest.mark.parametrize("digits", [400, 5000])
+@pytest.mark.parametrize("quote", ['"', ""])
+def test_a_size_of_very_many_digits_is_a_config_error(digits, quote):
+    (told, *_) = problems(f"[store]\npool_bytes = {quote}{'9' * digits}{quote}\n")
+    assert "store.pool_bytes = " in told or "is no TOML" in told
+    assert len(told) < 200
 
 
 def test_sizes_may_carry_units():
@@ -89,9 +104,51 @@ def test_a_value_that_contradicts_is_refused_by_name(text, key):
     assert problems(text)[0].startswith(key)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("listen", "address") for value in
+          ("10.0.0.1:99999", "10.0.0.1:0", "10.0.0.1", "[1:2]:8100")),
+        ("address", "0.0.0.0:8100"),
+    ],
+)  # fmt: skip
+def test_an_address_that_peers_can_not_call_is_refused(key, value):
+    (told,) = problems(f'[cluster]\nfile = "f"\n{key} = "{value}"\n')
+    assert told.startswith(f"cluster.{key} = {value!r}: ")
+
+
+def test_a_node_may_listen_on_all_interfaces():
+    text = '[cluster]\nfile = "f"\nlisten = "0.0.0.0:8100"\n'
+    assert parse_config(text).cluster.listen == "0.0.0.0:8100"
+
+
+@pytest.mark.parametrize("key", [
+    "node.drain_s", "engine.stall_after_s", "engine.prefill_beside_ratio", "schedule.keep_alive_s",
+    "schedule.max_wait_s", "server.read_timeout_s", "models.m.keep_alive_s",
+])  # fmt: skip
+@pytest.mark.parametrize("value", ["inf", "nan", "1e300"])
+def test_a_number_without_an_end_is_refused(key, value):
+    table, _, field = key.rpartition(".")
+    assert problems(f"[{table}]\n{field} = {value}\n")[0].startswith(f"{key} = ")
+
+
 @pytest.mark.parametrize("extra", ['api_keys = ["k"]', "allow_unauthenticated_remote = true"])
 def test_listening_to_other_machines_needs_a_key_or_the_explicit_word(extra):
     assert parse_config(f'[server]\nhost = "0.0.0.0"\n{extra}').server.host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("key", ["api_keys", "admin_keys"])
+@pytest.mark.parametrize(
+    "value", [" secret", "secret ", r"secret\n", r"sec\nret", r"sec\u0000ret", r"\u00a0secret", " "]
+)
+def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key, value):
+    (told,) = problems(f'[server]\n{key} = ["good", "{value}"]\n')
+    assert told.startswith(f"server.{key}[1]: ")
+    assert "secret" not in told
+
+
+def test_a_key_may_have_a_space_within():
+    assert parse_config('[server]\napi_keys = ["a b"]\n').server.api_keys == ("a b",)
 
 
 def test_text_that_is_no_toml_is_refused():

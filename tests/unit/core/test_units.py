@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from sllm_node.core.units import (
     GIB,
+    LARGEST_SIZE,
     MIB,
     align_up,
     format_count,
@@ -22,10 +23,30 @@ def test_align_up_gives_the_next_multiple(value, alignment):
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("16MiB", 16 * MIB), (" 1.5 gib ", 3 * GIB // 2), ("2 GB", 2 * 10**9), ("7", 7), (7, 7)],
+    [
+        ("16MiB", 16 * MIB),
+        (" 1.5 gib ", 3 * GIB // 2),
+        ("2 GB", 2 * 10**9),
+        ("7", 7),
+        (7, 7),
+        ("1.1GB", 1_100_000_000),
+        ("9007199254740993", 2**53 + 1),
+        (LARGEST_SIZE, LARGEST_SIZE),
+    ],
 )
 def test_sizes_are_read(text, size):
     assert parse_size(text) == size
+
+
+@pytest.mark.parametrize(
+    "text",
+    [LARGEST_SIZE + 1, "8388608TiB", "9" * 400, "9" * 5000, f"{'9' * 400}GiB", 10**400],
+    ids=lambda text: str(text)[:20],
+)
+def test_a_size_that_no_machine_counts_to_is_refused_in_one_line(text):
+    with pytest.raises(ValueError, match="size") as caught:
+        parse_size(text)
+    assert len(str(caught.value)) < 200
 
 
 @pytest.mark.parametrize("text", ["", "MiB", "4 parsecs", "-3", "0.3B", -3, True])

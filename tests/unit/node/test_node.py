@@ -7,6 +7,7 @@ from sllm_node.core.errors import StoppingError
 from sllm_node.core.units import GIB
 from sllm_node.node.node import Node, describe_devices
 from sllm_node.node.systemd import Notifier
+from tests.unit.checkpoint.raw import write_raw
 
 
 def small(tmp_path):
@@ -22,6 +23,22 @@ def test_what_is_cached_is_not_told_as_used():
     ]
     told = describe_devices(devices)
     assert told == "device 20.0 GiB of 278.0 GiB used, 40.0 GiB cached"
+
+
+def test_a_checkpoint_whose_chunks_do_not_fit_is_told_as_unusable_from_the_start(tmp_path):
+    write_raw(tmp_path / "models", "large", chunk_bytes=1 << 17)
+    write_raw(tmp_path / "models", "small", chunk_bytes=1 << 14)
+
+    async def main():
+        node = Node(small(tmp_path), Notifier({}), MonotonicClock())
+        await node.start()
+        told = node._overview()["unusable"]
+        await node.stop(asyncio.Event())
+        return told
+
+    told = asyncio.run(main())
+    assert list(told) == ["large"]
+    assert "store.chunk_bytes = 65536 is no multiple" in told["large"]
 
 
 def test_no_drain_is_taken_back_from_the_moment_in_which_a_node_stops(tmp_path):

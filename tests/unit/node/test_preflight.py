@@ -13,6 +13,7 @@ from sllm_node.core.units import GIB
 from sllm_node.node import folders
 from sllm_node.node.machine import DeviceRoom, Memory, ThisMachine
 from sllm_node.node.preflight import preflight
+from tests.unit.checkpoint.raw import write_raw
 
 
 @dataclass
@@ -168,6 +169,14 @@ def test_damaged_checkpoints_and_models_that_are_not_there_are_warnings(found, t
     assert "checkpoint broken" in lines[0][2]
 
 
+def test_a_checkpoint_whose_chunks_do_not_fit_the_pools_is_a_warning(found, tmp_path):
+    write_raw(tmp_path / "models", "large", chunk_bytes=1 << 20)
+    assert found(f'[store]\npath = "{tmp_path}/models"\nchunk_bytes = "1MiB"\n') == []
+    line = only(found(f'[store]\npath = "{tmp_path}/models"\nchunk_bytes = "512KiB"\n'))
+    assert line[:2] == ("warning", "store.chunk_bytes")
+    assert "large: its chunks are 1048576 bytes" in line[2]
+
+
 def test_a_folder_that_rm_would_not_delete_is_not_said_to_be_deleted(found, tmp_path):
     for name, file in (("broken", "tensor_index.json"), ("photos", "one.jpg")):
         (tmp_path / "models" / name).mkdir(parents=True)
@@ -255,6 +264,14 @@ def cluster(tmp_path):
 
 def test_a_node_in_order_in_its_cluster_is_well(found, cluster):
     assert found(cluster()) == []
+
+
+def test_a_key_that_systemd_hands_over_is_used(found, cluster, tmp_path, monkeypatch):
+    text = cluster(key="short", mode=0o644)  # as if this user could not read the one of the file
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(tmp_path))
+    (tmp_path / "trust.key_file").write_text("0" * 64)
+    (tmp_path / "trust.key_file").chmod(0o440)
+    assert found(text) == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,9 @@ import socket
 
 import pytest
 
+from sllm_node.core.config import parse_config
+from sllm_node.core.contradictions import LONGEST_S
+from sllm_node.node.node import STOP_SLACK_S
 from sllm_node.node.systemd import Notifier
 
 
@@ -29,6 +32,13 @@ def test_each_message_arrives_as_systemd_reads_it(manager):
         "WATCHDOG=1",
         "STOPPING=1\nSTATUS=draining\nEXTEND_TIMEOUT_USEC=2500000",
     ]
+
+
+def test_the_longest_drain_is_one_that_systemd_can_count(manager):
+    receiver, name = manager
+    drain_s = parse_config(f"[node]\ndrain_s = {LONGEST_S}\n").node.drain_s
+    Notifier({"NOTIFY_SOCKET": name}).stopping("draining", drain_s + STOP_SLACK_S)
+    assert int(receiver.recv(999).decode().rpartition("=")[2]) < 2**64 - 1
 
 
 def test_without_a_manager_nothing_happens():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from sllm_node.cluster.file import NEEDED_FILES
 from sllm_node.core.config import Config
 from sllm_node.node.node import STOP_SLACK_S
 
@@ -34,8 +35,20 @@ def test_the_node_reads_a_copy_of_a_config_that_its_user_could_not_read():
     assert found["DynamicUser"] == "yes"
     name, _, file = found["LoadCredential"].partition(":")
     assert file == "/etc/sllm-node/node.toml"
-    for command in ("ExecStartPre", "ExecStart"):
-        assert found[command].split()[-1] == f"${{CREDENTIALS_DIRECTORY}}/{name}"
+    assert found["ExecStart"].split()[-1] == f"${{CREDENTIALS_DIRECTORY}}/{name}"
+
+
+def test_nothing_that_runs_before_the_node_needs_its_config():
+    """Older systemd (247 to 251) hands credentials to ExecStart alone."""
+    assert not [key for key in settings() if key.startswith("Exec") and "Pre" in key]
+
+
+@pytest.mark.parametrize("mode", ["key", "tls"])
+def test_the_unit_says_how_a_node_of_a_cluster_gets_its_secrets(mode):
+    lines = UNIT.read_text().splitlines()
+    for key in NEEDED_FILES[mode]:
+        (line,) = [one for one in lines if one.startswith(f"#LoadCredential=trust.{key}:")]
+        assert line.partition(":")[2].startswith("/etc/sllm-node/prod/")
 
 
 def test_systemd_waits_for_a_drain():
