@@ -17,7 +17,12 @@ from typing import Any, Final
 from sllm_node.checkpoint.cards import REGISTERED, TEXT_FILES, Cards, clear
 from sllm_node.checkpoint.catalog import is_model_name
 from sllm_node.checkpoint.index import INDEX_FILE, from_json
-from sllm_node.core.errors import RemoteNotFoundError, RemoteUnreachableError, SllmError
+from sllm_node.core.errors import (
+    RemoteDeniedError,
+    RemoteNotFoundError,
+    RemoteUnreachableError,
+    SllmError,
+)
 from sllm_node.core.types import ModelId
 from sllm_node.store.remote_fetch import INDEX_BYTES_MAX, Remote
 from sllm_node.store.remote_registered import RegisteredFiles
@@ -28,6 +33,8 @@ REFRESH_S: Final = 300.0
 """Between two looks at remotes that answer."""
 RETRY_S: Final = 15.0
 """Between two looks while one does not."""
+_CONFIG_FILE: Final = "config.json"
+"""The text without which no checkpoint can be used."""
 _TEXT_BYTES_MAX: Final = 256 << 20
 
 
@@ -163,9 +170,10 @@ class Looks:
                     f"delete them with rm {model} to have this one"
                 )
             else:
-                texts = self._texts(remote, model)
+                texts, refused = self._texts(remote, model)
                 self._cards.write(ModelId(model), remote.name, {**texts, INDEX_FILE: index})
-                log.info("remote checkpoint", extra={"model": model, "remote": remote.name})
+                fields = {"model": model, "remote": remote.name, "refused": refused}
+                log.info("remote checkpoint", extra=fields)
         except RemoteUnreachableError:
             raise  # no need to ask it for the others
         except SllmError as error:
@@ -174,14 +182,24 @@ class Looks:
             return f"{self._cards.root / model}: {error.strerror or error}"
         return None
 
-    def _texts(self, remote: Remote, model: str) -> dict[str, bytes]:
+    def _texts(self, remote: Remote, model: str) -> tuple[dict[str, bytes], list[str]]:
+        """Return the texts of a checkpoint, and the names of those that are refused.
+
+        No checkpoint has all of them. Of one that is not there, a bucket says so only to those who
+        may list it; to others it is refused, as the index was not.
+        """
         found: dict[str, bytes] = {}
+        refused: list[str] = []
         for name in TEXT_FILES:
             try:
                 found[name] = self._read(remote, f"{model}/{name}", _TEXT_BYTES_MAX)
             except RemoteNotFoundError:
-                continue  # no checkpoint has all of them
-        return found
+                continue
+            except RemoteDeniedError:
+                if name == _CONFIG_FILE:
+                    raise
+                refused.append(name)
+        return found, refused
 
     def _read(self, remote: Remote, path: str, limit: int) -> bytes:
         """Return a whole file, if the node does not stop: it would wait for everything that a look asks for."""
