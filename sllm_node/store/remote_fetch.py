@@ -25,12 +25,11 @@ from sllm_node.core.errors import (
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
+from sllm_node.store.remote_transport import backoff_s
 
 PIECE_BYTES: Final = 4 << 20
 """Of one request: long enough for a connection to get to its speed, short enough to be many."""
 INDEX_BYTES_MAX: Final = 1 << 30
-_BACKOFF_S: Final = 0.1
-_BACKOFF_MAX_S: Final = 5.0
 
 
 class Files(Protocol):
@@ -38,7 +37,7 @@ class Files(Protocol):
 
     name: str
 
-    def read_all(self, path: str, limit: int) -> bytes: ...
+    def read_all(self, path: str, limit: int, stop: Event) -> bytes: ...
 
     def read_some(self, path: str, view: memoryview, offset: int, stop: Event) -> Iterable[int]: ...
 
@@ -72,7 +71,7 @@ class Remote:
             self._fetch_checked(Range(checkpoint, shard, offset), view, stop)
         except RemoteNotFoundError as error:
             self._count(error)
-            self._check_index(checkpoint, shard)
+            self._check_index(checkpoint, shard, stop)
             raise
         except (RemoteError, RemoteChecksumError, RemoteChangedError) as error:
             self._count(error)
@@ -93,7 +92,7 @@ class Remote:
             wrong = where.wrong_chunks(view)
             if not wrong:
                 return
-            self._check_index(where.checkpoint, where.shard)
+            self._check_index(where.checkpoint, where.shard, stop)
         start, size = wrong[0]
         name = where.checkpoint.index.shards[where.shard].name
         offset = where.offset + start
@@ -136,15 +135,15 @@ class Remote:
                     if attempts > self._retries:
                         raise
                     self._retried.inc()
-                    stop.wait(min(_BACKOFF_S * 2**attempts, _BACKOFF_MAX_S))
+                    stop.wait(backoff_s(attempts))
         except BaseException:
             failed.set()
             raise
 
-    def _check_index(self, checkpoint: Checkpoint, shard: int) -> None:
+    def _check_index(self, checkpoint: Checkpoint, shard: int, stop: Event) -> None:
         """Raise if the remote's index is another one by now."""
         try:
-            data = self.files.read_all(f"{checkpoint.model}/{INDEX_FILE}", INDEX_BYTES_MAX)
+            data = self.files.read_all(f"{checkpoint.model}/{INDEX_FILE}", INDEX_BYTES_MAX, stop)
             is_same = from_json(data, checkpoint.model) == checkpoint.index
         except (RemoteNotFoundError, CheckpointFormatError):
             is_same = False

@@ -8,9 +8,9 @@ One look proves little: what a remote does not list any more is kept if bytes of
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
@@ -47,6 +47,17 @@ class _Seen:
     """It had them, and bytes of them have come: they are kept, it may offer them again."""
     problem: str | None = "not asked yet"
     is_down: bool = True
+    missed: tuple[str, ...] = ()
+    """Of the models, those of which index or texts could not be had, the last one last."""
+
+
+@dataclass(slots=True)
+class _Found:
+    """What a look at the models of a remote found."""
+
+    problems: list[str]
+    missed: list[str] = field(default_factory=list)
+    is_down: bool = False
 
 
 class Looks:
@@ -127,7 +138,7 @@ class Looks:
             before = self._seen[name].problem
             self._seen[name] = seen = self._look_around_at(remote, taken)
             if not seen.is_down:
-                taken.update(seen.models)
+                taken.update({*seen.models} - {*seen.missed})
             if seen.problem is not None and seen.problem != before and not self._closing.is_set():
                 fields = {"remote": name, "url": self._address(name), "problem": seen.problem}
                 log.warning("remote not usable", extra=fields)
@@ -137,16 +148,39 @@ class Looks:
         try:
             listed = tuple(m for m in remote.files.models() if is_model_name(m))
             wanted = [m for m in listed if m not in taken]
-            look = partial(self._look, remote)
-            if remote.files is self._registered:
-                problems = self._registered.look(wanted, look)
-            else:
-                problems = [p for m in wanted if (p := look(m))]
-            kept = self._drop_gone(remote.name, {*wanted})
-            return _Seen(listed, kept, next(iter(problems), None), is_down=False)
         except SllmError as error:
             seen = self._seen[remote.name]
-            return _Seen(seen.models, seen.not_offered, str(error))
+            return _Seen(seen.models, seen.not_offered, str(error), missed=seen.missed)
+        if remote.files is self._registered:
+            found = _Found(self._registered.look(wanted, partial(self._look, remote)))
+        else:
+            found = self._look_at_each(remote, wanted)
+        kept = self._drop_gone(remote.name, {*wanted})
+        problem = next(iter(found.problems), None)
+        return _Seen(listed, kept, problem, is_down=found.is_down, missed=tuple(found.missed))
+
+    def _look_at_each(self, remote: Remote, wanted: Sequence[str]) -> "_Found":
+        """Look at all of `wanted`, those that were not to be had last time behind the others.
+
+        A remote that is silent is asked no more. It is down if it gave nothing of any.
+        """
+        missed = [model for model in self._seen[remote.name].missed if model in wanted]
+        problems: list[str] = []
+        is_down = bool(wanted)
+        for model in [*(model for model in wanted if model not in missed), *missed]:
+            missed = [other for other in missed if other != model]
+            try:
+                problem = self._look(remote, model)
+                is_down = False
+            except RemoteUnreachableError as error:
+                missed.append(model)
+                problem = str(error)
+                if error.is_silent:
+                    problems.append(problem)
+                    break
+            if problem is not None:
+                problems.append(problem)
+        return _Found(problems, missed, is_down=is_down)
 
     def _clear_completed(self) -> None:
         """Delete what a crash in the moment of completion left: second names of the same bytes."""
@@ -175,7 +209,7 @@ class Looks:
                 fields = {"model": model, "remote": remote.name, "refused": refused}
                 log.info("remote checkpoint", extra=fields)
         except RemoteUnreachableError:
-            raise  # no need to ask it for the others
+            raise  # perhaps there is no need to ask it for the others
         except SllmError as error:
             return str(error)
         except OSError as error:
@@ -204,8 +238,8 @@ class Looks:
     def _read(self, remote: Remote, path: str, limit: int) -> bytes:
         """Return a whole file, if the node does not stop: it would wait for everything that a look asks for."""
         if self._closing.is_set():
-            raise RemoteUnreachableError(remote.name, path, "the node stops")
-        return remote.files.read_all(path, limit)
+            raise RemoteUnreachableError(remote.name, path, "the node stops", is_silent=True)
+        return remote.files.read_all(path, limit, self._closing)
 
     def _is_kept_for(self, owner: str, other: str, model: ModelId) -> bool:
         """Tell whether bytes from `owner` go before what `other` offers under that name."""
