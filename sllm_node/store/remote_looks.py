@@ -98,9 +98,17 @@ class Looks:
         await self._look_around()
         then()
         while True:
-            is_down = any(seen.problem is not None for seen in self._seen.values())
-            await asyncio.sleep(RETRY_S if is_down else REFRESH_S)
+            await asyncio.sleep(self.pause_s())
             await self._look_around()
+
+    def pause_s(self) -> float:
+        """Return how long to wait for the next look. A model's own problem is nobody's reason to hurry.
+
+        Registered models have an address each: a problem of one may be that its host is down.
+        """
+        is_wrong = any(seen.is_down for seen in self._seen.values())
+        is_wrong |= self._seen[REGISTERED].problem is not None
+        return RETRY_S if is_wrong else REFRESH_S
 
     async def _look_around(self) -> None:
         try:

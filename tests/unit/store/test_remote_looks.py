@@ -4,11 +4,13 @@ pytest.importorskip("obstore")
 
 from aiohttp import web
 
+from sllm_node.checkpoint.cards import REGISTERED
 from sllm_node.core.config import RemoteConfig, StoreConfig
 from sllm_node.core.errors import RemoteNotFoundError, RemoteUnreachableError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId
 from sllm_node.store.remote import RemoteTier
+from sllm_node.store.remote_looks import REFRESH_S, RETRY_S
 from tests.unit.store.remote_rig import Node, make_remote
 
 A = ModelId("a")
@@ -151,4 +153,28 @@ async def test_a_model_that_fails_at_one_remote_is_had_from_another(tmp_path):
     await tier.refresh()
     assert [tier.cards.remote_of(model) for model in "ab"] == ["two", "one"]
     assert two.indexes_asked() == "a"
+    await tier.close()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "pause_s"), [("500", REFRESH_S), ("silent", RETRY_S), (None, REFRESH_S)]
+)
+async def test_only_remotes_that_are_down_are_looked_at_again_soon(looked_at, wrong, pause_s):
+    tier, folder = looked_at
+    assert tier._looks.pause_s() == RETRY_S
+    if wrong is not None:
+        folder.wrong["a/tensor_index.json"] = wrong
+    await tier.refresh()
+    assert tier._looks.pause_s() == pause_s
+
+
+async def test_registered_models_with_a_problem_are_looked_at_again_soon(tmp_path):
+    folder = Folder(REGISTERED, make_remote(tmp_path / "remote", "ab").root)
+    tier = RemoteTier({}, StoreConfig(path=str(tmp_path)), Metrics(), connect=lambda *_: folder)
+    folder.wrong["a/tensor_index.json"] = "500"
+    await tier.register({A: "http://host/a", ModelId("b"): "http://host/b"})
+    assert tier._looks.pause_s() == RETRY_S
+    folder.wrong.clear()
+    await tier.refresh()
+    assert tier._looks.pause_s() == REFRESH_S
     await tier.close()
