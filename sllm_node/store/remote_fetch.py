@@ -6,8 +6,9 @@ that was cut off goes on where it ended. What came is checked against the index 
 use it; bytes that stay wrong mean that the remote has another checkpoint now, or a damaged one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import Final, Protocol
@@ -25,6 +26,7 @@ from sllm_node.core.errors import (
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import ModelId
 from sllm_node.store.remote_transport import backoff_s
 
 PIECE_BYTES: Final = 4 << 20
@@ -50,6 +52,8 @@ class Remote:
     def __init__(self, files: Files, *, threads: int, retries: int, metrics: Metrics) -> None:
         self.name = files.name
         self.files = files
+        self.on_changed: Callable[[ModelId], None] = lambda model: None
+        """Called, in any thread, before an error tells that the remote has another checkpoint."""
         self._retries = retries
         self._threads = ThreadPoolExecutor(threads, f"sllm-fetch-{files.name}")
         self._bytes = metrics.remote_bytes.labels(files.name)
@@ -69,12 +73,13 @@ class Remote:
         """
         try:
             self._fetch_checked(Range(checkpoint, shard, offset), view, stop)
-        except RemoteNotFoundError as error:
+        except (RemoteUnreachableError, RemoteChecksumError, RemoteChangedError) as error:
             self._count(error)
-            self._check_index(checkpoint, shard, stop)
             raise
-        except (RemoteError, RemoteChecksumError, RemoteChangedError) as error:
+        except RemoteError as error:
             self._count(error)
+            with suppress(RemoteError, InterruptedError):
+                self._check_index(checkpoint, shard, stop)
             raise
 
     def close(self) -> None:
@@ -147,7 +152,12 @@ class Remote:
             is_same = from_json(data, checkpoint.model) == checkpoint.index
         except (RemoteNotFoundError, CheckpointFormatError):
             is_same = False
+        except RemoteUnreachableError:
+            if stop.is_set():
+                raise InterruptedError(0, "the load was cancelled") from None
+            raise
         if not is_same:
+            self.on_changed(checkpoint.model)
             name = checkpoint.index.shards[shard].name
             raise RemoteChangedError(self.name, checkpoint.model, name)
 

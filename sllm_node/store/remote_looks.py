@@ -9,7 +9,8 @@ import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
@@ -35,6 +36,8 @@ RETRY_S: Final = 15.0
 """Between two looks while one does not."""
 _CONFIG_FILE: Final = "config.json"
 """The text without which no checkpoint can be used."""
+_LOOK_AGAIN_S: Final = 10.0
+"""A load that was told of another checkpoint waits no longer for the look at it."""
 _TEXT_BYTES_MAX: Final = 256 << 20
 
 
@@ -80,6 +83,10 @@ class Looks:
         self._seen = {name: _Seen() for name in remotes}
         self._threads = ThreadPoolExecutor(1, "sllm-cards")
         self._closing = threading.Event()
+        self._lock = threading.Lock()
+        self._again: dict[tuple[str, ModelId], Future[None]] = {}
+        for remote in remotes.values():
+            remote.on_changed = partial(self._look_again, remote)
 
     def stop(self) -> None:
         """Let a look under way end after the request that it waits for."""
@@ -88,6 +95,18 @@ class Looks:
     def close(self) -> None:
         """End the thread."""
         self._threads.shutdown(wait=True, cancel_futures=True)
+
+    def _look_again(self, remote: Remote, model: ModelId) -> None:
+        """Look at a model that is another one by now; called in threads, returns when that was done.
+
+        So who is told of it, and asks again, has the new one.
+        """
+        key = (remote.name, model)
+        with self._lock:
+            looking = self._again.get(key)
+            if looking is None or looking.done():
+                looking = self._again[key] = self._threads.submit(self._look_at_one, remote, model)
+        wait([looking], timeout=_LOOK_AGAIN_S)
 
     async def refresh(self) -> None:
         """Look at every remote, and make or drop cards as it says."""
@@ -166,6 +185,12 @@ class Looks:
         kept = self._drop_gone(remote.name, {*wanted})
         problem = next(iter(found.problems), None)
         return _Seen(listed, kept, problem, is_down=found.is_down, missed=tuple(found.missed))
+
+    def _look_at_one(self, remote: Remote, model: ModelId) -> None:
+        """Make the card of `model` anew if it is still this remote's; what is wrong, the next look tells."""
+        if self._cards.remote_of(model) == remote.name:
+            with suppress(RemoteUnreachableError):
+                self._look(remote, model)
 
     def _look_at_each(self, remote: Remote, wanted: Sequence[str]) -> "_Found":
         """Look at all of `wanted`, those that were not to be had last time behind the others.

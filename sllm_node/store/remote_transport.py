@@ -38,6 +38,7 @@ _BACKOFF_MAX_S: Final = 5.0
 _CONNECT_S: Final = 5.0
 _TOOK: Final = re.compile(r" in [0-9.]+\S* - ")
 _ANSWER: Final = re.compile(r"(status code: [0-9]{3}[^:]*):.*")
+_BEYOND: Final = "status code: 416"
 _KIND: Final = re.compile(r"\bkind: (Connect|Timeout)\b")
 _KINDS: Final = {"Connect": "no connection to it", "Timeout": "no answer in time"}
 EXTRA: Final = "pip install 'sllm-node[remote]'"
@@ -163,6 +164,9 @@ class Transport:
             problem = "the server sends no ranges of a file (HTTP Range)"
             raise RemoteError(self.name, path, problem) from None
         except (known.BaseError, OSError, ValueError) as error:
+            if _BEYOND in str(error):
+                problem = "ends before the bytes that it was asked for"
+                raise RemoteError(self.name, path, problem) from None
             is_silent = _KIND.search(str(error)) is not None
             raise RemoteUnreachableError(
                 self.name, path, _told(error), is_silent=is_silent
