@@ -319,9 +319,9 @@ class Store:
         await self._flights.settled(model)
 
     def _begin(self, model: ModelId, asked: float, placement: Placement) -> Load:
-        assert self._machinery is not None, "the store is not started"
         if self._waiting.is_closed:
             raise LoadFailedError(model, "the store is closing")
+        assert self._machinery is not None, "the store is not started"
         checkpoint = self._catalog.get(model)
         self._evictions.know(checkpoint, self._config.chunk_bytes)
         targets = self._tiers.targets(checkpoint, placement)
