@@ -24,7 +24,7 @@ from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.errors import LoadFailedError, ModelNotFoundError, SllmError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import LoadProgress, ModelId, Placement
+from sllm_node.core.types import LoadProgress, ModelId, Placement, Tier
 from sllm_node.device.base import Device
 from sllm_node.library.devices import gpu_names, open_device
 from sllm_node.library.memory import Held, Releaser
@@ -186,7 +186,7 @@ class Loader:
 
     @asynccontextmanager
     async def _turn(self, model: ModelId) -> AsyncIterator[None]:
-        """Wait for other loads of `model`."""
+        """Wait for other loads of `model`; what nobody needs behind them is forgotten."""
         turn = self._turns.setdefault(model, _Turn())
         turn.users += 1
         try:
@@ -196,6 +196,16 @@ class Loader:
             turn.users -= 1
             if not turn.users:
                 del self._turns[model]
+            self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        """Forget checkpoints that nobody loads, and of which no pool has anything."""
+        stores = [one.store for one in self._stores.values()]
+        for model in [one for one in self._checkpoints.known if one not in self._turns]:
+            if not any(store.residency(model)[Tier.DRAM] for store in stores):
+                for store in stores:
+                    store.forget(model)
+                del self._checkpoints.known[model]
 
     async def _store_for(
         self, checkpoint: Checkpoint, placement: Placement, pool_bytes: int | None
@@ -229,6 +239,7 @@ class Loader:
                 except SllmError as error:
                     failures.append(error)
                 del self._stores[kind]
+            self._forget_unused()
         if failures:
             raise failures[0]
 

@@ -17,7 +17,7 @@ from sllm_node.core.errors import (
     ModelBusyError,
     ModelNotFoundError,
 )
-from sllm_node.core.types import ModelId, Part
+from sllm_node.core.types import ModelId, Part, Tier
 from sllm_node.core.units import KIB, MIB
 from sllm_node.device.cpu import CpuDevice, CpuStream
 from sllm_node.library.files import find
@@ -297,3 +297,19 @@ def test_a_pool_that_is_in_use_keeps_no_other_from_being_given_back(store):
     assert [one._machinery for one in opened] == [None, None]
     lease.release()
     loader.close()
+
+
+def test_what_the_pool_has_nothing_of_is_forgotten(loader, store):
+    llama, gpt2 = find(store / "llama"), find(store / "gpt2")
+    load(loader, llama)
+    load(loader, gpt2)
+    assert loader._checkpoints.known.keys() == {llama.model, gpt2.model}
+    opened = loader._stores["cpu"].store
+    opened.evict(llama.model, Tier.DRAM, "test")
+    load(loader, gpt2)
+    assert loader._checkpoints.known.keys() == {gpt2.model}
+    assert opened._ledger.models() == (gpt2.model,)
+    assert loader._turns == {}
+    loader.close_pools()
+    assert loader._checkpoints.known == {}
+    assert delivered(load(loader, llama)) == bytes_of(llama)
