@@ -31,7 +31,7 @@ from sllm_node.core.urls import without_urls
 _STREAM_BYTES: Final = 1 << 20
 """Memory of a request under way, beside what the system buffers."""
 _TEXT_STREAM_BYTES: Final = 16 << 10
-"""Of a whole file: what came of it is kept in such pieces when a request ends early."""
+"""Of a whole file: what came of it is kept in such pieces when a request ends early; less counts as nothing."""
 _LIST_BYTES_MAX: Final = 1 << 24
 _BACKOFF_S: Final = 0.1
 _BACKOFF_MAX_S: Final = 5.0
@@ -175,7 +175,7 @@ class Transport:
 
 def backoff_s(attempts: int) -> float:
     """Return how long to wait after so many requests in a row that brought nothing."""
-    return min(_BACKOFF_S * 2**attempts, _BACKOFF_MAX_S)
+    return min(_BACKOFF_S * (1 << min(attempts, 10)), _BACKOFF_MAX_S)
 
 
 def _told(error: Exception) -> str:

@@ -3,7 +3,6 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -261,8 +260,11 @@ def test_a_pool_given_back_fails_loads_under_way_and_those_in_line_get_a_new_one
         second = threads.submit(load, loader, checkpoint, meanwhile=in_line.set)
         assert in_line.wait(60)
         loop = loader._loop
-        go_on = partial(after_steps, loop, 5, device.go_on.set)
-        loader._run(loader._close_stores(), partial(loop.call_soon_threadsafe, go_on))
+
+        def go_on_behind_it():
+            loop.call_soon_threadsafe(after_steps, loop, 5, device.go_on.set)
+
+        loader._run(loader._close_stores(), go_on_behind_it)
         with pytest.raises(LoadFailedError, match=r"release_pool\(\) .* load it again"):
             first.result()
         assert delivered(second.result()) == bytes_of(checkpoint)

@@ -170,7 +170,8 @@ async def test_only_remotes_that_are_down_are_looked_at_again_soon(looked_at, wr
 
 async def test_registered_models_with_a_problem_are_looked_at_again_soon(tmp_path):
     folder = Folder(REGISTERED, make_remote(tmp_path / "remote", "ab").root)
-    tier = RemoteTier({}, StoreConfig(path=str(tmp_path)), Metrics(), connect=lambda *_: folder)
+    store = StoreConfig(path=str(tmp_path))
+    tier = RemoteTier({}, store, Metrics(), connect=lambda *_: folder)  # type: ignore[arg-type]
     folder.wrong["a/tensor_index.json"] = "500"
     await tier.register({A: "http://host/a", ModelId("b"): "http://host/b"})
     assert tier._looks.pause_s() == RETRY_S
