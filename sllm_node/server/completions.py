@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
 import orjson
 from aiohttp import web
 
@@ -28,6 +27,7 @@ from sllm_node.core.types import (
     GenerationRequest,
     ModelId,
     ModelStatus,
+    SamplingParameters,
     SessionId,
     TokenIds,
 )
@@ -49,8 +49,6 @@ from sllm_node.server.service import GenerationService, Stream, TextCodec
 from sllm_node.server.stream import (
     HEADERS,
     EventWriter,
-    SlowClientError,
-    abort,
     items,
     merged,
     progress_text,
@@ -109,11 +107,13 @@ class Completions:
 
     async def chat(self, http: web.Request) -> web.StreamResponse:
         """Answer a chat request."""
-        return await self._answer(http, parse_chat(await http.read()), ChatShape())
+        request = await self._prompts.parsed(parse_chat, await http.read())
+        return await self._answer(http, request, ChatShape())
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
         """Answer a completion request."""
-        return await self._answer(http, parse_completion(await http.read()), CompletionShape())
+        request = await self._prompts.parsed(parse_completion, await http.read())
+        return await self._answer(http, request, CompletionShape())
 
     # --- what both do -------------------------------------------------------------------------
 
@@ -123,7 +123,7 @@ class Completions:
         request: ChatRequest | CompletionRequest,
         shape: ChatShape | CompletionShape,
     ) -> web.StreamResponse:
-        request = msgspec.structs.replace(request, model=self._resolve(request.model))
+        request.model = self._resolve(request.model)
         logs.model_id.set(request.model)
         if request.stream:
             return await self._stream(http, request, shape)
@@ -157,12 +157,11 @@ class Completions:
     def _check_choices(self, request: ChatRequest | CompletionRequest) -> None:
         """Refuse a request whose sessions would never be taken all together."""
         prompts = 1 if isinstance(request, ChatRequest) else len(prompts_of(request))
-        sessions, limit = request.n * prompts, self._service.session_limit(request.model)
+        sessions, limit = request.n * prompts, self._service.session_limit
         if sessions > limit:
             raise InvalidRequestError(
-                f"the request asks for {sessions} choices and this node takes {limit} of this model "
-                "at once (schedule.max_queue, and engine.max_sessions once it is on the device); "
-                "send fewer in a request",
+                f"the request asks for {sessions} choices and this node takes {limit} of a model "
+                "at once (schedule.max_queue and engine.max_sessions); send fewer in a request",
                 param="n" if request.n > 1 else "prompt",
             )
 
@@ -178,8 +177,9 @@ class Completions:
             f"{shape.prefix}{_request_id()}", request.model, int(self._clock.wall()),
             wish.logprobs is not None,
         )  # fmt: skip
-        echoes = isinstance(request, CompletionRequest) and request.echo
-        texts = [await self._prompts.text(codec, prompt) if echoes else "" for prompt in prompts]
+        texts = [""] * len(prompts)
+        if isinstance(request, CompletionRequest) and request.echo:
+            texts = [await self._prompts.text(codec, given) for given in prompts_of(request)]
         choices = [
             Choice(i * request.n + j, text)
             for i, text in enumerate(texts)
@@ -201,7 +201,8 @@ class Completions:
             for i, prompt in enumerate(prompts):
                 for j in range(request.n):
                     session = SessionId(f"{_request_id()}-{i * request.n + j}")
-                    asked = _generation(request, wish, prompt, session, j, limit)
+                    sampling = wish.for_choice(i, j, request.n)
+                    asked = _generation(request, wish, prompt, session, sampling, limit)
                     streams.append(self._service.open(asked, keep_alive_s=wish.keep_alive_s))
         except BaseException:
             for stream in streams:
@@ -236,21 +237,17 @@ class Completions:
         its tokenizer: a failure before that is answered with its own status, one after it as an event.
         """
         response = web.StreamResponse(headers=HEADERS)
-        writer = EventWriter(http, response, self._config.write_timeout_s)
+        writer = EventWriter(response)
         try:
-            try:
-                codec = await self._prepare_audibly(http, response, writer, request)
-                job, streams = await self._begun(request, shape, codec)
-                await self._send(http, response, writer, job, streams)
-            except (SlowClientError, ConnectionError):
+            codec = await self._prepare_audibly(http, response, writer, request)
+            job, streams = await self._begun(request, shape, codec)
+            await self._send(http, response, writer, job, streams)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not response.prepared:
                 raise
-            except Exception as error:
-                if not response.prepared:
-                    raise
-                await writer.data(body_of(_told(error, http)))
-        except SlowClientError:
-            log.warning("client takes no bytes, dropped", extra={"limit_s": writer.timeout_s})
-            abort(http)
+            await writer.data(body_of(_told(error, http)))
         return response
 
     async def _prepare_audibly(
@@ -357,7 +354,7 @@ def _generation(
     wish: Wish,
     prompt: TokenIds,
     session: SessionId,
-    choice: int,
+    sampling: SamplingParameters,
     limit: int,
 ) -> GenerationRequest:  # fmt: skip
     left = limit - len(prompt)
@@ -369,7 +366,7 @@ def _generation(
         session=session,
         model=ModelId(request.model),
         prompt=prompt,
-        sampling=wish.for_choice(choice),
+        sampling=sampling,
         max_tokens=wish.max_tokens or left,
         stop=wish.stop,
         ignore_eos=request.ignore_eos,
