@@ -88,7 +88,7 @@ class PeerFiles:
         """Return nothing: cards are made when they are needed (`cluster.fetching`)."""
         return ()
 
-    def read_all(self, path: str, limit: int) -> bytes:
+    def read_all(self, path: str, limit: int, stop: Event) -> bytes:
         """Return a whole file, of the version of the model's card.
 
         Raises:
@@ -97,9 +97,11 @@ class PeerFiles:
         model, _, name = path.partition("/")
         sender = self._on_loop(partial(self._choose, ModelId(model), path))
         digest = "" if name == INDEX_FILE else sender.digest
-        return self.read_from(Sender(sender.peer, digest), path, limit)[0]
+        return self.read_from(Sender(sender.peer, digest), path, limit, stop)[0]
 
-    def read_from(self, sender: Sender, path: str, limit: int) -> tuple[bytes, tuple[str, ...]]:
+    def read_from(
+        self, sender: Sender, path: str, limit: int, stop: Event | None = None
+    ) -> tuple[bytes, tuple[str, ...]]:
         """Return a whole file that `sender` has; with an index, the names of its texts.
 
         Raises:
@@ -110,7 +112,7 @@ class PeerFiles:
         while len(data) < total:
             with self._asked(sender, path, len(data), RANGE_BYTES) as answer:
                 if answer is None:
-                    self._closed.wait(BUSY_S)
+                    (stop or self._closed).wait(BUSY_S)
                     busy = self._still_busy(busy, path)
                     continue
                 assert isinstance(answer.head, FileHead)

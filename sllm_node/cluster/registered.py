@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.types import ModelId
 from sllm_node.schedule.outlook import Outlook
-from sllm_node.store.remote import RETRY_S, RemoteTier
+from sllm_node.store.remote import RemoteTier
+from sllm_node.store.remote_looks import RETRY_S
 
 log = logging.getLogger(__name__)
 

@@ -399,6 +399,11 @@ class RemoteUnreachableError(RemoteError):
     code = "remote_unreachable"
     retry_after_s = 10.0
 
+    def __init__(self, remote: str, what: str, problem: str, *, is_silent: bool = False) -> None:
+        super().__init__(remote, what, problem)
+        self.is_silent = is_silent
+        """It took no connection, or did not answer in time: others would wait for it in vain as well."""
+
 
 class RemoteNotFoundError(RemoteError):
     """It has no such file."""

@@ -11,9 +11,9 @@ import asyncio
 import atexit
 import os
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final, Generic, TypeVar
@@ -21,24 +21,16 @@ from typing import Any, Final, Generic, TypeVar
 import uvloop
 
 from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.checkpoint.index import TensorIndex
 from sllm_node.core.clock import MonotonicClock
-from sllm_node.core.config import ByteSize, StoreConfig
-from sllm_node.core.errors import ArgumentError, LoadFailedError, ModelNotFoundError, SllmError
+from sllm_node.core.errors import LoadFailedError, ModelNotFoundError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import LoadProgress, ModelId, Placement, Tier
-from sllm_node.core.units import GIB
 from sllm_node.device.base import Device
-from sllm_node.library.devices import gpu_names, open_device, physical_memory
+from sllm_node.library.devices import gpu_names, open_device
 from sllm_node.library.memory import Held, Releaser
+from sllm_node.library.opened import OpenStore, default_pool_bytes, store_config
 from sllm_node.store.store import Store
 
-POOL_BYTES_MAX: Final = GIB
-"""Of the pool, unless another size is asked for."""
-_POOL_SHARE: Final = 16
-"""The pool takes at most this part of the machine's memory by itself."""
-_POOL_CHUNKS: Final = 8
-"""A pool has at least so many chunks if it can, so that reads and copies overlap."""
 _TICK_S: Final = 0.1
 """Between two looks at the progress of a load."""
 
@@ -67,13 +59,12 @@ class _Checkpoints:
         return self.known[model]
 
 
-@dataclass(frozen=True, slots=True)
-class _Open:
-    """A store, and how its pool is cut."""
+@dataclass(slots=True)
+class _Turn:
+    """Of loads of one folder, one after another."""
 
-    store: Store
-    pool_bytes: int
-    chunk_bytes: int
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    users: int = 0
 
 
 class Loader:
@@ -90,10 +81,10 @@ class Loader:
         self._devices: dict[str, Device] = {}
         self._releaser = Releaser()
         self._checkpoints = _Checkpoints()
-        self._stores: dict[str, _Open] = {}
+        self._stores: dict[str, OpenStore] = {}
         """By kind of device."""
         self._stores_lock = asyncio.Lock()
-        self._turns: dict[ModelId, asyncio.Lock] = {}
+        self._turns: dict[ModelId, _Turn] = {}
         self._loop = uvloop.new_event_loop()
         self._thread = threading.Thread(
             target=self._loop.run_forever, name="sllm-load", daemon=True
@@ -182,47 +173,75 @@ class Loader:
     async def _load(
         self, checkpoint: Checkpoint, placement: Placement, pool_bytes: int | None
     ) -> tuple[Held, ...]:
-        model = checkpoint.model
-        async with self._stores_lock:
-            store = await self._store_for(checkpoint, placement, pool_bytes)
-        async with self._turns.setdefault(model, asyncio.Lock()):
-            self._checkpoints.known[model] = checkpoint
-            try:
-                parts = store.hand_over(await store.acquire(model, placement))
-            except BaseException:
-                await store.settled(model)
-                # A load that ended just before it was cancelled has left a replica of nobody.
-                store.evict(model, Tier.DEVICE, "failed")
-                store.forget(model)
-                raise
+        async with self._turn(checkpoint.model):
+            async with self._stores_lock:
+                found = await self._store_for(checkpoint, placement, pool_bytes)
+            # From here to the load's begin nothing waits: the store is open until then.
+            self._checkpoints.known[checkpoint.model] = checkpoint
+            parts = await found.bring(checkpoint.model, placement)
         return tuple(
             Held(one.part, one.buffer, self._releaser.take(self._devices[one.part.device]))
             for one in parts
         )
 
+    @asynccontextmanager
+    async def _turn(self, model: ModelId) -> AsyncIterator[None]:
+        """Wait for other loads of `model`; what nobody needs behind them is forgotten."""
+        turn = self._turns.setdefault(model, _Turn())
+        turn.users += 1
+        try:
+            async with turn.lock:
+                yield
+        finally:
+            turn.users -= 1
+            if not turn.users:
+                del self._turns[model]
+            self._forget_unused()
+
+    def _forget_unused(self) -> None:
+        """Forget checkpoints that nobody loads, and of which no pool has anything."""
+        stores = [one.store for one in self._stores.values()]
+        for model in [one for one in self._checkpoints.known if one not in self._turns]:
+            if not any(store.residency(model)[Tier.DRAM] for store in stores):
+                for store in stores:
+                    store.forget(model)
+                del self._checkpoints.known[model]
+
     async def _store_for(
         self, checkpoint: Checkpoint, placement: Placement, pool_bytes: int | None
-    ) -> Store:
+    ) -> OpenStore:
         devices = [self._devices[part.device] for part in placement]
         kind = kind_of(placement[0].device)
         if kind not in self._stores:
             size = default_pool_bytes() if pool_bytes is None else pool_bytes
-            config = _store_config(size, checkpoint.index.chunk_bytes)
+            config = store_config(size, checkpoint.index.chunk_bytes)
             store = Store(self._checkpoints, devices, config, MonotonicClock(), Metrics())
             await store.start()
-            self._stores[kind] = _Open(store, size, config.chunk_bytes)
+            self._stores[kind] = OpenStore(store, size, config.chunk_bytes)
         found = self._stores[kind]
-        _check_pool(found, pool_bytes, checkpoint)
+        found.check(pool_bytes, checkpoint)
         for device in devices:
             if device.name not in found.store.capacities():
                 found.store.add_device(device)
-        return found.store
+        return found
 
     async def _close_stores(self) -> None:
+        """End loads under way, each with its own error, and close all stores.
+
+        Raises:
+            SllmError: that of the first store that could not be closed.
+        """
+        failures: list[SllmError] = []
         async with self._stores_lock:
-            stores, self._stores = self._stores, {}
-            for one in stores.values():
-                await one.store.close()
+            for kind, found in list(self._stores.items()):
+                try:
+                    await found.close()
+                except SllmError as error:
+                    failures.append(error)
+                del self._stores[kind]
+            self._forget_unused()
+        if failures:
+            raise failures[0]
 
     def _show(self, model: ModelId, placement: Placement, watch: Watch) -> None:
         found = self._stores.get(kind_of(placement[0].device))
@@ -280,45 +299,6 @@ def _wait(done: "Future[ResultT]", tick: Callable[[], None] | None) -> ResultT:
 def kind_of(device: str) -> str:
     """Return the kind of a device: all devices of a store are of one."""
     return device.partition(":")[0]
-
-
-def default_pool_bytes() -> int:
-    """Return the size of a pool that nobody has asked another size of."""
-    return min(POOL_BYTES_MAX, physical_memory() // _POOL_SHARE)
-
-
-def _check_pool(found: _Open, pool_bytes: int | None, checkpoint: Checkpoint) -> None:
-    """Refuse what the pool that is open can't do."""
-    problem = None
-    if pool_bytes not in (None, found.pool_bytes):
-        problem = f"{pool_bytes} bytes asked for, and one of {found.pool_bytes} is open"
-    elif not _fits(checkpoint.index, found.chunk_bytes):
-        problem = (
-            f"{checkpoint.path} has chunks of {checkpoint.index.chunk_bytes} bytes, which don't "
-            f"fill those of the pool that is open ({found.chunk_bytes})"
-        )
-    if problem is not None:
-        raise ArgumentError("pool_bytes", f"{problem}; call release_pool() before this load")
-
-
-def _fits(index: TensorIndex, chunk_bytes: int) -> bool:
-    """Tell whether chunks of the pool hold file chunks, and raw ones without a gap."""
-    if index.is_encoded:
-        return index.chunk_bytes <= chunk_bytes
-    return chunk_bytes % index.chunk_bytes == 0
-
-
-def _store_config(pool_bytes: int, file_chunk_bytes: int) -> StoreConfig:
-    """Return the config of a store whose pool chunks hold whole file chunks."""
-    wanted = min(StoreConfig().chunk_bytes, pool_bytes // _POOL_CHUNKS)
-    chunk = max(1, wanted // file_chunk_bytes) * file_chunk_bytes
-    if pool_bytes < 2 * chunk:
-        raise ArgumentError(
-            "pool_bytes",
-            f"{pool_bytes} bytes are too few for this checkpoint: {2 * chunk} at least",
-        )
-    # No relays: they would take staging memory of GPUs that belong to other work.
-    return StoreConfig(pool_bytes=ByteSize(pool_bytes), chunk_bytes=ByteSize(chunk), relay=False)
 
 
 # --- the one of this process --------------------------------------------------------------------

@@ -1,5 +1,10 @@
 """The pinned pool: one page-locked region, taken at start, cut into equal chunks, never grown."""
 
+import asyncio
+from concurrent.futures import Executor
+from functools import partial
+
+from sllm_node.core.config import StoreConfig
 from sllm_node.device.base import Device, PinnedBuffer
 
 
@@ -23,3 +28,28 @@ class PinnedPool:
     def close(self) -> None:
         """Give the region back; no view may be in use."""
         self._buffer.close()
+
+
+async def take_pool(threads: Executor, device: Device, config: StoreConfig) -> PinnedPool:
+    """Take the pool of `config` in one of `threads`.
+
+    A thread can't be stopped: who is cancelled waits until the pool has been taken and given back.
+
+    Raises:
+        DeviceError: the system refuses it.
+    """
+    take = partial(PinnedPool, device, huge_pages=config.huge_pages)
+    taking = asyncio.get_running_loop().run_in_executor(
+        threads, take, config.pool_bytes, config.chunk_bytes
+    )
+    try:
+        return await asyncio.shield(taking)
+    except asyncio.CancelledError:
+        taking.add_done_callback(_give_back)
+        await asyncio.gather(asyncio.shield(taking), return_exceptions=True)
+        raise
+
+
+def _give_back(taking: asyncio.Future[PinnedPool]) -> None:
+    if not taking.cancelled() and taking.exception() is None:
+        taking.result().close()

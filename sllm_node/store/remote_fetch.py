@@ -6,8 +6,9 @@ that was cut off goes on where it ended. What came is checked against the index 
 use it; bytes that stay wrong mean that the remote has another checkpoint now, or a damaged one.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
 from typing import Final, Protocol
@@ -25,12 +26,12 @@ from sllm_node.core.errors import (
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
+from sllm_node.core.types import ModelId
+from sllm_node.store.remote_transport import backoff_s
 
 PIECE_BYTES: Final = 4 << 20
 """Of one request: long enough for a connection to get to its speed, short enough to be many."""
 INDEX_BYTES_MAX: Final = 1 << 30
-_BACKOFF_S: Final = 0.1
-_BACKOFF_MAX_S: Final = 5.0
 
 
 class Files(Protocol):
@@ -38,7 +39,7 @@ class Files(Protocol):
 
     name: str
 
-    def read_all(self, path: str, limit: int) -> bytes: ...
+    def read_all(self, path: str, limit: int, stop: Event) -> bytes: ...
 
     def read_some(self, path: str, view: memoryview, offset: int, stop: Event) -> Iterable[int]: ...
 
@@ -51,6 +52,8 @@ class Remote:
     def __init__(self, files: Files, *, threads: int, retries: int, metrics: Metrics) -> None:
         self.name = files.name
         self.files = files
+        self.on_changed: Callable[[ModelId], None] = lambda model: None
+        """Called, in any thread, before an error tells that the remote has another checkpoint."""
         self._retries = retries
         self._threads = ThreadPoolExecutor(threads, f"sllm-fetch-{files.name}")
         self._bytes = metrics.remote_bytes.labels(files.name)
@@ -70,12 +73,13 @@ class Remote:
         """
         try:
             self._fetch_checked(Range(checkpoint, shard, offset), view, stop)
-        except RemoteNotFoundError as error:
+        except (RemoteUnreachableError, RemoteChecksumError, RemoteChangedError) as error:
             self._count(error)
-            self._check_index(checkpoint, shard)
             raise
-        except (RemoteError, RemoteChecksumError, RemoteChangedError) as error:
+        except RemoteError as error:
             self._count(error)
+            with suppress(RemoteError, InterruptedError):
+                self._check_index(checkpoint, shard, stop)
             raise
 
     def close(self) -> None:
@@ -93,7 +97,7 @@ class Remote:
             wrong = where.wrong_chunks(view)
             if not wrong:
                 return
-            self._check_index(where.checkpoint, where.shard)
+            self._check_index(where.checkpoint, where.shard, stop)
         start, size = wrong[0]
         name = where.checkpoint.index.shards[where.shard].name
         offset = where.offset + start
@@ -136,19 +140,24 @@ class Remote:
                     if attempts > self._retries:
                         raise
                     self._retried.inc()
-                    stop.wait(min(_BACKOFF_S * 2**attempts, _BACKOFF_MAX_S))
+                    stop.wait(backoff_s(attempts))
         except BaseException:
             failed.set()
             raise
 
-    def _check_index(self, checkpoint: Checkpoint, shard: int) -> None:
+    def _check_index(self, checkpoint: Checkpoint, shard: int, stop: Event) -> None:
         """Raise if the remote's index is another one by now."""
         try:
-            data = self.files.read_all(f"{checkpoint.model}/{INDEX_FILE}", INDEX_BYTES_MAX)
+            data = self.files.read_all(f"{checkpoint.model}/{INDEX_FILE}", INDEX_BYTES_MAX, stop)
             is_same = from_json(data, checkpoint.model) == checkpoint.index
         except (RemoteNotFoundError, CheckpointFormatError):
             is_same = False
+        except RemoteUnreachableError:
+            if stop.is_set():
+                raise InterruptedError(0, "the load was cancelled") from None
+            raise
         if not is_same:
+            self.on_changed(checkpoint.model)
             name = checkpoint.index.shards[shard].name
             raise RemoteChangedError(self.name, checkpoint.model, name)
 

@@ -45,13 +45,13 @@ class RegisteredFiles:
         """Return the registered models."""
         return tuple(sorted(self._urls))
 
-    def read_all(self, path: str, limit: int) -> bytes:
+    def read_all(self, path: str, limit: int, stop: Event) -> bytes:
         """Return a whole file.
 
         Raises:
             RemoteError: it can't be had, or is larger than `limit`.
         """
-        return self._files(path).read_all(path, limit)
+        return self._files(path).read_all(path, limit, stop)
 
     def read_some(self, path: str, view: memoryview, offset: int, stop: Event) -> Iterator[int]:
         """Fill `view` from byte `offset` of a file; yield how many bytes came each time.
@@ -92,9 +92,10 @@ class RegisteredFiles:
                 problem = look(model)
                 self._unreachable.pop(model, None)
             except RemoteUnreachableError as error:
-                silent.add(host)
-                waited_s += self._clock.now() - began
                 self._unreachable[model] = self._looks, str(error)
+                waited_s += self._clock.now() - began
+                if error.is_silent:
+                    silent.add(host)
             if problem is not None:
                 wrong[model] = problem
         wrong |= {model: problem for model, (_, problem) in self._unreachable.items()}

@@ -10,6 +10,7 @@ import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from threading import Event
@@ -29,12 +30,27 @@ from sllm_node.core.urls import without_urls
 
 _STREAM_BYTES: Final = 1 << 20
 """Memory of a request under way, beside what the system buffers."""
+_TEXT_STREAM_BYTES: Final = 16 << 10
+"""Of a whole file: what came of it is kept in such pieces when a request ends early; less counts as nothing."""
+_LIST_BYTES_MAX: Final = 1 << 24
+_BACKOFF_S: Final = 0.1
+_BACKOFF_MAX_S: Final = 5.0
 _CONNECT_S: Final = 5.0
 _TOOK: Final = re.compile(r" in [0-9.]+\S* - ")
 _ANSWER: Final = re.compile(r"(status code: [0-9]{3}[^:]*):.*")
+_BEYOND: Final = "status code: 416"
 _KIND: Final = re.compile(r"\bkind: (Connect|Timeout)\b")
 _KINDS: Final = {"Connect": "no connection to it", "Timeout": "no answer in time"}
 EXTRA: Final = "pip install 'sllm-node[remote]'"
+
+
+@dataclass(slots=True)
+class _Text:
+    """A file on its way."""
+
+    data: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    version: tuple[int, str | None] | None = None
 
 
 class _Listed(msgspec.Struct):
@@ -54,17 +70,46 @@ class Transport:
         self._obstore = _import_obstore(name)
         self._store: Any = _make_store(name, config)
 
-    def read_all(self, path: str, limit: int) -> bytes:
-        """Return a whole file.
+    def read_all(self, path: str, limit: int, stop: Event) -> bytes:
+        """Return a whole file; one that comes slowly, or is cut off, goes on where it ended.
 
         Raises:
             RemoteError: it can't be had, or is larger than `limit`.
         """
+        text, attempts = _Text(), 0
+        while True:
+            before = len(text.data)
+            try:
+                self._read_on(path, text, limit, stop)
+                return bytes(text.data)
+            except RemoteUnreachableError as error:
+                attempts = 1 if len(text.data) > before else attempts + 1
+                is_hopeless = error.is_silent and not text.data
+                if is_hopeless or attempts > self._config.retries or stop.is_set():
+                    raise
+                stop.wait(backoff_s(attempts))
+
+    def _read_on(self, path: str, text: "_Text", limit: int, stop: Event) -> None:
+        """Add to `text` what lies behind it, as it comes."""
         with self._errors_named(path):
-            result = self._obstore.get(self._store, path)
-            if result.meta["size"] > limit:
+            known = len(text.data)
+            options = {"range": (known, text.size)} if known else None
+            result = self._obstore.get(self._store, path, options=options)
+            text.size = result.meta["size"]
+            version = (text.size, result.meta["e_tag"])
+            if text.size > limit:
                 raise RemoteError(self.name, path, f"has more than {limit} bytes")
-            return bytes(result.bytes())
+            if known and version != text.version:
+                text.data.clear()
+                raise RemoteUnreachableError(self.name, path, "was replaced while it came")
+            text.version = version
+            for piece in result.stream(min_chunk_size=_TEXT_STREAM_BYTES):
+                text.data += piece
+                if stop.is_set():
+                    raise RemoteUnreachableError(self.name, path, "is not wanted any more")
+        if len(text.data) != text.size:
+            problem = f"{len(text.data)} of {text.size} bytes came"
+            raise RemoteUnreachableError(self.name, path, problem)
 
     def read_some(self, path: str, view: memoryview, offset: int, stop: Event) -> Iterator[int]:
         """Fill `view` from byte `offset` of a file; yield how many bytes came each time.
@@ -97,7 +142,7 @@ class Transport:
             with self._errors_named("the list of checkpoints"):
                 found = self._obstore.list_with_delimiter(self._store)["common_prefixes"]
                 return tuple(sorted(prefix.rstrip("/").rsplit("/", 1)[-1] for prefix in found))
-        data = self.read_all("", 1 << 24)
+        data = self.read_all("", _LIST_BYTES_MAX, Event())
         try:
             return tuple(one.name for one in msgspec.json.decode(data, type=_Listing).checkpoints)
         except msgspec.MsgspecError as error:
@@ -119,7 +164,18 @@ class Transport:
             problem = "the server sends no ranges of a file (HTTP Range)"
             raise RemoteError(self.name, path, problem) from None
         except (known.BaseError, OSError, ValueError) as error:
-            raise RemoteUnreachableError(self.name, path, _told(error)) from None
+            if _BEYOND in str(error):
+                problem = "ends before the bytes that it was asked for"
+                raise RemoteError(self.name, path, problem) from None
+            is_silent = _KIND.search(str(error)) is not None
+            raise RemoteUnreachableError(
+                self.name, path, _told(error), is_silent=is_silent
+            ) from None
+
+
+def backoff_s(attempts: int) -> float:
+    """Return how long to wait after so many requests in a row that brought nothing."""
+    return min(_BACKOFF_S * (1 << min(attempts, 10)), _BACKOFF_MAX_S)
 
 
 def _told(error: Exception) -> str:

@@ -10,8 +10,8 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Protocol
 
 from sllm_node.checkpoint.catalog import Checkpoint
@@ -29,7 +29,7 @@ from sllm_node.store.loader import Load
 from sllm_node.store.loan import Loan
 from sllm_node.store.observed import Observed
 from sllm_node.store.pipeline import LoadCancelledError, Machinery
-from sllm_node.store.pool import PinnedPool
+from sllm_node.store.pool import take_pool
 from sllm_node.store.reader import FileSystem, file_system
 from sllm_node.store.remote import RemoteTier
 from sllm_node.store.residency import Residency
@@ -94,14 +94,13 @@ class Store:
         loop, config = asyncio.get_running_loop(), self._config
         readers = ThreadPoolExecutor(config.reader_threads, "sllm-read")
         checkers = ThreadPoolExecutor(config.reader_threads, "sllm-check")
-        take = partial(PinnedPool, self._tiers.first, huge_pages=config.huge_pages)
-        pool = await loop.run_in_executor(readers, take, config.pool_bytes, config.chunk_bytes)
-        try:
+        with ExitStack() as undo:
+            undo.callback(readers.shutdown, wait=False)
+            undo.callback(checkers.shutdown, wait=False)
+            pool = await take_pool(readers, self._tiers.first, config)
+            undo.callback(pool.close)
             await self._tiers.open(readers)
-        except BaseException:
-            pool.close()
-            readers.shutdown()
-            raise
+            undo.pop_all()
         self._observed.watch(tuple(self._tiers))
         self._machinery = Machinery(
             loop=loop, clock=self._clock, pool=pool, ledger=self._ledger,
@@ -320,9 +319,9 @@ class Store:
         await self._flights.settled(model)
 
     def _begin(self, model: ModelId, asked: float, placement: Placement) -> Load:
-        assert self._machinery is not None, "the store is not started"
         if self._waiting.is_closed:
             raise LoadFailedError(model, "the store is closing")
+        assert self._machinery is not None, "the store is not started"
         checkpoint = self._catalog.get(model)
         self._evictions.know(checkpoint, self._config.chunk_bytes)
         targets = self._tiers.targets(checkpoint, placement)

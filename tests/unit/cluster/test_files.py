@@ -348,7 +348,7 @@ async def test_a_listener_that_was_started_again_is_asked_on_a_new_connection(pa
     await node.fetching.ensure("a")
     await sender.listener.close()
     await sender.start()
-    found = await asyncio.to_thread(node.files.read_all, f"a/{INDEX_FILE}", 1 << 20)
+    found = await asyncio.to_thread(node.files.read_all, f"a/{INDEX_FILE}", 1 << 20, Event())
     assert found == (sender.root / "a" / INDEX_FILE).read_bytes()
 
 
@@ -367,7 +367,7 @@ async def test_a_load_that_is_stopped_lets_the_sender_stop(pair):
     assert node.store.residency(A)[Tier.NVME] > 0
     await node.fetching.close()
     with pytest.raises(RemoteUnreachableError, match="leaves the cluster"):
-        await asyncio.to_thread(node.files.read_all, f"a/{INDEX_FILE}", 1 << 20)
+        await asyncio.to_thread(node.files.read_all, f"a/{INDEX_FILE}", 1 << 20, Event())
 
 
 # --- who asks goes away ---------------------------------------------------------------------------
@@ -555,5 +555,5 @@ async def test_an_event_loop_that_does_not_answer_is_an_error_of_its_own(pair, m
     stands = SimpleNamespace(call_soon_threadsafe=lambda _: None)
     node.files._loop, running = stands, node.files._loop
     with pytest.raises(RemoteUnreachableError, match="event loop"):
-        await asyncio.to_thread(node.files.read_all, f"a/{INDEX_FILE}", 1 << 20)
+        await asyncio.to_thread(node.files.read_all, f"a/{INDEX_FILE}", 1 << 20, Event())
     node.files._loop = running

@@ -2,6 +2,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,13 @@ from sllm_node.core.errors import (
     ArgumentError,
     ChecksumError,
     DeviceMemoryError,
+    LoadFailedError,
+    ModelBusyError,
     ModelNotFoundError,
 )
-from sllm_node.core.types import ModelId, Part
-from sllm_node.core.units import GIB, KIB, MIB
+from sllm_node.core.types import ModelId, Part, Tier
+from sllm_node.core.units import KIB, MIB
 from sllm_node.device.cpu import CpuDevice, CpuStream
-from sllm_node.library import loader as module
 from sllm_node.library.files import find
 from sllm_node.library.loader import Loader
 from tests.models import make_checkpoint
@@ -208,10 +210,6 @@ def test_tensors_outlive_the_loader(store):
     assert delivered(loaded) == bytes_of(checkpoint)
 
 
-def test_a_pool_takes_a_gibibyte_at_most():
-    assert MIB < module.default_pool_bytes() <= GIB
-
-
 def test_an_unknown_checkpoint_is_an_error_of_ours(loader):
     with pytest.raises(ModelNotFoundError):
         loader._checkpoints.get(ModelId("x"))
@@ -240,3 +238,80 @@ def test_a_tensor_may_be_moved_and_written(loader, store):
     tensor = load(loader, checkpoint).parts[0].tensor(0, 16).view(torch.float32)
     tensor.fill_(2.5)
     assert tensor.to(torch.bfloat16).tolist() == [2.5] * 4
+
+
+# --- giving the pool back beside loads ------------------------------------------------------------
+
+
+def after_steps(loop, count, act):
+    """Call `act` when every task of `loop` had `count` steps."""
+    if count:
+        loop.call_soon(after_steps, loop, count - 1, act)
+    else:
+        act()
+
+
+def test_a_pool_given_back_fails_loads_under_way_and_those_in_line_get_a_new_one(store):
+    device, checkpoint = SlowDevice("cpu"), find(store / "llama")
+    loader, in_line = Loader(lambda name: device, lambda: ()), threading.Event()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(load, loader, checkpoint)
+        assert device.started.wait(60)
+        second = threads.submit(load, loader, checkpoint, meanwhile=in_line.set)
+        assert in_line.wait(60)
+        loop = loader._loop
+
+        def go_on_behind_it():
+            loop.call_soon_threadsafe(after_steps, loop, 5, device.go_on.set)
+
+        loader._run(loader._close_stores(), go_on_behind_it)
+        with pytest.raises(LoadFailedError, match=r"release_pool\(\) .* load it again"):
+            first.result()
+        assert delivered(second.result()) == bytes_of(checkpoint)
+    loader.close()
+
+
+def test_a_pool_may_be_given_back_in_the_moment_in_which_a_load_ends(loader, store):
+    checkpoint, closing = find(store / "llama"), []
+    load(loader, checkpoint)
+
+    def ended(report):
+        closing.append(loader._loop.create_task(loader._close_stores()))
+
+    loader._stores["cpu"].store.on_load = ended
+    with pytest.raises(LoadFailedError, match="release_pool"):
+        load(loader, checkpoint)
+    loader.close_pools()
+    assert closing[0].exception() is None
+    assert delivered(load(loader, checkpoint)) == bytes_of(checkpoint)
+
+
+def test_a_pool_that_is_in_use_keeps_no_other_from_being_given_back(store):
+    checkpoint = find(store / "llama")
+    loader = Loader(lambda name: CpuDevice(64 * MIB, name), lambda: ())
+    for device in ("cpu", "other"):
+        load(loader, checkpoint, device)
+    opened = [loader._stores[kind].store for kind in ("cpu", "other")]
+    lease = loader._run(opened[0].acquire(checkpoint.model))
+    with pytest.raises(ModelBusyError):
+        loader.close_pools()
+    assert loader._stores == {}
+    assert [one._machinery for one in opened] == [None, None]
+    lease.release()
+    loader.close()
+
+
+def test_what_the_pool_has_nothing_of_is_forgotten(loader, store):
+    llama, gpt2 = find(store / "llama"), find(store / "gpt2")
+    load(loader, llama)
+    load(loader, gpt2)
+    assert loader._checkpoints.known.keys() == {llama.model, gpt2.model}
+    opened = loader._stores["cpu"].store
+    opened.evict(llama.model, Tier.DRAM, "test")
+    load(loader, gpt2)
+    assert loader._checkpoints.known.keys() == {gpt2.model}
+    assert opened._ledger.models() == (gpt2.model,)
+    assert loader._turns == {}
+    loader.close_pools()
+    assert loader._checkpoints.known == {}
+    assert delivered(load(loader, llama)) == bytes_of(llama)

@@ -216,7 +216,26 @@ async def test_a_remote_that_has_another_checkpoint_by_now_is_told(tmp_path, rem
         new = write_checkpoint(remote.root, "a", seed=1)
         with pytest.raises(RemoteChangedError, match="was replaced at remote 'r'"):
             await node.load("a")
-        await node.tier.refresh()
+        assert await node.load("a") == new  # the card was made anew before the error was told
+        node.unload("a")
+
+
+@pytest.mark.parametrize("status", [403, 404, 416])
+async def test_whatever_a_remote_with_another_checkpoint_answers_that_is_told(
+    tmp_path, remote, status
+):
+    """It may have fewer shards, or shorter ones: then there is nothing that a digest could tell of."""
+
+    async def before(request):
+        is_shard = request.match_info["file"].startswith("shard-")
+        return web.Response(status=status) if is_shard else None
+
+    async with Node(tmp_path / "n", only(remote)) as node:
+        remote.before = before
+        new = write_checkpoint(remote.root, "a", seed=1)
+        with pytest.raises(RemoteChangedError, match="was replaced at remote 'r'"):
+            await node.load("a")
+        remote.before = remote._nothing
         assert await node.load("a") == new
         node.unload("a")
 
@@ -228,6 +247,7 @@ async def test_a_remote_that_has_another_checkpoint_by_now_is_told(tmp_path, rem
         (401, RemoteDeniedError),
         (404, RemoteNotFoundError),
         (500, RemoteUnreachableError),
+        (416, RemoteError),
         (200, RemoteError),
     ],
 )

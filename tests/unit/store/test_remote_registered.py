@@ -21,13 +21,16 @@ class Looks:
         self.files = RegisteredFiles(lambda name, config: None, self.clock)  # type: ignore[arg-type, return-value]
         self.files.set({ModelId(model): url for model, url in urls.items()})
         self.urls, self.silent, self.silence_s = urls, silent, silence_s
+        self.failing = ""
         self.asked: list[str] = []
 
     def look(self, model):
         self.asked.append(model)
+        if model in self.failing:
+            raise RemoteUnreachableError("r", model, "503")
         if model in self.silent:
             self.clock.advance(self.silence_s)
-            raise RemoteUnreachableError("r", model, "no answer in time")
+            raise RemoteUnreachableError("r", model, "no answer in time", is_silent=True)
         return
 
     def again(self):
@@ -53,6 +56,12 @@ def test_who_is_silent_is_asked_behind_all_others_and_in_turn():
     assert (asked, wrong) == ("cdba", [])
 
 
+def test_a_host_that_answers_with_a_failure_is_asked_for_its_other_models():
+    looks = Looks(dict.fromkeys("abc", "http://host/x"), "")
+    looks.failing = "a"
+    assert looks.again() == ("abc", ["remote 'r': a: 503"])
+
+
 def test_a_look_ends_when_it_has_waited_for_silent_hosts_and_the_next_one_begins_with_the_others():
     looks = Looks({model: f"http://{model}/x" for model in "abcdefgh"}, "abcd", silence_s=10.0)
     assert [looks.again()[0] for _ in range(4)] == ["ab", "cd", "efghab", "efghcd"]
@@ -71,7 +80,7 @@ def test_what_is_not_registered_any_more_is_wrong_no_more():
 
 def test_models_may_be_opened_by_threads_while_others_are_registered():
     class Content:
-        def read_all(self, path, limit):
+        def read_all(self, path, limit, stop):
             return b""
 
     class Url(str):
@@ -79,13 +88,13 @@ def test_models_may_be_opened_by_threads_while_others_are_registered():
         __hash__ = str.__hash__
 
         def __eq__(self, other):
-            files.read_all("b/x", 1)  # as a thread would in this moment
+            files.read_all("b/x", 1, Event())  # as a thread would in this moment
             return str.__eq__(self, other)
 
     files = RegisteredFiles(lambda name, config: Content(), ManualClock())  # type: ignore[arg-type, return-value]
     a, b = ModelId("a"), ModelId("b")
     files.set({a: Url("http://host/x")})
-    files.read_all("a/x", 1)
+    files.read_all("a/x", 1, Event())
     files.set({a: "http://host/x", b: "http://host/y"})
     assert files.models() == ("a", "b")
 
@@ -103,7 +112,7 @@ async def test_a_node_that_stops_asks_a_remote_for_nothing_more(tmp_path, is_reg
         def models(self):
             return self._models
 
-        def read_all(self, path, limit):
+        def read_all(self, path, limit, stop):
             paths.append(path)
             loop.call_soon_threadsafe(asked.set)
             go_on.wait()

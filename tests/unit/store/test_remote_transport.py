@@ -15,7 +15,13 @@ from aiohttp import web
 from obstore.store import S3Store
 
 from sllm_node.core.config import RemoteConfig
-from sllm_node.core.errors import ConfigError, RemoteDeniedError, RemoteError, RemoteNotFoundError
+from sllm_node.core.errors import (
+    ConfigError,
+    RemoteDeniedError,
+    RemoteError,
+    RemoteNotFoundError,
+    RemoteUnreachableError,
+)
 from sllm_node.store import remote_transport
 from sllm_node.store.remote_transport import Transport
 from tests.ports import free_port
@@ -86,7 +92,7 @@ async def test_a_bucket_is_listed_and_loaded_from(bucket, tmp_path):
 def test_what_a_bucket_lacks_is_not_found(bucket):
     transport = Transport("s3", RemoteConfig(**bucket.config))
     with pytest.raises(RemoteNotFoundError, match="remote 's3': a/nothing: is not there"):
-        transport.read_all("a/nothing", 100)
+        transport.read_all("a/nothing", 100, Event())
     view = memoryview(bytearray(4096))
     assert sum(transport.read_some("a/shard-00000.bin", view, 8192, Event())) == 4096
     assert bytes(view) == bucket.bytes["a"][8192:12288]
@@ -116,7 +122,82 @@ async def test_a_file_beyond_its_limit_is_refused(tmp_path):
     async with remote.serving():
         transport = Transport("r", RemoteConfig(url=remote.url))
         with pytest.raises(RemoteError, match="more than 10 bytes"):
-            await in_thread(lambda: transport.read_all("a/config.json", 10))
+            await in_thread(lambda: transport.read_all("a/config.json", 10, Event()))
+
+
+def cut_off(remote, data, times, *, version=lambda: "1"):
+    """Let a text come in pieces of 100 KB, each on a connection that ends behind it."""
+    left = [times]
+
+    async def before(request):
+        asked = request.http_range
+        start = asked.start or 0
+        remote.asked.append(("text", start, asked.stop))
+        headers = {
+            "Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}",
+            "ETag": f'"{version()}"',
+        }
+        response = web.StreamResponse(status=206 if asked.stop else 200, headers=headers)
+        response.content_length = len(data) - start
+        await response.prepare(request)
+        left[0] -= 1
+        await response.write(data[start:] if left[0] < 0 else data[start : start + 100_000])
+        if left[0] >= 0:
+            request.transport.close()
+        return response
+
+    remote.before = before
+
+
+async def test_a_text_that_is_cut_off_goes_on_where_it_ended(tmp_path):
+    data = bytes(range(250)) * 2000
+    remote = make_remote(tmp_path / "remote")
+    cut_off(remote, data, times=3)
+    async with remote.serving():
+        transport = Transport("r", RemoteConfig(url=remote.url, retries=1))
+        found = await in_thread(lambda: transport.read_all("a/config.json", 1 << 20, Event()))
+    assert found == data
+    starts = [start for _, start, _ in remote.asked]
+    assert starts == sorted({*starts})
+    assert len(starts) == 4
+
+
+async def test_a_text_that_is_replaced_while_it_comes_is_read_from_its_start(tmp_path):
+    versions = iter(["1", "2", "2"])
+    remote = make_remote(tmp_path / "remote")
+    cut_off(remote, bytes(250_000), times=1, version=lambda: next(versions))
+    async with remote.serving():
+        transport = Transport("r", RemoteConfig(url=remote.url, retries=2))
+        found = await in_thread(lambda: transport.read_all("a/config.json", 1 << 20, Event()))
+    assert found == bytes(250_000)
+    assert [start > 0 for _, start, _ in remote.asked] == [False, True, False]
+
+
+async def test_a_text_that_fails_is_asked_for_as_often_as_a_shard(tmp_path):
+    remote = make_remote(tmp_path / "remote")
+
+    async def before(request):
+        remote.asked.append(("text", 0, 0))
+        return web.Response(status=503)
+
+    remote.before = before
+    async with remote.serving():
+        transport = Transport("r", RemoteConfig(url=remote.url, retries=2))
+        with pytest.raises(RemoteUnreachableError, match="503") as found:
+            await in_thread(lambda: transport.read_all("a/config.json", 100, Event()))
+        stopped = Event()
+        stopped.set()
+        with pytest.raises(RemoteUnreachableError, match="503"):
+            await in_thread(lambda: transport.read_all("a/config.json", 100, stopped))
+    assert not found.value.is_silent
+    assert len(remote.asked) == 3 + 1
+
+
+def test_who_takes_no_connection_is_silent():
+    transport = Transport("r", RemoteConfig(url=f"http://127.0.0.1:{free_port()}"))
+    with pytest.raises(RemoteUnreachableError, match="no connection to it") as found:
+        transport.read_all("a/config.json", 100, Event())
+    assert found.value.is_silent
 
 
 def test_a_key_file_that_is_not_there_is_an_error_of_the_config(tmp_path):
@@ -160,7 +241,7 @@ async def test_clients_are_told_neither_where_a_remote_is_nor_what_it_says(tmp_p
         remote.before = refuse
         transport = Transport("r", RemoteConfig(url=f"http://user:PASSWORD@{host}?sig=TOKEN"))
         with pytest.raises(RemoteError) as found:
-            await in_thread(lambda: transport.read_all("a/config.json", 1000))
+            await in_thread(lambda: transport.read_all("a/config.json", 1000, Event()))
     log = "".join(traceback.format_exception(found.value))
     assert str(found.value).endswith(told)
     assert not [word for word in ("PASSWORD", "TOKEN", "127.0.0.1", "10.0.0.7") if word in log]
