@@ -133,6 +133,24 @@ def test_sessions_move_away_where_the_model_lies_in_dram_and_the_victim_may_be_l
     assert [(c.node, c.startup_s) for c in loads] == [("n1", 8.0)]
 
 
+def slow_to_evict(node):
+    return replace(node, bandwidths=replace(node.bandwidths, evict_s=0.5))
+
+
+def test_a_start_after_moves_waits_until_what_they_left_and_what_makes_room_for_them_is_evicted():
+    idle = ReplicaState(ReplicaId("c"), ModelId("c"), (DeviceShare("d0", 32),), 1, idle_s=9.0)
+    here = slow_to_evict(one_node(replicas=[busy("b", 32)]))
+    free = slow_to_evict(one_node(free=32, name="n1", dram=0))
+    taken = slow_to_evict(one_node(replicas=[idle], name="n1", dram=0))
+    soon, late = (decide(viewed((here, there)), A, 0.0) for there in (free, taken))
+    assert isinstance(soon, MigrateThenLoad)
+    assert isinstance(late, MigrateThenLoad)
+    assert late.best.moves[0].to.evicts == ("c",)
+    move_s = 1 + 0.05 + 20 * 2e-4
+    assert soon.best.startup_s == pytest.approx(move_s + 0.5 + 1)
+    assert late.best.startup_s == pytest.approx(0.5 + move_s + 0.5 + 1)
+
+
 def test_sessions_of_a_higher_priority_stay():
     nodes = one_node(replicas=[busy("b", 32, priority=1)]), one_node(free=32, name="n1", dram=0)
     assert isinstance(decide(viewed(nodes), A, 0.0), LoadThere)
