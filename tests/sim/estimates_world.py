@@ -106,4 +106,4 @@ def estimates(root: Path, seed: int, gap_s: float, count: int) -> list[Any]:
 def is_good(line: Any) -> bool:
     """Tell whether an estimate was within a fifth, or 5 ms."""
     gap_s = abs(line.startup_s - line.expected_s)
-    return gap_s <= max(0.005, 0.2 * line.startup_s)
+    return bool(gap_s <= max(0.005, 0.2 * line.startup_s))
