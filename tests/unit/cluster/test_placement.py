@@ -97,11 +97,9 @@ def test_in_a_larger_cluster_looking_at_few_nodes_finds_the_same_as_looking_at_a
     for model, (size, shares, _) in sizes.items():
         decision = decide(view, PlacementRequest(model, size, shares), 1.0)
         every = explain(view, PlacementRequest(model, size, shares), 1.0)
-        if isinstance(decision, Reject):
-            assert every == []
-        else:
-            assert decision.best.key == every[0].key
-            assert decision.best in decision.seen
+        assert not isinstance(decision, Reject)
+        assert decision.best.key == every[0].key
+        assert decision.best in decision.seen
 
 
 A = PlacementRequest(ModelId("a"), 16)
