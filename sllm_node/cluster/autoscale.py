@@ -7,8 +7,7 @@ dies each of its models goes to another. A new home first waits `settle_s`: by t
 began shows in the states of nodes. Where a cluster is cut in two each half has a home; once it heals,
 what is above the maximum is retired.
 
-Wanted are as many replicas as running and waiting sessions fill to `fill`, or as arrivals will, if that
-is more; never fewer than the minimum nor more than the maximum. More are started at once, each where
+Wanted are as many replicas as running and waiting sessions fill to `fill`; never fewer than the minimum nor more than the maximum. More are started at once, each where
 startup is shortest. Fewer only when, for the keep-alive, no more than that were needed even with
 `margin` on top: the most that was needed in that time stays. A replica that is retired takes no new
 sessions, ends those it has, and leaves.
