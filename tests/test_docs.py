@@ -53,6 +53,13 @@ def test_every_module_has_its_place_in_architecture():
     assert missing == []
 
 
+def test_every_kernel_has_its_place_in_architecture():
+    sources = [path for path in (ROOT / "kernels").iterdir() if path.suffix in (".cu", ".cuh")]
+    names = {path.stem if path.suffix == ".cu" else path.name for path in sources}
+    table = ARCHITECTURE.split("\n### Kernels\n")[1].split("\n## ")[0]
+    assert {name for name in names if f"`{name}`" not in table} == set()
+
+
 def rows_of(section):
     """Return the rows of a section's table."""
     text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
