@@ -2,13 +2,13 @@
 
 import os
 import re
-import secrets
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
 from sllm_node.checkpoint.index import INDEX_FILE, Shard, TensorIndex, from_json
+from sllm_node.checkpoint.temporary import sweep, temporary_path
 from sllm_node.core.errors import (
     CheckpointFormatError,
     ModelNotFoundError,
@@ -17,7 +17,6 @@ from sllm_node.core.errors import (
 )
 from sllm_node.core.types import ModelId
 
-TEMPORARY_PREFIX: Final = ".tmp-"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,95}")
 _INDEX_BYTES_MAX: Final = 1 << 30
 
@@ -51,6 +50,17 @@ def is_model_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
+def may_go(path: Path) -> bool:
+    """Tell whether the folder `path` is a checkpoint, damaged or not, or empty.
+
+    Nothing else is ever replaced or deleted, whatever its name is.
+    """
+    try:
+        return (path / INDEX_FILE).is_file() or not any(path.iterdir())
+    except OSError:  # no folder, or none that we may look into
+        return False
+
+
 def identity_of(status: os.stat_result) -> ShardIdentity:
     """Return the identity in the result of a stat call."""
     return ShardIdentity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
@@ -59,12 +69,12 @@ def identity_of(status: os.stat_result) -> ShardIdentity:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the index of the checkpoint in folder `path` and check that its shards are there.
 
+    One that is replaced in that moment is the old one or the new one, never some of both.
+
     Raises:
         CheckpointFormatError: the index or a shard is missing, unreadable, of another size.
     """
-    index = _read_index(path)
-    identities = tuple(_shard_identity(path, shard) for shard in index.shards)
-    return Checkpoint(ModelId(path.name), path, index, identities)
+    return _open_whole(path).checkpoint
 
 
 def open_for_verify(path: Path) -> Checkpoint:
@@ -164,25 +174,39 @@ class Catalog:
         self.problems.pop(model, None)
         return opened.checkpoint
 
-    def remove(self, name: str) -> None:
-        """Delete the checkpoint `name`, a damaged one too.
+    def remove(self, name: str) -> Path | None:
+        """Delete the checkpoint `name`, a damaged one too, and what crashed writers left.
+
+        Of a link only the link is deleted, as its bytes may have other names; where they stay is
+        returned.
 
         Raises:
             ModelNotFoundError: there is none.
+            CheckpointFormatError: the folder of that name is something else.
             StorageWriteError: the system refuses.
         """
+        sweep(self.root)
         if self._remove_partial(ModelId(name)):
-            return
+            return None
         path = self._folder(ModelId(name))
-        # Out of sight at once, so that nobody opens half of it.
-        hidden = self.root / f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}"
+        if not may_go(path):
+            problem = f"has no {INDEX_FILE}, so it is no checkpoint of ours; it is left alone"
+            raise CheckpointFormatError(
+                str(path), f"{problem}: delete it by hand if nobody needs it"
+            )
+        stays = path.resolve() if path.is_symlink() else None
+        hidden = temporary_path(self.root, name)
         try:
-            path.rename(hidden)
+            if stays is not None:
+                path.unlink()
+            else:
+                path.rename(hidden)  # out of sight at once, so that nobody opens half of it
         except OSError as error:
             raise StorageWriteError(str(path), error.strerror or str(error)) from error
         self._opened.pop(ModelId(name), None)
         self.problems.pop(name, None)
         shutil.rmtree(hidden, ignore_errors=True)
+        return stays
 
     def _remote(self, model: ModelId) -> Checkpoint | None:
         """Return what is known of `model` at a remote; one that is here goes before."""
@@ -214,14 +238,22 @@ class Catalog:
 
 
 def _open_whole(path: Path) -> _Opened:
-    """Open the checkpoint in folder `path`, once more if it is replaced in that moment."""
+    """Open the checkpoint in folder `path`, once more if it is replaced in that moment.
+
+    Index and shards are found by name, one after another. Shards of the next checkpoint may well
+    have the sizes that the index of this one says, so that nothing was wrong does not tell.
+    """
     while True:
         before = _index_identity(path)
         try:
-            return _Opened(open_checkpoint(path), before)
-        except CheckpointFormatError:  # perhaps of the index of one and the shards of another
+            index = _read_index(path)
+            identities = tuple(_shard_identity(path, shard) for shard in index.shards)
+        except CheckpointFormatError:
             if _index_identity(path) == before:
                 raise
+        else:
+            if _index_identity(path) == before:
+                return _Opened(Checkpoint(ModelId(path.name), path, index, identities), before)
 
 
 def _index_identity(path: Path) -> ShardIdentity:

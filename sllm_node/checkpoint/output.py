@@ -1,24 +1,19 @@
 """How a checkpoint gets to disk whole or not at all.
 
-Everything is written into a hidden temporary folder, flushed, and made visible by one rename. The
-writer holds a lock on its folder, so that whoever comes next can tell one that was left behind by
-a crash, and sweep it, from one in use. Creating and sweeping exclude each other by a lock on the
-store folder.
+Everything is written into a hidden temporary folder (see `temporary.py`), flushed, and made visible
+by one rename.
 """
 
 import ctypes
 import errno
-import fcntl
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
-from sllm_node.checkpoint.catalog import TEMPORARY_PREFIX
+from sllm_node.checkpoint.catalog import may_go
 from sllm_node.core.errors import StorageWriteError, StoreFullError
 
 _AT_FDCWD: Final = -100
@@ -118,26 +113,6 @@ def write_errors_named(store: Path, needed: SpaceNeeded, files: OutputFiles) -> 
         raise StorageWriteError(str(error.filename or store), problem) from error
 
 
-@contextmanager
-def temporary_folder(store: Path, name: str) -> Iterator[Path]:
-    """Make a locked hidden folder in `store`; what is left of it at the end is deleted.
-
-    Folders that crashed writers left behind are deleted first.
-    """
-    store.mkdir(parents=True, exist_ok=True)
-    with _locked(store):
-        _sweep(store)
-        folder = store / f"{TEMPORARY_PREFIX}{name}-{secrets.token_hex(4)}"
-        folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
-
-
 def publish(folder: Path, destination: Path, files: OutputFiles, *, replace: bool) -> None:
     """Flush `folder` with its files and give it the name `destination`.
 
@@ -153,37 +128,28 @@ def publish(folder: Path, destination: Path, files: OutputFiles, *, replace: boo
     _sync_path(destination.parent, files)
 
 
+def linked(destination: Path) -> Path:
+    """Return where links lead that `destination` is, or lies behind.
+
+    What is replaced is replaced there: to exchange a link would leave what it leads to.
+    """
+    return Path(os.path.realpath(destination))
+
+
+def check_still_ours(destination: Path) -> None:
+    """Make sure that what has the name `destination` by now may be replaced.
+
+    Raises:
+        StorageWriteError: it is no checkpoint.
+    """
+    if destination.exists() and not may_go(destination):
+        problem = "what was put there meanwhile is no checkpoint, and left alone; use another name"
+        raise StorageWriteError(str(destination), problem)
+
+
 def _sync_path(path: Path, files: OutputFiles) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         files.sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, which others hold for moments only."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _sweep(store: Path) -> None:
-    for folder in store.glob(f"{TEMPORARY_PREFIX}*"):
-        with suppress(OSError), _locked_now(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked_now(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`; `BlockingIOError` if somebody else holds it."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
     finally:
         os.close(descriptor)

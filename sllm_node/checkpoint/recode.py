@@ -19,12 +19,13 @@ from sllm_node.checkpoint.output import (
     DiskFiles,
     OutputFiles,
     SpaceNeeded,
+    linked,
     publish,
-    temporary_folder,
     write_errors_named,
 )
 from sllm_node.checkpoint.sinks import THREADS, chunk_bytes_or_default
 from sllm_node.checkpoint.stored import read_decoded
+from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.exponent import DECODED_BYTES_MAX
 from sllm_node.codec.names import AUTO, CHOICES, RAW
@@ -66,20 +67,22 @@ def recode(
     """Let `checkpoint` have its bytes by `codec`, one of `CHOICES`; return it as it is then.
 
     Raises:
-        ConversionError: there is no such codec, the chunk size can't be, or somebody replaced the
-            checkpoint meanwhile: theirs stays.
+        ConversionError: there is no such codec, the chunk size can't be, its folder has folders, or
+            somebody replaced the checkpoint meanwhile: theirs stays.
         ChecksumError: the checkpoint is damaged; so are CodecError, StorageReadError.
         StoreFullError: both don't fit on the disk for a while.
         StorageWriteError: the disk failed.
     """
     size = chunk_bytes_or_default(chunk_bytes, codec)
     check_codec(codec, size)
-    store, index, space = checkpoint.path.parent, checkpoint.index, SpaceNeeded()
+    place, index, space = linked(checkpoint.path), checkpoint.index, SpaceNeeded()
+    store = place.parent
     layout = Layout(index.tensors, tuple(shard.size for shard in index.shards))
     with (
         write_errors_named(store, space, files),
         temporary_folder(store, checkpoint.path.name) as folder,
     ):
+        _check_only_files(checkpoint)
         space.require(layout.size, store, files)
         _copy_texts(checkpoint, folder)
         with ShardWriter(folder, layout, size, files, codec) as writer:
@@ -88,7 +91,8 @@ def recode(
             shards = writer.finish()
         write_index(folder, with_shards(replace(index, chunk_bytes=size), shards), files)
         _check_same(checkpoint)
-        publish(folder, checkpoint.path, files, replace=True)
+        _check_only_files(checkpoint)
+        publish(folder, place, files, replace=True)
     return open_checkpoint(checkpoint.path)
 
 
@@ -96,6 +100,14 @@ def _check_same(checkpoint: Checkpoint) -> None:
     """Refuse to put what was read in place of another checkpoint, or of one that was deleted."""
     if open_checkpoint(checkpoint.path) != checkpoint:
         problem = "was replaced while it was read, and is as it was put there; recode it again"
+        raise ConversionError(f"checkpoint {checkpoint.model!r}", problem)
+
+
+def _check_only_files(checkpoint: Checkpoint) -> None:
+    """Refuse a folder with folders in it: they are not ours to copy, and would go with the old one."""
+    names = sorted(path.name for path in checkpoint.path.iterdir() if path.is_dir())
+    if names:
+        problem = f"has folders that would be deleted: {', '.join(names[:8])}; move them elsewhere"
         raise ConversionError(f"checkpoint {checkpoint.model!r}", problem)
 
 

@@ -1,8 +1,9 @@
 """Reads every byte of a checkpoint again, decodes it and names what is damaged."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from typing import Final
@@ -32,6 +33,8 @@ def verify(
 ) -> list[Damage]:
     """Compare every chunk with its digest and decode it; return what is wrong, in order.
 
+    So is a file with more bytes than its chunks have: no checkpoint with one is opened.
+
     `progress` is called with bytes done and bytes in all, in the caller's thread.
     """
     index = checkpoint.index
@@ -39,6 +42,7 @@ def verify(
     chunks = all_chunks(checkpoint)
     batch = max(_THREADS, min(64, _WINDOW_BYTES // index.chunk_bytes))
     paths = [checkpoint.path / shard.name for shard in index.shards]
+    places = {shard.name: place for place, shard in enumerate(index.shards)}
     done = 0
     found: list[Damage] = []
     with ThreadPoolExecutor(_THREADS, "verify") as threads:
@@ -52,7 +56,18 @@ def verify(
                     found.append(Damage(shard, chunk.offset, chunk.size, tensors, problem))
             if progress is not None:
                 progress(done, index.file_size)
-    return found
+    found += _too_long(checkpoint)
+    return sorted(found, key=lambda damage: (places[damage.shard], damage.offset))
+
+
+def _too_long(checkpoint: Checkpoint) -> Iterator[Damage]:
+    """Yield what files have beyond their last chunks."""
+    for shard in checkpoint.index.shards:
+        with suppress(OSError):  # reported with its chunks
+            more = (checkpoint.path / shard.name).stat().st_size - shard.file_size
+            if more > 0:
+                problem = f"the file has {more} bytes too many"
+                yield Damage(shard.name, shard.file_size, more, (), problem)
 
 
 def _forget_cached(checkpoint: Checkpoint) -> None:

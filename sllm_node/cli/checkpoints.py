@@ -216,7 +216,7 @@ def verify(
     from sllm_node.checkpoint.verify import verify as run
 
     keep_freed_memory()
-    checkpoint = _open_damaged(_folder(store, config), name)
+    checkpoint, problem = _open_damaged(_folder(store, config), name)
     with _progress(f"verifying {name}") as advance:
         damages = run(checkpoint, progress=advance)
     if as_json:
@@ -227,7 +227,10 @@ def verify(
                 {"shard": d.shard, "offset": d.offset, "size": d.size, "tensors": list(d.tensors), "problem": d.problem}
                 for d in damages
             ],
+            "problem": None if problem is None else str(problem),
         })  # fmt: skip
+    elif not damages and problem is not None:
+        say(f"{name}: not usable: {problem}")
     elif not damages:
         say(f"{name}: {format_size(checkpoint.index.file_size)} verified, no damage")
     for damage in [] if as_json else damages:
@@ -235,7 +238,7 @@ def verify(
             f"{name}: {damage.shard} bytes {damage.offset} to {damage.offset + damage.size}: "
             f"{damage.problem}; tensors: {', '.join(damage.tensors) or 'none'}"
         )
-    if damages:
+    if damages or problem is not None:
         raise typer.Exit(1)
 
 
@@ -246,18 +249,19 @@ def remove(
     *,
     as_json: AsJson = False,
 ) -> None:
-    """Delete a checkpoint. A node that has it loaded serves on until it evicts it."""
+    """Delete a checkpoint, or a link to one. A node that has it loaded serves on until it evicts it."""
     from sllm_node.checkpoint.cards import Cards
     from sllm_node.checkpoint.catalog import Catalog
 
     store = _folder(store, config)
     if not store.is_dir():
         raise StoreFolderError(str(store), "is not there")
-    Catalog(store, Cards(store)).remove(ModelId(name))
+    stays = Catalog(store, Cards(store)).remove(ModelId(name))
     if as_json:
-        print_json({"removed": name})
+        print_json({"removed": name, "stays": None if stays is None else str(stays)})
     else:
-        say(f"{name}: removed from {store}")
+        rest = "" if stays is None else f"; it was a link, and its bytes stay in {stays}"
+        say(f"{name}: removed from {store}{rest}")
 
 
 def _folder(store: Path, config: Path | None) -> Path:
@@ -265,14 +269,17 @@ def _folder(store: Path, config: Path | None) -> Path:
     return store if config is None else Path(load_config(config).store.path)
 
 
-def _open_damaged(store: Path, name: str) -> "Checkpoint":
-    """Open a checkpoint whose shards may be missing or cut short: to find that is verify's work."""
+def _open_damaged(store: Path, name: str) -> "tuple[Checkpoint, SllmError | None]":
+    """Open a checkpoint whose shards may be missing or cut short: to find that is verify's work.
+
+    Return also why it can't be used.
+    """
     from sllm_node.checkpoint.catalog import open_for_verify
 
     catalog = _catalog(store)
-    if name in catalog.problems:
-        return open_for_verify(store / name)
-    return catalog.get(ModelId(name))
+    if (problem := catalog.problems.get(name)) is not None:
+        return open_for_verify(store / name), problem
+    return catalog.get(ModelId(name)), None
 
 
 def _at_remotes(store: Path) -> "Iterator[dict[str, Any]]":

@@ -126,9 +126,10 @@ class Router(Generic[CodecT]):
                 raise self.acts.unknown(model) from error
         return limit
 
-    def session_limit(self, model: str) -> int:
-        """Return how many sessions of `model` one request may ask for."""
-        return self._service.session_limit(model)
+    @property
+    def session_limit(self) -> int:
+        """How many sessions one request may ask for."""
+        return self._service.session_limit
 
     def open(
         self, request: GenerationRequest, *, keep_alive_s: float | None = None

@@ -10,24 +10,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sllm_node.checkpoint.catalog import Checkpoint, is_model_name, open_checkpoint
-from sllm_node.checkpoint.index import VERSION, Shard, TensorIndex
+from sllm_node.checkpoint.catalog import Checkpoint, is_model_name, may_go, open_checkpoint
+from sllm_node.checkpoint.index import INDEX_FILE, VERSION, Shard, TensorIndex
 from sllm_node.checkpoint.layout import Layout, plan_layout
 from sllm_node.checkpoint.output import (
     DiskFiles,
     OutputFiles,
     SpaceNeeded,
+    check_still_ours,
+    linked,
     publish,
-    temporary_folder,
     write_errors_named,
 )
 from sllm_node.checkpoint.recode import check_codec
 from sllm_node.checkpoint.sinks import chunk_bytes_or_default
+from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.names import EXPONENT
 from sllm_node.convert.mapping import GroupRunner
 from sllm_node.convert.plan import Plan, plan_tensors, tensor_bytes
-from sllm_node.convert.sources import Download, Source, download_from_hub, open_source
+from sllm_node.convert.sources import (
+    Download,
+    Source,
+    check_apart,
+    download_from_hub,
+    open_source,
+)
 from sllm_node.convert.tensors import dtype_named
 from sllm_node.convert.texts import context_tokens, library_errors_named, set_dtype
 from sllm_node.core.clock import Clock, MonotonicClock
@@ -103,6 +111,7 @@ def convert(
     """
     chunk_bytes = chunk_bytes_or_default(options.chunk_bytes, options.codec)
     _check(name, store, options, chunk_bytes)
+    check_apart(source, store / name)
     dtype = _dtype(options)
     download = surroundings.download
     with open_source(source, dtype, download, needs_tokenizer=options.servable) as opened:
@@ -127,7 +136,8 @@ def convert_opened(
     """
     dtype = _dtype(options)
     chunk_bytes = chunk_bytes_or_default(options.chunk_bytes, options.codec)
-    store, name = destination.parent, destination.name
+    place = linked(destination)
+    store, name = place.parent, destination.name
     space = SpaceNeeded()
     files = surroundings.files
     with write_errors_named(store, space, files), temporary_folder(store, name) as folder:
@@ -139,21 +149,30 @@ def convert_opened(
         space.require(layout.size, store, files)
         with ShardWriter(folder, layout, chunk_bytes, files, options.codec) as writer:
             shards = _write(plan, layout, writer, GroupRunner(model), progress)
-        index = TensorIndex(
-            version=VERSION,
-            model=name,
-            architecture=architecture(model.config),
-            dtype=plan.dtype,
-            context_tokens=context_tokens(model.config),
-            chunk_bytes=chunk_bytes,
-            created=int(surroundings.clock.wall()),
-            shards=(),
-            tensors=layout.tensors,
-            aliases=plan.aliases,
-        )
+        created = int(surroundings.clock.wall())
+        index = _index(name, model.config, plan, layout, chunk_bytes, created)
         write_index(folder, with_shards(index, shards), files)
-        publish(folder, destination, files, replace=options.force)
+        check_still_ours(place)
+        publish(folder, place, files, replace=options.force)
     return open_checkpoint(destination)
+
+
+def _index(
+    name: str, config: Any, plan: Plan, layout: Layout, chunk_bytes: int, created: int
+) -> TensorIndex:
+    """Return the index of what is written, but for its shards."""
+    return TensorIndex(
+        version=VERSION,
+        model=name,
+        architecture=architecture(config),
+        dtype=plan.dtype,
+        context_tokens=context_tokens(config),
+        chunk_bytes=chunk_bytes,
+        created=created,
+        shards=(),
+        tensors=layout.tensors,
+        aliases=plan.aliases,
+    )
 
 
 def _dtype(options: ConvertOptions) -> str | None:
@@ -167,16 +186,27 @@ def _check(name: str, store: Path, options: ConvertOptions, chunk_bytes: int) ->
             "is not allowed: letters, digits, '.', '_', ':' and '-', at most 96, "
             "a letter or digit first",
         )
-    if (store / name).exists() and not options.force:
+    _check_free(name, store, force=options.force)
+    check_codec(options.codec, chunk_bytes)
+    if options.shard_bytes < PAGE or options.shard_bytes % PAGE:
+        problem = f"is not a multiple of {PAGE} bytes"
+        raise ConversionError(f"shard size {options.shard_bytes}", problem)
+
+
+def _check_free(name: str, store: Path, *, force: bool) -> None:
+    path = store / name
+    if path.exists() and not may_go(path):
+        raise ConversionError(
+            f"name {name!r}",
+            f"is taken: {path} is no checkpoint (it has no {INDEX_FILE}) and is left alone; "
+            "choose another name or --store",
+        )
+    if (path / INDEX_FILE).exists() and not force:
         raise ConversionError(
             f"name {name!r}",
             f"is taken in {store}; 'sllm-node rm {name}' removes that checkpoint, "
             "--force replaces it",
         )
-    check_codec(options.codec, chunk_bytes)
-    if options.shard_bytes < PAGE or options.shard_bytes % PAGE:
-        problem = f"is not a multiple of {PAGE} bytes"
-        raise ConversionError(f"shard size {options.shard_bytes}", problem)
 
 
 def _build(folder: Path, origin: str, *, servable: bool) -> tuple[Any, tuple[str, ...]]:

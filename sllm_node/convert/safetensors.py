@@ -1,6 +1,7 @@
 """Reads tensors of safetensors files by byte range: no mapping, so memory holds one slice at a time."""
 
 import os
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -71,11 +72,14 @@ class _WeightsIndex(msgspec.Struct):
 def open_weights(folder: Path, files: ExitStack) -> Mapping[str, FileTensor]:
     """Open the safetensors of a Hugging Face folder, sharded or not; `files` closes them.
 
+    A single file goes before an index, as it does in transformers: saving a model that was sharded
+    in one file leaves the index behind, and perhaps the shards.
+
     Raises:
         ConversionError: there are none, or they are damaged or incomplete.
     """
     index_path = folder / WEIGHTS_INDEX_FILE
-    if not index_path.is_file():
+    if (folder / WEIGHTS_FILE).is_file() or not index_path.is_file():
         return _open_file(_single_file(folder), files)
     places = _read_index(index_path)
     tensors: dict[str, FileTensor] = {}
@@ -110,22 +114,18 @@ def _read_index(path: Path) -> dict[str, str]:
     except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise ConversionError(str(path), f"is no index of shards: {error}") from error
     for name in places.values():
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise ConversionError(str(path), f"names a file outside the folder: {name!r}")
     return places
 
 
 def _open_file(path: Path, files: ExitStack) -> dict[str, FileTensor]:
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise ConversionError(str(path), f"can't be opened: {error.strerror}") from error
-    files.callback(os.close, descriptor)
+    descriptor = _open_regular(path, files)
     file_size = os.fstat(descriptor).st_size
-    header_size = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+    header_size = int.from_bytes(_read_start(path, descriptor, 0, 8), "little")
     if not 2 <= header_size <= min(_HEADER_BYTES_MAX, file_size - 8):
         raise ConversionError(str(path), "is no safetensors file, or is truncated")
-    entries = _parse_header(path, os.pread(descriptor, header_size, 8))
+    entries = _parse_header(path, _read_start(path, descriptor, 8, header_size))
     start = 8 + header_size
     tensors = {}
     for name, entry in entries.items():
@@ -141,6 +141,27 @@ def _open_file(path: Path, files: ExitStack) -> dict[str, FileTensor]:
             name, entry.dtype, entry.shape, size, path, descriptor, start + begin
         )
     return tensors
+
+
+def _open_regular(path: Path, files: ExitStack) -> int:
+    """Return a descriptor of the file at `path`; `files` closes it."""
+    try:
+        # Whoever opens a pipe waits for one who writes, but for this flag.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise ConversionError(str(path), f"can't be opened: {problem}") from error
+    files.callback(os.close, descriptor)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        raise ConversionError(str(path), "is no file")
+    return descriptor
+
+
+def _read_start(path: Path, descriptor: int, offset: int, size: int) -> bytes:
+    try:
+        return os.pread(descriptor, size, offset)
+    except OSError as error:
+        raise ConversionError(str(path), f"can't be read: {error.strerror}") from error
 
 
 def _parse_header(path: Path, data: bytes) -> dict[str, _Entry]:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from sllm_node.checkpoint.index import INDEX_FILE
+from sllm_node.checkpoint.output import linked
 from sllm_node.convert.gguf import GgufModel, load_gguf
 from sllm_node.convert.safetensors import WEIGHTS_INDEX_FILE, few, open_weights
 from sllm_node.convert.tensors import SourceTensor
@@ -79,6 +81,21 @@ def open_source(
             raise ConversionError(source, "there is no such folder or file, and it is no hub id")
 
 
+def check_apart(source: str, destination: Path) -> None:
+    """Make sure that replacing `destination` leaves `source` whole.
+
+    Raises:
+        ConversionError: the source is there, or inside.
+    """
+    path = Path(source).expanduser()
+    replaced = linked(destination)
+    named = linked(path.parent) / path.name  # a link is a part of its folder, wherever it leads
+    for place in (named, linked(path)):
+        if path.exists() and place.is_relative_to(replaced):
+            problem = f"to replace {destination} would delete the source; choose another name"
+            raise ConversionError(source, problem)
+
+
 def download_from_hub(model: str) -> Path:
     """Bring the files that a conversion needs from the hub into its cache; never a pickle."""
     from huggingface_hub import snapshot_download
@@ -112,6 +129,8 @@ def _open_folder(
         if not (path / CONFIG_FILE).is_file():
             raise ConversionError(origin, f"has no {CONFIG_FILE}")
         return FolderSource(path, origin, open_weights(path, files), needs_tokenizer)
+    if (path / INDEX_FILE).is_file():
+        raise _converted_already(origin, path)
     names = sorted(entry.name for entry in path.iterdir())
     quantised = [name for name in names if name.endswith(".gguf")]
     if len(quantised) == 1:
@@ -126,11 +145,22 @@ def _open_folder(
 def _open_file(path: Path, origin: str, dtype: str | None) -> GgufModel:
     if path.suffix == ".gguf":
         return load_gguf(path, origin, dtype)
+    if (path.parent / INDEX_FILE).is_file():
+        raise _converted_already(origin, path.parent)
     if path.suffix in _PICKLES:
         raise _pickle_refused(origin, [path.name])
     if path.suffix == ".safetensors":
         raise ConversionError(origin, "is one file of a model; give the folder that it lies in")
     raise ConversionError(origin, "is neither a folder nor a GGUF file")
+
+
+def _converted_already(origin: str, folder: Path) -> ConversionError:
+    place = folder.absolute()
+    return ConversionError(
+        origin,
+        f"is a checkpoint already: give its folder {place.parent} as --store, or copy it into "
+        f"your store; 'sllm-node recode {place.name}' changes its codec",
+    )
 
 
 def _pickle_refused(origin: str, names: list[str]) -> ConversionError:

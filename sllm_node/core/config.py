@@ -91,7 +91,7 @@ class EngineConfig(Section, frozen=True):
     kv_offload: bool = False
     kv_offload_bytes: ByteSize = _size("1GiB")
     max_sessions: Count = 256
-    max_step_tokens: Count = 2048
+    max_step_tokens: Annotated[int, Meta(ge=1, le=65535)] = 2048  # of a launch of our kernels
     prefill_beside_tokens: Count = 128
     prefill_beside_ratio: Annotated[float, Meta(ge=0)] = 2.0
     inter_token_target_s: Seconds = 0.05

@@ -208,6 +208,7 @@ class TokenLogprob:
 
     token: int
     text: str
+    """Its name (`core.token_name`): of a part of a character, the bytes."""
     logprob: float
     top: tuple[tuple[int, str, float], ...] = ()
     """(token, text, logprob) of the most likely ones, best first."""

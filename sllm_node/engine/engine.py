@@ -32,7 +32,6 @@ from sllm_node.engine.sampling import Drawn
 from sllm_node.engine.session import Session
 from sllm_node.engine.stall import StallWatch
 from sllm_node.engine.steps import StepThread
-from sllm_node.engine.text import TextState
 from sllm_node.engine.turns import Need
 
 log = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ class Engine:
         check_capacity(request, parts.blocks.capacity_tokens)
         self._last_number += 1
         session = Session(request, self._last_number, self._resume)
-        text = TextState.begin(parts.codec.decode, request.stop, request.resumed, request.prompt)
+        text = parts.codec.text_state(request.stop, request.resumed, request.prompt)
         generation = Generation(session, text, self._on_cancel, self._on_work)
         if text.scanner.found is not None or self._ends_with_eos(request):
             generation.end_at_once()

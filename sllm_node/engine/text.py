@@ -7,9 +7,12 @@ by feeding them what was generated before.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import compress
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from sllm_node.core.errors import (
@@ -18,7 +21,9 @@ from sllm_node.core.errors import (
     InvalidRequestError,
     PromptTooLongError,
 )
+from sllm_node.core.token_name import name_of
 from sllm_node.core.types import TokenIds
+from sllm_node.engine.token_bytes import TokenBytes
 
 REPLACEMENT: Final = "\ufffd"
 _TOKENIZER_FILES: Final = (
@@ -34,6 +39,11 @@ _WINDOW_MAX: Final = 64
 """Tokens that are decoded again to get the text of the next one."""
 _PROMPT_TAIL: Final = 6
 """Tokens of the prompt that the first window begins with."""
+_CHARACTER_TOKENS: Final = 4
+"""That one character can be spread over."""
+
+_NAMES_MAX: Final = 1 << 14
+"""Names of tokens that are kept."""
 
 
 class TextCodec:
@@ -49,6 +59,12 @@ class TextCodec:
         """Tokens that end a generation."""
         self.vocabulary_size = vocabulary_size
         """Of the model: tokens that it can be given."""
+        self.token_bytes = token_bytes = TokenBytes(self._core).of
+        """What one token stands for, special or not."""
+        self.token_text = lru_cache(_NAMES_MAX)(lambda token: name_of(token_bytes(token)))
+        """The name of one token by itself; for log probabilities, up to twenty of each drawn one."""
+        added = self._core.get_added_tokens_decoder().items()
+        self._special = {token: found.content for token, found in added if found.special}
         # One by one: get_vocab would hold the GIL for a tenth of a second.
         names = (self._core.id_to_token(token) or "" for token in range(vocabulary_size))
         self._token_characters = max(map(len, names), default=1)
@@ -68,13 +84,16 @@ class TextCodec:
         batch = self._core.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(batch[0].ids)
 
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of `tokens`, special ones left out."""
-        return str(self._core.decode(list(tokens), skip_special_tokens=True))
+    def decode(self, tokens: Sequence[int], *, with_special: bool = False) -> str:
+        """Return the text of `tokens`, special ones left out unless they are asked for."""
+        return str(self._core.decode(list(tokens), skip_special_tokens=not with_special))
 
-    def token_text(self, token: int) -> str:
-        """Return one token by itself, special or not; for log probabilities."""
-        return str(self._core.decode([token], skip_special_tokens=False))
+    def text_state(
+        self, stops: Sequence[str], resumed: TokenIds = (), prompt: TokenIds = ()
+    ) -> "TextState":
+        """Start a session's text; that of `resumed` has been shown already."""
+        named = {t: name for t, name in self._special.items() if any(name in s for s in stops)}
+        return TextState.begin(self.decode, stops, resumed, prompt, named)
 
     def render_chat(
         self, messages: Sequence[dict[str, Any]], *, limit: int | None = None
@@ -143,14 +162,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _eos_ids(directory: Path, tokenizer: Any) -> frozenset[int]:
-    """Return the end tokens that generation config and tokenizer name; the config's if neither."""
-    found: set[Any] = set()
+    """Return the end tokens of the generation config, or else of the config, and the tokenizer's."""
+    found: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if not found:
             ids = _read_json(directory / name).get("eos_token_id")
-            found.update(ids if isinstance(ids, list) else [ids])
-    found.add(tokenizer.eos_token_id)
-    return frozenset(token for token in found if isinstance(token, int))
+            named = ids if isinstance(ids, list) else [ids]
+            found.update(token for token in named if isinstance(token, int))
+    own = tokenizer.eos_token_id
+    return frozenset(found if own is None else {*found, own})
 
 
 class Detokenizer:
@@ -158,14 +178,17 @@ class Detokenizer:
 
     Decoding a window that begins before the new tokens keeps what tokenizers do between words right
     (a space before a word, or none at the start), and costs the same however long the text is. The
-    first window begins in the prompt, so that the text goes on from it.
+    first window begins in the prompt, so that the text goes on from it: also in the middle of a
+    character, which is emitted if the first tokens make it whole.
     """
 
     def __init__(self, decode: Callable[[Sequence[int]], str], prompt: Sequence[int] = ()) -> None:
         self._decode = decode
-        self._tokens = list(prompt[-_PROMPT_TAIL:])
+        self._tokens = _tail(decode, prompt)
         self._prefix = 0
         self._read = len(self._tokens)
+        self._is_first = True
+        """Nothing was emitted: the window's known part is the prompt's."""
         self.characters = 0
         """Emitted so far."""
 
@@ -184,9 +207,22 @@ class Detokenizer:
 
     def _window(self) -> tuple[str, str]:
         text = self._decode(self._tokens[self._prefix :])
-        return text, self._decode(self._tokens[self._prefix : self._read])
+        before = self._decode(self._tokens[self._prefix : self._read])
+        if self._is_first and before.endswith(REPLACEMENT) and not text.startswith(before):
+            return text, self._before_character(text)
+        return text, before
+
+    def _before_character(self, text: str) -> str:
+        """Go back to before the character that the prompt has begun and its answer made whole."""
+        for read in range(self._read, max(-1, self._read - _CHARACTER_TOKENS), -1):
+            before = self._decode(self._tokens[:read])
+            if text.startswith(before):
+                self._read = read
+                return before
+        return self._decode(self._tokens[: self._read])
 
     def _emit(self, text: str, before: str) -> str:
+        self._is_first = False
         # A window must begin with tokens that show, or what follows looks like the text's start.
         if len(text) > len(before) or len(self._tokens) - self._prefix > _WINDOW_MAX:
             self._prefix = self._read
@@ -200,37 +236,59 @@ class Detokenizer:
         return emitted
 
 
+def _tail(decode: Callable[[Sequence[int]], str], prompt: Sequence[int]) -> list[int]:
+    """Return the last tokens of a prompt, from where a character begins.
+
+    One that is cut makes some tokenizers decode all bytes beside it as U+FFFD; so the last one, which
+    may be cut, is left aside to tell.
+    """
+    for size in range(_PROMPT_TAIL, _PROMPT_TAIL + _CHARACTER_TOKENS):
+        tail = list(prompt[-size:])
+        for cut in range(_CHARACTER_TOKENS):
+            text = decode(tail[: len(tail) - cut])
+            if not (text.startswith(REPLACEMENT) or text.endswith(REPLACEMENT)):
+                return tail
+    return list(prompt[-_PROMPT_TAIL:])
+
+
 class StopScanner:
-    """Passes text on up to the first stop string; holds back what may be the beginning of one."""
+    """Passes text on up to the first stop string; holds back what may be the beginning of one.
+
+    Text may be hidden: a special token's, which is looked at and never passed on.
+    """
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stops)
         self._held = ""
+        self._shows: list[bool] = []
+        """Of each character held: whether it can be shown."""
         self.found: str | None = None
         """The stop string that was met."""
 
-    def add(self, text: str) -> str:
+    def add(self, text: str, *, is_hidden: bool = False) -> str:
         """Take text and return what can be shown."""
         if not self._stops:
-            return text
+            return "" if is_hidden else text
         self._held += text
+        self._shows += [not is_hidden] * len(text)
         places = [(self._held.find(stop), stop) for stop in self._stops]
         met = [(at, -len(stop), stop) for at, stop in places if at >= 0]
         if met:
             at, _, self.found = min(met)
-            shown, self._held = self._held[:at], ""
+            shown = self._take(at)
+            self._take(len(self._held))
             return shown
-        keep = self._longest_beginning()
-        shown, self._held = (
-            self._held[: len(self._held) - keep],
-            self._held[len(self._held) - keep :],
-        )
-        return shown
+        return self._take(len(self._held) - self._longest_beginning())
 
     def flush(self) -> str:
         """Return what was held back: no stop string came of it."""
-        held, self._held = self._held, ""
-        return held
+        return self._take(len(self._held))
+
+    def _take(self, count: int) -> str:
+        shown = "".join(compress(self._held[:count], self._shows))
+        self._held = self._held[count:]
+        del self._shows[:count]
+        return shown
 
     def _longest_beginning(self) -> int:
         """Return the length of the longest end of the text that begins a stop string."""
@@ -248,6 +306,8 @@ class TextState:
 
     detokenizer: Detokenizer
     scanner: StopScanner
+    special: Mapping[int, str]
+    """Names of special tokens that stop strings are written with."""
 
     @classmethod
     def begin(
@@ -256,16 +316,24 @@ class TextState:
         stops: Sequence[str],
         resumed: TokenIds,
         prompt: TokenIds = (),
+        special: Mapping[int, str] = MappingProxyType({}),
     ) -> "TextState":
         """Start a session; the text of `resumed` has been shown already."""
-        state = cls(Detokenizer(decode, prompt), StopScanner(stops))
+        state = cls(Detokenizer(decode, prompt), StopScanner(stops), special)
         for token in resumed:
             state.add(token)
         return state
 
     def add(self, token: int) -> str:
         """Take a token and return what can be shown."""
-        return self.scanner.add(self.detokenizer.add(token))
+        name = self.special.get(token)
+        if name is None:
+            return self.scanner.add(self.detokenizer.add(token))
+        text = self.detokenizer.flush() + self.detokenizer.add(token)
+        shown = self.scanner.add(text)
+        if self.scanner.found is not None:
+            return shown
+        return shown + self.scanner.add(name, is_hidden=True)
 
     def flush(self) -> str:
         """Return what is left when the session ends without a stop string."""

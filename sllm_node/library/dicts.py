@@ -15,10 +15,12 @@ from sllm_node.checkpoint.layout import TensorSpec, plan_layout
 from sllm_node.checkpoint.output import (
     DiskFiles,
     SpaceNeeded,
+    check_still_ours,
+    linked,
     publish,
-    temporary_folder,
     write_errors_named,
 )
+from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.checkpoint.writer import ShardWriter, write_index
 from sllm_node.convert.tensors import MemoryTensor, check_tensor
 from sllm_node.core.clock import MonotonicClock
@@ -26,7 +28,7 @@ from sllm_node.core.errors import ArgumentError, CheckpointFormatError, Conversi
 from sllm_node.core.types import LoadProgress, Part
 from sllm_node.core.units import GIB, MIB
 from sllm_node.engine.weights import views_by
-from sllm_node.library.files import AnyPath, Show, destination, find, pool_size, shown
+from sllm_node.library.files import AnyPath, Show, begun_anew, destination, find, pool_size, shown
 from sllm_node.library.loader import Loader
 from sllm_node.library.placement import device_name
 
@@ -44,7 +46,8 @@ def save(
     target = destination(directory, overwrite=overwrite)
     tensors, aliases = _sorted_out(state_dict)
     layout = plan_layout((TensorSpec(t.name, t.dtype, t.shape) for t in tensors), _SHARD_BYTES)
-    store, files, space = target.parent, DiskFiles(), SpaceNeeded()
+    place, files, space = linked(target), DiskFiles(), SpaceNeeded()
+    store = place.parent
     with write_errors_named(store, space, files), temporary_folder(store, target.name) as folder:
         space.require(layout.size, store, files)
         with (
@@ -70,10 +73,12 @@ def save(
             aliases=aliases,
         )
         write_index(folder, index, files)
-        publish(folder, target, files, replace=overwrite)
+        check_still_ours(place)
+        publish(folder, place, files, replace=overwrite)
     return target
 
 
+@begun_anew
 def load(
     loader: Loader,
     directory: AnyPath,

@@ -1,19 +1,31 @@
 """Folders that library calls read and write: found, checked, and never replaced unasked."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import wraps
 from os import PathLike, fspath
 from pathlib import Path
+from typing import Final, ParamSpec, TypeVar
 
-from sllm_node.checkpoint.catalog import Catalog, Checkpoint, is_model_name, open_checkpoint
+from sllm_node.checkpoint.catalog import (
+    Catalog,
+    Checkpoint,
+    is_model_name,
+    may_go,
+    open_checkpoint,
+)
 from sllm_node.checkpoint.index import INDEX_FILE
 from sllm_node.core.config import StoreConfig
-from sllm_node.core.errors import ArgumentError, CheckpointNotFoundError
+from sllm_node.core.errors import ArgumentError, CheckpointChangedError, CheckpointNotFoundError
 from sllm_node.core.types import ModelId
 from sllm_node.core.units import parse_size
 
 AnyPath = str | PathLike[str]
+LoadP = ParamSpec("LoadP")
+LoadedT = TypeVar("LoadedT")
+_REPLACED_MAX: Final = 3
+"""How often a load begins anew; who replaces a checkpoint takes longer than who opens it."""
 Show = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
@@ -31,11 +43,9 @@ def destination(directory: AnyPath, *, overwrite: bool) -> Path:
             f"{path.name!r} is no name for a checkpoint: letters, digits, '.', '_', ':' and '-', "
             "at most 96, a letter or digit first",
         )
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
-        return path
-    if not (path / INDEX_FILE).is_file():
+    if path.exists() and not may_go(path):
         raise ArgumentError("directory", f"{path} is there and no checkpoint; it is left alone")
-    if not overwrite:
+    if (path / INDEX_FILE).exists() and not overwrite:
         raise ArgumentError("directory", f"{path} is a checkpoint; overwrite=True replaces it")
     return path
 
@@ -68,6 +78,19 @@ def find(source: AnyPath, store: AnyPath | None = None) -> Checkpoint:
         )
     path = path.resolve()
     return replace(open_checkpoint(path), model=ModelId(str(path)))
+
+
+def begun_anew(load: Callable[LoadP, LoadedT]) -> Callable[LoadP, LoadedT]:
+    """Make `load` begin anew when the checkpoint is replaced between its being found and opened."""
+
+    @wraps(load)
+    def load_again(*arguments: LoadP.args, **options: LoadP.kwargs) -> LoadedT:
+        for _ in range(_REPLACED_MAX):
+            with suppress(CheckpointChangedError):
+                return load(*arguments, **options)
+        return load(*arguments, **options)
+
+    return load_again
 
 
 def pool_size(size: int | str | None) -> int | None:

@@ -14,7 +14,7 @@ from sllm_node.codec.names import RAW
 from sllm_node.convert.convert import ConvertOptions, convert_opened
 from sllm_node.convert.mapping import kept_in_fp32
 from sllm_node.convert.memory import open_model
-from sllm_node.convert.sources import download_from_hub, open_source
+from sllm_node.convert.sources import check_apart, download_from_hub, open_source
 from sllm_node.convert.tensors import COMPUTE_DTYPES, dtype_named
 from sllm_node.convert.texts import GENERATION_FILE
 from sllm_node.core.errors import ArgumentError, CheckpointFormatError, NotServableError, SllmError
@@ -22,7 +22,7 @@ from sllm_node.core.types import LoadProgress
 from sllm_node.engine.skeleton import BUILDING, build_module, read_config
 from sllm_node.engine.spread import spread
 from sllm_node.engine.weights import TORCH_DTYPES, bind_views, torch_name, views_by
-from sllm_node.library.files import AnyPath, destination, find, pool_size, shown
+from sllm_node.library.files import AnyPath, begun_anew, destination, find, pool_size, shown
 from sllm_node.library.loader import Loader
 from sllm_node.library.memory import Held
 from sllm_node.library.placement import place, place_modules
@@ -57,11 +57,13 @@ def save(
             raise ArgumentError("model_or_source", problem)
         if tokenizer is not None:
             raise ArgumentError("tokenizer", "goes with a model in memory; a source has its own")
+        check_apart(str(model), target)
         with open_source(str(model), name, download_from_hub, needs_tokenizer=False) as opened:
             write(opened, str(model))
     return target
 
 
+@begun_anew
 def load(  # noqa: PLR0913 - one for each argument of load_model
     loader: Loader,
     source: AnyPath,

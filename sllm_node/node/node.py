@@ -19,7 +19,9 @@ from typing import Any
 import uvloop
 
 from sllm_node import __version__
+from sllm_node.checkpoint.cards import CARDS_FOLDER
 from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.temporary import sweep
 from sllm_node.cluster.cluster import Cluster, Disk
 from sllm_node.cluster.journal import Journal
 from sllm_node.cluster.router import Router
@@ -158,6 +160,8 @@ class Node:
         folder = Path(self._config.store.path)
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            if swept := sweep(folder) + sweep(folder / CARDS_FOLDER):
+                log.info("swept what writers left", extra={"folders": swept})
             self._catalog.scan()
         except OSError as error:
             raise StoreFolderError(str(folder), error.strerror or str(error)) from error

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
-from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.catalog import Catalog, may_go
 from sllm_node.cluster.cluster import own_address
 from sllm_node.cluster.file import ClusterFile
 from sllm_node.cluster.journal import TAKEN, is_taken
@@ -126,7 +126,13 @@ def _catalog_findings(config: Config, path: Path) -> Iterator[Finding]:
     found = catalog.models()
     yield Finding("ok", "store.path", f"{path}: {len(found)} checkpoints")
     for name, problem in sorted(catalog.problems.items()):
-        todo = f"the node starts without it; 'sllm-node rm {name}' deletes it"
+        is_ours = may_go(path / name)
+        mend = (
+            f"'sllm-node rm {name}' deletes it"
+            if is_ours
+            else "if it is none, move it out of the store"
+        )
+        todo = f"the node starts without it; {mend}"
         yield Finding("warning", "store.path", f"checkpoint {name}: {problem}", todo)
     is_alone = not (config.remotes or config.cluster.file)
     for name in sorted(config.models):

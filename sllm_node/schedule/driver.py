@@ -170,11 +170,10 @@ class Service(Generic[CodecT]):
         """
         return self._engines.context_limit(self._models.servable(ModelId(model)))
 
-    def session_limit(self, model: str) -> int:
-        """Return how many sessions of `model` could be taken now if nobody else had any."""
-        is_ready = self._scheduler.roster.view(ModelId(model)).state is ModelState.READY
-        slots = self._config.engine.max_sessions if is_ready else 0
-        return self._config.schedule.max_queue + slots
+    @property
+    def session_limit(self) -> int:
+        """How many sessions of a model are taken at once if nobody else has any."""
+        return self._config.schedule.max_queue + self._config.engine.max_sessions
 
     def open(self, request: GenerationRequest, *, keep_alive_s: float | None = None) -> Stream:
         """Take a request: its session runs at once or when its turn comes.

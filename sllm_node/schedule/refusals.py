@@ -39,7 +39,7 @@ class Refusals:
         """Return why a new ticket is refused, or None."""
         if (lack := shortage(ticket.shares, self._capacities)) is not None:
             return ModelTooLargeError(ticket.model, *lack)
-        waiting, limit = self._roster.waiting, self._config.max_queue
+        waiting, limit = sum(map(self._queued, self._roster)), self._config.max_queue
         if self._is_open(record) or waiting < limit:
             return None
         wait_s = self._expected_wait_s(record, ticket.device_bytes, ticket.load_s)
@@ -64,6 +64,14 @@ class Refusals:
             if lack is not None:
                 names = tuple(pin.model for pin in pins)
                 yield record, PinnedMemoryError(record.model, *lack, names)
+
+    def _queued(self, record: ModelRecord) -> int:
+        """Return how many tickets wait for more than a load on its way that has a slot for them.
+
+        So a model takes as many sessions at once before its load as after it.
+        """
+        is_coming = record.state is ModelState.LOADING or bool(record.planned)
+        return max(0, record.waiting - self._max_sessions) if is_coming else record.waiting
 
     def _is_open(self, record: ModelRecord) -> bool:
         """Tell whether a session of this model would be granted at once."""

@@ -308,6 +308,7 @@ class Replicas(Generic[CodecT]):
     def _abort_ended(self, model: ModelId, listener: Listener) -> None:
         log.info("load aborted", extra={"model": model})
         if model in self._hosted:  # it had just come
+            listener.on_closing(model)  # who comes before it closes begins nothing on it
             self.start_eviction(model, "aborted", listener)
         else:
             listener.on_evicted(model)

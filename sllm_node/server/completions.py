@@ -28,6 +28,7 @@ from sllm_node.core.types import (
     GenerationRequest,
     ModelId,
     ModelStatus,
+    SamplingParameters,
     SessionId,
     TokenIds,
 )
@@ -157,12 +158,11 @@ class Completions:
     def _check_choices(self, request: ChatRequest | CompletionRequest) -> None:
         """Refuse a request whose sessions would never be taken all together."""
         prompts = 1 if isinstance(request, ChatRequest) else len(prompts_of(request))
-        sessions, limit = request.n * prompts, self._service.session_limit(request.model)
+        sessions, limit = request.n * prompts, self._service.session_limit
         if sessions > limit:
             raise InvalidRequestError(
-                f"the request asks for {sessions} choices and this node takes {limit} of this model "
-                "at once (schedule.max_queue, and engine.max_sessions once it is on the device); "
-                "send fewer in a request",
+                f"the request asks for {sessions} choices and this node takes {limit} of a model "
+                "at once (schedule.max_queue and engine.max_sessions); send fewer in a request",
                 param="n" if request.n > 1 else "prompt",
             )
 
@@ -178,8 +178,9 @@ class Completions:
             f"{shape.prefix}{_request_id()}", request.model, int(self._clock.wall()),
             wish.logprobs is not None,
         )  # fmt: skip
-        echoes = isinstance(request, CompletionRequest) and request.echo
-        texts = [await self._prompts.text(codec, prompt) if echoes else "" for prompt in prompts]
+        texts = [""] * len(prompts)
+        if isinstance(request, CompletionRequest) and request.echo:
+            texts = [await self._prompts.text(codec, given) for given in prompts_of(request)]
         choices = [
             Choice(i * request.n + j, text)
             for i, text in enumerate(texts)
@@ -201,7 +202,8 @@ class Completions:
             for i, prompt in enumerate(prompts):
                 for j in range(request.n):
                     session = SessionId(f"{_request_id()}-{i * request.n + j}")
-                    asked = _generation(request, wish, prompt, session, j, limit)
+                    sampling = wish.for_choice(i, j, request.n)
+                    asked = _generation(request, wish, prompt, session, sampling, limit)
                     streams.append(self._service.open(asked, keep_alive_s=wish.keep_alive_s))
         except BaseException:
             for stream in streams:
@@ -357,7 +359,7 @@ def _generation(
     wish: Wish,
     prompt: TokenIds,
     session: SessionId,
-    choice: int,
+    sampling: SamplingParameters,
     limit: int,
 ) -> GenerationRequest:  # fmt: skip
     left = limit - len(prompt)
@@ -369,7 +371,7 @@ def _generation(
         session=session,
         model=ModelId(request.model),
         prompt=prompt,
-        sampling=wish.for_choice(choice),
+        sampling=sampling,
         max_tokens=wish.max_tokens or left,
         stop=wish.stop,
         ignore_eos=request.ignore_eos,

@@ -272,12 +272,17 @@ class Wish:
     logprobs: int | None
     keep_alive_s: float | None
     max_tokens: int | None
+    is_seeded: bool
+    """The client gave the seed."""
 
-    def for_choice(self, choice: int) -> SamplingParameters:
-        """Return the sampling parameters of choice `choice`; the first has the request's seed."""
-        if choice == 0:
-            return self.sampling
-        seed = (self.sampling.seed + choice * _SEED_STEP) % SEEDS
+    def for_choice(self, prompt: int, choice: int, choices: int) -> SamplingParameters:
+        """Return the sampling parameters of a prompt's choice, one of `choices`.
+
+        The first has the request's seed. Of a client's own seed each prompt draws as it does alone, so
+        that no text depends on what else is asked for; otherwise no two sessions draw the same numbers.
+        """
+        number = choice if self.is_seeded else prompt * choices + choice
+        seed = (self.sampling.seed + number * _SEED_STEP) % SEEDS
         return replace(self.sampling, seed=seed)
 
 
@@ -305,7 +310,7 @@ def wish_of(
     )
     return Wish(
         sampling, _stops(request.stop), _logprobs(request), parse_keep_alive(request.keep_alive),
-        _max_tokens(request),
+        _max_tokens(request), request.seed is not None,
     )  # fmt: skip
 
 

@@ -60,9 +60,12 @@ class Prompts:
             found.append(_checked(tokens, codec.vocabulary_size, limit, "prompt"))
         return found
 
-    async def text(self, codec: TextCodec, tokens: TokenIds) -> str:
-        """Return the text of `tokens`."""
-        return await self._in_worker(len(tokens), partial(codec.decode, tokens))
+    async def text(self, codec: TextCodec, prompt: str | list[int]) -> str:
+        """Return a prompt as text: as it came, or what its tokens stand for, special ones too."""
+        if isinstance(prompt, str):
+            return prompt
+        decode = partial(codec.decode, tuple(prompt), with_special=True)
+        return await self._in_worker(len(prompt), decode)
 
     async def _tokens(
         self, codec: TextCodec, prompt: str | list[int], limit: int, *, is_few: bool

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sllm_node.core.token_name import bytes_of
 from sllm_node.core.types import FinishReason, GenerationChunk, TokenLogprob
 
 
@@ -174,7 +175,7 @@ def _chat_logprobs(reply: Reply, logprobs: Sequence[TokenLogprob]) -> dict[str, 
 
 
 def _chat_logprob(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+    return {"token": text, "logprob": logprob, "bytes": list(bytes_of(text))}
 
 
 def _completion_logprobs(reply: Reply, logprobs: Sequence[TokenLogprob]) -> dict[str, Any] | None:
@@ -183,6 +184,14 @@ def _completion_logprobs(reply: Reply, logprobs: Sequence[TokenLogprob]) -> dict
     return {
         "tokens": [entry.text for entry in logprobs],
         "token_logprobs": [entry.logprob for entry in logprobs],
-        "top_logprobs": [{text: value for _, text, value in entry.top} for entry in logprobs],
+        "top_logprobs": [_by_name(entry) for entry in logprobs],
         "text_offset": [entry.offset for entry in logprobs],
     }
+
+
+def _by_name(entry: TokenLogprob) -> dict[str, float]:
+    """Return the most likely tokens and the sampled one; of equal names the most likely."""
+    found: dict[str, float] = {}
+    for _, name, value in (*entry.top, (entry.token, entry.text, entry.logprob)):
+        found.setdefault(name, value)
+    return found

@@ -39,8 +39,8 @@ class TextCodec(Protocol):
             PromptTooLongError: it is so long that they must be more than `limit`.
         """
 
-    def decode(self, tokens: TokenIds) -> str:
-        """Return the text of `tokens`, special tokens left out."""
+    def decode(self, tokens: TokenIds, *, with_special: bool = False) -> str:
+        """Return the text of `tokens`, special ones left out unless they are asked for."""
 
 
 class Stream(Protocol):
@@ -110,8 +110,9 @@ class GenerationService(Protocol):
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have here."""
 
-    def session_limit(self, model: str) -> int:
-        """Return how many sessions of `model` could be taken now if nobody else had any."""
+    @property
+    def session_limit(self) -> int:
+        """How many sessions of a model are taken at once if nobody else has any."""
 
     def open(self, request: GenerationRequest, *, keep_alive_s: float | None = None) -> Stream:
         """Take a request, or raise why it is refused."""

@@ -12,9 +12,9 @@ from sllm_node.checkpoint.output import (
     DiskFiles,
     SpaceNeeded,
     publish,
-    temporary_folder,
     write_errors_named,
 )
+from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 
 SPECS = (

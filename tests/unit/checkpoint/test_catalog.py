@@ -1,12 +1,19 @@
 import os
 import shutil
+from contextlib import nullcontext
 from pathlib import PosixPath
 
 import msgspec
 import pytest
 
-from sllm_node.checkpoint.catalog import Catalog, is_model_name, open_for_verify
+from sllm_node.checkpoint.catalog import (
+    Catalog,
+    is_model_name,
+    open_checkpoint,
+    open_for_verify,
+)
 from sllm_node.checkpoint.index import INDEX_FILE
+from sllm_node.checkpoint.verify import verify
 from sllm_node.core.errors import (
     CheckpointFormatError,
     ModelNotFoundError,
@@ -26,7 +33,7 @@ def catalog(tmp_path):
 
 
 def test_a_scan_finds_checkpoints_and_nothing_hidden(catalog):
-    (catalog.root / ".tmp-three-1").mkdir()
+    (catalog.root / ".sllm-tmp-three-00000001").mkdir()
     (catalog.root / "a-file").write_text("")
     catalog.scan()
     assert (catalog.models(), catalog.problems) == (("one", "two"), {})
@@ -71,19 +78,38 @@ def test_a_replaced_checkpoint_is_read_anew(catalog):
     assert before.identities != after.identities
 
 
-def test_a_checkpoint_replaced_while_it_is_opened_is_no_problem(catalog, monkeypatch):
-    decode, replaced = msgspec.json.decode, []
+@pytest.fixture
+def while_read(monkeypatch):
+    """Return what lets a call be made once, between an index being read and its shards."""
+    decode, waiting = msgspec.json.decode, []
 
-    def replace_first(data, **kind):
-        if not replaced:
-            replaced.append(data)
-            write_raw(catalog.root, "one", shard_bytes=16384, replace=True)
+    def call_first(data, **kind):
+        if waiting:
+            waiting.pop()()
         return decode(data, **kind)
 
-    os.utime(catalog.root / "one" / INDEX_FILE, ns=(1, 1))
-    monkeypatch.setattr(msgspec.json, "decode", replace_first)
-    assert [shard.size for shard in catalog.get("one").index.shards] == [16384]
-    assert catalog.get("one") is catalog.get("one")
+    monkeypatch.setattr(msgspec.json, "decode", call_first)
+    return waiting.append
+
+
+@pytest.mark.parametrize("changed", [{"shard_bytes": 16384}, {"chunk_bytes": 8192}])
+def test_a_checkpoint_replaced_while_it_is_opened_is_the_new_one(catalog, while_read, changed):
+    path = catalog.root / "one"
+    for opened in (
+        lambda: open_checkpoint(path),
+        lambda: Catalog(catalog.root).get(ModelId("one")),
+    ):
+        write_raw(catalog.root, "one", replace=True)
+        os.utime(path / INDEX_FILE, ns=(1, 1))
+        while_read(lambda: write_raw(catalog.root, "one", replace=True, **changed))
+        assert opened() == open_checkpoint(path)
+        assert verify(open_checkpoint(path)) == []
+
+
+def test_a_checkpoint_removed_while_it_is_opened_is_a_format_error(catalog, while_read):
+    while_read(lambda: catalog.remove("one"))
+    with pytest.raises(CheckpointFormatError, match="No such file"):
+        open_checkpoint(catalog.root / "one")
 
 
 def test_a_shard_touched_since_gets_a_new_identity(catalog):
@@ -134,9 +160,41 @@ def test_a_removed_checkpoint_is_gone_from_disk_and_from_memory(catalog):
 
 
 def test_a_damaged_checkpoint_can_be_removed(catalog):
-    (catalog.root / "one" / INDEX_FILE).unlink()
+    (catalog.root / "one" / INDEX_FILE).write_text("{")
+    (catalog.root / "one" / "shard-00000.bin").unlink()
     catalog.remove("one")
     assert not (catalog.root / "one").exists()
+
+
+def test_of_a_link_only_the_link_is_removed(catalog, tmp_path):
+    linked = write_raw(tmp_path / "disk", "large")
+    (catalog.root / "three").symlink_to(linked.path)
+    assert catalog.remove("three") == linked.path.resolve()
+    assert verify(linked) == []
+    assert "three" not in catalog.models()
+    assert sorted(path.name for path in catalog.root.iterdir()) == ["disk", "one", "two"]
+
+
+def test_a_removal_sweeps_what_was_left_behind_even_of_a_name_that_is_not_there(catalog):
+    for name in ("one", "gone"):
+        (catalog.root / f".sllm-tmp-{name}-00000000").mkdir()
+        with nullcontext() if name == "one" else pytest.raises(ModelNotFoundError):
+            assert catalog.remove(name) is None
+    assert [path.name for path in catalog.root.iterdir()] == ["two"]
+
+
+def test_an_empty_folder_can_be_removed(catalog):
+    (catalog.root / "empty").mkdir()
+    catalog.remove("empty")
+    assert not (catalog.root / "empty").exists()
+
+
+def test_a_folder_that_is_no_checkpoint_is_not_removed(catalog):
+    (catalog.root / "data").mkdir()
+    (catalog.root / "data" / "photos").write_text("all of them")
+    with pytest.raises(CheckpointFormatError, match=r"data: has no tensor_index.json.*left alone"):
+        catalog.remove("data")
+    assert (catalog.root / "data" / "photos").is_file()
 
 
 @pytest.mark.parametrize("name", ["three", "..", "../store"])

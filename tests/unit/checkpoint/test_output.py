@@ -1,6 +1,4 @@
 import errno
-import fcntl
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from sllm_node.checkpoint.catalog import Catalog
-from sllm_node.checkpoint.output import temporary_folder
 from sllm_node.checkpoint.verify import verify
 from sllm_node.core.errors import StorageWriteError, StoreFullError
 from tests.unit.checkpoint.raw import CountedFiles, FullDisk, write_raw
@@ -72,38 +69,6 @@ def test_a_replacement_killed_at_any_call_leaves_the_old_or_the_new_one(tmp_path
     assert {checkpoint.index.chunk_bytes for checkpoint in found} == {4096, 8192}
 
 
-def test_what_a_killed_writer_left_is_swept_by_the_next(tmp_path):
-    left = tmp_path / ".tmp-m-00000000"
-    left.mkdir()
-    (left / "shard-00000.bin").write_bytes(b"half")
-    write_raw(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["m"]
-
-
-def test_the_folder_of_a_writer_at_work_is_not_swept(tmp_path):
-    with temporary_folder(tmp_path, "one") as folder:
-        write_raw(tmp_path, "other")
-        assert folder.is_dir()
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
-def test_a_writer_waits_while_another_makes_its_folder(tmp_path):
-    descriptor = os.open(tmp_path, os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    code = (
-        "from pathlib import Path; from tests.unit.checkpoint.raw import write_raw; "
-        f"print('here', flush=True); write_raw(Path({str(tmp_path)!r}))"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE)
-    assert child.stdout is not None
-    child.stdout.readline()
-    assert list(tmp_path.iterdir()) == []
-    os.close(descriptor)
-    child.stdout.close()
-    assert child.wait() == 0
-    assert (tmp_path / "m").is_dir()
-
-
 def test_a_disk_known_to_be_too_small_is_refused_before_a_byte_is_written(tmp_path):
     with pytest.raises(StoreFullError) as caught:
         write_raw(tmp_path, files=FullDisk(room=0, claimed=10_000))
@@ -152,7 +117,7 @@ def test_every_file_and_both_folders_are_flushed_before_and_after_the_rename(tmp
     write_raw(tmp_path, files=Recorded(lambda count: None))
     at = calls.index("rename")
     assert calls[at + 1 :] == [tmp_path.name]
-    assert calls[at - 1].startswith(".tmp-m-")
+    assert calls[at - 1].startswith(".sllm-tmp-m-")
     assert {"shard-00000.bin", "shard-00001.bin", "tensor_index.json"} < set(calls[:at])
 
 

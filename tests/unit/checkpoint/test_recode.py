@@ -36,6 +36,18 @@ def test_there_and_back_every_byte_is_as_it_was(checkpoint):
     assert [path.name for path in Path(checkpoint.path.parent).iterdir()] == ["m"]
 
 
+def test_what_a_link_leads_to_is_recoded_where_it_lies(checkpoint, tmp_path):
+    (tmp_path / "store").mkdir()
+    link = tmp_path / "store" / "linked"
+    link.symlink_to(checkpoint.path)
+    encoded = recode(open_checkpoint(link), "exp", 16384)
+    assert (encoded.model, encoded.path, encoded.index.version) == ("linked", link, 2)
+    assert link.is_symlink()
+    assert verify(open_checkpoint(checkpoint.path)) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "store"]
+    assert list(link.parent.iterdir()) == [link]
+
+
 def test_whatever_call_fails_the_old_checkpoint_stays_whole(checkpoint):
     class StoppedError(Exception):
         pass
@@ -80,6 +92,20 @@ def test_a_checkpoint_that_was_deleted_meanwhile_does_not_come_back(checkpoint):
     with pytest.raises(CheckpointError):
         recode(checkpoint, "raw", 16384, files=CountedFiles(delete))
     assert not checkpoint.path.exists()
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_folders_in_a_checkpoint_are_never_deleted_by_recoding_it(checkpoint, is_there):
+    def put():
+        (checkpoint.path / "original").mkdir(exist_ok=True)
+        (checkpoint.path / "original" / "model.safetensors").write_text("precious")
+
+    if is_there:
+        put()
+    with pytest.raises(ConversionError, match="has folders that would be deleted: original; move"):
+        recode(checkpoint, "exp", 16384, progress=lambda done, total: put())
+    assert (checkpoint.path / "original" / "model.safetensors").read_text() == "precious"
+    assert [path.name for path in checkpoint.path.parent.iterdir()] == ["m"]
 
 
 def test_a_damaged_checkpoint_is_not_recoded(checkpoint):

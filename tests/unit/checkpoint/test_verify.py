@@ -59,3 +59,18 @@ def test_a_missing_shard_is_damage_of_all_its_chunks(tmp_path):
         (0, "can't be read: No such file or directory"),
         (4096, "can't be read: No such file or directory"),
     ]
+
+
+def test_bytes_that_no_chunk_has_are_damage_without_tensors(tmp_path):
+    checkpoint = write_raw(tmp_path)
+    first, *_, last = checkpoint.index.shards
+    for shard in (first, last):
+        with (checkpoint.path / shard.name).open("ab") as file:
+            file.write(bytes(100))
+    flip(checkpoint.path / first.name, 4096)
+    problem = "the file has 100 bytes too many"
+    assert verify(checkpoint) == [
+        Damage(first.name, 4096, 4096, ("a", "b"), CHANGED),
+        Damage(first.name, first.file_size, 100, (), problem),
+        Damage(last.name, last.file_size, 100, (), problem),
+    ]

@@ -51,6 +51,19 @@ def test_a_folder_is_converted_listed_inspected_verified_and_removed(tmp_path):
     assert json.loads(run("ls", "--store", folder, "--json").stdout)["checkpoints"] == []
 
 
+def test_of_a_link_the_link_is_removed_and_what_stays_is_named(tmp_path):
+    make_checkpoint(tmp_path / "disk", "large")
+    folder = tmp_path / "store"
+    folder.mkdir()
+    for flags in ([], ["--json"]):
+        (folder / "m").symlink_to(tmp_path / "disk" / "large")
+        said = run("rm", "m", "--store", folder, *flags).stdout
+        place = str(tmp_path / "disk" / "large")
+        assert json.loads(said)["stays"] == place if flags else f"its bytes stay in {place}" in said
+    assert list(folder.iterdir()) == []
+    assert "verified, no damage" in run("verify", "large", "--store", tmp_path / "disk").stdout
+
+
 def test_the_folder_may_be_that_of_a_nodes_config(tmp_path):
     store, config = tmp_path / "store", tmp_path / "node.toml"
     make_checkpoint(store, "tiny")
@@ -117,6 +130,21 @@ def test_verify_names_shard_offset_and_tensors_of_damage(tmp_path, as_json):
     if as_json:
         found = json.loads(done.stdout)["damaged"][0]
         assert found["offset"] <= 40_000 < found["offset"] + found["size"]
+
+
+def test_verify_says_no_undamaged_of_what_ls_calls_unusable(tmp_path):
+    def lengthen(path):
+        path.write_bytes(path.read_bytes() + bytes(4096))
+
+    folder = damaged(tmp_path, lengthen)
+    assert "not usable" in run("ls", "--store", folder).stderr
+    done = run("verify", "bad", "--store", folder)
+    assert done.exit_code == 1
+    assert "4096 bytes too many; tensors: none" in done.stdout
+    assert "no damage" not in done.stdout
+    told = run("verify", "bad", "--store", folder, "--json")
+    assert told.exit_code == 1
+    assert "the index says" in json.loads(told.stdout)["problem"]
 
 
 def test_verify_reports_a_shard_that_was_cut_short_chunk_by_chunk(tmp_path):

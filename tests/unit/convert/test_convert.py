@@ -14,7 +14,12 @@ from sllm_node.checkpoint.verify import verify
 from sllm_node.convert.convert import ConvertOptions, Surroundings, convert
 from sllm_node.convert.tensors import as_bytes
 from sllm_node.core.clock import ManualClock
-from sllm_node.core.errors import ConversionError, StoreFullError, UnsupportedArchitectureError
+from sllm_node.core.errors import (
+    ConversionError,
+    StorageWriteError,
+    StoreFullError,
+    UnsupportedArchitectureError,
+)
 from tests.models import make_checkpoint, make_source
 from tests.unit.checkpoint.raw import FullDisk, ShortWrites
 
@@ -106,6 +111,60 @@ def test_a_name_that_is_taken_is_refused_with_what_to_do(source, store):
     with pytest.raises(ConversionError, match=r"sllm-node rm m.*--force"):
         convert(str(source), "m", store)
     assert Catalog(store).get(before.model) == before
+
+
+def test_a_folder_that_is_no_checkpoint_is_never_replaced(source, store):
+    (store / "data").mkdir(parents=True)
+    (store / "data" / "photos").write_text("all of them")
+    for force in (False, True):
+        with pytest.raises(ConversionError, match=r"no checkpoint.*left alone.*another name"):
+            convert(str(source), "data", store, ConvertOptions(force=force))
+    assert (store / "data" / "photos").read_text() == "all of them"
+    assert names_in(store) == ["data"]
+
+
+def test_an_empty_folder_may_be_the_checkpoints(source, store):
+    (store / "m").mkdir(parents=True)
+    assert verify(convert(str(source), "m", store, SMALL)) == []
+
+
+@pytest.mark.parametrize("inside", ["", "original"])
+def test_the_source_is_never_replaced_by_what_is_made_of_it(store, tmp_path, inside):
+    convert(str(make_source(tmp_path / "first")), "m", store, SMALL)
+    source = make_source(store / "m" / inside)
+    (tmp_path / "link").symlink_to(source)
+    for given in (source, tmp_path / "link"):
+        with pytest.raises(ConversionError, match=r"would delete the source.*another name"):
+            convert(str(given), "m", store, ConvertOptions(force=True))
+    assert (source / "model.safetensors").is_file()
+
+
+def test_a_checkpoint_may_lie_in_the_folder_of_its_source_and_be_replaced_there(source):
+    convert(str(source), "fast", source, SMALL)
+    after = convert(str(source), "fast", source, ConvertOptions(chunk_bytes=8192, force=True))
+    assert verify(after) == []
+    assert (source / "model.safetensors").is_file()
+
+
+def test_what_a_link_leads_to_is_replaced_where_it_lies(source, store, tmp_path):
+    convert(str(source), "large", tmp_path / "disk", SMALL)
+    store.mkdir()
+    (store / "m").symlink_to(tmp_path / "disk" / "large")
+    after = convert(str(source), "m", store, ConvertOptions("bfloat16", force=True))
+    assert (after.model, after.index.model, after.index.dtype) == ("m", "m", "BF16")
+    assert (store / "m").is_symlink()
+    assert (names_in(store), names_in(tmp_path / "disk")) == (["m"], ["large"])
+
+
+def test_a_folder_that_took_the_name_meanwhile_is_not_replaced(source, store):
+    def take(progress):
+        (store / "m").mkdir(exist_ok=True)
+        (store / "m" / "photos").write_text("all of them")
+
+    with pytest.raises(StorageWriteError, match="no checkpoint"):
+        convert(str(source), "m", store, ConvertOptions(force=True), progress=take)
+    assert (store / "m" / "photos").is_file()
+    assert names_in(store) == ["m"]
 
 
 def test_force_replaces_a_checkpoint(source, store):
@@ -212,12 +271,29 @@ def test_a_conversion_that_is_killed_leaves_no_checkpoint_and_the_next_one_sweep
         [sys.executable, "-c", KILLED, str(source), str(store), "30"], check=False, cwd=ROOT
     )
     assert done.returncode == -signal.SIGKILL
-    assert [name[:7] for name in names_in(store)] == [".tmp-m-"]
+    assert [name[:-8] for name in names_in(store)] == [".sllm-tmp-m-"]
     catalog = Catalog(store)
     catalog.scan()
     assert (catalog.models(), catalog.problems) == ((), {})
     convert(str(source), "m", store, SMALL)
     assert names_in(store) == ["m"]
+
+
+def test_a_folder_saved_again_in_one_file_is_what_from_pretrained_loads(store, tmp_path):
+    source = make_source(tmp_path / "source", shard_size="100KB")
+    shards = sorted(source.glob("model-*.safetensors"))
+    again = make_source(tmp_path / "again", seed=7)
+    (again / "model.safetensors").rename(source / "model.safetensors")
+    for left in (True, False):  # the older shards, whose index stays
+        for shard in [] if left else shards:
+            shard.unlink()
+        checkpoint = convert(str(source), "m", store, ConvertOptions(codec="raw", force=True))
+        wanted = AutoModelForCausalLM.from_pretrained(source).state_dict()
+        stored = (checkpoint.path / "shard-00000.bin").read_bytes()
+        for entry in checkpoint.index.tensors:
+            assert stored[entry.offset : entry.offset + entry.size] == bytes(
+                as_bytes(wanted[entry.name])
+            )
 
 
 def test_the_models_of_tests_come_in_several_shards_and_chunks(store):

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 from contextlib import ExitStack
@@ -64,6 +65,12 @@ def test_a_sharded_folder_gives_the_tensors_that_its_index_names(tmp_path):
     assert open_all(tmp_path) == {"a": ("F32", (2,), b"12345678"), "b": ("U8", (3,), b"xyz")}
 
 
+def test_a_single_file_goes_before_an_index_as_it_does_for_transformers(tmp_path):
+    write_sharded(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    write_file(tmp_path / WEIGHTS_FILE, {"a": ("F32", [2], b"abcdefgh")})
+    assert open_all(tmp_path) == {"a": ("F32", (2,), b"abcdefgh")}
+
+
 def test_a_single_file_of_another_name_is_found(tmp_path):
     write_file(tmp_path / "weights.safetensors", B)
     assert open_all(tmp_path)["empty"] == ("F16", (0, 4), b"")
@@ -83,12 +90,36 @@ def test_a_folder_without_the_usual_names_is_refused(tmp_path, names):
         ({"a": "gone.safetensors"}, "gone.safetensors: can't be opened: No such file"),
         ({"a": "two.safetensors", "x": "one.safetensors"}, "no file has: x"),
         ({"a": "../one.safetensors"}, "outside the folder"),
+        ({"a": ".."}, r"names a file outside the folder: '\.\.'"),
+        ({"a": "."}, "names a file outside the folder"),
+        ({"a": ""}, "names a file outside the folder"),
+        ({"a": "one\0.safetensors"}, "can't be opened: embedded null byte"),
+        ({"a": "folder.safetensors"}, "folder.safetensors: is no file"),
+        ({"a": "pipe.safetensors"}, "pipe.safetensors: is no file"),
         ("no map", "is no index of shards"),
     ],
 )
 def test_an_index_that_is_wrong_is_refused(tmp_path, places, problem):
     write_sharded(tmp_path, places)
+    (tmp_path / "folder.safetensors").mkdir()
+    os.mkfifo(tmp_path / "pipe.safetensors")
     with pytest.raises(ConversionError, match=problem):
+        open_all(tmp_path)
+
+
+def test_weights_that_are_a_folder_are_refused(tmp_path):
+    (tmp_path / WEIGHTS_FILE).mkdir()
+    with pytest.raises(ConversionError, match=r"model.safetensors: is no file"):
+        open_all(tmp_path)
+
+
+def test_a_header_that_can_not_be_read_is_named(tmp_path, monkeypatch):
+    def fail(descriptor, size, offset):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    write_file(tmp_path / WEIGHTS_FILE, A)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(ConversionError, match=r"model.safetensors: can't be read: Input/output"):
         open_all(tmp_path)
 
 

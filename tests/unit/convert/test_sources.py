@@ -4,6 +4,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from sllm_node.convert.sources import download_from_hub, open_source
 from sllm_node.core.errors import ConversionError
 from tests.models import make_source
+from tests.unit.checkpoint.raw import write_raw
 
 
 def no_download(model):
@@ -99,6 +100,16 @@ def test_pickles_are_refused_with_what_to_do(tmp_path, name):
         problem = refused(source)
         assert name in problem
         assert "from_pretrained(FOLDER).save_pretrained" in problem
+
+
+def test_a_checkpoint_of_ours_is_said_to_be_one(tmp_path):
+    folder = write_raw(tmp_path).path
+    (folder / "config.json").write_text("{}")
+    for source in (folder, folder / "shard-00000.bin"):
+        problem = refused(source)
+        assert f"is a checkpoint already: give its folder {tmp_path} as --store" in problem
+        assert "sllm-node recode m" in problem
+        assert "pickle" not in problem
 
 
 def test_pickles_beside_safetensors_do_no_harm(tmp_path):

@@ -2,6 +2,7 @@ import asyncio
 import functools
 import random
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ async def test_log_probabilities_say_where_their_text_begins(checkpoint):
     assert offsets == sorted(offsets)
     assert offsets[0] == 0
     # Parts of a character begin where it begins; special tokens do not show.
-    plain = [not ("\ufffd" in entry.text or entry.text.startswith("<|")) for entry in logprobs]
+    plain = [not entry.text.startswith(("bytes:", "<|")) for entry in logprobs]
     found = [entry for i, entry in enumerate(logprobs) if plain[i] and (i == 0 or plain[i - 1])]
     assert found
     assert all(text.startswith(entry.text, entry.offset) for entry in found)
@@ -115,6 +116,24 @@ async def test_an_end_token_ends_the_text_unless_it_is_ignored(checkpoint):
         assert (text, tokens, finish) == ("", (eos,), "stop")
         _, tokens, _, finish = await collect(engine.submit(ask(PROMPT, 5, force)))
         assert (tokens, finish) == ((eos,) * 5, "length")
+
+
+async def test_a_special_token_that_is_a_stop_string_ends_the_text_at_both_ends_of_a_move(
+    checkpoint,
+):
+    async with engine_of(checkpoint) as engine:
+        eos = next(iter(engine._parts.codec.eos_ids))
+        force = SamplingParameters(temperature=0.0, logit_bias=((eos, 100.0),))
+        stopped = ask(PROMPT, 5, force, stop=("<|im_end|>",))
+        (chunk,) = [chunk async for chunk in engine.submit(stopped)]
+        assert (chunk.text, chunk.tokens, chunk.finish) == ("", (eos,), "stop")
+        assert chunk.stop_text == "<|im_end|>"
+        assert await collect(engine.submit(replace(stopped, resumed=(eos,)))) == (
+            "",
+            (),
+            (),
+            "stop",
+        )
 
 
 async def test_a_session_ends_at_the_models_context(tmp_path):

@@ -85,6 +85,35 @@ def test_the_text_goes_on_from_the_prompt_with_its_space(sentences):
     assert state.add(token) + state.flush() == " world"
 
 
+def shown_after(decode, prompt, tokens):
+    state = TextState.begin(decode, (), (), tuple(prompt))
+    return "".join([*map(state.add, tokens), state.flush()])
+
+
+@pytest.mark.parametrize("text", ["日本語は難しい", "a日b", "👩‍👩‍👧", "a\ufffd日"])
+def test_a_character_that_begins_in_the_prompt_is_shown_when_it_is_whole(codec, text):
+    tokens = codec.encode(text, add_special_tokens=False)
+    for cut in range(1, len(tokens)):
+        whole = codec.decode(tokens[:cut]).rstrip("\ufffd")
+        shown = shown_after(codec.decode, tokens[:cut], tokens[cut:])
+        assert shown.lstrip("\ufffd") == text.removeprefix(whole).lstrip("\ufffd")
+
+
+def test_a_character_of_a_prompt_in_bytes_is_shown_when_it_is_whole(sentences):
+    words = [f"<0x{byte:02X}>" for byte in "日本語は難しい".encode()]
+    tokens = [sentences.token_to_id(word) for word in words]
+    for cut in range(1, len(tokens)):
+        rest = "日本語は難しい"[cut // 3 :]
+        assert shown_after(sentences.decode, tokens[:cut], tokens[cut:]) == rest
+
+
+def test_half_a_character_at_the_end_of_the_prompt_is_not_shown_if_nothing_comes_of_it(codec):
+    half, then = codec.encode("日", add_special_tokens=False)[:1], codec.encode("a")[-1]
+    assert shown_after(codec.decode, half, [then]) == "a"
+    mark = codec.encode("bad \ufffd", add_special_tokens=False)
+    assert shown_after(codec.decode, mark, [then]) == "a"
+
+
 def test_many_tokens_that_do_not_show_cost_no_more_than_a_few(sentences):
     seen = []
 
@@ -120,6 +149,7 @@ def test_no_text_is_cut_or_padded_because_the_tokenizers_file_says_so(tmp_path):
 def test_special_tokens_end_but_do_not_show(codec):
     eos = next(iter(codec.eos_ids))
     assert codec.decode([eos]) == ""
+    assert codec.decode([eos], with_special=True) == "<|im_end|>"
     assert codec.token_text(eos) == "<|im_end|>"
 
 
@@ -164,6 +194,48 @@ def test_how_text_is_cut_makes_no_difference(text, stops, data):
     assert (found is not None) == bool(places)
 
 
+SPOKEN = "Hi<|im_end|>\n<|im_start|>user"
+
+
+@pytest.mark.parametrize(
+    ("stops", "shown", "found"),
+    [
+        (["<|im_end|>"], "Hi", "<|im_end|>"),
+        (["<|im_start|>user", "user"], "Hi\n", "<|im_start|>user"),
+        (["i<|im_end|>\n"], "H", "i<|im_end|>\n"),
+        (["<|im_end|>\n<|im_start|>"], "Hi", "<|im_end|>\n<|im_start|>"),
+        (["<|im_end|>x", "zz"], "Hi\nuser", None),
+        (["<|pad|>"], "Hi\nuser", None),
+    ],
+)
+def test_a_stop_string_may_be_written_with_special_tokens_that_do_not_show(
+    codec, stops, shown, found
+):
+    tokens = codec.encode(SPOKEN, add_special_tokens=False)
+    state, text = codec.text_state(stops), ""
+    for position, token in enumerate(tokens):
+        resumed = codec.text_state(stops, tokens[:position])
+        piece = state.add(token)
+        assert (piece, state.scanner.found) == (resumed.add(token), resumed.scanner.found)
+        text += piece
+        if state.scanner.found is not None:
+            break
+    else:
+        text += state.flush()
+    assert (text, state.scanner.found) == (shown, found)
+
+
+def test_a_special_token_that_stops_leaves_no_text_behind(codec):
+    (end,) = codec.encode("<|im_end|>", add_special_tokens=False)
+    for before, shown in (
+        (codec.encode("aE", add_special_tokens=False), "aE"),
+        (codec.encode("日", add_special_tokens=False)[:1], "\ufffd"),
+    ):
+        state = codec.text_state(["END", "<|im_end|>"])
+        assert "".join(map(state.add, (*before, end))) == shown
+        assert state.scanner.found == "<|im_end|>"
+
+
 def test_a_resumed_session_goes_on_with_the_same_text(codec):
     tokens = codec.encode("one two日本 three END four", add_special_tokens=False)
     whole = TextState.begin(codec.decode, ["END"], ())
@@ -198,16 +270,22 @@ def test_a_model_without_a_template_or_that_refuses_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("generation", "expected"),
-    [({"eos_token_id": [5, 6]}, {5, 6, 317}), ({}, {317}), (None, {317})],
+    [
+        ({"eos_token_id": [5, 6]}, {5, 6, 317}),
+        ({"eos_token_id": None}, {7, 8, 317}),
+        ({}, {7, 8, 317}),
+        (None, {7, 8, 317}),
+    ],
 )
-def test_end_tokens_are_those_of_the_generation_config(tmp_path, generation, expected):
+def test_end_tokens_are_those_of_the_generation_config_or_else_the_config(
+    tmp_path, generation, expected
+):
     folder = make_tokenizer(tmp_path)
-    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": 317}')
+    (folder / "config.json").write_text('{"model_type": "llama", "eos_token_id": [7, 8]}')
     if generation is not None:
         (folder / "generation_config.json").write_text(json.dumps(generation))
     codec = load_codec(folder)
     assert codec.eos_ids == expected
-    assert codec.vocabulary_size == 320
 
 
 def test_a_folder_without_tokenizer_is_refused(tmp_path):

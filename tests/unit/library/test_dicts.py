@@ -1,4 +1,6 @@
 import threading
+from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from safetensors.torch import save_file
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.errors import (
     ArgumentError,
+    CheckpointChangedError,
     CheckpointFormatError,
     ChecksumError,
     ConversionError,
@@ -114,6 +117,41 @@ def test_what_the_format_cant_hold_is_refused_by_name(tmp_path, value, problem):
 def test_what_is_no_dict_of_names_is_refused(tmp_path, value):
     with pytest.raises(ArgumentError):
         dicts.save(value, tmp_path / "d")
+
+
+def test_what_a_link_leads_to_is_replaced_where_it_lies(loader, tmp_path):
+    dicts.save({"x": torch.zeros(2)}, tmp_path / "disk" / "d")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "link").symlink_to(tmp_path / "disk" / "d")
+    dicts.save({"x": torch.ones(2)}, tmp_path / "store" / "link", overwrite=True)
+    assert dicts.load(loader, tmp_path / "disk" / "d", pool_bytes=POOL)["x"].tolist() == [1, 1]
+    for folder, name in (("store", "link"), ("disk", "d")):
+        assert [path.name for path in (tmp_path / folder).iterdir()] == [name]
+
+
+class Replacing:
+    """A loader before each of whose first loads somebody replaces the checkpoint."""
+
+    def __init__(self, loader, replace, times):
+        self._loader = loader
+        self._replace = replace
+        self._left = list(range(times))
+
+    def load(self, *arguments, **options):
+        if self._left:
+            self._replace(self._left.pop(0))
+        return self._loader.load(*arguments, **options)
+
+
+@pytest.mark.parametrize(("times", "found"), [(2, [1.0]), (10, None)])
+def test_a_dict_that_is_replaced_since_it_was_found_is_the_new_one(loader, tmp_path, times, found):
+    def replace(time):
+        dicts.save({"x": torch.full((1,), float(time))}, tmp_path / "d", overwrite=True)
+
+    replace(-1)
+    beside: Any = Replacing(loader, replace, times)
+    with nullcontext() if found else pytest.raises(CheckpointChangedError, match="was replaced"):
+        assert dicts.load(beside, tmp_path / "d", pool_bytes=POOL)["x"].tolist() == found
 
 
 def test_a_dict_is_replaced_only_if_asked_for(loader, tmp_path):

@@ -104,6 +104,14 @@ def test_a_model_in_memory_is_stored_exactly(loader, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_source_is_never_replaced_by_what_is_made_of_it(tmp_path):
+    dicts.save({"x": torch.zeros(2)}, tmp_path / "m")
+    source = make_source(tmp_path / "m" / "original")
+    with pytest.raises(ConversionError, match="would delete the source"):
+        models.save(source, tmp_path / "m", overwrite=True)
+    assert (source / "model.safetensors").is_file()
+
+
 def test_a_model_is_cast_when_it_is_saved_and_when_it_is_loaded(loader, tmp_path):
     model = make_model("llama")
     wanted = deepcopy(model).to(torch.bfloat16)

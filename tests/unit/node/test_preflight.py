@@ -168,6 +168,15 @@ def test_damaged_checkpoints_and_models_that_are_not_there_are_warnings(found, t
     assert "checkpoint broken" in lines[0][2]
 
 
+def test_a_folder_that_rm_would_not_delete_is_not_said_to_be_deleted(found, tmp_path):
+    for name, file in (("broken", "tensor_index.json"), ("photos", "one.jpg")):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / file).write_text("")
+    broken, photos = (line for _, _, line in found() if "checkpoint " in line)
+    assert "'sllm-node rm broken' deletes it" in broken
+    assert "rm photos" not in photos
+
+
 def test_a_pool_above_the_memory_is_an_error_and_above_what_is_free_a_warning(found):
     text = 'pool_bytes = "40GiB"\n'
     level, key, line = only(found(text))

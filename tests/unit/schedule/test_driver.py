@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sllm_node.core.config import ModelConfig
+from sllm_node.core.config import EngineConfig, ModelConfig
 from sllm_node.core.errors import (
     CancelledByOperatorError,
     CheckpointChangedError,
@@ -19,6 +19,7 @@ from sllm_node.core.errors import (
     LoadFailedError,
     ModelBusyError,
     ModelNotFoundError,
+    NodeFullError,
     NotServableError,
     PromptTooLongError,
     QueueTimeoutError,
@@ -800,11 +801,16 @@ async def test_a_node_that_stops_can_not_be_undrained(node):
 
 
 @on_virtual_time
-async def test_a_cold_model_takes_as_many_sessions_as_may_wait_and_a_ready_one_its_slots_more(node):
-    n = node(max_queue=4)
-    assert n.service.session_limit("a") == 4
-    await n.ask("a")
-    assert n.service.session_limit("a") == 4 + 256
+async def test_a_cold_model_takes_as_many_sessions_at_once_as_a_ready_one(node):
+    for is_ready in (False, True):
+        n = node(max_queue=2)
+        if is_ready:
+            await n.ask("a")
+        streams = [n.open("a", tokens=1) for _ in range(n.service.session_limit)]
+        with pytest.raises(NodeFullError):
+            n.open("a")
+        assert len(streams) == 2 + EngineConfig().max_sessions
+        assert [[c.text async for c in stream] for stream in streams] == [["x"]] * len(streams)
 
 
 @on_virtual_time

@@ -71,6 +71,26 @@ async def test_a_load_that_fails_after_sessions_began_is_told_to_all_and_closes_
 
 
 @on_virtual_time
+async def test_who_comes_when_a_load_has_just_ended_and_is_aborted_waits_for_the_next(node):
+    n = early(node)
+    first, came = n.open("a"), []
+    await until(1.0)
+    replica = n.engines.replicas[A]
+
+    def leave_and_come():
+        first.cancel()
+        came.append(n.open("a"))
+
+    # Behind the end of the load's task and before what follows from it.
+    replica.loaded = lambda: asyncio.get_running_loop().call_soon(leave_and_come)
+    await until(LOAD_S + 0.1)
+    assert not replica.running
+    assert "".join([chunk.text async for chunk in came[0]]) == "xxx"
+    assert replica.is_closed
+    assert n.store.loads == ["a", "a"]
+
+
+@on_virtual_time
 async def test_a_session_cancelled_while_it_waits_leaves_the_others_alone(node):
     n = early(node)
     gone, stays = n.open("a"), n.open("a")

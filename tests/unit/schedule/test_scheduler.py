@@ -407,11 +407,29 @@ def test_a_full_queue_refuses_with_the_expected_wait():
     assert error.retry_after_s == 3.0 + 4.0 + 10.0  # b's load, its own, a session's end
 
 
+def test_who_waits_for_a_load_that_has_a_slot_for_them_fills_no_queue():
+    board = Board(max_queue=1, max_sessions=2)
+    for _ in range(3):
+        assert not refused(board.request(A))
+    assert isinstance(refused(board.request(A))[4], NodeFullError)
+    assert isinstance(refused(board.request(B))[5], NodeFullError)
+
+
+def test_who_waits_for_evictions_that_make_room_for_a_load_fills_no_queue():
+    board = Board(max_queue=1, max_sessions=2)
+    board.serve(A)
+    board.finish(1)
+    for _ in range(3):
+        assert not refused(board.request(B))
+    assert isinstance(refused(board.request(B))[5], NodeFullError)
+
+
 def test_the_expected_wait_where_there_is_room_is_that_of_the_loads():
-    board = Board(capacity=12, max_queue=1)
+    board = Board(capacity=12, max_queue=1, max_sessions=1)
     board.serve(A)
     board.request(B, load_s=3.0)
-    error = refused(board.request(C, load_s=4.0))[3]
+    board.request(B)
+    error = refused(board.request(C, load_s=4.0))[4]
     assert isinstance(error, NodeFullError)
     assert error.retry_after_s == 3.0 + 4.0
 

@@ -37,8 +37,9 @@ class FakeCodec:
             self.gates[text].wait()
         return tuple(map(ord, text))
 
-    def decode(self, tokens):
-        return "".join(map(chr, tokens))
+    def decode(self, tokens, *, with_special=False):
+        text = "".join(map(chr, tokens))
+        return text if with_special else text.replace("<s>", "")
 
     def render_chat(self, messages, *, limit=None):
         if any(m["content"] == "refuse" for m in messages):
@@ -192,7 +193,8 @@ class FakeService:
     def context_limit(self, model):
         return self.limit
 
-    def session_limit(self, model):
+    @property
+    def session_limit(self):
         return self.sessions_max
 
     def open(self, request, *, keep_alive_s=None):

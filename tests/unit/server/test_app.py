@@ -80,6 +80,19 @@ async def test_what_the_engine_is_asked_follows_from_the_request(rig):
     assert rig.service.keep_alives == [300.0, 300.0]
 
 
+async def test_equal_prompts_of_one_request_draw_different_numbers(rig):
+    await rig.post(COMPLETIONS, {"model": "m", "prompt": ["a"] * 3, "n": 2})
+    assert len({request.sampling.seed for request in rig.service.requests}) == 6
+
+
+async def test_with_a_seed_a_prompt_draws_what_it_draws_when_it_is_sent_alone(rig):
+    for prompt in (["a", "b"], ["b"]):
+        await rig.post(COMPLETIONS, {"model": "m", "prompt": prompt, "n": 2, "seed": 4})
+    seeds = [request.sampling.seed for request in rig.service.requests]
+    assert seeds[:2] == seeds[2:4] == seeds[4:]
+    assert len({*seeds}) == 2
+
+
 async def test_without_a_limit_a_session_may_fill_what_is_left(rig):
     await rig.post(CHATS, CHAT)
     assert rig.service.requests[0].max_tokens == 100 - 8
@@ -115,6 +128,16 @@ async def test_completions_take_many_prompts_and_echo(rig):
         (0, "abHello"), (1, "abHello"), (2, "cHello"), (3, "cHello"),
     ]  # fmt: skip
     assert answer["usage"]["prompt_tokens"] == 3
+
+
+async def test_an_echo_is_the_prompt_as_it_came_with_its_special_tokens(rig):
+    given = "<s>ab"
+    for prompt in (given, [given], list(map(ord, given)), [list(map(ord, given))]):
+        body = {"model": "m", "prompt": prompt, "echo": True}
+        _, answer, _ = await rig.post(COMPLETIONS, body)
+        assert answer["choices"][0]["text"] == "<s>abHello"
+        _, data = await rig.events(COMPLETIONS, {**body, "stream": True})
+        assert json.loads(data[0])["choices"][0]["text"] == "<s>ab"
 
 
 async def test_logprobs_come_in_both_shapes(rig):

@@ -156,7 +156,7 @@ def test_a_wish_carries_every_field():
 
 def test_choices_have_seeds_of_their_own_and_the_first_has_the_requests():
     made = wish(seed=5)
-    seeds = [made.for_choice(choice).seed for choice in range(4)]
+    seeds = [made.for_choice(0, choice, 4).seed for choice in range(4)]
     assert seeds[0] == 5
     assert len(set(seeds)) == 4
     assert wish().sampling.seed == 77

@@ -1,0 +1,106 @@
+"""Hidden folders in which checkpoints are made: how they are made, told from others' and swept.
+
+Their names have a prefix that is ours alone. Who writes into one holds a lock on it, so that
+whoever comes next can tell one that was left behind by a crash from one in use. Making and sweeping
+exclude each other by a lock on the folder that they lie in. An earlier prefix was `.tmp-`, which
+others have too: such a folder is swept only if nothing is in it but a checkpoint, or some of one.
+"""
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from sllm_node.checkpoint.index import INDEX_FILE
+
+_PREFIX: Final = ".sllm-tmp-"
+_NAME: Final = re.compile(r"\.sllm-tmp-.+-[0-9a-f]{8}")
+_EARLIER_NAME: Final = re.compile(r"\.tmp-.+-[0-9a-f]{8}")
+_SHARD_NAME: Final = re.compile(r"shard-[0-9]{5,}\.bin")
+
+
+def temporary_path(store: Path, name: str) -> Path:
+    """Return where in `store` something may be hidden that has, or had, the name `name`."""
+    return store / f"{_PREFIX}{name}-{secrets.token_hex(4)}"
+
+
+@contextmanager
+def temporary_folder(store: Path, name: str) -> Iterator[Path]:
+    """Make a locked hidden folder in `store`; what is left of it at the end is deleted.
+
+    Folders that crashed writers left behind are deleted first.
+    """
+    store.mkdir(parents=True, exist_ok=True)
+    with _locked(store):
+        _sweep(store)
+        folder = temporary_path(store, name)
+        folder.mkdir()
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def sweep(store: Path) -> list[str]:
+    """Delete what crashed writers left in `store` and return the names; nothing if it is busy."""
+    with suppress(OSError), _locked_now(store):
+        return _sweep(store)
+    return []
+
+
+@contextmanager
+def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold the lock of `folder`, which others hold for moments only."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _locked_now(folder: Path) -> AbstractContextManager[None]:
+    """Hold the lock of `folder`; `BlockingIOError` if somebody else holds it."""
+    return _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _sweep(store: Path) -> list[str]:
+    """Delete what crashed writers left in `store`, whose lock the caller holds."""
+    swept = []
+    for path in sorted(store.iterdir()):
+        with suppress(OSError):
+            if _is_ours(path) and _delete(path):
+                swept.append(path.name)
+    return swept
+
+
+def _delete(path: Path) -> bool:
+    """Delete what nobody writes to; of a link, not what it leads to. False: some of it is left."""
+    if path.is_symlink():
+        path.unlink()
+        return True
+    with _locked_now(path):
+        shutil.rmtree(path, ignore_errors=True)
+    return not path.exists()
+
+
+def _is_ours(path: Path) -> bool:
+    if _NAME.fullmatch(path.name):
+        return True
+    return bool(_EARLIER_NAME.fullmatch(path.name)) and _is_some_checkpoint(path)
+
+
+def _is_some_checkpoint(folder: Path) -> bool:
+    """Tell whether files of a checkpoint are in `folder`, and no folder or link is."""
+    found = list(folder.iterdir())
+    if any(path.is_symlink() or not path.is_file() for path in found):
+        return False
+    return any(path.name == INDEX_FILE or _SHARD_NAME.fullmatch(path.name) for path in found)
