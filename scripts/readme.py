@@ -66,11 +66,10 @@ def modules() -> str:
 
 
 def migration() -> str:
-    """Return the state tables of migration: a diagram and a table of each machine."""
-    from sllm_node.cluster.migration import ENTRY, HOLDER, EntryState, HolderState
+    """Return the states of a session at its entry: a diagram and a table."""
+    from sllm_node.cluster.arbiter import TRANSITIONS, EntryState
 
-    entry, holder = _machine(ENTRY, EntryState.ORPHANED), _machine(HOLDER, HolderState.PREPARING)
-    return "\n\n".join(["**The entry of a session**", *entry, "**A holder**", *holder])
+    return "\n\n".join(_machine(TRANSITIONS, EntryState.SEEKING))
 
 
 def _machine(table: Mapping[Any, Mapping[Any, Any]], first: Enum) -> tuple[str, str]:

@@ -37,7 +37,7 @@ from sllm_node.engine.runner import Runner, StepPart
 from sllm_node.engine.sampling import SamplingRow
 from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import LayerShape
-from sllm_node.engine.step_graphs import StepGraphs
+from sllm_node.engine.step_graphs import CAPTURES_A_STEP, StepGraphs
 
 LAYERS, HEADS, KV_HEADS, SIZE, BLOCK_TOKENS = 32, 4, 1, 64, 16
 T = TypeVar("T")
@@ -187,7 +187,7 @@ def measure(options: argparse.Namespace) -> None:
     slots = options.sessions * 512 + options.behind + options.piece + 64
     runner = made_runner(kernels, slots)
     step = made_step(options.sessions, options.behind, options.piece)
-    for _ in range(3):  # the second captures
+    for _ in range(3 + LAYERS // CAPTURES_A_STEP):  # from the second on pieces are captured
         runner.advance([step])
     names, launches = counted(runner, step, kernels)
     per_layer = {name: count // LAYERS for name, count in names.items() if count >= LAYERS}

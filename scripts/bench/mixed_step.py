@@ -35,7 +35,7 @@ from sllm_node.engine.scratch import ScratchMemory
 from sllm_node.engine.skeleton import LayerShape
 from sllm_node.engine.step_graphs import StepGraphs
 
-WARM = 4
+WARM = 8
 
 
 def made_runner(name: str, slots: int) -> Runner:

@@ -1,12 +1,11 @@
 """One session that may change its node, as its reader sees it: a stream that outlives nodes.
 
-    placed -> waiting -> running -> ended, and back to placed when its node fails or refuses
-
 This node holds all that the session is: prompt, sampling, and the tokens so far. When its node dies,
 drains or refuses, it is placed again and goes on behind those tokens (`GenerationRequest.resumed`): the
 reader sees a pause. Text is made where a token is drawn and comes with it, and whoever resumes feeds the
 known tokens to a new detokenizer, which shows what the old one had not shown: nothing twice, nothing
-lost. One task drives a session; what its reader has not taken is joined.
+lost. One task drives a session; what its reader has not taken is joined. What counts, and what follows
+when a node fails or the session moves, `arbiter` decides; here it is carried out.
 """
 
 import asyncio
@@ -14,14 +13,15 @@ import logging
 from dataclasses import replace
 from typing import Self
 
+from sllm_node.cluster.arbiter import Accept, Action, Arbiter, Extend, Open
 from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.course import Course
 from sllm_node.cluster.move import Move, MoveReport
 from sllm_node.cluster.output import Output
 from sllm_node.cluster.pace import Pace
-from sllm_node.cluster.part import LocalSource, Part
+from sllm_node.cluster.part import Part, RefusedError
 from sllm_node.cluster.parts import Parts
-from sllm_node.cluster.retries import ABSENT, RefusedError, Retries
+from sllm_node.cluster.retries import ABSENT, Retries
 from sllm_node.cluster.state import ResumeFit
 from sllm_node.cluster.ways import Begun, Lost, Tools, Ways
 from sllm_node.cluster.wire import (
@@ -33,12 +33,10 @@ from sllm_node.cluster.wire import (
     Standing,
     Tokens,
     Waiting,
-    error_of,
 )
 from sllm_node.core.errors import (
     GivenBackError,
     InternalError,
-    MessageFormatError,
     MoveRefusedError,
     NoPlaceError,
     SllmError,
@@ -82,25 +80,23 @@ class RoutedStream:
         self._retries = Retries(request, ways, tools)
         self._placed = tools.clock.now()
         self._output = Output()
-        self._epoch = 0
-        """Of who owns it now: of anybody else no token is taken."""
         self._part: Part | None = None
+        """The owner's, or of who was it last."""
         self._move: Move | None = None
         self._moved: MoveReport | None = None
         """A move whose destination has given no token yet."""
         self._course = Course(startup_of(first, None), self._placed - request.waited_s)
         self.pace = Pace()
-        self.is_orphaned = False
-        """Its node failed while it moves: it only waits for the destination."""
         self._unread = Unread()
         self._status: ModelStatus | None = None
         self._is_running = False
         if isinstance(before, Begun) and first is not None:
             self._output.begin_with(before.tokens, before.cached, tools.clock.now())
-            self._epoch = 1
             self._is_running = before.stream.is_granted
             self._course = before.course()
-            self._part = Part(first, 1, LocalSource(stream=before.stream))
+        self.arbiter = Arbiter(len(request.resumed) + len(self._output.tokens))
+        if isinstance(before, Begun) and first is not None:
+            self._part = self._parts.begun(before.stream, first, self.arbiter.placed())
         self._task = asyncio.create_task(
             self._live(first, before if isinstance(before, Lost) else None),
             name=f"route {request.session}",
@@ -119,18 +115,13 @@ class RoutedStream:
         if not self._unread.is_ended:
             self._unread.clear()
             self._end(None)
-            self._let_go()
+            self._task.cancel()
 
     def stop(self, error: SllmError) -> None:
         """End the session; its reader gets `error`."""
         if not self._unread.is_ended:
             self._end(error)
-            self._let_go()
-
-    def _let_go(self) -> None:
-        self._task.cancel()
-        if self._part is not None:
-            self._part.close()
+            self._task.cancel()
 
     def status(self) -> ModelStatus | None:
         """Return how the model stands where the session waits for it, else None."""
@@ -191,7 +182,6 @@ class RoutedStream:
     async def _run(self, part: Part) -> None:
         """Have it served somewhere, and elsewhere when that fails or it moves."""
         while True:
-            self._part, self.node = part, part.choice.node
             try:
                 end = await part.ended
             except asyncio.CancelledError:
@@ -208,20 +198,16 @@ class RoutedStream:
         """Return what follows a part that ended so; None: the session is over."""
         outcome = "failed"
         try:
-            if end is None:
+            if end is None or self.arbiter.is_over:
                 outcome = "ok"
                 return None
-            if self._part is not part:
+            if self.arbiter.owner != part.epoch:
                 outcome = "moved"
                 return self._part
             assert isinstance(end, Exception)
-            error: SllmError
-            if isinstance(end, RefusedError):
+            if isinstance(end, (RefusedError, GivenBackError)):
                 outcome = "refused"
-                error = self._retries.refused(part.choice, end.record)
-            elif isinstance(end, GivenBackError):
-                outcome = "refused"
-                error = self._retries.given_back(part.choice, end)
+                error: SllmError = self._retries.refused(part.choice, end)
             elif isinstance(end, SllmError):
                 error = end
                 self._lost(part, error)
@@ -229,12 +215,10 @@ class RoutedStream:
                 raise end
         finally:
             self._ways.left(part.choice, self.request.model, outcome)
-        choice: Choice | None = None
-        if self._move is not None:  # the destination may be ready soon
-            self.is_orphaned = True
-            choice = await self._retries.outlast(self._move)
-            self.is_orphaned = False
-        if self._part is not part and self._part is not None:
+        self._parts.carry_out(self.arbiter.lost(part.epoch))
+        # The destination of a move may be ready soon.
+        choice = await self._retries.outlast(self._move) if self._move else None
+        if self.arbiter.has_owner:
             return self._part
         if choice is None:
             choice = await self._retries.place_again(error, has_tokens=bool(self._output.tokens))
@@ -253,13 +237,14 @@ class RoutedStream:
     def _begin(self, choice: Choice) -> Part:
         """Make the part that a node is to take next, not started."""
         self._placed = self._clock.now()
-        self._epoch += 1
-        return self._make(choice, self._epoch)
+        part = self._part = self._make(choice, self.arbiter.placed())
+        self.node = choice.node
+        return part
 
-    def _make(self, choice: Choice, epoch: int, migration: str = "") -> Part:
+    def _make(self, choice: Choice, asked: Open, migration: str = "") -> Part:
         waited_s = self._course.waited_s(self._clock.now())
-        request = replace(self._as_it_stands(), held=bool(migration), waited_s=waited_s)
-        return self._parts.make(request, choice, epoch, migration)
+        request = replace(self._as_it_stands(), held=asked.is_held, waited_s=waited_s)
+        return self._parts.make(request, choice, asked, migration)
 
     def _as_it_stands(self) -> GenerationRequest:
         if not self._output.tokens:
@@ -268,27 +253,34 @@ class RoutedStream:
 
     def take(self, part: Part, record: Record) -> bool:
         """Take a record of a node that serves it, or is to; return whether it was the last."""
-        if isinstance(record, Refusal):
-            raise RefusedError(record)
-        if isinstance(record, Failed):
-            raise error_of(record)
-        if part is not self._part:
+        if isinstance(record, Tokens):
+            return self._offer(part, record.chunk, record.position)
+        if part.epoch != self.arbiter.owner:
             if self._move is not None and self._move.part is part:
                 self._move.take(record)
-            return False  # an owner that was, or is not yet: its tokens are nobody's
+            return False
         match record:
             case Waiting(status):
                 self._status = status or self._status
             case Granted(waited):
                 self._granted(part.choice, waited)
-            case Tokens(chunk, position):
-                self._give(chunk, position)
-                return chunk.finish is not None
             case Leave():
                 self._ways.leave(self.request.session, part.choice.node, record)
-            case Standing():  # how far the owner is, its tokens tell
-                pass
+            case Standing() | Refusal() | Failed():
+                pass  # how far the owner is, its tokens tell; with the others its part ends
         return False
+
+    def _offer(self, part: Part, chunk: GenerationChunk, start: int) -> bool:
+        """Give the reader what a node has given, if it counts; return whether it was the last."""
+        is_last = chunk.finish is not None
+        actions = self.arbiter.take(part.epoch, start, len(chunk.tokens), is_last=is_last)
+        if Accept() not in actions:
+            return False
+        self._give(chunk)
+        self._parts.carry_out(actions)
+        if is_last:
+            self._end(None)
+        return is_last
 
     def _granted(self, choice: Choice, waited: Waited | None) -> None:
         self._is_running = True
@@ -296,10 +288,7 @@ class RoutedStream:
         self._course.granted(choice, now)
         self._ways.started(choice, self.request.model, now - self._placed, waited)
 
-    def _give(self, chunk: GenerationChunk, position: int) -> None:
-        if position != self.position:
-            what = f"tokens at {position} of a session that is at {self.position}"
-            raise MessageFormatError(what)
+    def _give(self, chunk: GenerationChunk) -> None:
         now = self._clock.now()
         gap_s = self._output.gap_s(now)
         self._retries.forget()
@@ -309,15 +298,13 @@ class RoutedStream:
         elif gap_s is not None:
             self.pace.came(len(chunk.tokens), gap_s)
         self._unread.add(self._output.take(chunk, now))
-        if chunk.finish is not None:
-            self._end(None)
 
     # --- moves --------------------------------------------------------------------------------
 
     @property
     def position(self) -> int:
         """Output tokens so far, resumed tokens of the request included."""
-        return len(self.request.resumed) + len(self._output.tokens)
+        return self.arbiter.position
 
     @property
     def migration(self) -> str | None:
@@ -330,13 +317,14 @@ class RoutedStream:
 
     @property
     def _has_node(self) -> bool:
-        """Whether a node generates it: not while it is placed anew, which takes the next epoch."""
-        return not self._unread.is_ended and self._part is not None and not self._part.ended.done()
+        """Whether a node generates it: not while it is placed anew."""
+        return self.arbiter.has_owner and self._part is not None and not self._part.ended.done()
 
     @property
     def can_move(self) -> bool:
-        """Whether it has a node, and no move is under way."""
-        return self._has_node and self._move is None and self._moved is None
+        """Whether it has a node, and no move is under way, or not told yet."""
+        is_moving = self._move is not None or self._moved is not None
+        return self._has_node and self.arbiter.can_move and not is_moving
 
     def move(
         self, choice: Choice, reason: str, fit: ResumeFit | None = None, vacate: str = ""
@@ -350,39 +338,47 @@ class RoutedStream:
         session = self.request.session
         if not self._has_node:
             raise MoveRefusedError(session, "it has ended or waits for a node")
-        if self._move is not None or self._moved is not None:
+        if not self.can_move:
             raise MoveRefusedError(session, "it is moving already")
-        number = f"{session}.{self._epoch + 1}"
+        asked = self.arbiter.move()
+        number = f"{session}.{asked.epoch}"
         prompt = len(self.request.prompt)
         report = MoveReport(number, session, self.node, choice.node, reason, prompt, vacate=vacate)
         self.pace.aim(fit, is_replayed=self.request.resume == "replay")
-        part = self._make(choice, self._epoch + 1, number)
+        try:
+            part = self._make(choice, asked, number)
+        except SllmError:
+            self._parts.carry_out(self.arbiter.lost(asked.epoch))
+            raise
         self._move = Move(self, part, report, self._clock)
         return report
 
-    def hand_over(self, part: Part) -> bool:
-        """Take nothing more from the owner, and the rest from `part`; False: it has ended."""
-        old = self._part
-        if self._unread.is_ended or old is None:
-            return False
-        self._epoch = part.epoch
+    def go_on(self, move: Move) -> Extend:
+        """Decide what follows when the destination has all that it was sent; return what it is sent now."""
+        *closes, extend = self.arbiter.go_on(is_near=self.pace.is_last(self.arbiter.lacking))
+        assert isinstance(extend, Extend)
+        if extend.lets_go:
+            self._hand_over(move, tuple(closes))
+        return extend
+
+    def _hand_over(self, move: Move, closes: tuple[Action, ...]) -> None:
+        """Take nothing more from the owner, and the rest from the destination."""
+        old, part = self._part, move.part
+        assert old is not None
         if self._is_running:
             self._course.left(old.choice.node, "moved", self._clock.now())
         self._course.goes_on(part.choice)
-        self._part, self.node = part, part.choice.node
         old.end(part)
-        if self._move is not None:
-            old.source.leaves(self._move.report.id)
-        old.close()
+        self._parts.carry_out(closes, move.report.id)
+        self._part, self.node = part, part.choice.node
         self._is_running = True
-        if self._move is not None:
-            self._moved = self._move.report
-        return True
+        move.report.outcome, self._moved = "moved", move.report
 
     def settled(self, move: Move) -> None:
         """Take note that a move has come to an end, either way."""
         self._move = None
         if move.report.outcome != "moved":
+            self._parts.carry_out(self.arbiter.lost(move.part.epoch))
             self._ways.moved(move.report)
 
     def _tell_move(self, gap_s: float | None) -> None:
@@ -394,6 +390,8 @@ class RoutedStream:
 
     def _end(self, error: SllmError | None) -> None:
         self._unread.end(error)
+        if not self.arbiter.is_over:
+            self._parts.carry_out(self.arbiter.stop())
         if self._move is not None:
             self._move.stop("ended")
         self._tell_move(None)

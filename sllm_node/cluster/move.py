@@ -1,12 +1,11 @@
 """One move of a running session to another node, driven by the node that has its reader.
 
-    approaching -> handed over | failed
-
 The destination loads the model and computes what is known, while the source goes on; each round brings
 it the tokens that came meanwhile, until it lacks so few that the reader would not notice (`pace`). Then,
 in one turn of the event loop, nothing more is taken from the source, and the destination is let go
 behind the last token that was. What fails before leaves the source alone. A source that fails before is
 handed over from as soon as the destination is there, unless another node would be sooner (`Retries.outlast`).
+What follows from what, `arbiter` says; here it is sent and waited for.
 """
 
 import asyncio
@@ -15,6 +14,7 @@ import math
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from sllm_node.cluster.arbiter import Arbiter, Extend
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import Part
 from sllm_node.cluster.wire import Granted, Record, Standing, Waiting
@@ -24,7 +24,6 @@ from sllm_node.core.types import NodeId, SessionId, TokenIds
 
 log = logging.getLogger(__name__)
 
-ROUNDS_MAX: Final = 8
 MOVE_S: Final = 300.0
 """A move may take so long, the load of the model included."""
 
@@ -68,14 +67,7 @@ class Moving(Protocol):
     """What a move asks of its session."""
 
     pace: Pace
-
-    @property
-    def position(self) -> int:
-        """Output tokens so far."""
-
-    @property
-    def is_orphaned(self) -> bool:
-        """Whether its node failed while it moves: it only waits for the destination."""
+    arbiter: Arbiter
 
     def tokens_from(self, position: int) -> TokenIds:
         """Return its output tokens from `position` on."""
@@ -83,8 +75,8 @@ class Moving(Protocol):
     def take(self, part: Part, record: Record) -> bool:
         """Take a record of any of its parts."""
 
-    def hand_over(self, part: Part) -> bool:
-        """Take nothing more from the owner, and the rest from `part`; False: it has ended."""
+    def go_on(self, move: "Move") -> Extend:
+        """Decide what follows when the destination has all that it was sent; return what it is sent now."""
 
     def settled(self, move: "Move") -> None:
         """Take note that a move has come to an end, either way."""
@@ -98,12 +90,12 @@ class Move:
         self.report = report
         self._session = session
         self._clock = clock
-        self._standing = -1
         self._bytes = 0
         self._asked_at = self._nearer_at = clock.now()
         self._is_granted = False
         self._news = asyncio.Event()
         log.info("session moves", extra=report.fields())
+        report.tokens = session.arbiter.position
         part.start(session.take)
         part.ended.add_done_callback(lambda _: self._news.set())
         self.task = asyncio.create_task(self._run(), name=f"move {report.id}")
@@ -112,9 +104,10 @@ class Move:
         """Take the word of the destination: how far its load is, that it computes, or how far it is."""
         if isinstance(record, Granted):
             self._is_granted, self._nearer_at = True, self._clock.now()
-        elif isinstance(record, Standing) and record.position > self._standing:
-            self._standing, self._nearer_at = record.position, self._clock.now()
-            self._news.set()
+        elif isinstance(record, Standing):
+            if self._session.arbiter.stands(self.part.epoch, record.position):
+                self._nearer_at = self._clock.now()
+                self._news.set()
         elif isinstance(record, Waiting) and (done := _loaded(record)) > self._bytes:
             self._bytes, self._nearer_at = done, self._clock.now()
 
@@ -138,73 +131,62 @@ class Move:
     def stop(self, outcome: str, why: str = "") -> None:
         """Give it up, since the session has ended or goes elsewhere; does nothing after the handover."""
         if self.report.outcome == "moving":
-            self.report.outcome, self.report.error = outcome, why
             self.task.cancel()
-            self.part.close()
-            self._session.settled(self)
+            self._settle(outcome, why)
+
+    def _settle(self, outcome: str, why: str) -> None:
+        self.report.outcome, self.report.error = outcome, why
+        self._session.settled(self)
 
     async def _run(self) -> None:
         report = self.report
         try:
             async with asyncio.timeout(MOVE_S):
-                sent = await self._approach()
+                last = await self._approach()
         except Exception as error:  # noqa: BLE001 - whatever it is, the session goes on where it was
             if report.outcome == "moving":
-                report.outcome = "failed"
-                report.error = str(error) or type(error).__name__
-                self.part.close()
-                self._session.settled(self)
+                self._settle("failed", str(error) or type(error).__name__)
             return
-        if not self._session.hand_over(self.part):
-            self.stop("ended")
-            return
-        report.outcome = "moved"
-        rest = self._session.tokens_from(sent)
+        rest = self._session.tokens_from(last.start)
         report.last = len(rest)
         try:
-            await self._send(sent, rest, lets_go=True)
+            await self._send(last, rest)
         except Exception as error:  # noqa: BLE001 - whatever it is, the destination may not be let go
             lost = PeerUnreachableError(report.to, str(error) or type(error).__name__)
             self.part.end(lost)  # the owner, by now: the session is placed again
         self._session.settled(self)
 
-    async def _approach(self) -> int:
-        """Let the destination come near; return the output tokens that it has."""
+    async def _approach(self) -> Extend:
+        """Let the destination come near; return what lets it go, as the owner that it is then."""
         session, report, now = self._session, self.report, self._clock.now
-        sent, began = session.position, now()
-        report.tokens = count = sent
+        count, began = report.tokens, now()
         while True:
-            standing = await self._reached(sent)
+            await self._reached()
             session.pace.resumed(count, now() - began)
-            lacking = session.position - standing
-            is_enough = session.pace.is_last(lacking) or report.rounds >= ROUNDS_MAX
-            if session.is_orphaned or is_enough:
-                return standing
+            extend = session.go_on(self)
+            if extend.lets_go:
+                return extend
             report.rounds += 1
-            fresh, began = session.tokens_from(standing), now()
-            await self._send(standing, fresh, lets_go=False)
-            sent, count = standing + len(fresh), len(fresh)
+            fresh, began = session.tokens_from(extend.start), now()
+            count = len(fresh)
+            await self._send(extend, fresh)
 
-    async def _reached(self, position: int) -> int:
-        """Wait until the destination has computed so many tokens; raise if it failed."""
-        while self._standing < position:
-            if self.part.ended.done():
-                end = self.part.ended.result()
-                raise (
-                    end
-                    if isinstance(end, Exception)
-                    else PeerUnreachableError(
-                        self.report.to, "it ended a session that it was to hold"
-                    )
-                )
+    async def _reached(self) -> None:
+        """Wait until the destination has computed what it was sent; raise if it failed."""
+        while not self.part.ended.done():
+            if self._session.arbiter.is_reached:
+                return
             self._news.clear()
             await self._news.wait()
-        return self._standing
+        end = self.part.ended.result()
+        if isinstance(end, Exception):
+            raise end
+        raise PeerUnreachableError(self.report.to, "it ended a session that it was to hold")
 
-    async def _send(self, position: int, tokens: TokenIds, *, lets_go: bool) -> None:
+    async def _send(self, extend: Extend, tokens: TokenIds) -> None:
         self.report.tokens += len(tokens)
         try:
-            await self.part.source.extend(position, tokens, lets_go=lets_go)
+            await self.part.source.extend(extend.start, tokens, lets_go=extend.lets_go)
         finally:
             self.report.bytes_sent = self.part.source.bytes_sent
 

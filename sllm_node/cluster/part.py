@@ -19,6 +19,7 @@ from sllm_node.cluster.wire import (
     Granted,
     Left,
     Record,
+    Refusal,
     Standing,
     Tokens,
     Waiting,
@@ -64,6 +65,14 @@ class Source(Protocol):
         """Drop what nobody reads any more, if reading never began."""
 
 
+class RefusedError(Exception):
+    """A node took no session, and told its state."""
+
+    def __init__(self, record: Refusal) -> None:
+        super().__init__(record.reason)
+        self.record = record
+
+
 class Part:
     """Ends with None (the session is over), an error, or the part that goes on."""
 
@@ -97,6 +106,7 @@ class Part:
         try:
             async with aclosing(self.source.records()) as records:
                 async for record in records:
+                    _check(record)
                     if take(self, record):
                         self.end(None)
                         return
@@ -106,6 +116,14 @@ class Part:
         except Exception as error:  # noqa: BLE001 - told to whoever waits for the end
             end = error
         self.end(end)
+
+
+def _check(record: Record) -> None:
+    """Raise what a record says that went wrong."""
+    if isinstance(record, Refusal):
+        raise RefusedError(record)
+    if isinstance(record, Failed):
+        raise error_of(record)
 
 
 class PeerSource:

@@ -10,8 +10,8 @@ from sllm_node.checkpoint.cards import PEERS
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import decode_state
 from sllm_node.cluster.move import Move
+from sllm_node.cluster.part import RefusedError
 from sllm_node.cluster.ways import Tools, Ways
-from sllm_node.cluster.wire import Refusal
 from sllm_node.core.errors import (
     CancelledByOperatorError,
     Fault,
@@ -40,14 +40,6 @@ UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
 ABSENT: Final = "the nodes that have it can't be reached"
 
 
-class RefusedError(Exception):
-    """A node took no session, and told its state."""
-
-    def __init__(self, record: Refusal) -> None:
-        super().__init__(record.reason)
-        self.record = record
-
-
 class Retries:
     """What one session has met with."""
 
@@ -67,18 +59,16 @@ class Retries:
         self._refusals.clear()
         self._waits_until = None
 
-    def refused(self, choice: Choice, record: Refusal) -> NoPlaceError:
+    def refused(self, choice: Choice, end: RefusedError | GivenBackError) -> NoPlaceError:
         """Learn from a refusal; return what it means if nobody else takes the session."""
-        error = self._note_refusal(choice, record.reason)
+        if isinstance(end, GivenBackError):  # by this node, whose own state says what can't be now
+            return self._note_refusal(choice, end.reason)
+        error = self._note_refusal(choice, end.record.reason)
         try:
-            self._ways.learn(decode_state(record.document))
+            self._ways.learn(decode_state(end.record.document))
         except MessageError:
             self._excluded.add(choice.node)
         return error
-
-    def given_back(self, choice: Choice, error: GivenBackError) -> NoPlaceError:
-        """Learn the same of this node, whose own state says what can't be now."""
-        return self._note_refusal(choice, error.reason)
 
     def _note_refusal(self, choice: Choice, reason: str) -> NoPlaceError:
         log.info("placement refused", extra={

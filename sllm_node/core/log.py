@@ -57,13 +57,21 @@ class JsonFormatter(logging.Formatter):
         return orjson.dumps(line, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
 
 
+def _shown(value: object) -> str:
+    """Return a value as text that stays on its line and moves no cursor: clients choose some values."""
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 class ConsoleFormatter(logging.Formatter):
     """Time, level, event and key=value, for a person at a terminal."""
 
     @override
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).astimezone().strftime("%H:%M:%S.%f")[:-3]
-        fields = " ".join(f"{name}={value}" for name, value in _fields(record).items())
+        fields = " ".join(f"{name}={_shown(value)}" for name, value in _fields(record).items())
         line = f"{time} {record.levelname:<7} {record.getMessage()} {fields}".rstrip()
         if record.exc_info:
             line = f"{line}\n{self.formatException(record.exc_info)}"

@@ -15,7 +15,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_l
 from sllm_node.core.errors import InvalidRequestError, SllmError
 from sllm_node.core.types import Stall
 from sllm_node.server.models import described, json_response
-from sllm_node.server.openai import RequestT, convert_object, decode_object
+from sllm_node.server.parsing import ValueT, parse
 from sllm_node.server.service import GenerationService
 
 
@@ -145,10 +145,10 @@ class Admin:
         return json_response({"id": status.model, **described(status)})
 
 
-async def read_body(http: web.Request, kind: type[RequestT]) -> RequestT:
+async def read_body(http: web.Request, kind: type[ValueT]) -> ValueT:
     """Read a body that may be absent."""
     body = await http.read()
-    return convert_object(decode_object(body) if body.strip() else {}, kind)
+    return parse(body.strip() or b"{}", kind)
 
 
 class Probes:

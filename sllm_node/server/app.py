@@ -150,8 +150,9 @@ class Server:
             return Connection(
                 manager,
                 loop=loop,
-                access_log=None,  # type: ignore[arg-type] # none, as for AppRunner
+                access_log=None,  # none, as for AppRunner
                 keepalive_timeout=KEEPALIVE_S,
+                write_timeout_s=self._config.write_timeout_s,
             )
 
         try:
@@ -280,7 +281,7 @@ def _errors(config: ServerConfig) -> Any:
             allowed = error.headers.get("Allow")
             found = RouteError(http.method, http.path, error.status, allowed)
         except web.RequestPayloadError as error:
-            found = MalformedRequestError(str(error))
+            found = MalformedRequestError(str(error).splitlines()[-1].strip())
         except ConnectionError:
             raise  # the client went away
         except Exception:
@@ -317,7 +318,7 @@ def _entrance(config: ServerConfig) -> Any:
 
 def _check_key(http: web.Request, keys: Sequence[bytes], *, needs_admin: bool) -> None:
     scheme, _, key = http.headers.get("Authorization", "").partition(" ")
-    given = key.strip().encode()
+    given = key.strip().encode(errors="surrogateescape")  # as aiohttp makes text of any bytes
     matches = [hmac.compare_digest(given, known) for known in keys]  # all of them: constant time
     if scheme.lower() != "bearer" or not any(matches):
         raise UnauthorizedError(needs_admin=needs_admin)

@@ -9,7 +9,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
-import msgspec
 import orjson
 from aiohttp import web
 
@@ -50,8 +49,6 @@ from sllm_node.server.service import GenerationService, Stream, TextCodec
 from sllm_node.server.stream import (
     HEADERS,
     EventWriter,
-    SlowClientError,
-    abort,
     items,
     merged,
     progress_text,
@@ -110,11 +107,13 @@ class Completions:
 
     async def chat(self, http: web.Request) -> web.StreamResponse:
         """Answer a chat request."""
-        return await self._answer(http, parse_chat(await http.read()), ChatShape())
+        request = await self._prompts.parsed(parse_chat, await http.read())
+        return await self._answer(http, request, ChatShape())
 
     async def complete(self, http: web.Request) -> web.StreamResponse:
         """Answer a completion request."""
-        return await self._answer(http, parse_completion(await http.read()), CompletionShape())
+        request = await self._prompts.parsed(parse_completion, await http.read())
+        return await self._answer(http, request, CompletionShape())
 
     # --- what both do -------------------------------------------------------------------------
 
@@ -124,7 +123,7 @@ class Completions:
         request: ChatRequest | CompletionRequest,
         shape: ChatShape | CompletionShape,
     ) -> web.StreamResponse:
-        request = msgspec.structs.replace(request, model=self._resolve(request.model))
+        request.model = self._resolve(request.model)
         logs.model_id.set(request.model)
         if request.stream:
             return await self._stream(http, request, shape)
@@ -238,21 +237,17 @@ class Completions:
         its tokenizer: a failure before that is answered with its own status, one after it as an event.
         """
         response = web.StreamResponse(headers=HEADERS)
-        writer = EventWriter(http, response, self._config.write_timeout_s)
+        writer = EventWriter(response)
         try:
-            try:
-                codec = await self._prepare_audibly(http, response, writer, request)
-                job, streams = await self._begun(request, shape, codec)
-                await self._send(http, response, writer, job, streams)
-            except (SlowClientError, ConnectionError):
+            codec = await self._prepare_audibly(http, response, writer, request)
+            job, streams = await self._begun(request, shape, codec)
+            await self._send(http, response, writer, job, streams)
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not response.prepared:
                 raise
-            except Exception as error:
-                if not response.prepared:
-                    raise
-                await writer.data(body_of(_told(error, http)))
-        except SlowClientError:
-            log.warning("client takes no bytes, dropped", extra={"limit_s": writer.timeout_s})
-            abort(http)
+            await writer.data(body_of(_told(error, http)))
         return response
 
     async def _prepare_audibly(

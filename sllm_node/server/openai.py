@@ -2,13 +2,15 @@
 
 Nothing is silently ignored. A field that OpenAI defines and we do not serve is taken when it asks
 for nothing (null, or its neutral value) and refused otherwise; a field that nobody defines is
-refused. `user` and `safety_identifier` are labels and go to the log.
+refused, but in a message it may be null: so clients send our own answers back, with fields that they
+add. `user` and `safety_identifier` are labels and go to the log; `name` goes to the chat template.
 """
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, Final, Literal, TypeVar
 
 import msgspec
@@ -16,6 +18,8 @@ from msgspec import Meta
 
 from sllm_node.core.errors import InvalidRequestError
 from sllm_node.core.types import SamplingParameters
+from sllm_node.server.parsing import parse, parse_any
+from sllm_node.server.unserved import UNSERVED, is_neutral
 
 STOPS_MAX: Final = 16
 STOP_LENGTH_MAX: Final = 1024
@@ -23,14 +27,17 @@ PROMPTS_MAX: Final = 128
 LOGPROBS_MAX: Final = 20
 LOGIT_BIAS_MAX: Final = 1024
 CACHE_SALT_MAX: Final = 1024
+LABEL_MAX: Final = 1024
+FIELD_LENGTH_MAX: Final = 1 << 18
+"""Bytes of a field as it is sent, but for prompts: a request's limits fit in it many times."""
 SEEDS: Final = 1 << 64
 _SEED_STEP: Final = 0x9E3779B97F4A7C15
 """Odd, so that the seeds of a request's choices differ (2^64 over the golden ratio)."""
 
 Nothing = Annotated[list[Any], Meta(max_length=0)]
+NoFields = Annotated[dict[str, Any], Meta(max_length=0)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
 TokenId = Annotated[int, Meta(ge=0)]
-RequestT = TypeVar("RequestT", bound=msgspec.Struct)
 
 
 class StreamOptions(msgspec.Struct, forbid_unknown_fields=True):
@@ -54,12 +61,15 @@ class Message(msgspec.Struct, forbid_unknown_fields=True):
     content: str | list[TextPart] | None
     """None: an answer without text."""
     name: str | None = None
+    """The model's chat template gets it; most do not read it."""
     # What our own answers carry, so that they can be sent back as they are; we fill none of it.
     refusal: None = None
     tool_calls: Nothing | None = None
     function_call: None = None
     audio: None = None
     annotations: Nothing | None = None
+    provider_specific_fields: dict[str, Nothing | NoFields | None] | None = None
+    """A client's own place for fields of answers."""
 
     def as_template_input(self) -> dict[str, str]:
         """Return the message as chat templates take it; `developer` is what was called `system`."""
@@ -90,12 +100,15 @@ class _Common(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
     stop: str | list[str] = []
     ignore_eos: bool = False
     keep_alive: float | str | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
+    user: Annotated[str, Meta(max_length=LABEL_MAX)] | None = None
+    safety_identifier: Annotated[str, Meta(max_length=LABEL_MAX)] | None = None
     cache_salt: Annotated[str, Meta(min_length=1, max_length=CACHE_SALT_MAX)] | None = None
 
 
-class ChatRequest(_Common, forbid_unknown_fields=True, kw_only=True):
+RequestT = TypeVar("RequestT", bound=_Common)
+
+
+class ChatRequest(_Common, forbid_unknown_fields=True, kw_only=True, dict=True):
     """Body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Meta(min_length=1)]
@@ -103,48 +116,39 @@ class ChatRequest(_Common, forbid_unknown_fields=True, kw_only=True):
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] = 0
 
+    @cached_property
+    def characters(self) -> int:
+        """How long the conversation is."""
+        parts = (message.content for message in self.messages)
+        texts = ([p] if isinstance(p, str) else [part.text for part in p or ()] for p in parts)
+        return sum(len(text) for found in texts for text in found)
+
 
 class CompletionRequest(_Common, forbid_unknown_fields=True, kw_only=True):
     """Body of /v1/completions."""
 
-    prompt: str | list[str | TokenId | list[TokenId]]
-    """A text, the tokens of one, or a list of either."""
+    prompt: list[str | list[TokenId]]
+    """Texts and tokens of texts; of a client also one such, which becomes a list of one."""
     logprobs: Annotated[int, Meta(ge=0, le=LOGPROBS_MAX)] | None = None
     echo: bool = False
 
 
-# --- fields that OpenAI defines and we do not serve ------------------------------------------------
-
-_Neutral = Callable[[Any], bool]
+# --- parsing --------------------------------------------------------------------------------------
 
 
-def _only(*values: object) -> _Neutral:
-    return lambda value: value in values
+def _given(kind: type[_Common]) -> type[msgspec.Struct]:
+    """Return a type that has each field that may be sent as the JSON it is.
+
+    So a body is looked through once and costs little memory, and who is refused for one field is
+    refused before the others are made: a tree of all values takes many times the bytes of a body.
+    """
+    names = dict.fromkeys((*kind.__struct_fields__, *UNSERVED))
+    fields = [(name, msgspec.Raw, msgspec.Raw()) for name in names]
+    return msgspec.defstruct(f"Given{kind.__name__}", fields, forbid_unknown_fields=True)
 
 
-_NEVER: Final[_Neutral] = lambda value: False  # noqa: E731 - a value of the table below
-_UNSERVED: Final[Mapping[str, _Neutral]] = {
-    "audio": _NEVER,
-    "best_of": _only(1),
-    "function_call": _only("none"),
-    "functions": _only([]),
-    "metadata": _only({}),
-    "modalities": _only(["text"]),
-    "moderation": _NEVER,
-    "parallel_tool_calls": _only(True, False),  # noqa: FBT003 - there are no tools to call
-    "prediction": _NEVER,
-    "prompt_cache_key": _NEVER,
-    "prompt_cache_options": _NEVER,
-    "prompt_cache_retention": _NEVER,
-    "reasoning_effort": _only("none"),
-    "response_format": _only({"type": "text"}),
-    "service_tier": _only("auto", "default"),
-    "store": _only(False),  # noqa: FBT003 - the neutral value
-    "suffix": _only(""),
-    "tool_choice": _only("none", "auto"),
-    "tools": _only([]),
-    "verbosity": _NEVER,
-    "web_search_options": _NEVER,
+_GIVEN: Final[Mapping[type[_Common], type[msgspec.Struct]]] = {
+    kind: _given(kind) for kind in (ChatRequest, CompletionRequest)
 }
 
 
@@ -154,7 +158,9 @@ def parse_chat(body: bytes) -> ChatRequest:
     Raises:
         InvalidRequestError: naming the parameter.
     """
-    request = _parse(body, ChatRequest)
+    fields = _fields_of(body, ChatRequest)
+    fields["messages"] = _without_unknown_nulls(fields.get("messages", b""))
+    request = _request_of(fields, ChatRequest)
     for i, message in enumerate(request.messages):
         if message.content is None and message.role != "assistant":
             where = f"messages[{i}].content"
@@ -165,6 +171,7 @@ def parse_chat(body: bytes) -> ChatRequest:
         raise InvalidRequestError(
             "max_tokens and max_completion_tokens mean the same; send one", param="max_tokens"
         )
+    assert request.characters >= 0  # counted here, where a long conversation holds up nobody
     return request
 
 
@@ -174,11 +181,10 @@ def parse_completion(body: bytes) -> CompletionRequest:
     Raises:
         InvalidRequestError: naming the parameter.
     """
-    request = _parse(body, CompletionRequest)
-    if not request.prompt:
-        raise InvalidRequestError("prompt is empty", param="prompt")
-    if len(prompts_of(request)) > PROMPTS_MAX:
-        raise InvalidRequestError(f"at most {PROMPTS_MAX} prompts in a request", param="prompt")
+    fields = _fields_of(body, CompletionRequest)
+    prompts = _prompts_in(fields["prompt"]) if "prompt" in fields else []
+    request = _request_of({**fields, "prompt": b"[]"} if prompts else fields, CompletionRequest)
+    request.prompt = prompts
     if request.echo and request.logprobs is not None:
         raise InvalidRequestError("echo with logprobs is not served", param="echo")
     return request
@@ -186,53 +192,31 @@ def parse_completion(body: bytes) -> CompletionRequest:
 
 def prompts_of(request: CompletionRequest) -> list[str | list[int]]:
     """Return the prompts, each a text or its tokens."""
-    prompt = request.prompt
-    if isinstance(prompt, str):
-        return [prompt]
-    tokens = [token for token in prompt if isinstance(token, int)]
-    if not tokens:
-        return [part for part in prompt if not isinstance(part, int)]
-    if len(tokens) < len(prompt):
-        raise InvalidRequestError("prompt mixes tokens with texts or lists", param="prompt")
-    return [tokens]
+    return request.prompt
 
 
-def decode_object(body: bytes) -> dict[str, Any]:
-    """Decode a JSON object.
-
-    Raises:
-        InvalidRequestError: it is something else.
-    """
-    try:
-        tree = msgspec.json.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InvalidRequestError(f"the body is no JSON: {error}") from error
-    if not isinstance(tree, dict):
-        raise InvalidRequestError("the body must be a JSON object")
-    return tree
-
-
-def convert_object(tree: Any, kind: type[RequestT]) -> RequestT:
-    """Convert decoded JSON to a request type.
-
-    Raises:
-        InvalidRequestError: naming the parameter.
-    """
-    try:
-        return msgspec.convert(tree, kind)
-    except msgspec.ValidationError as error:
-        raise _explained(str(error)) from error
-
-
-def _parse(body: bytes, kind: type[RequestT]) -> RequestT:
-    tree = decode_object(body)
-    known = {field.name for field in msgspec.structs.fields(kind)}
-    for name in [name for name in tree if name in _UNSERVED and name not in known]:
-        value = tree.pop(name)
-        if value is not None and not _UNSERVED[name](value):
+def _fields_of(body: bytes, kind: type[RequestT]) -> dict[str, bytes]:
+    """Return the JSON of each field that is there and served; only prompts may be long."""
+    given = parse(body, _GIVEN[kind])
+    known, found = kind.__struct_fields__, {}
+    for name in given.__struct_fields__:
+        text = bytes(getattr(given, name))
+        if text in (b"", b"null"):
+            continue
+        if name in known and len(text) > FIELD_LENGTH_MAX and name not in ("messages", "prompt"):
+            raise InvalidRequestError(
+                f"{name} has {len(text)} bytes, the limit is {FIELD_LENGTH_MAX}", param=name
+            )
+        if name in known:
+            found[name] = text
+        elif not is_neutral(name, text):
             raise InvalidRequestError(f"{name} is not served by this node", param=name)
-    wanted = {name: v for name, v in tree.items() if v is not None or name not in known}
-    request = convert_object(wanted, kind)
+    return found
+
+
+def _request_of(fields: Mapping[str, bytes], kind: type[RequestT]) -> RequestT:
+    parts = (b'"%b":%b' % (name.encode(), text) for name, text in fields.items() if text)
+    request = parse(b"{%b}" % b",".join(parts), kind)
     assert isinstance(request, _Common)
     if request.stream_options is not None and not request.stream:
         raise InvalidRequestError("stream_options needs stream = true", param="stream_options")
@@ -242,22 +226,35 @@ def _parse(body: bytes, kind: type[RequestT]) -> RequestT:
     return request
 
 
-_FIELD: Final = re.compile(r"(?:unknown|required) field `([^`]+)`")
-_PATH: Final = re.compile(r" - at `(key in )?\$(.*)`$")
+def _without_unknown_nulls(messages: bytes) -> bytes:
+    """Take fields out of messages that nobody knows and that say nothing."""
+    if b"null" not in messages:
+        return messages
+    tree = parse_any(messages)
+    for message in tree if isinstance(tree, list) else ():
+        if isinstance(message, dict):
+            for name in [name for name, value in message.items() if value is None]:
+                if name not in Message.__struct_fields__:
+                    del message[name]
+    return msgspec.json.encode(tree)
 
 
-def _explained(message: str) -> InvalidRequestError:
-    """Return msgspec's finding with the parameter's path in OpenAI's style: `messages[0].role`."""
-    path = _PATH.search(message)
-    where = path[2].lstrip(".").removesuffix("[...]") if path else ""
-    text = message[: path.start()] if path else message
-    if (field := _FIELD.search(text)) is not None:
-        where = f"{where}.{field[1]}" if where else field[1]
-        unknown = "unknown" in text
-        text = "this field is unknown" if unknown else "this field is required"
-    elif "Invalid value" in text and where.endswith("type"):
-        text = "only parts of type text are served"
-    return InvalidRequestError(f"{where or 'body'}: {text}", param=where or None)
+_TOKENS: Final = re.compile(rb"\[\s*[-0-9]")
+
+
+def _prompts_in(text: bytes) -> list[str | list[int]]:
+    """Return a text, the tokens of one, or a list of either as a list."""
+    if text.startswith(b'"'):
+        prompts: list[str | list[int]] = [parse(text, str, "prompt")]
+    elif _TOKENS.match(text):
+        prompts = [parse(text, list[TokenId], "prompt")]
+    elif len(parse(text, list[msgspec.Raw], "prompt")) > PROMPTS_MAX:
+        raise InvalidRequestError(f"at most {PROMPTS_MAX} prompts in a request", param="prompt")
+    else:
+        prompts = parse(text, list[str | list[TokenId]], "prompt")
+    if not prompts or text == b'""':
+        raise InvalidRequestError("prompt is empty", param="prompt")
+    return prompts
 
 
 # --- what the engine is asked for -------------------------------------------------------------------

@@ -23,6 +23,8 @@ FEW_CHARACTERS: Final = 256
 """Up to here the texts of a request are a few words: about 0.1 ms of work."""
 FEW_PROMPTS: Final = 8
 """Short as they may be, each takes some microseconds."""
+LARGE_BODY: Final = 1 << 18
+"""Bytes; up to here a body is parsed within milliseconds, whatever is in it."""
 LONG_CHARACTERS: Final = 1 << 17
 """From here on a text is long: some 50 ms of work."""
 
@@ -49,9 +51,8 @@ class Prompts:
             PromptTooLongError: a prompt and one token more exceed `limit`.
         """
         if isinstance(request, ChatRequest):
-            messages = [message.as_template_input() for message in request.messages]
-            render = partial(codec.render_chat, messages, limit=limit)
-            prompt = await self._in_worker(_length(request.messages), render)
+            render = partial(_rendered, codec, request.messages, limit)
+            prompt = await self._in_worker(request.characters, render)
             return [_checked(prompt, codec.vocabulary_size, limit, "messages")]
         prompts, found = prompts_of(request), []
         is_few = len(prompts) <= FEW_PROMPTS and characters_of(request) <= FEW_CHARACTERS
@@ -59,6 +60,12 @@ class Prompts:
             tokens = await self._tokens(codec, given, limit, is_few=is_few)
             found.append(_checked(tokens, codec.vocabulary_size, limit, "prompt"))
         return found
+
+    async def parsed(self, parse: Callable[[bytes], ResultT], body: bytes) -> ResultT:
+        """Return what `parse` makes of a body; of a large one away from the event loop."""
+        if len(body) < LARGE_BODY:
+            return parse(body)
+        return await self._in_worker(0, partial(parse, body))  # never seconds, as long texts take
 
     async def text(self, codec: TextCodec, prompt: str | list[int]) -> str:
         """Return a prompt as text: as it came, or what its tokens stand for, special ones too."""
@@ -74,6 +81,7 @@ class Prompts:
             return codec.encode(prompt, limit=limit)
         if isinstance(prompt, str):
             return await self._in_worker(len(prompt), partial(codec.encode, prompt, limit=limit))
+        _check_length(prompt, limit, "prompt")  # before it is copied
         return tuple(prompt)
 
     async def _in_worker(self, size: int, work: Callable[[], ResultT]) -> ResultT:
@@ -84,25 +92,27 @@ class Prompts:
 def characters_of(request: ChatRequest | CompletionRequest) -> int:
     """Return the characters of a request that are to become tokens."""
     if isinstance(request, ChatRequest):
-        return _length(request.messages)
+        return request.characters
     return sum(len(given) for given in prompts_of(request) if isinstance(given, str))
 
 
-def _length(messages: Sequence[Message]) -> int:
-    """Return the characters of a conversation."""
-    parts = (m.content for m in messages)
-    texts = ([p] if isinstance(p, str) else [part.text for part in p or ()] for p in parts)
-    return sum(len(text) for found in texts for text in found)
+def _rendered(codec: TextCodec, messages: Sequence[Message], limit: int) -> TokenIds:
+    inputs = [message.as_template_input() for message in messages]
+    return codec.render_chat(inputs, limit=limit)
 
 
 def _checked(prompt: TokenIds, vocabulary: int, limit: int, param: str) -> TokenIds:
     if not prompt:
         raise InvalidRequestError("the prompt has no tokens", param=param)
-    if len(prompt) >= limit:
-        raise PromptTooLongError(len(prompt) + 1, limit, PROMPT_LIMIT, param=param)
+    _check_length(prompt, limit, param)
     if max(prompt) >= vocabulary:
         raise InvalidRequestError(
             f"{param} has the token id {max(prompt)}; this model's are 0 to {vocabulary - 1}",
             param=param,
         )
     return prompt
+
+
+def _check_length(prompt: Sequence[int], limit: int, param: str) -> None:
+    if len(prompt) >= limit:
+        raise PromptTooLongError(len(prompt) + 1, limit, PROMPT_LIMIT, param=param)

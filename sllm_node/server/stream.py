@@ -2,13 +2,13 @@
 
 One task a session reads its stream into a queue of the request, so that choices interleave as they
 come; the queue is bounded, and the engine joins chunks for a reader that lags. The reader's
-connection is written by one task, which takes all that is queued at once, with a limit on how long a
-write may take.
+connection is written by one task, which takes all that is queued at once; `connection` drops a reader
+that takes nothing.
 """
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
 import orjson
@@ -24,13 +24,6 @@ HEADERS = {
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",
 }
-_SMALL: Final = 1 << 15
-"""Bytes; well below what makes transports ask their writers to wait (64 KiB)."""
-
-
-class SlowClientError(Exception):
-    """A client takes no bytes; nothing more can be told to it."""
-
 
 Item = tuple[int, GenerationChunk | BaseException | None]
 """Choice, and its next chunk; None: it has ended; an error: it has failed."""
@@ -41,42 +34,21 @@ _TICK: Final[Item] = (-1, None)
 class EventWriter:
     """Writes events to one client."""
 
-    def __init__(
-        self, http: web.BaseRequest, response: web.StreamResponse, write_timeout_s: float
-    ) -> None:
-        self._http = http
+    def __init__(self, response: web.StreamResponse) -> None:
         self._response = response
-        self.timeout_s = write_timeout_s
 
     async def data(self, *values: dict[str, Any]) -> None:
         """Write events: all at once, because a write costs more than what makes its bytes."""
         if values:
-            await self._write(b"".join(b"data: %b\n\n" % orjson.dumps(v) for v in values))
+            await self._response.write(b"".join(b"data: %b\n\n" % orjson.dumps(v) for v in values))
 
     async def comment(self, text: str) -> None:
         """Write a line that clients skip: it keeps the connection alive."""
-        await self._write(b": " + text.encode() + b"\n\n")
+        await self._response.write(b": " + text.encode() + b"\n\n")
 
     async def done(self) -> None:
         """Write OpenAI's end mark."""
-        await self._write(b"data: [DONE]\n\n")
-
-    async def _write(self, data: bytes) -> None:
-        if self._is_free_for(data):
-            await self._response.write(data)
-            return
-        try:
-            async with asyncio.timeout(self.timeout_s):
-                await self._response.write(data)
-        except TimeoutError as error:
-            raise SlowClientError from error
-
-    def _is_free_for(self, data: bytes) -> bool:
-        """Tell whether a write won't wait; a timer for it would cost a third of the write."""
-        transport = self._http.transport
-        if len(data) > _SMALL or transport is None or transport.is_closing():
-            return False
-        return transport.get_write_buffer_size() == 0
+        await self._response.write(b"data: [DONE]\n\n")
 
 
 @asynccontextmanager
@@ -188,10 +160,3 @@ def progress_text(status: ModelStatus) -> str:
     left = "" if progress.eta_s is None else f", {progress.eta_s:.1f} s left"
     sizes = f"{format_size(progress.bytes_done)} of {format_size(progress.bytes_total)}"
     return f"{status.model} loading from {progress.source.value}: {share:.0f} %, {sizes}{left}"
-
-
-def abort(request: web.Request) -> None:
-    """Drop the connection of a client that takes no bytes."""
-    with suppress(AttributeError):
-        if request.transport is not None:
-            request.transport.abort()

@@ -40,6 +40,22 @@ async def test_chat_streamed(client):
     assert chunks[-1].usage.completion_tokens == 6
 
 
+async def answers_of_every_helper(client):
+    """Yield what the package's own ways to ask make of an answer."""
+    yield (await client.chat.completions.create(**CHAT)).choices[0].message
+    yield (await client.chat.completions.parse(**CHAT)).choices[0].message
+    async with client.chat.completions.stream(**CHAT) as stream:
+        yield (await stream.get_final_completion()).choices[0].message
+
+
+async def test_what_every_helper_answers_can_be_sent_back(client):
+    async for message in answers_of_every_helper(client):
+        for sent in (message, message.model_dump(), message.to_dict()):
+            messages = [*CHAT["messages"], sent, {"role": "user", "content": "And?"}]
+            answer = await client.chat.completions.create(**{**CHAT, "messages": messages})
+            assert answer.choices[0].message.content == "Hello"
+
+
 async def test_completion_streamed_and_not(client):
     answer = await client.completions.create(model="m", prompt="x", logprobs=1)
     assert answer.choices[0].text == "Hello"

@@ -1,222 +1,109 @@
-"""Explores every state that a few nodes, one session and a bad network can get into.
+"""Explores every state that one session, its nodes and their connections can get into, around the real `Arbiter`.
 
-The network is the set of all messages that were ever sent. Any of them may arrive at any time, again and
-again, in any order, or never: that is loss, duplication, delay and partition at once, and sending again
-what was sent before adds no state. Nodes are functions: (state, event) -> state, messages. So each
-distinct state of a node is made once, its answers are remembered, and a state of the world is a few
-numbers: one for each node, the messages as bits, what may still go wrong.
+What is real here is the machine that decides (`cluster/arbiter.py`); what `RoutedStream`, `Move` and `Part` do for
+it is written down in a few lines each, in any order that their tasks may run in: a part's records come in order
+and as late as they like, that it broke is heard behind them, a round and its answer take their time, and between
+any two of these a move may be asked for, a node fall silent, or the reader go away.
 
-Clocks are left out: any limit may run out at any time (a machine's timer is called with a time far
-ahead, and afterwards it knows of no time). A token says how it came to be: the one before it, and the
-epoch and attempt that generated it; so whatever mixes the work of two owners shows.
+A connection may break with the records on it or without them; silence is a node that is given up while it is
+there and goes on. Of a part that was given up anything may still come, at any time: so in each state everything
+is offered to the arbiter that any such part could say, and nothing may come of it. The same with tokens of the
+owner that begin elsewhere than where the session stands, which lose it its part.
+
+Each step leads forward (the states have no circle), so a run is finite; each state in which nothing is bound to
+happen must be an end. So every run ends, in whatever order things happen, once nothing goes wrong any more.
 """
 
-import copy
-import math
-from collections import deque
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from sllm_node.cluster.holder import Holder
-from sllm_node.cluster.migration import (
-    Acquire,
-    Compute,
-    Decode,
-    End,
-    Free,
-    HolderState,
-    MigrationLimits,
-    MigrationOutcome,
-    Report,
-    Seek,
-    Show,
-    Told,
+from sllm_node.cluster.arbiter import (
+    TRANSITIONS,
+    Accept,
+    Action,
+    Approach,
+    Arbiter,
+    Close,
+    EntryEvent,
+    EntryState,
+    Extend,
+    Open,
 )
-from sllm_node.cluster.migration_messages import Piece, Reason
-from sllm_node.cluster.migrations import Migrations
-from sllm_node.cluster.proposal import Target
-from sllm_node.core.errors import MoveRefusedError
-from sllm_node.core.types import (
-    FinishReason,
-    GenerationRequest,
-    ModelId,
-    NodeId,
-    SamplingParameters,
-    SessionId,
-)
-
-SESSION = SessionId("session")
-FIRST_TOKEN = 1
-_MAKER_BITS = 6
-_ATTEMPT_BITS = 2
-
-
-class EagerPace:
-    """Hands over as soon as it may."""
-
-    def aim(self, fit, *, is_replayed): ...
-
-    def came(self, tokens, elapsed_s): ...
-
-    def resumed(self, tokens, elapsed_s): ...
-
-    def is_last(self, gap):
-        return True
-
-
-class LatePace(EagerPace):
-    """Hands over when nothing is missing, or the rounds are spent."""
-
-    def is_last(self, gap):
-        return gap == 0
-
-
-class NearPace(EagerPace):
-    """Hands over when one token or none is missing, as `Pace` always does; more get a round."""
-
-    def is_last(self, gap):
-        return gap <= 1
+from sllm_node.core.errors import MessageFormatError
 
 
 @dataclass(frozen=True)
 class Setting:
     """What is explored."""
 
-    entry: str
-    owner: str
-    nodes: tuple[str, ...] = ("a", "b", "c")
-    tokens: int = 2
-    moves: tuple[str, ...] = ()
-    """Destinations that the session is told to move to, in this order, each at any time."""
-    crashes: tuple[str, ...] = ()
-    """Nodes of which one may die, at any time."""
-    restarts: bool = False
-    """Whether it comes back."""
-    suspicions: int = 0
-    """Times that somebody is taken for lost who is not."""
-    refusals: int = 0
-    """Acquisitions, computations and generations that fail."""
-    drains: tuple[str, ...] = ()
-    """Nodes of which one may drain."""
-    cancels: bool = False
-    resends: bool = False
-    """Whether nodes send again what was not answered. What they sent can arrive again and again anyway,
-    but questions, and tokens put together anew, are other messages."""
-    attempts: int = 1
-    """Holders that a node makes in one epoch; each copy of an old message may make one."""
-    recoveries: int = 1
-    pace: type = EagerPace
-
-    @property
-    def limits(self):
-        return MigrationLimits(rounds_max=2, recoveries_max=self.recoveries)
+    tokens: int = 3
+    """That the session has in the end."""
+    moves: int = 1
+    """Times that somebody wants it moved, each at any time: an operator, a drain, another model."""
+    losses: int = 0
+    """Connections and answers that break, nodes that fall silent, destinations that are given up."""
+    stops: int = 0
+    """Times that its reader goes away, or no node is found for it."""
+    chunk: int = 1
+    """Tokens that come at once, at most."""
+    in_flight: int = 2
+    """Records of a part that are on their way at once."""
+    rounds: int = 1
+    is_near: tuple[bool, ...] = (True, False)
+    """What the pace may say."""
 
 
-class Budget(NamedTuple):
+class Record(NamedTuple):
+    """What a node says: tokens, or how many it has computed while it holds."""
+
+    start: int
+    length: int = 0
+    is_last: bool = False
+    is_standing: bool = False
+
+
+class Part(NamedTuple):
+    """One that the entry has not closed."""
+
+    epoch: int
+    is_held: bool
+    have: int
+    """Tokens that its node knows: given, or its own."""
+    told: int = -1
+    """As its last standing."""
+    is_done: bool = False
+    """Its last record is on its way."""
+    is_cut: bool = False
+    """Nothing more comes, and the entry hears of that behind the records."""
+    records: tuple[Record, ...] = ()
+
+
+class Sending(NamedTuple):
+    """Tokens on their way to a destination."""
+
+    epoch: int
+    start: int
+    end: int
+    lets_go: bool
+    answer: bool | None = None
+
+
+class State(NamedTuple):
+    """Of the world."""
+
+    arbiter: tuple[Any, ...]
+    parts: tuple[Part, ...]
+    sending: Sending | None
+    shown: int
+    """Tokens that the reader has."""
+    shown_of: int
+    """The epoch that gave the last of them."""
+    opened: int
+    """The epoch that was opened last."""
     moves: int
-    crashes: int
-    suspicions: int
-    refusals: int
-    drains: int
-    cancels: int
-    down: str = ""
-    """The node that crashed."""
-
-
-@dataclass(frozen=True)
-class Local:
-    """One node: its machines, what its shell is doing, what its reader got."""
-
-    node: Migrations | None
-    """None: it is down."""
-    boot: int = 1
-    jobs: frozenset = frozenset()
-    places: frozenset = frozenset()
-    made: tuple[int, ...] = ()
-    """Epochs of the holders that it made."""
-    shown: tuple[int, ...] = ()
-    end: str = ""
-
-
-def key_of_local(local: Local):
-    if local.node is None:
-        return ("down", local.boot, local.shown, local.end)
-    node = local.node
-    entries = tuple(key_of_entry(e) for e in node.entries.values())
-    holders = tuple(sorted(key_of_holder(h) for h in node.holders.values()))
-    counts = (node._attempts, node._is_draining, local.boot)
-    return (entries, holders, counts, local.jobs, local.made, local.shown, local.end)
-
-
-def key_of_entry(e):
-    owner = e.owner and (e.owner.node, e.owner.epoch, e.owner.attempt)
-    p = e.proposal
-    proposal = p and (
-        p.target.node, p.epoch, p.source, p.attempt, p.is_ready, p.held, p.computed, p.round_end, len(p.rounds),
-    )  # fmt: skip
-    return (
-        e.state,
-        tuple(e.session.output),
-        owner,
-        proposal,
-        e.last_epoch,
-        e.recoveries,
-        e.is_seeking,
-    )
-
-
-def key_of_holder(h):
-    t = h.task
-    return (
-        t.epoch, t.entry, t.attempt.boot, t.attempt.number, h.state.value, tuple(h.tokens), h.computed,
-        h.sent_from, tuple(p.tokens for p in h.unsent), h.is_leaving,
-    )  # fmt: skip
-
-
-def clone(node: Migrations) -> Migrations:
-    new = copy.copy(node)
-    new.entries = {k: clone_entry(e) for k, e in node.entries.items()}
-    new.holders = {k: clone_holder(h) for k, h in node.holders.items()}
-    new._sends, new._actions = [], []
-    return new
-
-
-def clone_entry(e):
-    new = copy.copy(e)
-    new.session = replace(e.session, output=list(e.session.output))
-    new.owner, new.proposal = copy.copy(e.owner), copy.copy(e.proposal)
-    if new.proposal is not None:
-        new.proposal.rounds = list(new.proposal.rounds)
-    new.outbox = []
-    return new
-
-
-def clone_holder(h: Holder) -> Holder:
-    new = copy.copy(h)
-    new.tokens, new.unsent, new.outbox = list(h.tokens), deque(h.unsent), []
-    return new
-
-
-def forget_time(node: Migrations) -> None:
-    for e in node.entries.values():
-        e.since, e.last_token_at = 0.0, None
-        for side in (e.owner, e.proposal):
-            if side is not None:
-                side.heard_at = side.said_at = 0.0
-        if e.proposal is not None:
-            e.proposal.since = 0.0
-    for h in node.holders.values():
-        h.heard_at = h.said_at = h.waits_since = 0.0
-
-
-def check_tokens(output) -> None:
-    """Every token follows from the one before it; epochs never go back."""
-    before, epochs = FIRST_TOKEN, []
-    for token in output:
-        assert token >> _MAKER_BITS == before, f"the output {output} mixes owners"
-        epochs.append((token & ((1 << _MAKER_BITS) - 1)) >> _ATTEMPT_BITS)
-        before = token
-    assert epochs == sorted(epochs)
+    losses: int
+    stops: int
 
 
 @dataclass
@@ -224,399 +111,270 @@ class Found:
     """What an exploration found."""
 
     states: int = 0
-    transitions: int = 0
+    steps: int = 0
     ends: dict[str, int] = field(default_factory=dict)
-    stuck: list[Any] = field(default_factory=list)
-    rounds: set[tuple[int, ...]] = field(default_factory=set)
-    """Of the migrations that were made; those of one length may stand for others."""
+    stuck: list[State] = field(default_factory=list)
+    """Nothing is bound to happen, and it has not ended."""
+    circle: int = 0
+    """States that lie on a circle, or behind one."""
 
 
 class World:
-    """The states that a setting can get into."""
+    """The states that a setting can get into; a machine with a mistake may be put in the place of the real one."""
 
-    def __init__(self, setting: Setting) -> None:
+    def __init__(self, setting: Setting, machine: type[Arbiter] = Arbiter) -> None:
         self.setting = setting
-        self.locals: list[Local] = []
-        self._numbers: dict[Any, int] = {}
-        self._effects: dict[tuple[int, int, Any], tuple[int, int] | None] = {}
-        self.messages: list[tuple[int, str, Any]] = []
-        """(receiver's place, sender, message), by bit."""
-        self._bits: dict[Any, int] = {}
-        self.to_node = [0] * len(setting.nodes)
-        """By node: the bits of messages to it."""
-        self._silent: dict[tuple[int, int], int] = {}
-        """By node and its state: the bits of messages that change nothing at it."""
-        self._checked: set[int] = set()
-        self.rounds: set[tuple[int, ...]] = set()
+        self._machine = machine
+        self._probed: set[Any] = set()
 
-    # --- one node -------------------------------------------------------------------------------
+    def begin(self) -> State:
+        """Return the state of a session that just came."""
+        arbiter = self._machine(0, self.setting.rounds)
+        limits = self.setting
+        return State(_key(arbiter), (), None, 0, 0, 0, limits.moves, limits.losses, limits.stops)
 
-    def number(self, local: Local) -> int:
-        key = key_of_local(local)
-        if key not in self._numbers:
-            self._numbers[key] = len(self.locals)
-            self.locals.append(local)
-            self._check_local(local)
-        return self._numbers[key]
+    def steps(self, state: State) -> Iterator[tuple[bool, State]]:
+        """Yield what may happen: whether it is bound to, if nothing else does, and the state after it."""
+        for part in state.parts:
+            yield from self._at_node(state, part)
+            yield from self._on_the_way(state, part)
+        if state.sending is not None:
+            yield from self._sent(state, state.sending)
+        yield from self._at_entry(state)
 
-    def effect(self, place: int, number: int, event) -> tuple[int, int] | None:
-        """Return the node's new state and the messages that it sends; None: it can't happen."""
-        key = (place, number, event)
-        if key not in self._effects:
-            self._effects[key] = self._make_effect(place, self.locals[number], event)
-        return self._effects[key]
+    # --- nodes ----------------------------------------------------------------------------------
 
-    def _make_effect(self, place, local, event):
-        name = self.setting.nodes[place]
-        kind, *details = event
-        if kind == "crash":
-            return self.number(
-                Local(None, local.boot, made=local.made, shown=local.shown, end=local.end)
-            ), 0
-        if kind == "restart":
-            node = Migrations(NodeId(name), local.boot + 1, self.setting.limits)
-            return self.number(
-                Local(
-                    node,
-                    local.boot + 1,
-                    made=local.made,
-                    shown=local.shown,
-                    end=local.end or "entry died",
-                )
-            ), 0
-        if local.node is None:
-            return None
-        node = clone(local.node)
-        jobs, made = set(local.jobs), list(local.made)
-        if kind == "deliver":
-            details.append(made)
-        if getattr(self, f"_do_{kind}")(node, jobs, *details) is False:
-            return None
-        forget_time(node)
-        before = replace(local, node=node, jobs=frozenset(jobs), made=tuple(sorted(made)))
-        after, sends = self._carry_out(name, node, before)
-        return self.number(after), sends
+    def _at_node(self, state: State, part: Part) -> Iterator[tuple[bool, State]]:
+        if part.is_cut or part.is_done or len(part.records) >= self.setting.in_flight:
+            return
+        if part.is_held:
+            for told in range(max(part.told + 1, part.have - 1), part.have + 1):
+                said = (*part.records, Record(told, is_standing=True))
+                yield True, _with(state, part, part._replace(told=told, records=said))
+            return
+        left = self.setting.tokens - part.have
+        for count in range(1, min(left, self.setting.chunk) + 1) if left else (0,):
+            for is_last in (True, False) if 0 < count == left else (not left,):
+                said = (*part.records, Record(part.have, count, is_last))
+                after = part._replace(have=part.have + count, is_done=is_last, records=said)
+                yield True, _with(state, part, after)
 
-    def _do_deliver(self, node, jobs, bit, made):
-        _, sender, message = self.messages[bit]
-        before = node._attempts
-        node.receive(NodeId(sender), message, 0.0)
-        if node._attempts > before:
-            made.append(message.epoch)
-            return made.count(message.epoch) <= self.setting.attempts
-        return None
+    def _on_the_way(self, state: State, part: Part) -> Iterator[tuple[bool, State]]:
+        if part.records:
+            yield True, self._deliver(state, part)
+        elif part.is_cut:
+            yield True, self._lost(state, part.epoch)
+        if state.losses:
+            less = state._replace(losses=state.losses - 1)
+            yield False, self._lost(less, part.epoch)  # silent, slow, or another one is sooner
+            if not part.is_cut:
+                for records in {part.records, ()}:
+                    yield False, _with(less, part, part._replace(is_cut=True, records=records))
 
-    def _do_job(self, node, jobs, job):
-        kind, epoch, detail = job
-        jobs.discard(job)
-        if kind == "acquire":
-            node.acquired(SESSION, epoch, 0.0)
-        elif kind == "compute":
-            node.computed(SESSION, epoch, detail, 0.0)
-        elif kind == "decode":
-            last, count = detail
-            attempt = node.holders[SESSION, epoch].task.attempt.number % (1 << _ATTEMPT_BITS)
-            token = last << _MAKER_BITS | epoch << _ATTEMPT_BITS | attempt
-            is_last = count + 1 == self.setting.tokens
-            if not is_last:
-                jobs.add(("decode", epoch, (token, count + 1)))
-            finish: FinishReason | None = "length" if is_last else None
-            node.generated(SESSION, epoch, Piece((token,), finish=finish), 0.0)
+    def _deliver(self, state: State, part: Part) -> State:
+        record, *rest = part.records
+        state = _with(state, part, part._replace(records=tuple(rest)))
+        arbiter = self._arbiter(state)
+        if record.is_standing:
+            arbiter.stands(part.epoch, record.start)
+            return state._replace(arbiter=_key(arbiter))
+        actions = self._take(arbiter, part.epoch, record)
+        assert actions[:1] == (Accept(),), f"tokens of {part} are not taken"
+        assert record.start == state.shown, f"{record} for a reader that has {state.shown} tokens"
+        assert part.epoch >= state.shown_of, "tokens of two owners are mixed"
+        shown = state.shown + record.length
+        state = state._replace(shown=shown, shown_of=part.epoch)
+        if record.is_last:
+            assert shown == self.setting.tokens
+            state = _with(state, part, None)  # it has ended by itself
+        return self._carry_out(state, arbiter, actions[1:])
 
-    def _do_fail(self, node, jobs, job):
-        node.failed(SESSION, job[1], Reason.MEMORY)
-
-    def _do_placed(self, node, jobs, job, to):
-        jobs.discard(job)
-        node.placed(SESSION, Target(NodeId(to)), 0.0)
-
-    def _do_no_place(self, node, jobs, job):
-        jobs.discard(job)
-        node.no_place(SESSION)
-
-    def _do_begin(self, node, jobs, to):
-        request = GenerationRequest(
-            SESSION, ModelId("m"), (FIRST_TOKEN,), SamplingParameters(), self.setting.tokens
-        )
-        node.begin(request, 0.0, Target(NodeId(to)))
-        node.entries[SESSION].pace = self.setting.pace()
-
-    def _do_move(self, node, jobs, to):
-        if SESSION not in node.entries:
-            return False
+    def _take(self, arbiter: Arbiter, epoch: int, record: Record) -> tuple[Action, ...]:
         try:
-            node.move(SESSION, Target(NodeId(to)), "test", 0.0)
-        except MoveRefusedError:
-            return None
-        return None
+            return arbiter.take(epoch, record.start, record.length, is_last=record.is_last)
+        except MessageFormatError as error:
+            raise AssertionError("the owner's tokens do not fit") from error
 
-    def _do_cancel(self, node, jobs):
-        node.cancel(SESSION)
+    def _lost(self, state: State, epoch: int) -> State:
+        arbiter = self._arbiter(state)
+        return self._carry_out(state, arbiter, arbiter.lost(epoch))
 
-    def _do_drain(self, node, jobs):
-        node.drain(0.0)
+    # --- rounds ---------------------------------------------------------------------------------
 
-    def _do_peer_lost(self, node, jobs, peer):
-        node.peer_lost(NodeId(peer), 0.0)
+    def _sent(self, state: State, sending: Sending) -> Iterator[tuple[bool, State]]:
+        if sending.answer is None:
+            yield True, self._arrive(state, sending)
+        else:
+            after = state._replace(sending=None)
+            yield True, after if sending.answer else self._lost(after, sending.epoch)
+        if state.losses and sending.answer is not False:
+            less = state._replace(losses=state.losses - 1)
+            yield False, less._replace(sending=sending._replace(answer=False))
 
-    def _do_late(self, node, jobs, seconds, which):
-        machines = node.entries if which == "entry" else node.holders
-        for machine in tuple(machines.values()):
-            machine.on_timer(seconds)
-            node._gather(machine)
+    def _arrive(self, state: State, sending: Sending) -> State:
+        (part,) = (part for part in state.parts if part.epoch == sending.epoch)
+        if part.is_cut:
+            return state._replace(sending=sending._replace(answer=False))
+        assert part.is_held, f"{sending} for one that generates: {part}"
+        assert sending.start == part.have, f"{sending} leaves a gap, or comes again: {part}"
+        have = max(part.have, sending.end)
+        after = part._replace(have=have, is_held=not sending.lets_go)
+        return _with(state, part, after)._replace(sending=sending._replace(answer=True))
 
-    def _carry_out(self, name, node, local):
-        jobs, places = set(local.jobs), set(local.places)
-        shown, end = local.shown, local.end
-        for action in node.actions():
-            if isinstance(action, Show | Seek | End | Report):
-                assert not end, f"{action} after the end"
+    # --- the entry ------------------------------------------------------------------------------
+
+    def _at_entry(self, state: State) -> Iterator[tuple[bool, State]]:
+        arbiter = self._arbiter(state)
+        if arbiter.state is EntryState.SEEKING:
+            yield True, self._opened(state, arbiter, arbiter.placed())
+        elif arbiter.is_reached and state.sending is None:
+            for is_near in self.setting.is_near:
+                arbiter = self._arbiter(state)
+                yield True, self._carry_out(state, arbiter, arbiter.go_on(is_near=is_near))
+        arbiter = self._arbiter(state)
+        if state.moves and arbiter.can_move and state.sending is None:
+            less = state._replace(moves=state.moves - 1)
+            yield False, self._opened(less, arbiter, arbiter.move())
+        arbiter = self._arbiter(state)
+        if state.stops and not arbiter.is_over:
+            less = state._replace(stops=state.stops - 1)
+            yield False, self._carry_out(less, arbiter, arbiter.stop())
+
+    def _opened(self, state: State, arbiter: Arbiter, asked: Open) -> State:
+        part = Part(asked.epoch, asked.is_held, state.shown)
+        assert asked.epoch > state.opened, f"{asked} was given before"
+        parts = (*state.parts, part)
+        return state._replace(arbiter=_key(arbiter), parts=parts, opened=asked.epoch)
+
+    def _carry_out(self, state: State, arbiter: Arbiter, actions: tuple[Action, ...]) -> State:
+        for action in actions:
             match action:
-                case Acquire(epoch=epoch):
-                    assert epoch not in places, "acquired twice"
-                    places.add(epoch)
-                    jobs.add(("acquire", epoch, 0))
-                case Compute(parts=parts):
-                    for part in parts:
-                        known = part.request.prompt + part.request.resumed
-                        assert part.epoch in places, "computes without a place"
-                        assert part.start < len(known)
-                        jobs.add(("compute", part.epoch, len(known)))
-                case Decode(epoch=epoch, request=request):
-                    assert epoch in places, "decodes without a place"
-                    known = request.prompt + request.resumed
-                    assert len(request.prompt) == 1
-                    assert len(request.resumed) < self.setting.tokens, "nothing is left to generate"
-                    jobs = {job for job in jobs if job[1] != epoch}
-                    jobs.add(("decode", epoch, (known[-1], len(request.resumed))))
-                case Free(epoch=epoch):
-                    assert epoch in places, "freed twice"
-                    places.remove(epoch)
-                    jobs = {job for job in jobs if job[1] != epoch}
-                case Seek(excluded=excluded, is_orphan=is_orphan):
-                    jobs.add(("seek", -1, (excluded, is_orphan)))
-                case Report(outcome=MigrationOutcome.MOVED, rounds=rounds):
-                    self.rounds.add(rounds)
-                case Show(piece=piece):
-                    shown += piece.tokens
-                case End(error=error):
-                    end = "lost" if error else "ended"
-                    jobs = {job for job in jobs if job[0] != "seek"}
+                case Close(epoch):
+                    (part,) = (part for part in state.parts if part.epoch == epoch)
+                    state = _with(state, part, None)
+                    if state.sending is not None and state.sending.epoch == epoch:
+                        state = state._replace(sending=None)
+                case Extend(epoch, start, lets_go):
+                    others = [p for p in state.parts if not p.is_held]
+                    assert not (lets_go and others), f"two nodes generate: {others}, {action}"
+                    state = state._replace(sending=Sending(epoch, start, state.shown, lets_go))
                 case _:
-                    assert isinstance(action, Report | Told)
-        sends = 0
-        for send in node.to_send():
-            sends |= 1 << self._bit(name, send)
-        return replace(
-            local, jobs=frozenset(jobs), places=frozenset(places), shown=shown, end=end
-        ), sends
+                    raise AssertionError(f"{action} is not asked for")
+        return state._replace(arbiter=_key(arbiter))
 
-    def _bit(self, sender, send) -> int:
-        place = self.setting.nodes.index(send.to)
-        key = (place, sender, send.message)
-        if key not in self._bits:
-            self._bits[key] = len(self.messages)
-            self.messages.append(key)
-            self.to_node[place] |= 1 << self._bits[key]
-        return self._bits[key]
-
-    def _check_local(self, local: Local) -> None:
-        check_tokens(local.shown)
-        if local.node is None:
-            return
-        for entry in local.node.entries.values():
-            assert tuple(entry.session.output) == local.shown, "the reader got something else"
-        holders = local.node.holders.values()
-        held = {h.task.epoch for h in holders if h.state is not HolderState.FINISHED}
-        assert held == local.places, "a place is lost, or held for nobody"
-
-    # --- all of them ----------------------------------------------------------------------------
-
-    def start(self):
-        setting = self.setting
-        numbers = []
-        sends = 0
-        for place, name in enumerate(setting.nodes):
-            number = self.number(Local(Migrations(NodeId(name), 1, setting.limits)))
-            if name == setting.entry:
-                effect = self.effect(place, number, ("begin", setting.owner))
-                assert effect is not None
-                number, sends = effect
-            numbers.append(number)
-        budget = Budget(
-            0, bool(setting.crashes), setting.suspicions, setting.refusals, bool(setting.drains),
-            setting.cancels,
-        )  # fmt: skip
-        return (tuple(numbers), sends, budget)
-
-    def steps(self, state):
-        """Yield (is it bound to happen in the end, next state)."""
-        numbers, _, budget = state
-        for place, number in enumerate(numbers):
-            local = self.locals[number]
-            yield from self._deliveries(state, place, number)
-            if local.node is None:
-                if self.setting.restarts:
-                    yield from self._step(state, place, ("restart",), budget)
-                continue
-            yield from self._jobs(state, place, local)
-            yield from self._times(state, place)
-            yield from self._mishaps(state, place)
-
-    def _step(self, state, place, event, budget, *, is_fair=True):
-        numbers, network, _ = state
-        effect = self.effect(place, numbers[place], event)
-        if effect is None:
-            return
-        number, sends = effect
-        after = ((*numbers[:place], number, *numbers[place + 1 :]), network | sends, budget)
-        if after != state:
-            yield is_fair, after
-
-    def _deliveries(self, state, place, number):
-        numbers, network, budget = state
-        pending = network & self.to_node[place] & ~self._silent.get((place, number), 0)
-        while pending:
-            low = pending & -pending
-            pending ^= low
-            effect = self.effect(place, number, ("deliver", low.bit_length() - 1))
-            if effect is None or effect == (number, 0):
-                self._silent[place, number] = self._silent.get((place, number), 0) | low
-                continue
-            after, sends = effect
-            if after != number or sends & ~network:
-                moved = (*numbers[:place], after, *numbers[place + 1 :])
-                yield True, (moved, network | sends, budget)
-
-    def _jobs(self, state, place, local):
-        budget = state[2]
-        for job in local.jobs:
-            if job[0] == "seek":
-                excluded, _ = job[2]
-                for to in self.setting.nodes:
-                    if to not in excluded and to != budget.down:
-                        yield from self._step(state, place, ("placed", job, to), budget)
-                yield from self._step(state, place, ("no_place", job), budget, is_fair=False)
-                continue
-            yield from self._step(state, place, ("job", job), budget)
-            if budget.refusals:
-                less = budget._replace(refusals=budget.refusals - 1)
-                yield from self._step(state, place, ("fail", job), less, is_fair=False)
-
-    def _times(self, state, place):
-        budget = state[2]
-        for which in ("entry", "holder") if self.setting.resends else ():
-            yield from self._step(state, place, ("late", 1.0, which), budget)
-        if budget.down:
-            yield from self._step(state, place, ("peer_lost", budget.down), budget)
-        elif budget.suspicions:
-            less = budget._replace(suspicions=budget.suspicions - 1)
-            for which in ("entry", "holder"):
-                yield from self._step(state, place, ("late", math.inf, which), less, is_fair=False)
-            for peer in self.setting.nodes:
-                yield from self._step(state, place, ("peer_lost", peer), less, is_fair=False)
-        if not budget.down and budget.suspicions < self.setting.suspicions:
-            # Whoever gave up is silent in earnest now, so the entry's limits run out.
-            yield from self._step(state, place, ("late", math.inf, "entry"), budget)
-
-    def _mishaps(self, state, place):
-        budget, name = state[2], self.setting.nodes[place]
-        setting = self.setting
-        if budget.crashes and name in setting.crashes:
-            down = budget._replace(crashes=0, down=name)
-            yield from self._step(state, place, ("crash",), down, is_fair=False)
-        if budget.drains and name in setting.drains:
-            less = budget._replace(drains=0)
-            yield from self._step(state, place, ("drain",), less, is_fair=False)
-        if name != setting.entry:
-            return
-        if budget.moves < len(setting.moves):
-            less = budget._replace(moves=budget.moves + 1)
-            event = ("move", setting.moves[budget.moves])
-            yield from self._step(state, place, event, less, is_fair=False)
-        if budget.cancels:
-            less = budget._replace(cancels=0)
-            yield from self._step(state, place, ("cancel",), less, is_fair=False)
+    def _arbiter(self, state: State) -> Arbiter:
+        found, position, owner, destination, epochs = state.arbiter
+        arbiter = self._machine(position, self.setting.rounds)
+        arbiter.state, arbiter.owner, arbiter.epochs = found, owner, epochs
+        arbiter.destination = None if destination is None else Approach(*destination)
+        return arbiter
 
     # --- what must hold -------------------------------------------------------------------------
 
-    def check(self, numbers) -> None:
-        """At most one node decodes in an epoch, and none in one that was not granted."""
-        found = [self.locals[number] for number in numbers]
-        decoding = [
-            (h.task.epoch, local.node._me)
-            for local in found
-            if local.node is not None
-            for h in local.node.holders.values()
-            if h.state in (HolderState.DECODING, HolderState.FINISHED)
-        ]
-        epochs = [epoch for epoch, _ in decoding]
-        assert len(set(epochs)) == len(epochs), f"two owners in one epoch: {decoding}"
-        entry = found[self.setting.nodes.index(self.setting.entry)]
-        if entry.node is not None and SESSION in entry.node.entries:
-            owner = entry.node.entries[SESSION].owner
-            limit = owner.epoch if owner else entry.node.entries[SESSION].last_epoch
-            assert max(epochs, default=0) <= limit, f"{decoding} beyond the owner {owner}"
+    def check(self, state: State) -> None:
+        """Assert what holds in every state."""
+        arbiter = self._arbiter(state)
+        approach = arbiter.destination
+        open_now = {arbiter.owner, None if approach is None else approach.epoch} - {None}
+        assert {part.epoch for part in state.parts} == open_now, (
+            "a part is open for nobody, or lost"
+        )
+        assert sum(not part.is_held for part in state.parts) <= 1, "two nodes generate"
+        assert state.shown == arbiter.position, "the reader got something else"
+        if state.arbiter not in self._probed:
+            self._probed.add(state.arbiter)
+            self._probe(state, open_now)
 
-    def is_over(self, state) -> bool:
-        """Return whether the session has ended and nobody has anything of it."""
-        numbers, _, _ = state
-        found = [self.locals[number] for number in numbers]
-        entry = found[self.setting.nodes.index(self.setting.entry)]
-        is_free = all(not local.node.holders and not local.jobs for local in found if local.node)
-        return is_free and (entry.node is None or SESSION not in entry.node.entries)
+    def _probe(self, state: State, open_now: set[int | None]) -> None:
+        """Offer the arbiter whatever may be said to it and must not count."""
+        owner, epochs = self._arbiter(state).owner, self._arbiter(state).epochs
+        for epoch in range(epochs + 2):
+            for start in range(self.setting.tokens + 1):
+                for record in (Record(start, 1), Record(start, 1, is_last=True)):
+                    self._probe_tokens(state, epoch, record, is_owner=epoch == owner)
+            arbiter = self._arbiter(state)
+            if arbiter.destination is None or epoch != arbiter.destination.epoch:
+                assert not arbiter.stands(epoch, self.setting.tokens)
+            if epoch not in open_now:
+                assert arbiter.lost(epoch) == ()
+                assert _key(arbiter) == state.arbiter
+        arbiter = self._arbiter(state)
+        assert arbiter.can_move == (EntryEvent.MOVE in TRANSITIONS[arbiter.state])
 
-    def end_of(self, state) -> str:
-        entry = self.locals[state[0][self.setting.nodes.index(self.setting.entry)]]
-        if entry.node is None or entry.end == "entry died":
-            return "entry died"
-        is_whole = len(entry.shown) == self.setting.tokens
-        return "finished" if is_whole and entry.end == "ended" else entry.end
+    def _probe_tokens(self, state: State, epoch: int, record: Record, *, is_owner: bool) -> None:
+        arbiter = self._arbiter(state)
+        if is_owner and record.start == state.shown:
+            return
+        try:
+            actions = arbiter.take(epoch, record.start, record.length, is_last=record.is_last)
+        except MessageFormatError:
+            assert is_owner, "what is nobody's loses a node its session"
+        else:
+            assert actions == (), f"{record} of epoch {epoch} is taken"
+            assert not is_owner, f"{record} of the owner is dropped"
+        assert _key(arbiter) == state.arbiter
+
+    def end_of(self, state: State) -> str:
+        """Return how it ended."""
+        return "finished" if state.shown == self.setting.tokens else "stopped"
 
 
-def explore(setting: Setting, states_max: int = 2_000_000, world: type[World] = World) -> Found:
+def _key(arbiter: Arbiter) -> tuple[Any, ...]:
+    found = arbiter.destination
+    destination = found and (found.epoch, found.sent, found.standing, found.rounds)
+    return (arbiter.state, arbiter.position, arbiter.owner, destination, arbiter.epochs)
+
+
+def _with(state: State, part: Part, after: Part | None) -> State:
+    """Return the state in which a part is another; None: it is not there any more."""
+    pairs = ((one, after if one.epoch == part.epoch else one) for one in state.parts)
+    return state._replace(parts=tuple(new for _, new in pairs if new is not None))
+
+
+def explore(
+    setting: Setting, machine: type[Arbiter] = Arbiter, states_max: int = 2_000_000
+) -> Found:
     """Visit every state; an AssertionError tells what went wrong."""
-    made = world(setting)
-    start = made.start()
-    numbers = {start: 0}
-    states = [start]
-    backwards: list[list[int]] = [[]]
-    found = Found()
-    checked: set = set()
-    at = 0
-    while at < len(states):
-        state = states[at]
-        if state[0] not in checked:
-            checked.add(state[0])
-            made.check(state[0])
-        for is_fair, after in made.steps(state):
-            found.transitions += 1
-            number = numbers.get(after)
-            if number is None:
-                number = numbers[after] = len(states)
-                assert number < states_max, "more states than expected"
-                states.append(after)
-                backwards.append([])
-            if is_fair:
-                backwards[number].append(at)
-        at += 1
-    found.states, found.rounds = len(states), made.rounds
-    _judge_ends(made, states, backwards, found)
+    world, found = World(setting, machine), Found()
+    start = world.begin()
+    ways: dict[State, list[State]] = {}
+    open_states = [start]
+    while open_states:
+        state = open_states.pop()
+        if state in ways:
+            continue
+        assert len(ways) < states_max, "more states than expected"
+        world.check(state)
+        made = list(world.steps(state))
+        ways[state] = [after for _, after in made]
+        open_states += ways[state]
+        found.steps += len(made)
+        if not any(is_bound for is_bound, _ in made):
+            _judge(world, state, found)
+    found.states, found.circle = len(ways), _circle(ways)
     return found
 
 
-def _judge_ends(world, states, backwards, found) -> None:
-    """Find the states from which no fair way leads to the end."""
-    over = [number for number, state in enumerate(states) if world.is_over(state)]
-    for number in over:
-        end = world.end_of(states[number])
-        found.ends[end] = found.ends.get(end, 0) + 1
-    reached = bytearray(len(states))
-    for number in over:
-        reached[number] = 1
-    while over:
-        for before in backwards[over.pop()]:
-            if not reached[before]:
-                reached[before] = 1
-                over.append(before)
-    found.stuck = [states[n] for n in range(len(states)) if not reached[n]][:5]
+def _judge(world: World, state: State, found: Found) -> None:
+    if state.arbiter[0] is not EntryState.ENDED:
+        found.stuck.append(state)
+        return
+    end = world.end_of(state)
+    found.ends[end] = found.ends.get(end, 0) + 1
+
+
+def _circle(ways: dict[State, list[State]]) -> int:
+    """Return how many states can't be put in an order in which each step leads forward."""
+    inbound = dict.fromkeys(ways, 0)
+    for followers in ways.values():
+        for after in followers:
+            inbound[after] += 1
+    free = [state for state, count in inbound.items() if not count]
+    left = len(ways)
+    while free:
+        left -= 1
+        for after in ways[free.pop()]:
+            inbound[after] -= 1
+            if not inbound[after]:
+                free.append(after)
+    return left

@@ -1,69 +1,38 @@
-"""The migration protocol in every order of events: see `migration_world` for what is explored.
+"""What decides about sessions that move, in every order of events: see `migration_world` for what is explored.
 
-Asserted in each state: at most one node decodes in an epoch and none in one that was not granted; the
-reader's tokens are only ever extended, and each follows from those before it, whoever made it; places are
-held exactly by those who need them; nothing is done for what has ended. Of all states together: from each
-there is a way to the end that needs no luck (no cancel, no crash).
+Asserted in each state: the reader's tokens are only ever extended, each position once, by one owner after another;
+at most one node generates, and none is open that the entry does not count on; what comes of others is nobody's.
+Of all states together: each run ends, and by itself only with all tokens.
 """
 
-import msgspec
 import pytest
 
-from sllm_node.cluster.entry import Entry
-from sllm_node.cluster.migrations import Migrations
-from tests.sim.migration_world import EagerPace, LatePace, NearPace, Setting, World, explore
-
-PAIR = ("a", "b")
+from sllm_node.cluster.arbiter import TRANSITIONS, Accept, Arbiter, Close, EntryEvent, EntryState
+from tests.sim.migration_world import Setting, explore
 
 SETTINGS = {
-    "no migration": Setting("a", "b", resends=True, attempts=2),
-    "a migration, no round": Setting("a", "b", moves=("c",)),
-    "a migration, rounds": Setting("a", "b", moves=("c",), tokens=3, pace=LatePace),
-    "the reader goes away": Setting("a", "b", moves=("c",), cancels=True),
-    "one of three dies": Setting("a", "b", moves=("c",), crashes=("a", "b", "c"), tokens=1),
-    "the source dies": Setting("a", "b", moves=("c",), crashes=("b",)),
-    "entry and source are one": Setting("a", "a", PAIR, moves=("b",), crashes=PAIR),
-    "entry and destination are one": Setting(
-        "a", "b", PAIR, moves=("a",), crashes=PAIR, cancels=True
-    ),
-    "a node dies and comes back": Setting(
-        "a", "b", PAIR, moves=("a",), crashes=PAIR, restarts=True, tokens=1
-    ),
-    "messages come again as new ones": Setting("a", "b", PAIR, moves=("a",), resends=True),
-    "old copies after a failure": Setting("a", "b", PAIR, attempts=2, refusals=1, pace=LatePace),
-    "old copies make new holders": Setting("a", "b", moves=("c",), attempts=2),
-    "somebody is wrongly taken for dead": Setting(
-        "a", "b", moves=("c",), suspicions=1, tokens=1
-    ),
-    "apart without a migration": Setting("a", "b", PAIR, suspicions=2),
-    "no memory, or a failed step": Setting("a", "b", PAIR, moves=("a",), refusals=1),
-    "a drain": Setting("a", "b", PAIR, drains=PAIR),
-    "a drain during a migration": Setting("a", "b", moves=("c",), drains=("b", "c"), tokens=1),
-    "a second migration": Setting("a", "b", PAIR, moves=("a", "b")),
+    "no move": Setting(tokens=4, moves=0, losses=3, stops=1, chunk=2, in_flight=3),
+    "a move": Setting(losses=2, stops=1, chunk=2),
+    "a move, rounds": Setting(tokens=4, losses=1, stops=1, rounds=3, in_flight=1),
+    "a move, as near as can be": Setting(losses=1, stops=1, is_near=(False,), rounds=4),
+    "moves, one after another": Setting(tokens=2, moves=3, losses=2, stops=1),
+    "one loss after another": Setting(tokens=2, losses=4, stops=1),
 }  # fmt: skip
 
 LARGE = {
-    "one of three dies": Setting("a", "b", moves=("c",), crashes=("a", "b", "c"), pace=LatePace),
-    "entry and source are one": Setting(
-        "a", "a", PAIR, moves=("b",), crashes=PAIR, cancels=True, pace=LatePace
-    ),
-    "a node dies and comes back": Setting(
-        "a", "b", PAIR, moves=("a",), crashes=PAIR, restarts=True
-    ),
-    "somebody is wrongly taken for dead": Setting("a", "b", moves=("c",), suspicions=1),
-    "twice": Setting("a", "b", PAIR, moves=("a",), suspicions=2, tokens=1, recoveries=2),
-    "no memory, or a failed step": Setting("a", "b", moves=("c",), refusals=2),
-    "a second migration": Setting("a", "b", moves=("c", "b"), cancels=True),
-    "a gap of one token, and deaths": Setting(
-        "a", "b", PAIR, moves=("a",), crashes=PAIR, tokens=3, pace=NearPace
-    ),
+    "a move": Setting(tokens=5, losses=3, stops=1, chunk=2),
+    "a move, as near as can be": Setting(losses=3, stops=1, is_near=(False,), rounds=4),
+    "rounds": Setting(tokens=5, losses=2, stops=1, chunk=2, rounds=4, in_flight=3),
+    "moves, one after another": Setting(tokens=4, moves=3, losses=2, stops=1, chunk=2),
+    "one loss after another": Setting(moves=2, losses=4, stops=1),
 }  # fmt: skip
 
 
-def check(setting):
-    found = explore(setting, states_max=4_000_000)
-    print(f"{found.states} states, {found.transitions} transitions, ends: {found.ends}")  # noqa: T201 - with -s
+def check(setting, machine=Arbiter):
+    found = explore(setting, machine)
+    print(f"{found.states} states, {found.steps} steps, ends: {found.ends}")  # noqa: T201 - with -s
     assert found.stuck == []
+    assert found.circle == 0
     assert found.ends["finished"] > 0
     return found
 
@@ -79,53 +48,95 @@ def test_so_it_is_in_larger_settings(name):
     check(LARGE[name])
 
 
-def test_without_losses_every_session_is_finished():
-    assert set(check(Setting("a", "b", moves=("c",), resends=True, tokens=1)).ends) == {"finished"}
+@pytest.mark.parametrize("losses", [0, 2])
+def test_a_session_that_nobody_stops_is_finished_whatever_it_loses(losses):
+    assert set(check(Setting(tokens=2, moves=2, losses=losses)).ends) == {"finished"}
 
 
-def test_a_gap_of_one_token_is_handed_over_at_once_or_behind_a_round_and_a_larger_one_never():
-    found = check(Setting("a", "b", moves=("c",), tokens=3, pace=NearPace))
-    assert {(1,), (2, 1), (3, 0)} <= found.rounds
-    assert {rounds[-1] for rounds in found.rounds} == {0, 1}
+def test_each_entry_of_the_table_is_met():
+    met: set[tuple[EntryState, EntryEvent]] = set()
+
+    class Noting(Arbiter):
+        def _go(self, event):
+            met.add((self.state, event))
+            super()._go(event)
+
+    check(Setting(losses=2, stops=1), Noting)
+    assert met == {(state, event) for state, row in TRANSITIONS.items() for event in row}
 
 
-class GullibleEntry(Entry):
+# --- mistakes that must be found ----------------------------------------------------------------
+
+
+class Gullible(Arbiter):
     """Takes tokens of anybody."""
 
-    def on_tokens(self, sender, message, now):
-        if self.owner is not None:
-            sender = self.owner.node
-            message = msgspec.structs.replace(message, epoch=self.owner.epoch)
-        super().on_tokens(sender, message, now)
+    def take(self, epoch, start, count, *, is_last):
+        return super().take(self.owner or epoch, start, count, is_last=is_last)
 
 
-class DeafMigrations(Migrations):
-    """Never lets go."""
+class Overlapping(Arbiter):
+    """Takes tokens wherever they begin."""
 
-    def _on_release(self, sender, message):
-        pass
-
-
-class PlantedWorld(World):
-    """A world with a mistake in it, to see that it is found."""
-
-    def _do_begin(self, node, jobs, to):
-        super()._do_begin(node, jobs, to)
-        (entry,) = node.entries.values()
-        entry.__class__ = GullibleEntry
+    def take(self, epoch, start, count, *, is_last):
+        return super().take(epoch, self.position, count, is_last=is_last)
 
 
-class DeafWorld(World):
-    def _make_effect(self, place, local, event):
-        if local.node is not None:
-            local.node.__class__ = DeafMigrations
-        return super()._make_effect(place, local, event)
+class TwoOwners(Arbiter):
+    """Hands over and lets the source go on."""
+
+    def go_on(self, *, is_near):
+        return tuple(a for a in super().go_on(is_near=is_near) if not isinstance(a, Close))
 
 
-def test_an_entry_that_takes_tokens_of_anybody_is_found_out():
+class Forgetful(Arbiter):
+    """Leaves the destination of a session that has finished as it is."""
+
+    def take(self, epoch, start, count, *, is_last):
+        found = super().take(epoch, start, count, is_last=is_last)
+        return tuple(action for action in found if isinstance(action, Accept))
+
+
+class Thrifty(Arbiter):
+    """Gives the epoch of a destination that failed once more."""
+
+    def lost(self, epoch):
+        if self.destination is not None and epoch == self.destination.epoch:
+            self.epochs -= 1
+        return super().lost(epoch)
+
+
+class Hasty(Arbiter):
+    """Hands over to a destination that has told nothing."""
+
+    @property
+    def is_reached(self):
+        return self.destination is not None
+
+
+class Gapped(Arbiter):
+    """Takes what came since the asking for sent."""
+
+    def stands(self, epoch, position):
+        return super().stands(epoch, self.position)
+
+
+@pytest.mark.parametrize(
+    "machine", [Gullible, Overlapping, TwoOwners, Forgetful, Thrifty, Hasty, Gapped]
+)
+def test_a_mistake_is_found(machine):
     with pytest.raises(AssertionError):
-        explore(Setting("a", "b", moves=("c",), pace=EagerPace), world=PlantedWorld)
+        explore(Setting(losses=2), machine)
 
 
-def test_a_node_that_never_lets_go_is_found_out():
-    assert explore(Setting("a", "b", moves=("c",)), world=DeafWorld).stuck
+class Waiting(Arbiter):
+    """Waits until a destination has what nobody has sent it."""
+
+    @property
+    def is_reached(self):
+        found = self.destination
+        return found is not None and found.standing >= self.position
+
+
+def test_a_session_that_waits_for_ever_is_found():
+    assert explore(Setting(losses=1), Waiting).stuck

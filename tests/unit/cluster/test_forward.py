@@ -454,12 +454,31 @@ async def test_a_session_is_handed_over_behind_the_tokens_that_came_meanwhile():
     assert set(world.closed) == {"a", "b"}
 
 
+async def test_tokens_that_come_between_the_asking_and_the_first_turn_of_a_move_are_not_taken_for_sent():
+    go = asyncio.Event()
+    more = replace_struct(tokens(3, finish="stop"), position=2)
+    world = World(
+        a=[[Granted(), tokens(1), go, tokens(2), asyncio.Event()]],
+        b=[[Granted(), Standing(1), LET_GO, more]],
+    )
+    stream = world.open()
+    await until(lambda: stream.position == 1)
+    go.set()
+    stream.move(to("b"), "operator")
+    assert (await read(stream))[0] == (1, 2, 3)
+    assert world.asked[1][1].request.resumed == (1,)
+
+
 @pytest.mark.parametrize(
-    "end", [PeerUnreachableError("b", "gone"), REFUSED, failed(DrainingError(1.0))]
-)
+    "end",
+    [
+        (PeerUnreachableError("b", "gone"),), (REFUSED,), (failed(DrainingError(1.0)),),
+        (Standing(1), PeerUnreachableError("b", "gone")),
+    ],
+)  # fmt: skip
 async def test_a_destination_that_fails_before_the_handover_changes_nothing(end):
     go = asyncio.Event()
-    world = World(a=[[Granted(), tokens(1), go, tokens(2, finish="stop")]], b=[[Granted(), end]])
+    world = World(a=[[Granted(), tokens(1), go, tokens(2, finish="stop")]], b=[[Granted(), *end]])
     stream = world.open()
     await until(lambda: stream.position == 1)
     report = stream.move(to("b"), "operator")

@@ -34,6 +34,17 @@ def test_console_lines_are_key_value(root_logger):
     assert out.getvalue().rstrip().endswith("WARNING evicted model=m")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\x1b[2K", "\x00"])
+def test_a_value_never_ends_its_line_at_a_terminal(root_logger, end):
+    out = io.StringIO()
+    logs.configure("info", "console", out)
+    logging.getLogger("x").info("request", extra={"user": f"ä{end}ERROR fake", "n": (end,)})
+    line = out.getvalue()
+    assert line.endswith("\n")
+    assert end not in line[:-1]
+    assert f"user=ä{repr(end)[1:-1]}ERROR fake" in line
+
+
 @pytest.mark.parametrize("style", ["json", "console"])
 def test_an_exception_is_logged_with_its_trace(root_logger, style):
     out = io.StringIO()

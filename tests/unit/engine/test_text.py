@@ -254,6 +254,18 @@ def test_the_chat_template_is_rendered_up_to_the_assistant(codec):
     )
 
 
+def test_the_name_of_a_message_is_in_the_prompt_where_the_template_reads_it(tmp_path):
+    folder = make_source(tmp_path / "m")
+    named = {"role": "user", "content": "Hi", "name": "the"}
+    unread = load_codec(folder).render_chat([named])
+    (folder / "chat_template.jinja").write_text("{{ messages[0].name }}: {{ messages[0].content }}")
+    codec = load_codec(folder)
+    assert codec.decode(codec.render_chat([named])) == "the: Hi"
+    assert unread == load_codec(make_source(tmp_path / "n")).render_chat(
+        [{"role": "user", "content": "Hi"}]
+    )
+
+
 def test_a_model_without_a_template_or_that_refuses_says_so(tmp_path):
     folder = make_source(tmp_path / "m")
     for file in ("chat_template.jinja", "tokenizer_config.json"):

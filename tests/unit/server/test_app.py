@@ -2,6 +2,7 @@ import asyncio
 import json
 import math
 import re
+import socket
 import threading
 import zlib
 
@@ -16,7 +17,7 @@ from sllm_node.core.errors import (
     NodeFullError,
     PinnedMemoryError,
 )
-from sllm_node.core.types import ModelId, Stall
+from sllm_node.core.types import GenerationChunk, ModelId, Stall
 from sllm_node.server.app import ROUTES
 from sllm_node.server.prompts import FEW_CHARACTERS, FEW_PROMPTS
 from tests.unit.server.fake_service import FakeStream, chunks_of, status_of
@@ -312,6 +313,23 @@ async def test_a_client_that_takes_no_bytes_is_dropped():
         reader.feed_eof()
 
 
+@pytest.mark.parametrize(("answers", "size"), [(1, 1 << 26), (1 << 11, 1 << 15)])
+async def test_a_client_that_takes_nothing_of_whole_answers_is_dropped(caplog, answers, size):
+    body = json.dumps(CHAT).encode()
+    head = f"POST {CHATS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    text = GenerationChunk("x" * size, (1,), (), "stop")
+    async with serving(write_timeout_s=0.05) as rig:
+        rig.service.make_stream = lambda request: FakeStream([text])
+        with socket.create_connection(("127.0.0.1", int(rig.url.rpartition(":")[2]))) as client:
+            client.setblocking(False)
+            sent = asyncio.get_running_loop().sock_sendall(client, answers * (head.encode() + body))
+            sending = asyncio.create_task(sent)
+            while "client takes no bytes, dropped" not in caplog.messages:
+                await asyncio.sleep(0)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+
 async def test_short_prompts_do_not_wait_for_long_ones_of_clients_that_are_gone(rig):
     rig.service.limit = 1 << 30
     gate = threading.Event()
@@ -503,10 +521,23 @@ async def test_a_body_may_be_compressed(rig, encoding):
     assert rig.service.requests[1:] == []
 
 
-async def test_an_encoding_that_is_not_known_is_refused_and_not_ignored(rig):
-    status, answer, headers = await rig.post(CHATS, b"{}", **{"Content-Encoding": "x-snappy"})
+@pytest.mark.parametrize("encoding", ["x-snappy", "br", "zstd", "BR"])
+async def test_an_encoding_that_is_not_known_is_refused_and_not_ignored(rig, encoding):
+    status, answer, headers = await rig.post(CHATS, b"{}", **{"Content-Encoding": encoding})
     assert (status, answer["error"]["code"]) == (415, "unsupported_encoding")
+    assert repr(encoding.lower()) in answer["error"]["message"]
     assert headers["Accept-Encoding"] == "gzip, deflate"
+
+
+@pytest.mark.parametrize("path", [CHATS, "/nowhere"])
+async def test_a_body_that_is_no_gzip_is_no_error_of_the_node(rig, caplog, path):
+    sent = head_of(3, "Content-Encoding: gzip").replace(CHATS.encode(), path.encode()) + b"abc"
+    reader, writer = await asyncio.open_connection(*rig.url[7:].split(":"))
+    writer.write(sent)
+    answer = await reader.read()  # up to the end: what is logged after the answer is there, too
+    writer.close()
+    assert answer.startswith(b"HTTP/1.1 400 " if path == CHATS else b"HTTP/1.1 404 ")
+    assert [r for r in caplog.records if r.levelname == "ERROR"] == []
 
 
 @pytest.mark.parametrize("given", ["", "two words", "x" * 129, "ünicode"])
@@ -530,6 +561,12 @@ async def test_keys_open_what_they_are_for():
         assert refusal[1]["error"]["code"] == "invalid_api_key"
         for path in ("/livez", "/readyz", "/health"):
             assert (await rig.get(path))[0] == 200
+
+
+async def test_a_key_that_is_no_text_is_a_wrong_key():
+    async with serving(api_keys=("k",)) as rig:
+        head = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer k\xe4\r\n\r\n"
+        assert (await talk(rig, head)).startswith(b"HTTP/1.1 401 ")
 
 
 async def test_client_keys_open_the_admin_endpoints_if_there_are_no_others():

@@ -46,6 +46,7 @@ def refused(parse, body):
         ({"logit_bias": {"5": 101}}, "logit_bias"), ({"seed": 1 << 63}, "seed"), ({"seed": 0.5}, "seed"),
         ({"n": 0}, "n"), ({"max_tokens": 0}, "max_tokens"),
         ({"cache_salt": ""}, "cache_salt"), ({"cache_salt": "x" * 1025}, "cache_salt"), ({"cache_salt": 3}, "cache_salt"),
+        ({"user": "x" * 1025}, "user"), ({"safety_identifier": "x" * 1025}, "safety_identifier"),
         ({"max_tokens": 5, "max_completion_tokens": 5}, "max_tokens"),
         ({"stop": 5}, "stop"), ({"stop": [5]}, "stop[0]"),
         ({"stream": "yes"}, "stream"), ({"stream_options": {"include_usage": True}}, "stream_options"),
@@ -61,6 +62,11 @@ def refused(parse, body):
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
         ({"messages": [{"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages[0].tool_calls"),
         ({"messages": [{"role": "assistant", "content": "x", "refusal": "no"}]}, "messages[0].refusal"),
+        (
+            {"messages": [{"role": "assistant", "content": "x", "provider_specific_fields": {"a": 1}}]},
+            "messages[0].provider_specific_fields",
+        ),
+        ({"messages": [None]}, "messages[0]"),
         ({"stream": True, "stream_options": {"include_obfuscation": True}}, "stream_options.include_obfuscation"),
         ({"banana": None}, "banana"), ({"prompt": "x"}, "prompt"),
     ],
@@ -72,8 +78,10 @@ def test_a_wrong_field_of_a_chat_request_is_named(change, param):
 @pytest.mark.parametrize(
     ("change", "param"),
     [
-        ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [1, "a"]}, "prompt"),
-        ({"prompt": [[1], "a", 2]}, "prompt"), ({"prompt": ["a"] * 129}, "prompt"),
+        ({"prompt": ""}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": [1, "a"]}, "prompt[1]"),
+        ({"prompt": [[1], "a", 2]}, "prompt[2]"), ({"prompt": 3}, "prompt"), ({"prompt": {}}, "prompt"),
+        ({"prompt": None}, "prompt"), ({"prompt": [[-1]]}, "prompt[0][0]"),
+        ({"prompt": [[]] * 129}, "prompt"), ({"prompt": ["a"] * 129}, "prompt"),
         ({"prompt": [-1]}, "prompt[0]"), ({"logprobs": 21}, "logprobs"),
         ({"echo": True, "logprobs": 1}, "echo"), ({"best_of": 2}, "best_of"), ({"suffix": "x"}, "suffix"),
         ({"messages": []}, "messages"),
@@ -186,6 +194,37 @@ def test_prompts_are_texts_or_tokens(prompt, expected):
     )
 
 
+def test_the_prompts_of_a_request_are_made_once():
+    request = parse_completion(json.dumps({**COMPLETION, "prompt": [1, 2]}).encode())
+    assert prompts_of(request) is prompts_of(request)
+
+
+@pytest.mark.parametrize("space", [" ", " " * 100, "\n\t"])
+def test_prompts_may_be_written_with_spaces(space):
+    for prompt in ("[1]", '["a"]', "[[1]]"):
+        spaced = prompt.replace("[", "[" + space)
+        assert parse_completion(b'{"model": "m", "prompt": %b}' % spaced.encode()) == (
+            parse_completion(b'{"model": "m", "prompt": %b}' % prompt.encode())
+        )
+
+
+@pytest.mark.parametrize("name", ["stop", "user", "logit_bias", "model"])
+def test_only_prompts_may_be_long(name):
+    with pytest.raises(InvalidRequestError, match=f"{name} has 400001 bytes") as caught:
+        parse_chat(json.dumps({**CHAT, name: "x" * 399_999}).encode())
+    assert caught.value.param == name
+    long = [{"role": "user", "content": "x" * 399_999}]
+    assert parse_chat(json.dumps({**CHAT, "messages": long}).encode()).characters == 399_999
+
+
+def test_the_characters_of_a_conversation_are_counted_while_it_is_parsed():
+    parts = [{"type": "text", "text": "ab"}, {"type": "text", "text": "c"}]
+    messages = [{"role": "user", "content": parts}, {"role": "assistant", "content": None}]
+    request = parse_chat(json.dumps({**CHAT, "messages": [*messages, *CHAT["messages"]]}).encode())
+    request.messages = []
+    assert request.characters == 5
+
+
 def test_message_parts_are_joined_and_developers_are_systems():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = {**CHAT, "messages": [{"role": "developer", "content": parts, "name": "n"}]}
@@ -198,10 +237,17 @@ def test_our_own_answers_can_be_sent_back_as_they_are():
     answers = [
         {"role": "assistant", "content": "Hello", **nothing},
         {"role": "assistant", "content": None, "tool_calls": [], "annotations": []},
+        {"role": "assistant", "content": "Hi", "parsed": None, "thinking_blocks": None},
+        {
+            "role": "assistant",
+            "content": "Hi",
+            "provider_specific_fields": {"refusal": None, "x": [], "y": {}},
+        },
     ]
     messages = parse_chat(json.dumps({**CHAT, "messages": answers}).encode()).messages
     assert [message.as_template_input() for message in messages] == [
         {"role": "assistant", "content": "Hello"}, {"role": "assistant", "content": ""},
+        {"role": "assistant", "content": "Hi"}, {"role": "assistant", "content": "Hi"},
     ]  # fmt: skip
 
 

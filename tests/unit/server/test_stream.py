@@ -4,43 +4,21 @@ import contextlib
 import orjson
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import make_mocked_request
 
 from sllm_node.core.errors import EngineError
-from sllm_node.server.stream import EventWriter, SlowClientError, items, merged
+from sllm_node.server.stream import EventWriter, items, merged
 from tests.unit.server.fake_service import FakeStream, chunks_of, status_of
 
 
 class FakeResponse(web.StreamResponse):
-    """Keeps what is written; hangs where it was told to."""
+    """Keeps what is written."""
 
-    def __init__(self, *, hangs=False):
+    def __init__(self):
         super().__init__()
         self.writes = []
-        self._hangs = hangs
 
     async def write(self, data):
         self.writes.append(data)
-        if self._hangs:
-            await asyncio.Event().wait()
-
-
-class FakeTransport(asyncio.Transport):
-    def __init__(self, buffered, *, is_closing=False):
-        super().__init__()
-        self._buffered = buffered
-        self._is_closing = is_closing
-
-    def is_closing(self):
-        return self._is_closing
-
-    def get_write_buffer_size(self):
-        assert not self._is_closing
-        return self._buffered
-
-
-def request_over(transport):
-    return make_mocked_request("POST", "/", transport=transport)
 
 
 async def read(streams):
@@ -74,25 +52,11 @@ async def test_what_came_before_a_failure_is_shown():
 
 async def test_events_that_are_there_together_leave_in_one_write():
     response = FakeResponse()
-    writer = EventWriter(request_over(FakeTransport(0)), response, 1.0)
+    writer = EventWriter(response)
     await writer.data({"a": 1}, {"b": 2})
     await writer.data()
     (written,) = response.writes
     assert [orjson.loads(line[6:]) for line in written.split(b"\n\n")[:-1]] == [{"a": 1}, {"b": 2}]
-
-
-@pytest.mark.parametrize(
-    ("transport", "text"),
-    [
-        (FakeTransport(1), "x"),
-        (FakeTransport(0), "x" * (1 << 16)),
-        (FakeTransport(0, is_closing=True), "x"),
-    ],
-)
-async def test_a_client_that_takes_nothing_is_given_up(transport, text):
-    writer = EventWriter(request_over(transport), FakeResponse(hangs=True), 0.001)
-    with pytest.raises(SlowClientError):
-        await writer.comment(text)
 
 
 class LosesItsNode(FakeStream):

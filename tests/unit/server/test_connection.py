@@ -1,0 +1,130 @@
+import asyncio
+import contextlib
+import socket
+
+import pytest
+from aiohttp import web
+
+from sllm_node.server.connection import Connection, Watch
+
+
+class FakeTransport(asyncio.Transport):
+    """Has as many bytes waiting as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = 0
+        self.socket = None
+        self.is_aborted = False
+        self.aborted = asyncio.Event()
+
+    def write(self, data):
+        self.waiting += len(data)
+
+    def writelines(self, list_of_data):
+        self.waiting += sum(map(len, list_of_data))
+
+    def is_closing(self):
+        return False
+
+    def close(self):
+        pass
+
+    def get_write_buffer_size(self):
+        return self.waiting
+
+    def get_extra_info(self, name, default=None):
+        return self.socket if name == "socket" else default
+
+    def abort(self):
+        self.is_aborted = True
+        self.aborted.set()
+
+
+class Timers:
+    """Runs what is due when the test says so."""
+
+    def __init__(self):
+        self.set = []
+
+    def call_later(self, delay_s, callback, *arguments):
+        self.set.append((delay_s, callback, arguments))
+        return asyncio.TimerHandle(delay_s, callback, arguments, asyncio.get_running_loop())
+
+    def fire(self):
+        """Run the only timer."""
+        ((_, callback, arguments),) = self.set
+        self.set = []
+        callback(*arguments)
+
+
+@pytest.fixture
+async def watched():
+    transport, timers = FakeTransport(), Timers()
+    return transport, timers, Watch(transport, 60.0, timers.call_later)
+
+
+async def test_a_client_that_takes_no_bytes_for_so_long_is_dropped(watched):
+    transport, timers, watch = watched
+    transport.waiting = 10
+    watch.begin()
+    assert [delay_s for delay_s, _, _ in timers.set] == [60.0]
+    timers.fire()
+    assert transport.is_aborted
+    assert timers.set == []
+
+
+async def test_a_client_that_takes_some_bytes_is_waited_for(watched):
+    transport, timers, watch = watched
+    transport.waiting = 10
+    watch.begin()
+    for transport.waiting in (9, 20, 3):
+        timers.fire()
+        assert not transport.is_aborted
+    timers.fire()
+    assert transport.is_aborted
+
+
+async def test_a_client_that_has_taken_all_is_not_watched_until_bytes_wait_again(watched):
+    transport, timers, watch = watched
+    watch.begin()
+    assert timers.set == []
+    transport.waiting = 10
+    watch.begin()
+    watch.begin()
+    transport.waiting = 0
+    timers.fire()
+    assert (timers.set, transport.is_aborted) == ([], False)
+    transport.waiting = 10
+    watch.begin()
+    timers.fire()
+    assert transport.is_aborted
+
+
+async def test_a_client_that_takes_bytes_of_a_full_kernel_is_waited_for(watched):
+    transport, timers, watch = watched
+    transport.waiting = 10
+    transport.socket, client = socket.socketpair()
+    transport.socket.setblocking(False)
+    with transport.socket, client:
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                transport.socket.send(bytes(1 << 16))
+        watch.begin()
+        client.recv(1 << 20)
+        timers.fire()
+        assert not transport.is_aborted
+        timers.fire()
+        assert transport.is_aborted
+
+
+async def test_an_answer_that_nobody_takes_is_not_kept_however_small_it_is():
+    async def answer(_):
+        return web.Response(text="x")
+
+    transport, loop = FakeTransport(), asyncio.get_running_loop()
+    connection = Connection(web.Server(answer), loop=loop, write_timeout_s=0.001)
+    connection.connection_made(transport)
+    connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await transport.aborted.wait()
+    connection.connection_lost(None)
