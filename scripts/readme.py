@@ -5,6 +5,7 @@ python -m scripts.readme writes README.md and ARCHITECTURE.md; --check only comp
 
 import argparse
 import ast
+import re
 import sys
 import tomllib
 from collections.abc import Callable, Mapping
@@ -93,7 +94,8 @@ def _machine(table: Mapping[Any, Mapping[Any, Any]], first: Enum) -> tuple[str, 
 
 def _sentence(path: Path) -> str:
     docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-    return docstring.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+    paragraph = docstring.split("\n\n")[0].replace("\n", " ").replace("|", "\\|")
+    return re.split(r"(?<=\.) (?=[A-Z])", paragraph)[0]
 
 
 PARTS: dict[str, dict[str, Callable[[], str]]] = {

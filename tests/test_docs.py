@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import typer
 
 from scripts import readme
 from sllm_node.core.config import Config
@@ -52,27 +53,70 @@ def test_every_module_has_its_place_in_architecture():
     assert missing == []
 
 
-def test_every_command_is_in_readme():
+def test_every_kernel_has_its_place_in_architecture():
+    sources = [path for path in (ROOT / "kernels").iterdir() if path.suffix in (".cu", ".cuh")]
+    names = {path.stem if path.suffix == ".cu" else path.name for path in sources}
+    table = ARCHITECTURE.split("\n### Kernels\n")[1].split("\n## ")[0]
+    assert {name for name in names if f"`{name}`" not in table} == set()
+
+
+def rows_of(section):
+    """Return the rows of a section's table."""
+    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
+    return [line for line in text.splitlines() if line.startswith("|")][2:]
+
+
+def named_in(row):
+    """Return what a row's first column names in code."""
+    return re.findall(r"`([^`]+)`", re.split(r"(?<!\\)\|", row)[1])
+
+
+def commands():
+    """Return every command by its whole name, with its options."""
     from sllm_node.cli.main import app
 
-    names = [str(c.name or (c.callback and c.callback.__name__)) for c in app.registered_commands]
-    names += [str(group.name) for group in app.registered_groups]
-    missing = [name for name in names if f"`{name}" not in README]
-    assert missing == []
+    def walk(group, path):
+        for name, command in group.commands.items():
+            if hasattr(command, "commands"):
+                yield from walk(command, [*path, name])
+            else:
+                yield " ".join([*path, name]), {o for p in command.params for o in p.opts}
+
+    return dict(walk(typer.main.get_command(app), []))
 
 
-def test_every_route_is_in_readme():
+def command_of(span, known):
+    """Return the command that begins a piece of code, in whole words."""
+    return next((name for name in known if f"{span} ".startswith(f"{name} ")), None)
+
+
+def test_the_table_of_commands_has_every_command_and_no_other():
+    known = commands()
+    named = [span for row in rows_of("Command line") for span in named_in(row)]
+    spans = [span for span in named if not span.startswith("--")]
+    assert [span for span in spans if command_of(span, known) is None] == []
+    assert {command_of(span, known) for span in spans} == known.keys()
+
+
+def test_options_in_the_table_of_commands_are_those_of_their_commands():
+    known = commands()
+    for row in rows_of("Command line"):
+        of_row = [known[name] for span in named_in(row) if (name := command_of(span, known))]
+        assert set(re.findall(r"--[a-z][a-z-]*", row)) <= set().union(*of_row), row
+
+
+def test_the_table_of_routes_has_every_route_and_no_other():
     from sllm_node.server.app import ROUTES
 
-    paths = {route.path for route in ROUTES}
-    verbs = {path.rsplit("/", 1)[-1] for path in paths}
-    missing = [
-        path
-        for path in paths
-        if path not in README and f"`{path.rsplit('/', 1)[-1]}`" not in README
-    ]
-    assert verbs
-    assert missing == []
+    named = set()
+    for row in rows_of("HTTP"):
+        method, path = "", ""
+        for span in named_in(row):
+            method = span.split()[0] if " " in span else method
+            last = span.split()[-1].split("?")[0]
+            path = last if last.startswith("/") else f"{path.rsplit('/', 1)[0]}/{last}"
+            named.add((method, path))
+    assert named == {(route.method, route.path) for route in ROUTES}
 
 
 def test_nobody_elses_kernels_package_is_shadowed():

@@ -7,8 +7,7 @@ dies each of its models goes to another. A new home first waits `settle_s`: by t
 began shows in the states of nodes. Where a cluster is cut in two each half has a home; once it heals,
 what is above the maximum is retired.
 
-Wanted are as many replicas as running and waiting sessions fill to `fill`, or as arrivals will, if that
-is more; never fewer than the minimum nor more than the maximum. More are started at once, each where
+Wanted are as many replicas as running and waiting sessions fill to `fill`; never fewer than the minimum nor more than the maximum. More are started at once, each where
 startup is shortest. Fewer only when, for the keep-alive, no more than that were needed even with
 `margin` on top: the most that was needed in that time stays. A replica that is retired takes no new
 sessions, ends those it has, and leaves.
@@ -87,14 +86,10 @@ class Demand:
     waiting: int = 0
     replicas: tuple[ReplicaSeen, ...] = ()
     starts: tuple[Start, ...] = ()
-    arrivals_per_s: float = 0.0
-    service_s: float = 0.0
-    """How long a session runs on the average; 0: unknown."""
 
-    def sessions(self) -> float:
-        """Return the sessions that are there, or that arrivals keep there on the average."""
-        running = sum(replica.sessions for replica in self.replicas)
-        return max(running + self.waiting, self.arrivals_per_s * self.service_s)
+    def sessions(self) -> int:
+        """Return the sessions that run or wait."""
+        return sum(replica.sessions for replica in self.replicas) + self.waiting
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,27 +364,3 @@ def home_of(model: ModelId, alive: Iterable[NodeId]) -> NodeId | None:
 
 def _weight(model: ModelId, node: NodeId) -> bytes:
     return blake2b(f"{node}\0{model}".encode(), digest_size=8).digest()
-
-
-class ArrivalRate:
-    """Arrivals a second, the latest counting most: what is older than `memory_s` counts little."""
-
-    __slots__ = ("_at", "_memory_s", "_weight")
-
-    def __init__(self, memory_s: float, now: float) -> None:
-        assert memory_s > 0
-        self._memory_s = memory_s
-        self._at = now
-        self._weight = 0.0
-
-    def observe(self, now: float, count: int = 1) -> None:
-        """Take so many arrivals."""
-        self._weight = self._faded(now) + count
-        self._at = max(self._at, now)
-
-    def per_s(self, now: float) -> float:
-        """Return the rate."""
-        return self._faded(now) / self._memory_s
-
-    def _faded(self, now: float) -> float:
-        return self._weight * math.exp(-max(0.0, now - self._at) / self._memory_s)

@@ -13,11 +13,9 @@ from sllm_node.core.types import ModelId, NodeId
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """Sessions without a replica, and arrivals: summed over the nodes where requests come in."""
+    """Sessions without a replica, summed over the nodes where requests come in."""
 
     waiting: int = 0
-    arrivals_per_s: float = 0.0
-    service_s: float = 0.0
 
 
 def load_of(view: ClusterView, model: ModelId) -> Load:
@@ -55,8 +53,6 @@ def demand_of(
         waiting=load.waiting,
         replicas=tuple(_seen(NodeId(node), replica) for node, replica in replicas),
         starts=tuple(Start(NodeId(node), startup_s) for node, startup_s in sorted(starts.items())),
-        arrivals_per_s=load.arrivals_per_s,
-        service_s=load.service_s,
     )
 
 

@@ -33,7 +33,7 @@ from sllm_node.cluster.directory_keys import (
     encode,
     key_of,
 )
-from sllm_node.cluster.records import Desired, KnownPeer, Put, Registration
+from sllm_node.cluster.records import Desired, KnownPeer, Registration
 from sllm_node.core.types import NodeId
 
 
@@ -381,13 +381,3 @@ class Directory:
         kind, _, name = key.partition("/")
         if self._shared[SHARED[kind]].pop(name, None) is not None:
             self._news.append(RecordDropped(SHARED[kind], name))
-
-
-def to_remember(old: Iterable[KnownPeer], listed: Iterable[Listed]) -> tuple[Put, ...]:
-    """Return what the journal lacks of the peers that are listed."""
-    known = {peer.node: peer.address for peer in old}
-    return tuple(
-        Put(KnownPeer(peer.node, peer.address))
-        for peer in listed
-        if known.get(peer.node) != peer.address
-    )

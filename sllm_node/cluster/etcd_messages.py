@@ -30,7 +30,6 @@ class Fault(msgspec.Struct):
 
     message: str = ""
     code: int = 0
-    grpc_code: int = 0
 
 
 class Answer(msgspec.Struct):

@@ -75,6 +75,7 @@ class LimitsConfig(Section, frozen=True):
     """Table [limits]."""
 
     max_nodes: Count = 64
+    """Of `[[nodes]]`, so that a mistaken file is refused; nodes of a directory are not counted."""
     document_bytes: ByteSize = msgspec.field(default_factory=lambda: ByteSize(parse_size("64KiB")))
     replay_window_messages: Annotated[int, Meta(ge=1, le=65536)] = 1024
     peer_bandwidth: ByteSize = msgspec.field(default_factory=lambda: ByteSize(parse_size("1GB")))

@@ -153,7 +153,6 @@ class Membership:
         self._is_round_due = False
         self._sequence = 0
         self._events: list[Event] = []
-        self._strangers = 0
 
     # --- what this node tells -------------------------------------------------------------------
 
@@ -215,7 +214,6 @@ class Membership:
         """Take what a peer sent; what is late, a copy, or for somebody else changes nothing."""
         peer = self._peers.get(message.sender_id)
         if peer is None or message.receiver != self._me:
-            self._strangers += 1
             return
         if not peer.is_new(message):
             return
@@ -259,11 +257,6 @@ class Membership:
         return events
 
     # --- what this node sees --------------------------------------------------------------------
-
-    @property
-    def strangers(self) -> int:
-        """Messages that came from nobody in the cluster file, or were for somebody else."""
-        return self._strangers
 
     def peers(self) -> tuple[PeerView, ...]:
         """Return every peer, in the order of their ids."""

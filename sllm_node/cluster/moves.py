@@ -157,8 +157,11 @@ class Streams:
             load_resume_s = resume_s(place.fit, tokens, len(victim.sessions))
             name = place.node.node
             path_at = place.node.path_ready_at(self.view.path(victim.model, name).source)
+            evict_s = place.node.state.bandwidths.evict_s
             for chosen in combinations(place.devices, shares):
                 wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
+                if any(d.free < size for d in chosen):
+                    wait_s = max(wait_s, evict_s)
                 devices = tuple(d.name for d in chosen)
                 cost_s = wait_s + place.load_s + load_resume_s
                 heapq.heappush(heap, Way(cost_s, name, devices))

@@ -147,10 +147,6 @@ class Peers:
         """Have this node's states told as `shown` makes them."""
         self._snapshot.shown = shown
 
-    def has_peers(self) -> bool:
-        """Tell whether anybody else can be asked now."""
-        return len(self.view.nodes) > (self.me in self.view.nodes)
-
     def is_listening(self) -> bool:
         """Tell whether a peer may still say for the first time what it has: this node started not long ago."""
         if self._clock.now() >= self.listens_until:

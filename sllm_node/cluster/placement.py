@@ -294,17 +294,19 @@ def _migration(
     size, best = request.share_bytes, None
     path = view.path(request.model, node.node)
     path_at = node.path_ready_at(path.source)
+    evict_s = node.state.bandwidths.evict_s
+    after_s = evict_s + path.load_s
     for floor_s, names in _sets(view, node, request):
         chosen = [node.by_name[name] for name in names]
         queue_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
-        if max(floor_s, queue_s) > limit_s - path.load_s:
+        if floor_s > limit_s - after_s or queue_s > limit_s - path.load_s:
             continue
         needs = dict.fromkeys(names, size)
-        found = cheapest_moves(streams, node, needs, request.priority, limit_s - path.load_s)
+        found = cheapest_moves(streams, node, needs, request.priority, limit_s - after_s)
         if found is None:
             continue
         cost_s, moves = found
-        wait_s = max(queue_s, cost_s)
+        wait_s = max(queue_s, cost_s + evict_s)
         evicts = evictions(node, needs, leaving=[move.replica for move in moves])
         candidate = Candidate(
             Kind.MIGRATE, wait_s + path.load_s, node.node, names,

@@ -108,10 +108,6 @@ class Reservations:
             del self._held[key]
         return gone
 
-    def next_expiry(self) -> float | None:
-        """Return when `expire` has work."""
-        return min((expires for _, expires in self._held.values()), default=None)
-
     def less_promised(self, state: NodeState) -> NodeState:
         """Return the state as others should see it: promised memory, replicas and places are taken."""
         asks = [ask for ask, _ in self._held.values()]

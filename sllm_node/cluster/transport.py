@@ -1,4 +1,4 @@
-"""Requests between nodes over HTTP: `Client` asks, `Listener` answers; the only aiohttp in this package.
+"""Requests between nodes over HTTP: `Client` asks, `Listener` answers; all HTTP between nodes is here.
 
 A node listens for its peers on a socket of its own, at its address in the cluster file, because TLS
 asks there for certificates that clients of the public port don't have. `POST /peer/v1/WHAT` carries a

@@ -5,10 +5,6 @@ from typing import Final
 
 import numpy as np
 
-STEP_KERNELS: Final = (
-    "gemv", "paged_attention", "rope_kv", "rms_norm", "gated", "gather_context", "join_segments",
-)  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Variant:

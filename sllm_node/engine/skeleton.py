@@ -173,11 +173,6 @@ def layer_shapes(model: Model) -> tuple[LayerShape, ...]:
     return tuple(shape for _, shape in recorder.layers)
 
 
-def dry_run(model: Model) -> None:
-    """Let `model`, on meta, compute a forward pass over nothing."""
-    _dry_run(model, _ShapeRecorder())
-
-
 def common_window(shapes: Sequence[LayerShape]) -> int | None:
     """Return how many tokens the layer that looks back farthest sees; None: one sees all."""
     windows = [shape.window for shape in shapes if shape.window is not None]

@@ -300,6 +300,7 @@ class Replicas(Generic[CodecT]):
                 "bytes_kept": report.bytes_kept,
                 "bytes_from_remote": report.bytes_from_remote,
                 "bytes_stored": report.bytes_stored,
+                "verified_bytes": report.verified_bytes,
                 "decode_s": round(report.decode_s, 4),
             }
         log.info("load finished", extra=fields)

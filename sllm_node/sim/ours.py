@@ -5,6 +5,12 @@ One view stands for those of all entry nodes, so what one has placed all know. A
 refused; in between decisions are made on old news, and the target's `Reservations` refuse what is not
 so any more. A refused request decides again on the fresh state. Whether running sessions may be moved for
 a request is a switch; `sim.preempting` stops them instead.
+
+Nodes know less. A `Granted` has no state there: an entry learns from refusals, and else from heartbeats, a second
+apart by default where `publish_s` is 0.1 here. On the example (Gamma, 18 requests a second, CV 8, 8 seeds) the
+median P99 goes from 6.4 s to 7.3 s without states on grants (refusals from 34 to 94 of 1,000 requests), and to
+7.5 s with heartbeats of a second as well. And here a way with moves has to win by nothing, where nodes want
+`placement.gain_s`, and moves may go to other devices of the same node.
 """
 
 from typing import TYPE_CHECKING, Final

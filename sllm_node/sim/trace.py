@@ -16,7 +16,6 @@ import numpy as np
 from sllm_node.core.errors import ConfigError
 
 SPREAD_S: Final = 1.0
-_TOKENS: Final = ((512, 128),)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""From a shard to a chunk: direct I/O in reader threads, checksums on the way.
+"""From a shard to a chunk: direct I/O in reader threads, checksums in others.
 
 Reading and checking are two jobs for two groups of threads: a reader that stopped to check would
 leave the disk with less to do. Threads get values (a file, a range, a view) and return or raise;

@@ -191,11 +191,6 @@ class Residency:
             (cached if slot.state is UnitState.FILLED else missing).append(unit)
         return cached, missing
 
-    def chunk_of(self, model: ModelId, unit: int) -> int | None:
-        """Return the chunk that holds `unit`, or None."""
-        slot = self._rows[model].slots[unit]
-        return slot.chunk if slot.state is UnitState.FILLED else None
-
     def is_verified(self, model: ModelId, unit: int) -> bool:
         """Tell whether `unit` was read with right checksums since the checkpoint was opened."""
         return unit in self._rows[model].verified

@@ -11,7 +11,7 @@ from sllm_node.core.errors import ChecksumError, CodecError, DeviceMemoryError, 
 from sllm_node.core.types import ModelId, Part, Tier
 from sllm_node.core.units import MIB
 from tests.gpu.test_loads import open_devices
-from tests.unit.store.handmade import CHUNK, Rig, delivered_by
+from tests.unit.store.handmade import CHUNK, Rig, chunk_of, delivered_by
 
 pytestmark = pytest.mark.gpu
 
@@ -137,7 +137,7 @@ async def test_the_gpu_checks_what_comes_from_dram(tmp_path, monkeypatch, codec)
         for _ in range(3):
             assert await bytes_on(rig) == rig.bytes[A]
             assert rig.reports[-1].verified_bytes == len(rig.bytes[A])
-        chunk = rig.store._ledger.chunk_of(A, 5)
+        chunk = chunk_of(rig.store._ledger, A, 5)
         rig.store._machinery.pool.view(chunk, 4096)[99] ^= 1
         with pytest.raises(ChecksumError) as caught:
             await rig.store.acquire(A)

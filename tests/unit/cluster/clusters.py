@@ -272,6 +272,7 @@ class Brute:
                     costs.append(self.moves_cost(node, devices, gone))
         cost = min(costs, default=inf)
         if cost < inf:
+            cost += node.bandwidths.evict_s
             yield (max(queue, cost) + load_s, 4, 0.0, node.node, devices, "")
 
     def moves_cost(self, node, devices, gone):
@@ -307,7 +308,9 @@ class Brute:
                 if load_s < inf and all(
                     free[d] + sum(r.size_on(d) for r in idle) >= size for d in devices
                 ):
-                    cost = self.queue(node, devices) + load_s + resume
+                    is_free = all(free[d] >= size for d in devices)
+                    wait = max(self.queue(node, devices), 0 if is_free else node.bandwidths.evict_s)
+                    cost = wait + load_s + resume
                     found.append((cost, [(node.node, d) for d in devices]))
         return found
 

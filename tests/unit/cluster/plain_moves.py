@@ -43,7 +43,7 @@ def plain_best(
             if found is None:
                 continue
             queue_s = max(0.0, path_at - now, *(d.ready_at - now for d in devices))
-            startup_s = max(queue_s, found[0]) + load_s
+            startup_s = max(queue_s, found[0] + node.state.bandwidths.evict_s) + load_s
             key = (startup_s, Kind.MIGRATE, 0.0, name, chosen, NO_REPLICA)
             best = key if best is None else min(best, key)
     return best, streams.steps_left >= 0
@@ -143,6 +143,8 @@ def _loads(view: ClusterView, model: ModelId, size: int, count: int, now: float)
         fitting = [d for d in node.devices if d.room >= size and model not in d.models]
         for chosen in combinations(sorted(fitting, key=lambda d: d.name), count):
             wait_s = max(0.0, path_at - now, max(d.ready_at for d in chosen) - now)
+            if any(d.free < size for d in chosen):
+                wait_s = max(wait_s, node.state.bandwidths.evict_s)
             names = tuple(d.name for d in chosen)
             heapq.heappush(heap, (wait_s + load_s, node_id, names))
     while heap:

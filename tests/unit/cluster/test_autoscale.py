@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from sllm_node.cluster.autoscale import (
-    ArrivalRate,
     Autoscaler,
     Demand,
     ReplicaSeen,
@@ -69,7 +68,6 @@ def started(*nodes):
         (0, 2, demand(waiting=2, replicas=[replica("r", is_leaving=True)]), started(Y)),
         (1, 3, demand(starts=()), ()),
         (1, 3, demand(starts=(Start(NodeId("dead"), 0.1),)), ()),
-        (0, 3, demand(arrivals_per_s=2.0, service_s=1.5), started(Y, Z)),
     ],
 )  # fmt: skip
 def test_as_many_are_started_as_demand_fills_where_startup_is_shortest(
@@ -237,14 +235,6 @@ def test_the_status_tells_desired_and_actual_and_why():
     assert "5.0 sessions" in status.reason
     a.on_demand(demand(starts=()), 1.0)
     assert "no node can start" in a.status()[0].reason
-
-
-def test_the_rate_of_arrivals_follows_them_and_fades():
-    rate = ArrivalRate(10.0, 0.0)
-    for second in range(100):
-        rate.observe(float(second), 3)
-    assert rate.per_s(99.0) == pytest.approx(3.0, rel=0.1)
-    assert rate.per_s(199.0) < 0.001
 
 
 @dataclass

@@ -45,7 +45,7 @@ def test_a_start_is_known_for_each_node_with_room_with_its_estimate():
         node("b", free=8, in_dram=True),
         node("c", free=0, in_dram=True),
     )
-    demand = demand_of(view, REQUEST, Load(waiting=3, arrivals_per_s=0.5, service_s=4.0), 5, 0.0)
+    demand = demand_of(view, REQUEST, Load(waiting=3), 5, 0.0)
     assert demand.starts == (Start(A, 8.0), Start(B, 2.0))
     assert (demand.slots, demand.waiting, demand.sessions()) == (5, 3, 3)
     assert demand.replicas == ()

@@ -17,10 +17,9 @@ from sllm_node.cluster.directory import (
     RecordPut,
     Standing,
     Watch,
-    to_remember,
 )
 from sllm_node.cluster.directory_keys import Entry, Head, NodeRecord, decode, encode, key_of
-from sllm_node.cluster.records import Desired, KnownPeer, Put, Registration
+from sllm_node.cluster.records import Desired, KnownPeer, Registration
 from sllm_node.core.types import ModelId, NodeId
 
 ME = NodeRecord(NodeId("me"), "10.0.0.1:1", 5)
@@ -237,15 +236,6 @@ def test_keys_of_another_release_are_passed_over():
 @pytest.mark.parametrize("record", [A, MODEL, WISH])
 def test_a_record_comes_back_as_it_was_put(record):
     assert decode(key_of(record), encode(record)) == record
-
-
-def test_the_journal_gets_what_it_lacks():
-    listed = (
-        Listed(A.node, "new:1", 1, is_stale=False),
-        Listed(B.node, B.address, 1, is_stale=True),
-    )
-    old = (KnownPeer(A.node, "old:1"), KnownPeer(B.node, B.address))
-    assert to_remember(old, listed) == (Put(KnownPeer(A.node, "new:1")),)
 
 
 class Server:

@@ -15,7 +15,7 @@ from sllm_node.core.types import ModelId, Part
 from sllm_node.device.cpu import CpuDevice
 from sllm_node.engine.arriving import Arriving, EarlyThreads, needs_of
 from sllm_node.engine.decode_ops import ReferenceOps
-from sllm_node.engine.skeleton import build_skeleton, dry_run
+from sllm_node.engine.skeleton import build_skeleton, layer_shapes
 from sllm_node.engine.steps import Gate, StepThread
 from tests.models import make_checkpoint
 from tests.unit.engine.rig import Weights, ask, collect, engine_of, engines_of
@@ -144,7 +144,7 @@ def test_no_layer_of_any_architecture_uses_bytes_before_it_has_waited_for_them(f
         places[id(tensors[entry.name])] = (entry.name, end)
     uses = Uses(places, arrival)
     with uses:
-        dry_run(model)
+        layer_shapes(model)  # by a forward pass over nothing
     assert len(uses.used) == len(places)
     ends = [max(ends) for _, ends in needs]
     assert len({end for end in ends if end < index.size}) >= model.config.num_hidden_layers

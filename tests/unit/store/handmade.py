@@ -29,6 +29,7 @@ from sllm_node.device.cpu import CpuDevice
 from sllm_node.engine.weights import torch_name
 from sllm_node.store.arena import PieceState
 from sllm_node.store.reader import DirectFileSystem
+from sllm_node.store.residency import UnitState
 from sllm_node.store.store import Store
 
 CHUNK = 8192
@@ -143,6 +144,12 @@ class FaultyFileSystem:
         file = self._real.open(path)
         self.open_files += 1
         return FaultyFile(file, self)
+
+
+def chunk_of(ledger, model, unit):
+    """Return the chunk that holds a unit; None: it is not in DRAM."""
+    slot = ledger._rows[model].slots[unit]
+    return slot.chunk if slot.state is UnitState.FILLED else None
 
 
 class Rig:

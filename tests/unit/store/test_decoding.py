@@ -25,7 +25,7 @@ from sllm_node.device.cpu_decoder import CpuDecoder
 from sllm_node.store.store import Store
 from sllm_node.store.tier import DeviceTier
 from tests.unit.checkpoint.raw import write_raw
-from tests.unit.store.handmade import CHUNK, Rig, write_checkpoint
+from tests.unit.store.handmade import CHUNK, Rig, chunk_of, write_checkpoint
 
 A, B = ModelId("a"), ModelId("b")
 FILE_CHUNK = 2 * CHUNK
@@ -217,7 +217,7 @@ async def test_what_is_always_checked_is_checked_by_the_device_when_it_comes_fro
         assert len(device.gate.jobs) == 8
         assert all(job.digest is not None for job in device.gate.jobs)
         assert rig.reports[-1].verified_bytes == len(rig.bytes[A])
-        chunk = rig.store._ledger.chunk_of(A, 3)
+        chunk = chunk_of(rig.store._ledger, A, 3)
         rig.store._machinery.pool.view(chunk, 4096)[99] ^= 1
         with pytest.raises(ChecksumError) as caught:
             await rig.store.acquire(A)
@@ -235,7 +235,7 @@ async def test_raw_checkpoints_are_checked_by_the_device_too(tmp_path, monkeypat
         assert device.gate.jobs == []
         await rig.check("a")
         assert len(device.gate.jobs) == 8
-        chunk = rig.store._ledger.chunk_of(A, 0)
+        chunk = chunk_of(rig.store._ledger, A, 0)
         rig.store._machinery.pool.view(chunk, 4096)[99] ^= 1
         with pytest.raises(ChecksumError):
             await rig.store.acquire(A)

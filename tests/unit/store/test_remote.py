@@ -148,7 +148,12 @@ async def test_a_load_that_goes_on_tells_no_more_of_the_remote_than_it_read(
         assert await node.load("a") == remote.bytes["a"]
         report = node.reports[-1]
         assert 0 <= report.bytes_from_remote <= report.bytes_from_nvme
-        assert node.sample("sllm_load_bytes_total", source="nvme") >= 0
+        sizes = [node.sample("sllm_load_bytes_total", source=tier) for tier in ("nvme", "remote")]
+        assert sizes == [
+            report.bytes_from_nvme - report.bytes_from_remote,
+            report.bytes_from_remote,
+        ]
+        assert sum(sizes) + report.bytes_from_dram == report.bytes_total
         node.unload("a")
 
 

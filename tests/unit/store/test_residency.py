@@ -5,6 +5,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from sllm_node.core.types import ModelId
 from sllm_node.store.residency import Residency, Unit, UnitState
+from tests.unit.store.handmade import chunk_of
 
 CHUNKS = 6
 MODELS = {ModelId("a"): 3, ModelId("b"): 4, ModelId("c"): 9}
@@ -34,7 +35,7 @@ def test_a_victim_loses_its_tail_first():
     ledger.begin_load(ModelId("c"))
     _, victim = ledger.take(ModelId("c"), 0)
     assert victim == "a"
-    assert [ledger.chunk_of(ModelId("a"), unit) is None for unit in range(3)] == [
+    assert [chunk_of(ledger, ModelId("a"), unit) is None for unit in range(3)] == [
         False,
         False,
         True,
@@ -116,8 +117,8 @@ def test_a_load_without_victims_recycles_its_own_latest_copied_unit():
         ledger.hold(model, unit)
         ledger.unhold(model, unit, copied=True)
     assert ledger.take(model, 6) is not None
-    assert ledger.chunk_of(model, 0) is not None
-    assert ledger.chunk_of(model, 1) is None
+    assert chunk_of(ledger, model, 0) is not None
+    assert chunk_of(ledger, model, 1) is None
 
 
 def test_what_is_known_of_a_closed_model_is_gone():
@@ -137,12 +138,12 @@ def test_a_damaged_unit_in_use_stays_until_its_last_copy_ends(is_told_twice):
     ledger.hold(ModelId("a"), 0)
     ledger.unhold(ModelId("a"), 0, copied=False)
     ledger.drop(ModelId("a"), 0)
-    assert ledger.chunk_of(ModelId("a"), 0) is not None
+    assert chunk_of(ledger, ModelId("a"), 0) is not None
     assert not ledger.is_verified(ModelId("a"), 0)
     ledger.unhold(ModelId("a"), 0, copied=not is_told_twice)
     if is_told_twice:
         ledger.drop(ModelId("a"), 0)
-    assert ledger.chunk_of(ModelId("a"), 0) is None
+    assert chunk_of(ledger, ModelId("a"), 0) is None
     assert ledger.free == CHUNKS
 
 
@@ -220,7 +221,7 @@ class Ledger(RuleBasedStateMachine):
             data, model, lambda slot: slot.state is UnitState.FILLED and slot.holds < 2
         )
         if unit is not None and model in self.loading:
-            assert self.ledger.hold(model, unit) == self.ledger.chunk_of(model, unit)
+            assert self.ledger.hold(model, unit) == chunk_of(self.ledger, model, unit)
 
     @rule(data=st.data(), model=st.sampled_from(list(MODELS)), copied=st.booleans())
     def unhold(self, data, model, copied):

@@ -19,7 +19,14 @@ from sllm_node.core.errors import (
 from sllm_node.core.types import ModelId, Tier
 from sllm_node.core.units import align_up
 from sllm_node.device.cpu import CpuDevice, CpuStream
-from tests.unit.store.handmade import CHUNK, Rig, delivered_by, replace_file, write_checkpoint
+from tests.unit.store.handmade import (
+    CHUNK,
+    Rig,
+    chunk_of,
+    delivered_by,
+    replace_file,
+    write_checkpoint,
+)
 
 pytestmark = pytest.mark.usefixtures("with_codecs")
 
@@ -399,7 +406,7 @@ async def test_chunks_that_do_not_fit_the_pool_are_refused_with_both_sizes(tmp_p
 async def test_dram_that_went_bad_is_found_when_everything_is_verified(tmp_path):
     async with Rig(tmp_path, verify="always") as rig:
         await rig.check("a")
-        chunk = rig.store._ledger.chunk_of(A, 2)
+        chunk = chunk_of(rig.store._ledger, A, 2)
         rig.store._machinery.pool.view(chunk, 16)[3] ^= 1
         with pytest.raises(ChecksumError):
             await rig.store.acquire(A)
