@@ -21,6 +21,7 @@ Download = Callable[[str], Path]
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES: Final = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _HUB_FILES_LEFT: Final = ("original/*", "consolidated*", "*/*")
+_GGUF_PART: Final = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -136,7 +137,8 @@ def _open_folder(
     if len(quantised) == 1:
         return load_gguf(path / quantised[0], origin, dtype)
     if quantised:
-        raise ConversionError(origin, f"has several GGUF files, name one: {few(quantised)}")
+        whole = [name for name in quantised if not _GGUF_PART.search(name)]
+        raise _several_gguf(origin, quantised, whole)
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise _pickle_refused(origin, pickles)
     raise ConversionError(origin, "has no safetensors and no GGUF file")
@@ -152,6 +154,16 @@ def _open_file(path: Path, origin: str, dtype: str | None) -> GgufModel:
     if path.suffix == ".safetensors":
         raise ConversionError(origin, "is one file of a model; give the folder that it lies in")
     raise ConversionError(origin, "is neither a folder nor a GGUF file")
+
+
+def _several_gguf(origin: str, names: list[str], whole: list[str]) -> ConversionError:
+    if whole:
+        return ConversionError(origin, f"has several GGUF files, name one: {few(whole)}")
+    return ConversionError(
+        origin,
+        f"has its GGUF model in parts ({few(names)}); join them first: "
+        f"llama-gguf-split --merge {names[0]} WHOLE.gguf",
+    )
 
 
 def _converted_already(origin: str, folder: Path) -> ConversionError:

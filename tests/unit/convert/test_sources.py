@@ -132,6 +132,17 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path, names, problem):
     assert problem in refused(tmp_path)
 
 
+def test_parts_of_a_gguf_model_are_not_offered_as_models(tmp_path):
+    parts = ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]
+    for name in parts:
+        (tmp_path / name).write_bytes(b"")
+    problem = refused(tmp_path)
+    assert f"has its GGUF model in parts ({', '.join(parts)}); join them first" in problem
+    assert f"llama-gguf-split --merge {parts[0]} WHOLE.gguf" in problem
+    (tmp_path / "b.gguf").write_bytes(b"")
+    assert refused(tmp_path) == "has several GGUF files, name one: b.gguf"
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [("model.safetensors", "give the folder"), ("model.onnx", "neither a folder nor"),
