@@ -64,7 +64,7 @@ def load_gguf(path: Path, origin: str, dtype: str | None) -> GgufModel:
         config = _load_config(path)
         check_config(header, config, origin)
         scaling = rope_scaling(header, config, origin)
-        model, info = _load_model(path, dtype or DEFAULT_DTYPE)
+        model, info = _load_model(path, config, dtype or DEFAULT_DTYPE)
         _check_all_filled(info, origin)
         check_all_used(header, model, origin)
     if scaling:
@@ -89,15 +89,16 @@ def _load_config(path: Path) -> Any:
     return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
 
 
-def _load_model(path: Path, dtype: str) -> tuple[Any, Mapping[str, Any]]:
+def _load_model(path: Path, config: Any, dtype: str) -> tuple[Any, Mapping[str, Any]]:
     import transformers
 
     # Releases without GgufConfig dequantise always.
-    config = getattr(transformers, "GgufConfig", None)
-    options = {} if config is None else {"quantization_config": config(dequantize=True)}
+    how = getattr(transformers, "GgufConfig", None)
+    options = {} if how is None else {"quantization_config": how(dequantize=True)}
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
         str(path.parent),
         gguf_file=path.name,
+        config=config,
         dtype=TORCH_DTYPES[dtype],
         output_loading_info=True,
         **options,
