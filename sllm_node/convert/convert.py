@@ -39,7 +39,11 @@ from sllm_node.convert.sources import (
 from sllm_node.convert.tensors import dtype_named
 from sllm_node.convert.texts import context_tokens, library_errors_named, set_dtype
 from sllm_node.core.clock import Clock, MonotonicClock
-from sllm_node.core.errors import ConversionError, UnsupportedArchitectureError
+from sllm_node.core.errors import (
+    CheckpointFormatError,
+    ConversionError,
+    UnsupportedArchitectureError,
+)
 from sllm_node.core.units import GIB, PAGE
 from sllm_node.engine.skeleton import (
     SUPPORTED,
@@ -152,9 +156,19 @@ def convert_opened(
         created = int(surroundings.clock.wall())
         index = _index(name, model.config, plan, layout, chunk_bytes, created)
         write_index(folder, with_shards(index, shards), files)
+        _check_written(folder, origin)
         check_still_ours(place)
         publish(folder, place, files, replace=options.force)
     return open_checkpoint(destination)
+
+
+def _check_written(folder: Path, origin: str) -> None:
+    """Make sure, before it takes anything's place, that a node can open what was written."""
+    try:
+        open_checkpoint(folder)
+    except CheckpointFormatError as error:
+        problem = f"what was written of it can't be read back ({error.problem}); "
+        raise ConversionError(origin, f"{problem}nothing was replaced") from error
 
 
 def _index(

@@ -8,7 +8,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.catalog import Catalog, open_checkpoint
+from sllm_node.checkpoint.output import DiskFiles
 from sllm_node.checkpoint.split import layer_starts
 from sllm_node.checkpoint.verify import verify
 from sllm_node.convert.convert import ConvertOptions, Surroundings, convert
@@ -164,6 +165,29 @@ def test_a_folder_that_took_the_name_meanwhile_is_not_replaced(source, store):
     with pytest.raises(StorageWriteError, match="no checkpoint"):
         convert(str(source), "m", store, ConvertOptions(force=True), progress=take)
     assert (store / "m" / "photos").is_file()
+    assert names_in(store) == ["m"]
+
+
+class Garbling(DiskFiles):
+    """Damages the tensor index on its way to the disk."""
+
+    def write(self, descriptor, data):
+        return super().write(descriptor, bytes(data).replace(b'"shards"', b'"shreds"'))
+
+
+def test_what_can_not_be_read_back_replaces_nothing(source, store):
+    before = convert(str(source), "m", store)
+    with pytest.raises(
+        ConversionError, match=r"can't be read back .*`shreds`.*nothing was replaced"
+    ):
+        convert(
+            str(source),
+            "m",
+            store,
+            ConvertOptions("bfloat16", force=True),
+            surroundings=Surroundings(files=Garbling()),
+        )
+    assert open_checkpoint(store / "m").index == before.index
     assert names_in(store) == ["m"]
 
 
