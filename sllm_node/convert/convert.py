@@ -28,7 +28,7 @@ from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.names import EXPONENT
 from sllm_node.convert.mapping import GroupRunner
-from sllm_node.convert.plan import Plan, plan_tensors, tensor_bytes
+from sllm_node.convert.plan import Plan, check_computable, plan_tensors, tensor_bytes
 from sllm_node.convert.sources import (
     Download,
     Source,
@@ -36,7 +36,7 @@ from sllm_node.convert.sources import (
     download_from_hub,
     open_source,
 )
-from sllm_node.convert.tensors import dtype_named
+from sllm_node.convert.tensors import COMPUTE_DTYPES, dtype_named
 from sllm_node.convert.texts import context_tokens, library_errors_named, set_dtype
 from sllm_node.core.clock import Clock, MonotonicClock
 from sllm_node.core.errors import (
@@ -148,6 +148,8 @@ def convert_opened(
         opened.write_texts(folder)
         model, order = _build(folder, origin, servable=options.servable)
         plan = plan_tensors(model, order, opened, dtype, origin)
+        if options.servable:
+            check_computable(plan, model, origin)
         set_dtype(folder, plan.compute_dtype)
         layout = plan_layout((tensor.spec for tensor in plan.tensors), options.shard_bytes)
         space.require(layout.size, store, files)
@@ -201,6 +203,9 @@ def _check(name: str, store: Path, options: ConvertOptions, chunk_bytes: int) ->
             "a letter or digit first",
         )
     _check_free(name, store, force=options.force)
+    if options.servable and _dtype(options) not in {None, *COMPUTE_DTYPES}:
+        problem = "is none that a node computes in; give bfloat16, float16 or float32"
+        raise ConversionError(f"dtype {options.dtype!r}", problem)
     check_codec(options.codec, chunk_bytes)
     if options.shard_bytes < PAGE or options.shard_bytes % PAGE:
         problem = f"is not a multiple of {PAGE} bytes"
