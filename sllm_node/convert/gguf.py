@@ -58,6 +58,10 @@ def load_gguf(path: Path, origin: str, dtype: str | None) -> GgufModel:
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ConversionError(origin, "is no GGUF file")
+    try:
+        import gguf  # noqa: F401 - to tell what is missing before anything is read
+    except ImportError as error:
+        raise ConversionError(origin, f"install sllm-node[gguf] to read it ({error})") from error
     with library_errors_named(origin, "transformers can't read it"):
         header = read_header(path)
         check_whole(header, origin)

@@ -21,6 +21,9 @@ _LLAMA3: Final = {
 }  # fmt: skip
 """What Llama 3.1 to 3.3 scale their rotary embedding with; the file has only what follows from it."""
 
+_GEMMA2_27B: Final = ("gemma2", 46)
+"""The one of its family that scales queries by the width of a head as it would be without `head_dim`."""
+
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
@@ -94,6 +97,12 @@ def check_config(header: GgufHeader, config: Any, origin: str) -> None:
     for key, value, found in _compared(header, config):
         if not math.isclose(value or 0, found or 0, rel_tol=1e-6):
             raise _not_taken(header, key, value, f"its config has {found}", origin)
+    layers = header.fields.get("block_count")
+    if (header.architecture, layers) == _GEMMA2_27B:
+        wanted = config.hidden_size // config.num_attention_heads
+        if config.query_pre_attn_scalar != wanted:
+            instead = f"its query_pre_attn_scalar is {wanted}, which no key says"
+            raise _not_taken(header, "block_count", layers, instead, origin)
 
 
 def rope_scaling(header: GgufHeader, config: Any, origin: str) -> dict[str, Any]:

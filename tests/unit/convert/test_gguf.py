@@ -1,4 +1,5 @@
 import json
+import sys
 
 import gguf
 import numpy as np
@@ -80,6 +81,15 @@ def test_the_end_token_is_the_files_everywhere(in_config, in_tokenizer, wanted, 
     _agree_on("eos", config, generation, tokenizer)
     assert (config.eos_token_id, generation.eos_token_id) == (wanted, wanted)
     assert tokenizer.eos_token == text
+
+
+def test_a_machine_without_the_packages_for_gguf_files_is_told_which_to_install(
+    tmp_path, monkeypatch
+):
+    path, _ = write_gguf(tmp_path)
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ConversionError, match=r"install sllm-node\[gguf\]"):
+        convert(str(path), "m", tmp_path / "store")
 
 
 def test_a_gguf_file_that_transformers_can_not_read_is_refused(tmp_path):

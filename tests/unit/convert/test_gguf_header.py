@@ -31,6 +31,16 @@ def test_a_key_that_the_config_has_otherwise_is_refused_by_name(kind, fields, pr
         check_config(header(kind, fields), config, "m.gguf")
 
 
+def test_gemma2_27b_is_refused_as_its_queries_are_scaled_by_what_no_key_says():
+    sizes = {"hidden_size": 4608, "num_attention_heads": 32, "head_dim": 128}
+    config = AutoConfig.for_model("gemma2", **sizes)
+    with pytest.raises(ConversionError, match=r"gemma2.block_count is 46, .*query_pre_attn_scalar"):
+        check_config(header("gemma2", {"block_count": 46}), config, "m.gguf")
+    check_config(header("gemma2", {"block_count": 42}), config, "m.gguf")
+    config.query_pre_attn_scalar = 144
+    check_config(header("gemma2", {"block_count": 46}), config, "m.gguf")
+
+
 def test_keys_that_the_config_has_are_taken():
     rope = {"rope_theta": 1e6, "rope_type": "default", "partial_rotary_factor": 0.75}
     config = config_of("phi3", rope_parameters=rope, sliding_window=9, pad_token_id=0)
