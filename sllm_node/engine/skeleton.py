@@ -24,6 +24,7 @@ from typing_extensions import override
 from sllm_node.core.errors import UnsupportedArchitectureError
 from sllm_node.engine.attention import (
     ATTENTION,
+    MASKED,
     AttentionCall,
     UnknownAttentionOptionError,
     attention_step,
@@ -215,10 +216,24 @@ class _ShapeRecorder:
         return call.query.new_empty(*call.query.shape[:2], call.value.shape[-1])
 
 
-def _dry_run(model: Model, recorder: _ShapeRecorder) -> None:
-    ids = torch.zeros((1, _DRY_TOKENS), dtype=torch.long, device="meta")
+def _dry_run(model: Model, recorder: _ShapeRecorder, **inputs: torch.Tensor) -> None:
+    ids = _dry_tokens()
     with torch.inference_mode(), attention_step(recorder), _experts_by_shape(model.config):
-        model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
+        model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, **inputs)
+
+
+def _dry_tokens() -> torch.Tensor:
+    return torch.zeros((1, _DRY_TOKENS), dtype=torch.long, device="meta")
+
+
+@contextmanager
+def _with_masks(config: Any) -> Iterator[None]:
+    """Let the model of `config` build masks, from which its layers learn their windows."""
+    config._attn_implementation = MASKED  # noqa: SLF001
+    try:
+        yield
+    finally:
+        config._attn_implementation = ATTENTION  # noqa: SLF001
 
 
 @contextmanager
@@ -232,11 +247,16 @@ def _experts_by_shape(config: Any) -> Iterator[None]:
 
 
 def _check_layers(model: Model, source: str) -> None:
-    """Refuse models that call our attention otherwise than once per layer, in order."""
+    """Refuse models that call our attention otherwise than once per layer, in order.
+
+    Layers have the windows of their masks from then on.
+    """
     name = type(model).__name__
     recorder = _ShapeRecorder()
     try:
-        _dry_run(model, recorder)
+        # With a mask for padding, of which there is none, nobody looks for sequences in positions.
+        with _with_masks(model.config):
+            _dry_run(model, recorder, attention_mask=torch.ones_like(_dry_tokens()))
     except UnknownAttentionOptionError as error:
         problem = f"{name} with attention option {error}"
         raise UnsupportedArchitectureError(source, problem, SUPPORTED) from error

@@ -5,11 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 from sllm_node.checkpoint.split import layer_starts
+from sllm_node.core.errors import UnsupportedArchitectureError
 from sllm_node.engine.attention import attention_step
 from sllm_node.engine.skeleton import build_skeleton, forward_order, layer_shapes
-from tests.models import make_checkpoint, make_model, make_source
+from tests.models import FAMILIES, make_checkpoint, make_model, make_source
 from tests.unit.engine.rig import ask, collect, engine_of, reference
 
 EXPERTS = ["mixtral", "qwen2_moe", "qwen3_moe", "granitemoe", "glm4_moe", "deepseek_v3"]
@@ -21,6 +23,15 @@ class NoAttention:
 
     def attend(self, call):
         return call.query.new_zeros(*call.query.shape[:2], call.value.shape[-1])
+
+
+def config_of(folder, family="llama", **changes):
+    """Write the config of `family`, with `changes` as a user would make them, and return the folder."""
+    model_type, fields = FAMILIES[family]
+    AutoConfig.for_model(model_type, **fields).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return folder
 
 
 def output_of(model):
@@ -82,3 +93,17 @@ async def test_a_session_says_the_same_whoever_shares_its_experts(tmp_path, fami
         for generation in crowd:
             await collect(generation)
     assert alone == reference(make_model(family), list(PROMPT), 16)
+
+
+@pytest.mark.parametrize(
+    ("family", "windows"),
+    [("mistral", (8, 8)), ("gemma2", (8, None)), ("llama", (None, None)), ("olmoe", (None, None))],
+)
+def test_a_layer_has_the_window_of_its_mask(tmp_path, family, windows):
+    model = build_skeleton(config_of(tmp_path, family, sliding_window=8))
+    assert tuple(shape.window for shape in layer_shapes(model)) == windows
+
+
+def test_a_window_in_which_a_token_does_not_even_see_itself_is_refused(tmp_path):
+    with pytest.raises(UnsupportedArchitectureError, match="sliding_window = 0"):
+        build_skeleton(config_of(tmp_path, "mistral", sliding_window=0))
