@@ -80,8 +80,12 @@ def check_supported(config: Any, source: str) -> None:
         UnsupportedArchitectureError: naming the architecture, and what about it is in the way.
     """
     name = architecture(config)
-    if name not in SUPPORTED or not _is_text_model(config):
+    if name not in SUPPORTED:
         raise UnsupportedArchitectureError(source, name, SUPPORTED)
+    if name != (found := causal_class(config)):
+        runs = found or "no causal language model"
+        problem = f"a config of type {config.model_type}, which transformers runs as {runs}"
+        raise UnsupportedArchitectureError(source, f"{name} with {problem}", SUPPORTED)
     for problem in _problems(config):
         raise UnsupportedArchitectureError(source, f"{name} with {problem}", SUPPORTED)
 
@@ -264,10 +268,6 @@ def _check_layers(model: Model, source: str) -> None:
     if layers != list(range(model.config.num_hidden_layers)):
         problem = f"{name} with attention in layers {layers}"
         raise UnsupportedArchitectureError(source, problem, SUPPORTED)
-
-
-def _is_text_model(config: Any) -> bool:
-    return causal_class(config) == architecture(config)
 
 
 def _problems(config: Any) -> Iterable[str]:

@@ -107,3 +107,29 @@ def test_a_layer_has_the_window_of_its_mask(tmp_path, family, windows):
 def test_a_window_in_which_a_token_does_not_even_see_itself_is_refused(tmp_path):
     with pytest.raises(UnsupportedArchitectureError, match="sliding_window = 0"):
         build_skeleton(config_of(tmp_path, "mistral", sliding_window=0))
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "problem"),
+    [
+        (
+            "qwen2",
+            {"architectures": ["LlamaForCausalLM"]},
+            "LlamaForCausalLM with a config of type qwen2, which transformers runs as Qwen2ForC",
+        ),
+        (
+            "mistral",
+            {
+                "architectures": ["MistralForCausalLM"],
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+            "MistralForCausalLM with a config of type ministral, which transformers runs as Minist",
+        ),
+    ],
+)
+def test_a_class_that_is_not_the_one_of_the_config_is_refused_with_both(
+    tmp_path, family, changes, problem
+):
+    with pytest.raises(UnsupportedArchitectureError, match=problem):
+        build_skeleton(config_of(tmp_path, family, **changes))
