@@ -91,12 +91,13 @@ def check_supported(config: Any, source: str) -> None:
 
 
 def architecture(config: Any) -> str:
-    """Return the class name of the model that `config` describes."""
+    """Return the class name of the model that `config` describes, as transformers spells it."""
+    found = causal_class(config)
     if names := getattr(config, "architectures", None):
-        return str(names[0])
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
-    return type(config).__name__
+        name = str(names[0])
+        # The hub has PhiMoEForCausalLM where transformers has PhimoeForCausalLM.
+        return found if found and found.lower() == name.lower() else name
+    return found or type(config).__name__
 
 
 def causal_class(config: Any) -> str | None:

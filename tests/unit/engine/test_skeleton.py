@@ -10,7 +10,7 @@ from transformers import AutoConfig
 from sllm_node.checkpoint.split import layer_starts
 from sllm_node.core.errors import UnsupportedArchitectureError
 from sllm_node.engine.attention import attention_step
-from sllm_node.engine.skeleton import build_skeleton, forward_order, layer_shapes
+from sllm_node.engine.skeleton import architecture, build_skeleton, forward_order, layer_shapes
 from tests.models import FAMILIES, make_checkpoint, make_model, make_source
 from tests.unit.engine.rig import ask, collect, engine_of, reference
 
@@ -107,6 +107,12 @@ def test_a_layer_has_the_window_of_its_mask(tmp_path, family, windows):
 def test_a_window_in_which_a_token_does_not_even_see_itself_is_refused(tmp_path):
     with pytest.raises(UnsupportedArchitectureError, match="sliding_window = 0"):
         build_skeleton(config_of(tmp_path, "mistral", sliding_window=0))
+
+
+def test_a_class_may_be_spelled_as_on_the_hub(tmp_path):
+    folder = config_of(tmp_path, "phimoe", architectures=["PhiMoEForCausalLM"], sliding_window=8)
+    model = build_skeleton(folder)
+    assert architecture(model.config) == type(model).__name__ == "PhimoeForCausalLM"
 
 
 @pytest.mark.parametrize(
