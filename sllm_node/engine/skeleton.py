@@ -46,7 +46,8 @@ SUPPORTED: Final[tuple[str, ...]] = (
 """Architectures whose tokens the tests compare with `generate()`."""
 
 _STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
-"""Rotary embeddings that depend on a token's own position only, not on the longest in the batch."""
+"""Rotary embeddings that depend on a token's own position only, not on the longest in the batch.
+PhiMoE scales any but the default one by how long that is."""
 _DRY_TOKENS: Final = 4
 _EXPERTS: Final = "grouped_mm"
 """How mixtures of experts are computed: the tokens of a step sorted by expert, one product for each
@@ -92,12 +93,13 @@ def check_supported(config: Any, source: str) -> None:
 
 def architecture(config: Any) -> str:
     """Return the class name of the model that `config` describes, as transformers spells it."""
-    found = causal_class(config)
-    if names := getattr(config, "architectures", None):
-        name = str(names[0])
-        # The hub has PhiMoEForCausalLM where transformers has PhimoeForCausalLM.
-        return found if found and found.lower() == name.lower() else name
-    return found or type(config).__name__
+    found, names = causal_class(config), getattr(config, "architectures", None)
+    if isinstance(names, list) and names:
+        names = names[0]
+    if not isinstance(names, str) or not names:
+        return found or type(config).__name__
+    # The hub has PhiMoEForCausalLM where transformers has PhimoeForCausalLM.
+    return found if found and found.lower() == names.lower() else names
 
 
 def causal_class(config: Any) -> str | None:
@@ -276,7 +278,7 @@ def _problems(config: Any) -> Iterable[str]:
     if getattr(config, "quantization_config", None):
         yield "quantised weights"
     for rope in _rope_types(config):
-        if rope not in _STATIC_ROPE:
+        if rope not in _STATIC_ROPE or (config.model_type == "phimoe" and rope != "default"):
             yield f"rotary embedding {rope!r}"
     if getattr(config, "is_causal", True) is False:
         yield "attention that is not causal"

@@ -115,6 +115,28 @@ def test_a_class_may_be_spelled_as_on_the_hub(tmp_path):
     assert architecture(model.config) == type(model).__name__ == "PhimoeForCausalLM"
 
 
+def test_a_class_that_is_no_list_is_one_name(tmp_path):
+    folder = config_of(tmp_path, architectures="LlamaForCausalLM")
+    assert architecture(build_skeleton(folder).config) == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("names", [5, [], None, {"a": "b"}])
+def test_where_no_class_is_named_it_is_that_of_the_type(tmp_path, names):
+    folder = config_of(tmp_path, architectures=names)
+    assert architecture(build_skeleton(folder).config) == "LlamaForCausalLM"
+
+
+@pytest.mark.parametrize("rope", ["linear", "llama3", "yarn", "longrope"])
+def test_phimoe_with_scaled_positions_is_refused(tmp_path, rope):
+    parameters = {
+        "rope_type": rope, "rope_theta": 1e4, "factor": 2.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "short_mscale": 1.2, "long_mscale": 1.2,
+        "original_max_position_embeddings": 64, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+    }  # fmt: skip
+    with pytest.raises(UnsupportedArchitectureError, match=f"rotary embedding '{rope}'"):
+        build_skeleton(config_of(tmp_path, "phimoe", rope_parameters=parameters))
+
+
 @pytest.mark.parametrize(
     ("family", "changes", "problem"),
     [
