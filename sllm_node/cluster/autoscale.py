@@ -10,7 +10,7 @@ what is above the maximum is retired.
 Wanted are as many replicas as running and waiting sessions fill to `fill`; never fewer than the minimum nor more than the maximum. More are started at once, each where
 startup is shortest. Fewer only when, for the keep-alive, no more than that were needed even with
 `margin` on top: the most that was needed in that time stays. A replica that is retired takes no new
-sessions, ends those it has, and leaves.
+sessions, ends those it has, and leaves. Those of a node that drains are as good as gone.
 """
 
 import math
@@ -59,6 +59,9 @@ class ReplicaSeen:
     sessions: int = 0
     is_ready: bool = True
     is_leaving: bool = False
+    """It takes no new sessions."""
+    is_draining: bool = False
+    """Its node drains: it leaves by itself if at all, and the maximum is that of the other nodes."""
     is_pinned: bool = False
     idle_s: float = 0.0
 
@@ -327,7 +330,7 @@ class Autoscaler:
             reason += f"; {count.serving} replicas until demand has been less for the keep-alive"
         return Scaling(
             demand.model, state.home, state.desired.minimum, state.desired.maximum, wanted, ready,
-            count.serving - ready, count.total - count.serving, reason,
+            count.serving - ready, count.leaving, reason,
         )  # fmt: skip
 
 
@@ -336,12 +339,14 @@ class _Count:
     serving: int
     """Replicas that serve, will, or were asked for; not those that leave."""
     total: int
+    """Replicas that count for the maximum."""
+    leaving: int
 
 
 def _count(state: _Model, demand: Demand) -> _Count:
     leaving = sum(r.is_leaving or r.key in state.retired for r in demand.replicas)
-    total = len(demand.replicas) + len(state.pending)
-    return _Count(total - leaving, total)
+    every = len(demand.replicas) + len(state.pending)
+    return _Count(every - leaving, every - sum(r.is_draining for r in demand.replicas), leaving)
 
 
 def _shows(replica: ReplicaSeen, pending: _Pending, used: set[tuple[NodeId, ReplicaId]]) -> bool:

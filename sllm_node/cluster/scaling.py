@@ -122,7 +122,7 @@ class Scaling:
             replica.model
             for node in self._peers.view.nodes.values()
             for replica in node.state.replicas
-            if not replica.is_leaving
+            if not (replica.is_leaving or node.state.is_draining)
         )
         return frozenset(wish.model for wish in desired if count[wish.model] <= wish.minimum)
 
