@@ -290,6 +290,21 @@ async def test_an_operator_ends_all_sessions_of_a_request(node):
 
 
 @on_virtual_time
+async def test_an_operator_ends_a_session_that_moves_here_only_once_this_node_has_it(node):
+    n = node()
+    wanted = n.open("a").request
+    n.service.cancel_request("r-1")
+    moving = n.service.open(replace(wanted, session=SessionId("m-0"), held=True))
+    assert n.service.cancel_request("m") == 0
+    await moving.started.wait()
+    assert n.service.cancel_request("m") == 0
+    moving.extend(0, (), lets_go=True)
+    assert n.service.cancel_request("m") == 1
+    with pytest.raises(CancelledByOperatorError):
+        await anext(moving)
+
+
+@on_virtual_time
 async def test_who_waits_can_be_given_back_but_not_who_moves_here_or_runs(node):
     n = node()
     running = n.open("a")
