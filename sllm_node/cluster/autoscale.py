@@ -169,9 +169,9 @@ class Autoscaler:
 
     # --- events -----------------------------------------------------------------------------------
 
-    def on_alive(self, nodes: Iterable[NodeId], now: float) -> None:
-        """Take who is alive, this node among them; before the first time no model has a home."""
-        self._alive = frozenset((self._me, *nodes))
+    def on_alive(self, nodes: Iterable[NodeId], now: float, *, is_draining: bool = False) -> None:
+        """Take who is alive, this node among them unless it drains; before the first time no model has a home."""
+        self._alive = frozenset(nodes if is_draining else (self._me, *nodes))
         for model in self._models:
             self._find_home(model, now)
 
@@ -322,7 +322,9 @@ class Autoscaler:
             r.is_ready and not r.is_leaving and r.key not in state.retired for r in demand.replicas
         )
         reason = f"{demand.sessions():.1f} sessions, {demand.slots} places a replica"
-        if not is_settled:
+        if state.home is None:
+            reason = "no node is its home: none is known that does not drain"
+        elif not is_settled:
             reason = f"{state.home} has just become its home, and watches"
         elif count.serving < wanted and state.home == self._me and not state.pending:
             reason += "; no node can start another replica now"

@@ -239,6 +239,18 @@ def test_a_replica_whose_node_drains_is_not_told_to_leave_and_counts_again_after
     assert a.on_demand(demand(replicas=both), 1.0) == (RetireReplica(M, Y, ReplicaId("s")),)
 
 
+def test_a_node_that_drains_is_no_home_and_its_status_follows_what_it_sees():
+    a = scaler(minimum=1, maximum=1)
+    a.on_alive([X], 0.0, is_draining=True)
+    assert a.on_demand(demand(), 100.0) == ()
+    assert a.status()[0].home == X
+    a.on_alive([], 101.0, is_draining=True)
+    assert a.on_demand(demand(replicas=[drained("r", ME)]), 200.0) == ()
+    (status,) = a.status()
+    assert (status.home, status.wanted, status.ready, status.leaving) == (None, 1, 0, 1)
+    assert "no node" in status.reason
+
+
 def test_the_status_tells_desired_and_actual_and_why():
     a = scaler(minimum=1)
     seen = [replica("a", sessions=2), replica("b", is_ready=False), replica("c", is_leaving=True)]
