@@ -10,7 +10,7 @@ what is above the maximum is retired.
 Wanted are as many replicas as running and waiting sessions fill to `fill`; never fewer than the minimum nor more than the maximum. More are started at once, each where
 startup is shortest. Fewer only when, for the keep-alive, no more than that were needed even with
 `margin` on top: the most that was needed in that time stays. A replica that is retired takes no new
-sessions, ends those it has, and leaves.
+sessions, ends those it has, and leaves. Those of a node that drains are as good as gone.
 """
 
 import math
@@ -59,6 +59,9 @@ class ReplicaSeen:
     sessions: int = 0
     is_ready: bool = True
     is_leaving: bool = False
+    """It takes no new sessions."""
+    is_draining: bool = False
+    """Its node drains: it leaves by itself if at all, and the maximum is that of the other nodes."""
     is_pinned: bool = False
     idle_s: float = 0.0
 
@@ -166,9 +169,9 @@ class Autoscaler:
 
     # --- events -----------------------------------------------------------------------------------
 
-    def on_alive(self, nodes: Iterable[NodeId], now: float) -> None:
-        """Take who is alive, this node among them; before the first time no model has a home."""
-        self._alive = frozenset((self._me, *nodes))
+    def on_alive(self, nodes: Iterable[NodeId], now: float, *, is_draining: bool = False) -> None:
+        """Take who is alive, this node among them unless it drains; before the first time no model has a home."""
+        self._alive = frozenset(nodes if is_draining else (self._me, *nodes))
         for model in self._models:
             self._find_home(model, now)
 
@@ -319,7 +322,9 @@ class Autoscaler:
             r.is_ready and not r.is_leaving and r.key not in state.retired for r in demand.replicas
         )
         reason = f"{demand.sessions():.1f} sessions, {demand.slots} places a replica"
-        if not is_settled:
+        if state.home is None:
+            reason = "no node is its home: none is known that does not drain"
+        elif not is_settled:
             reason = f"{state.home} has just become its home, and watches"
         elif count.serving < wanted and state.home == self._me and not state.pending:
             reason += "; no node can start another replica now"
@@ -327,7 +332,7 @@ class Autoscaler:
             reason += f"; {count.serving} replicas until demand has been less for the keep-alive"
         return Scaling(
             demand.model, state.home, state.desired.minimum, state.desired.maximum, wanted, ready,
-            count.serving - ready, count.total - count.serving, reason,
+            count.serving - ready, count.leaving, reason,
         )  # fmt: skip
 
 
@@ -336,12 +341,14 @@ class _Count:
     serving: int
     """Replicas that serve, will, or were asked for; not those that leave."""
     total: int
+    """Replicas that count for the maximum."""
+    leaving: int
 
 
 def _count(state: _Model, demand: Demand) -> _Count:
     leaving = sum(r.is_leaving or r.key in state.retired for r in demand.replicas)
-    total = len(demand.replicas) + len(state.pending)
-    return _Count(total - leaving, total)
+    every = len(demand.replicas) + len(state.pending)
+    return _Count(every - leaving, every - sum(r.is_draining for r in demand.replicas), leaving)
 
 
 def _shows(replica: ReplicaSeen, pending: _Pending, used: set[tuple[NodeId, ReplicaId]]) -> bool:

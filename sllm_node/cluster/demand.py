@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from sllm_node.cluster.autoscale import Demand, ReplicaSeen, Start
 from sllm_node.cluster.candidate import Candidate, PlacementRequest
+from sllm_node.cluster.node_view import NodeView
 from sllm_node.cluster.placement import loads
 from sllm_node.cluster.state import ReplicaState
 from sllm_node.cluster.view import ClusterView
@@ -51,7 +52,7 @@ def demand_of(
         model=model,
         slots=max((replica.slots for _, replica in replicas), default=slots),
         waiting=load.waiting,
-        replicas=tuple(_seen(NodeId(node), replica) for node, replica in replicas),
+        replicas=tuple(_seen(view.nodes[node], replica) for node, replica in replicas),
         starts=tuple(Start(NodeId(node), startup_s) for node, startup_s in sorted(starts.items())),
     )
 
@@ -61,13 +62,15 @@ def _evicted(view: ClusterView, candidate: Candidate) -> set[ModelId]:
     return {r.model for r in view.nodes[candidate.node].state.replicas if r.replica in gone}
 
 
-def _seen(node: NodeId, replica: ReplicaState) -> ReplicaSeen:
+def _seen(node: NodeView, replica: ReplicaState) -> ReplicaSeen:
+    is_draining = node.state.is_draining
     return ReplicaSeen(
         replica=replica.replica,
-        node=node,
+        node=NodeId(node.node),
         sessions=len(replica.sessions),
         is_ready=replica.ready_s <= 0,
-        is_leaving=replica.is_leaving,
+        is_leaving=replica.is_leaving or is_draining,
+        is_draining=is_draining,
         is_pinned=replica.is_pinned,
         idle_s=replica.idle_s,
     )

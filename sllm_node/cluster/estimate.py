@@ -22,6 +22,10 @@ ENDS: Final = 2
 """Of a forward: the entry node and the one that serves."""
 _FORWARDS: Final = 11
 """Forwards that count for the next one: single ones vary widely, what they hang on changes slowly."""
+_COMING_S: Final = 0.001
+"""What a replica is away at least that does not decode yet."""
+_LATE_S: Final = 1.0
+"""By which an estimate may be wrong: that of a first load is, and a load elsewhere would be as late."""
 _LEAST_SPREAD: Final = 1e-6
 """Of token counts, relative to their mean square: below it they tell nothing of the slope."""
 
@@ -87,6 +91,16 @@ def resume_s(fit: ResumeFit | None, tokens: float, sessions: int = 1) -> float:
     """Return the expected seconds until sessions of so many tokens together decode again, in turn."""
     fit = fit or RESUME_GUESS
     return fit.a_s_per_token * tokens + fit.b_s * sessions
+
+
+def coming_s(expected_s: float, passed_s: float = 0.0) -> float:
+    """Return how long a replica is still away that was expected in `expected_s`, `passed_s` ago.
+
+    One that is overdue takes as long again as it is late: nobody knows what holds it up. It may come
+    any moment while it is late by no more than estimates are wrong.
+    """
+    late_s = passed_s - expected_s
+    return late_s if late_s > _LATE_S else max(_COMING_S, -late_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 Ways are looked at by kind: a replica with a place; waiting for one that is full or still loading; a load
 where memory is free, or free once idle replicas are evicted, over the quickest path (clone, DRAM, NVMe,
 peer, remote); a load after running sessions have moved away (`cluster.moves`). Startup time is the wait
-in the queue of the devices (the moves meanwhile) plus the load. The least wins; of equal ones the
+in the queue of the devices (the moves meanwhile) plus the load; one that is overdue under way is late
+for as long again (`estimate.coming_s`), and serves nobody yet. The least wins; of equal ones the
 kind that disturbs least, the emptier replica, then names, so all nodes decide alike on one state.
 
 `decide` looks only at nodes that can still win, since a node's load time bounds it from below;
@@ -22,6 +23,7 @@ from operator import attrgetter
 from typing import Final
 
 from sllm_node.cluster.candidate import Candidate, Kind, PlacementRequest
+from sllm_node.cluster.estimate import coming_s
 from sllm_node.cluster.floors import ROUNDING
 from sllm_node.cluster.move_search import cheapest_moves
 from sllm_node.cluster.moves import Streams, evictions
@@ -218,7 +220,7 @@ def _resident(view: ClusterView, request: PlacementRequest, now: float) -> Itera
             startup_s = _startup_s(replica, age_s)
             if startup_s is None:
                 continue
-            load_s = max(0.0, replica.ready_s - age_s)
+            load_s = _away_s(replica, age_s)
             is_open = replica.free_slots > 0 and startup_s <= 0
             yield Candidate(
                 Kind.SERVE if is_open else Kind.WAIT,
@@ -233,12 +235,16 @@ def _resident(view: ClusterView, request: PlacementRequest, now: float) -> Itera
 
 
 def _startup_s(replica: ReplicaState, age_s: float) -> float | None:
-    ready_s = replica.ready_s
-    if replica.free_slots <= 0:
-        if replica.next_free_s is None:
-            return None
-        ready_s = max(ready_s, replica.next_free_s)
-    return max(0.0, ready_s - age_s)
+    if replica.free_slots > 0:
+        return _away_s(replica, age_s)
+    if replica.next_free_s is None:
+        return None
+    return max(_away_s(replica, age_s), replica.next_free_s - age_s)
+
+
+def _away_s(replica: ReplicaState, age_s: float) -> float:
+    """Return how long until it decodes: above 0 as long as its node says that it comes."""
+    return coming_s(replica.ready_s, age_s) if replica.ready_s > 0 else 0.0
 
 
 def _loads(

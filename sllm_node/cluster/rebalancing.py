@@ -7,12 +7,14 @@ from typing import Any, Final
 
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.rebalance import Waiter, given_back
+from sllm_node.core import log as logs
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import GivenBackError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId, ModelState
 from sllm_node.schedule.driver import Service
+from sllm_node.schedule.stream import request_of
 
 log = logging.getLogger(__name__)
 
@@ -62,4 +64,6 @@ class Rebalancing:
         for session in given_back(self._peers.view, self._peers.me, waiters, after_s, kept):
             if self._service.give_back(session, GivenBackError(models[session], why)):
                 self._metrics.rebalanced.labels(models[session]).inc()
-                log.info("waiting session given back", extra={"session": session})
+                fields = {"session": session, "model": models[session]}
+                with logs.of_request(request_of(session)):
+                    log.info("waiting session given back", extra=fields)

@@ -96,10 +96,10 @@ class Scaling:
 
     def _on_timer(self) -> None:
         self._alarm.set(self._clock.now() + ROUND_S)
-        if not self._service.is_draining:
-            self._look()
+        self._look()
 
     def _look(self) -> None:
+        """See what is there, and act for the models whose home this node is: none while it drains."""
         now, desired = self._clock.now(), tuple(self._desired())
         models = frozenset(wish.model for wish in desired)
         if models != self._scaled:
@@ -108,7 +108,7 @@ class Scaling:
         self._peers.refresh()
         view = self._peers.view
         alive = [name for name, node in view.nodes.items() if not node.state.is_draining]
-        self._scaler.on_alive(alive, now)
+        self._scaler.on_alive(alive, now, is_draining=self._service.is_draining)
         self._scaler.on_desired(desired, now)
         kept = self._kept(desired)
         for wish in desired:
@@ -122,7 +122,7 @@ class Scaling:
             replica.model
             for node in self._peers.view.nodes.values()
             for replica in node.state.replicas
-            if not replica.is_leaving
+            if not (replica.is_leaving or node.state.is_draining)
         )
         return frozenset(wish.model for wish in desired if count[wish.model] <= wish.minimum)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+from sllm_node.cluster.estimate import coming_s
 from sllm_node.cluster.state import (
     NO_NODE,
     Bandwidths,
@@ -133,6 +134,11 @@ class Snapshot:
             return max(view.load_s, view.ready_at + self._outlook.evict_s - now)
         return max(0.0, view.ready_at - now)
 
+    def _ready_s(self, view: ReplicaView, now: float) -> float:
+        if view.state is ModelState.QUEUED:
+            return coming_s(self._done_s(view, now))
+        return coming_s(view.ready_at, now)
+
     def _moved_s(self, view: ReplicaView, now: float) -> float:
         """Return how long until its bytes are expected to be there; what it takes beside holds up nobody."""
         return max(0.0, self._done_s(view, now) - view.beside_s)
@@ -161,7 +167,7 @@ class Snapshot:
             shares=tuple(map(DeviceShare, view.devices, view.sizes)),
             slots=len(sessions) if view.is_leaving else slots,
             sessions=sessions,
-            ready_s=max(0.001, self._done_s(view, now)) if view.state in _COMING else 0.0,
+            ready_s=self._ready_s(view, now) if view.state in _COMING else 0.0,
             next_free_s=_turn_s(view, slots) if is_full else None,
             idle_s=idle_s // _IDLE_GRAIN_S * _IDLE_GRAIN_S,
             is_pinned=view.pinned,

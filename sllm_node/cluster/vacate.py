@@ -20,6 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Final
 
+from sllm_node.cluster.estimate import coming_s
 from sllm_node.cluster.reservations import Ask
 from sllm_node.cluster.state import NodeId, NodeState, ReplicaId, ReplicaState
 from sllm_node.core.types import ModelId, ModelState, SessionId
@@ -27,8 +28,6 @@ from sllm_node.schedule.actions import ModelView
 
 _REMEMBERED: Final = 4096
 """Sessions of which is known that they stay."""
-_COMING_S: Final = 0.001
-"""What a model is at least away that is not there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +227,7 @@ class Vacates:
 
     def _replica(self, vacate: Vacate, now: float) -> ReplicaState:
         """Return the replica that is to come, for those who want it too."""
-        ready_s = max(_COMING_S, vacate.began + vacate.ask.ready_s - now)
+        ready_s = coming_s(vacate.ask.ready_s, now - vacate.began)
         shares, name = vacate.ask.shares, ReplicaId(vacate.model)
         return ReplicaState(name, vacate.model, shares, self._slots, ready_s=ready_s)
 

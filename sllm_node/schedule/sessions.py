@@ -60,9 +60,10 @@ class Sessions:
     def stop_request(self, request_id: str) -> int:
         """End the sessions of a request for an operator; return how many there were.
 
-        An id that no request has by itself may be one that clients gave: it ends all of theirs.
+        An id that no request has by itself may be one that clients gave: it ends all of theirs. One that
+        moves here runs elsewhere still, where it can be ended.
         """
-        streams = list(self._streams.values())
+        streams = [stream for stream in self._streams.values() if not stream.is_held]
         mine = [s for s in streams if request_of(s.request.session) == request_id] or [
             s for s in streams if client_id_of(request_of(s.request.session)) == request_id
         ]

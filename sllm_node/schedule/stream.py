@@ -69,6 +69,8 @@ class Stream:
         self.request = request
         self.entry: NodeId | None = None
         """The node of its client, if that is another one."""
+        self.is_held = request.held
+        """Another node runs the session, and this one is to go on with it."""
         self.opened = clock.now()
         self.granted: float | None = None
         self.waited: Waited | None = None
@@ -158,6 +160,7 @@ class Stream:
         """Add output tokens of another node to a session that holds; `lets_go`: go on behind them."""
         if self._generation is not None and not self._is_ended:
             self._generation.extend(position, tokens, lets_go=lets_go)
+            self.is_held = self.is_held and not lets_go
             self.position = max(self.position, position + len(tokens))
 
     # --- for the driver -----------------------------------------------------------------------

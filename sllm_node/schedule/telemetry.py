@@ -3,10 +3,11 @@
 import logging
 from collections.abc import Callable
 
+from sllm_node.core import log as logs
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import ModelId
 from sllm_node.schedule.actions import ModelView
-from sllm_node.schedule.stream import Outcome, Stream
+from sllm_node.schedule.stream import Outcome, Stream, request_of
 
 log = logging.getLogger(__name__)
 
@@ -68,4 +69,5 @@ class Telemetry:
         if stream.error is not None:
             fields["error"] = str(stream.error)
         self._metrics.sessions.labels(request.model, outcome.value).inc()
-        log.info("session ended", extra=fields)
+        with logs.of_request(request_of(request.session)):  # not that of whoever caused the end
+            log.info("session ended", extra=fields)

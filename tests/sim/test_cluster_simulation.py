@@ -428,6 +428,20 @@ async def test_models_of_all_nodes_are_listed_with_their_state(world):
     assert (told["node"], told["candidates"][0]["way"]) == ("b", "serve")
 
 
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_load_that_stalls_draws_no_more_requests_while_another_node_can_load_the_model(
+    world,
+):
+    world["b"].rig.engines.open_s = 30.0
+    first = world.open("a", "m", tokens=3)
+    await asyncio.sleep(5.0)
+    second = world.open("a", "m", tokens=3)
+    assert (first.node, second.node) == ("b", "c")
+    assert await read(second) == [1, 2, 3]
+    assert first.status() is not None  # it waits still
+    assert await read(first) == [1, 2, 3]
+
+
 # --- hints ----------------------------------------------------------------------------------------
 
 

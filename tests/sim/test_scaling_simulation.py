@@ -86,6 +86,39 @@ async def test_a_replica_that_retires_ends_its_sessions_first(world):
     assert on_device(world) == []
 
 
+@in_world(a=("m",), b=("m",), c=())
+async def test_a_drained_nodes_replica_is_replaced(world):
+    wish(world, m=(1, 1, 30.0))
+    await asyncio.sleep(SETTLED_S)
+    (drained,) = [name for name, node in world.nodes.items() if node.rig.store.on_device]
+    world[drained].router.drain()
+    await asyncio.sleep(SETTLED_S + 5.0)
+    (other,) = {"a", "b"} - {drained}
+    assert world[other].rig.store.on_device == {"m"}
+    (told,) = world[other].scaling.status()
+    assert (told["wanted"], told["ready"], told["leaving"]) == (1, 1, 1)
+    world[drained].router.undrain()
+    await asyncio.sleep(SETTLED_S + 5.0)
+    assert len(on_device(world)) == 1  # not above the maximum
+
+
+@in_world(a=("m",), b=("m",), c=())
+async def test_a_node_that_drains_goes_on_to_show_the_replicas_of_its_cluster(world):
+    wish(world, m=(1, 1, 30.0))
+    await asyncio.sleep(SETTLED_S)
+    (drained,) = [node for node in world.nodes.values() if node.rig.store.on_device]
+    drained.router.drain()
+    await asyncio.sleep(SETTLED_S + 5.0)
+    shown = [node.scaling.status()[0] for node in world.nodes.values()]
+    assert [(told["ready"], told["leaving"]) for told in shown] == [(1, 1)] * 3
+    assert len({told["home"] for told in shown}) == 1
+    assert drained.rig.count("sllm_replicas", model="m", state="leaving") == 1
+    wish(world)
+    await asyncio.sleep(5.0)
+    assert drained.scaling.status() == []
+    assert drained.rig.count("sllm_replicas", model="m", state="leaving") is None
+
+
 @in_world(a=("m", "n", "o"))
 async def test_minima_that_do_not_fit_together_do_not_displace_each_other(world):
     wish(world, m=(1, 1, 30.0), n=(1, 1, 30.0), o=(1, 1, 30.0))

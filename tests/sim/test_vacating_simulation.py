@@ -2,13 +2,19 @@
 
 import asyncio
 import functools
+import io
+import json
+import logging
 import random
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 
 from sllm_node.core.errors import InternalError, MoveRefusedError
+from sllm_node.core.log import JsonFormatter
 from sllm_node.core.types import GenerationRequest, ModelId, SamplingParameters, SessionId
+from sllm_node.schedule.stream import request_of
 from tests.sim import cluster_world
 from tests.sim.cluster_world import World, read
 from tests.sim.loop import run
@@ -357,14 +363,18 @@ async def test_who_waits_where_all_is_full_goes_where_a_place_is_free_since(worl
         node.service.outlook.slots = node.service._scheduler._max_sessions = 1
     stream, other = await running(world, "gate", 300)
     _, reading = await running(world, "gate", 300, at="west")
-    waits = [asyncio.create_task(read(world.open("east", "a", 20))) for _ in range(2)]
+    wanted = [world.open("east", "a", 20) for _ in range(2)]
+    waits = [asyncio.create_task(read(one)) for one in wanted]
     await asyncio.sleep(3.0)
     waiting = [s for s in world["west"].service.sessions() if s.state == "waiting"]
     assert len(waiting) == 2
     assert given_back(world, "west") == 0  # there is no place anywhere
     other.cancel()
     stream.cancel()
-    assert await asyncio.gather(*waits) == [count(20)] * 2
+    with written("sllm_node.cluster.rebalancing") as lines:
+        assert await asyncio.gather(*waits) == [count(20)] * 2
+    asked = sorted(request_of(one.request.session) for one in wanted)
+    assert sorted(json.loads(line)["request"] for line in lines()) == asked
     assert not reading.done()
     assert given_back(world, "west") == 2
     assert await reading == count(300)
@@ -395,6 +405,20 @@ async def test_who_waits_for_a_load_under_way_stays_though_a_place_is_free_since
     assert await reading == count(20)
     assert (wanted.node, given_back(world, "west")) == ("west", 0)
     assert world["west"].rig.store.loads == ["a"]
+
+
+@contextmanager
+def written(logger):
+    """Give what is logged inside, as lines of JSON."""
+    told, log = io.StringIO(), logging.getLogger(logger)
+    handler = logging.StreamHandler(told)
+    handler.setFormatter(JsonFormatter())
+    log.addHandler(handler)
+    level = log.level
+    log.setLevel(logging.INFO)
+    yield lambda: told.getvalue().splitlines()
+    log.setLevel(level)
+    log.removeHandler(handler)
 
 
 def given_back(world, name):

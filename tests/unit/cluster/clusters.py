@@ -241,9 +241,9 @@ class Brute:
                 is_full = len(r.sessions) >= r.slots
                 if is_full and r.next_free_s is None:
                     continue
-                wait = max(
-                    0, r.ready_s - self.age, ((r.next_free_s or 0.0) - self.age) if is_full else 0
-                )
+                late = self.age - r.ready_s
+                load = (late if late > 1 else max(0.001, -late)) if r.ready_s else 0
+                wait = max(0, load, ((r.next_free_s or 0.0) - self.age) if is_full else 0)
                 crowding = len(r.sessions) / r.slots
                 devices = tuple(s.device for s in r.shares)
                 yield (wait, int(is_full or wait > 0), crowding, node.node, devices, r.replica)

@@ -31,6 +31,10 @@ def replica(name, node=X, **changes):
     return ReplicaSeen(ReplicaId(name), node, **changes)
 
 
+def drained(name, node=X, **changes):
+    return replica(name, node, is_leaving=True, is_draining=True, **changes)
+
+
 def demand(waiting=0, replicas=(), starts=STARTS, **changes):
     return Demand(M, 2, waiting, tuple(replicas), starts, **changes)
 
@@ -66,6 +70,9 @@ def started(*nodes):
         (0, 3, demand(waiting=2, replicas=[replica("r", is_ready=False)]), ()),
         (0, 1, demand(waiting=2, replicas=[replica("r", is_leaving=True)]), ()),
         (0, 2, demand(waiting=2, replicas=[replica("r", is_leaving=True)]), started(Y)),
+        (1, 1, demand(replicas=[drained("r")]), started(Y)),
+        (1, 1, demand(replicas=[drained("r"), replica("s")]), ()),
+        (0, 1, demand(replicas=[drained("r", sessions=2)]), started(Y)),
         (1, 3, demand(starts=()), ()),
         (1, 3, demand(starts=(Start(NodeId("dead"), 0.1),)), ()),
     ],
@@ -223,6 +230,25 @@ def test_models_that_are_not_desired_are_left_alone():
     assert a.on_demand(demand(waiting=5), 1.0) == ()
     a.on_refused(M, X, 1.0)
     assert a.status() == ()
+
+
+def test_a_replica_whose_node_drains_is_not_told_to_leave_and_counts_again_after_it():
+    a = scaler(maximum=1)
+    assert a.on_demand(demand(waiting=1, replicas=[drained("r"), replica("s", Y)]), 0.0) == ()
+    both = [replica("r", sessions=1), replica("s", Y)]
+    assert a.on_demand(demand(replicas=both), 1.0) == (RetireReplica(M, Y, ReplicaId("s")),)
+
+
+def test_a_node_that_drains_is_no_home_and_its_status_follows_what_it_sees():
+    a = scaler(minimum=1, maximum=1)
+    a.on_alive([X], 0.0, is_draining=True)
+    assert a.on_demand(demand(), 100.0) == ()
+    assert a.status()[0].home == X
+    a.on_alive([], 101.0, is_draining=True)
+    assert a.on_demand(demand(replicas=[drained("r", ME)]), 200.0) == ()
+    (status,) = a.status()
+    assert (status.home, status.wanted, status.ready, status.leaving) == (None, 1, 0, 1)
+    assert "no node" in status.reason
 
 
 def test_the_status_tells_desired_and_actual_and_why():

@@ -86,3 +86,12 @@ def test_a_replica_that_is_kept_makes_no_room_and_one_that_leaves_is_told():
     assert kept.starts == ()
     (told,) = demand_of(view, PlacementRequest(ModelId("o"), 16), Load(), 5, 0.0).replicas
     assert told.is_leaving
+
+
+def test_a_replica_on_a_node_that_drains_leaves():
+    replica = ReplicaState(ReplicaId("r"), M, (DeviceShare("d0", 8),), slots=7)
+    state = node("a", free=8, in_dram=True, replicas=(replica,))
+    view = seen(replace(state, is_draining=True), node("b", free=8, in_dram=True))
+    demand = demand_of(view, REQUEST, Load(), 5, 0.0)
+    assert demand.replicas == (ReplicaSeen(ReplicaId("r"), A, is_leaving=True, is_draining=True),)
+    assert demand.starts == (Start(B, 2.0),)

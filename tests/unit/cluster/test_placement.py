@@ -208,3 +208,21 @@ def test_of_loads_that_are_equally_soon_the_one_that_evicts_nothing_wins_at_any_
         decision = decide(viewed(nodes, now), A, now)
         assert isinstance(decision, LoadThere)
         assert (decision.best.node, decision.best.kind) == ("n1", Kind.LOAD)
+
+
+def coming(ready_s):
+    return ReplicaState(ReplicaId("y"), A.model, (DeviceShare("d0", 16),), 4, ready_s=ready_s)
+
+
+def test_a_replica_whose_load_is_overdue_serves_nobody_and_is_late_for_as_long_again():
+    view = viewed([one_node(replicas=[coming(0.5)])])
+    decision = decide(view, A, 2.0)
+    assert isinstance(decision, Wait)
+    assert decision.best.startup_s == 1.5
+    assert isinstance(decide(view, A, 0.5), Wait)  # until its node says that it is there
+
+
+def test_a_load_elsewhere_wins_over_one_that_is_overdue_by_more():
+    free = one_node(free=32, name="n1")  # which loads it in 1 s
+    view = viewed([one_node(replicas=[coming(0.5)]), free])
+    assert [type(decide(view, A, now)) for now in (0.7, 2.0)] == [Wait, LoadThere]

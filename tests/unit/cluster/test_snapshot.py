@@ -86,6 +86,11 @@ def test_what_is_loaded_or_overdue_keeps_nothing_busy():
     assert (made.nvme_done_s, made.link_done_s) == (0.0, 0.0)
 
 
+def test_a_load_that_is_overdue_by_more_than_a_moment_is_told_to_take_as_long_again():
+    told = [state([replica("m", at)], {}).replicas[0].ready_s for at in (12.0, 10.0, 9.5, 4.0)]
+    assert told == [2.0, 0.001, 0.001, 6.0]
+
+
 def test_a_model_that_waits_for_evictions_is_told_as_a_replica_that_comes():
     leaving = replica("m", 0.0, ModelState.EVICTING)
     coming = replace(replica("n", 13.0, ModelState.QUEUED), load_s=2.5, sizes=(150,))

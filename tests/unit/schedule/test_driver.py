@@ -1,5 +1,6 @@
 import asyncio
 import functools
+import json
 import logging
 import shutil
 from dataclasses import replace
@@ -7,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from sllm_node.core import log as logs
 from sllm_node.core.config import EngineConfig, ModelConfig
 from sllm_node.core.errors import (
     CancelledByOperatorError,
@@ -26,6 +28,7 @@ from sllm_node.core.errors import (
     StoppingError,
     StorageReadError,
 )
+from sllm_node.core.log import JsonFormatter
 from sllm_node.core.types import ModelId, ModelState, SessionId, Tier
 from sllm_node.library.dicts import save as save_dict
 from sllm_node.schedule.stream import request_of
@@ -287,6 +290,21 @@ async def test_an_operator_ends_all_sessions_of_a_request(node):
 
 
 @on_virtual_time
+async def test_an_operator_ends_a_session_that_moves_here_only_once_this_node_has_it(node):
+    n = node()
+    wanted = n.open("a").request
+    n.service.cancel_request("r-1")
+    moving = n.service.open(replace(wanted, session=SessionId("m-0"), held=True))
+    assert n.service.cancel_request("m") == 0
+    await moving.started.wait()
+    assert n.service.cancel_request("m") == 0
+    moving.extend(0, (), lets_go=True)
+    assert n.service.cancel_request("m") == 1
+    with pytest.raises(CancelledByOperatorError):
+        await anext(moving)
+
+
+@on_virtual_time
 async def test_who_waits_can_be_given_back_but_not_who_moves_here_or_runs(node):
     n = node()
     running = n.open("a")
@@ -302,6 +320,25 @@ async def test_who_waits_can_be_given_back_but_not_who_moves_here_or_runs(node):
         with pytest.raises(GivenBackError):
             await anext(stream)
     running.cancel()
+
+
+def test_a_sessions_end_is_logged_under_its_own_request_whoever_caused_it(tmp_path, caplog):
+    @on_virtual_time
+    async def play(node):
+        n = node()
+        with logs.of_request("first"):
+            stream = n.open("a", request="first", tokens=100)
+        with logs.of_request("second"):
+            assert n.service.cancel_request("first") == 1
+        with pytest.raises(CancelledByOperatorError):
+            await anext(stream)
+
+    caplog.handler.setFormatter(JsonFormatter())  # it reads the context when the line is written
+    with caplog.at_level(logging.INFO):
+        play(tmp_path)
+    lines = [json.loads(line) for line in caplog.text.splitlines()]
+    (ended,) = [line for line in lines if line["event"] == "session ended"]
+    assert (ended["session"], ended["request"]) == ("first-0", "first")
 
 
 @on_virtual_time
