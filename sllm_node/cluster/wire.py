@@ -139,6 +139,8 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     message: str
     retry_after_s: float | None = None
     param: str | None = None
+    remote: str | None = None
+    """Which remote failed, if one did: who waits may do better if it is the peers."""
 
 
 Record = Waiting | Granted | Standing | Tokens | Leave | Refusal | Failed
@@ -203,9 +205,9 @@ def unpack_record(data: bytes) -> Record:
 
 def failed(error: SllmError) -> Failed:
     """Return the record of an error."""
-    return Failed(
-        error.code, str(error), getattr(error, "retry_after_s", None), getattr(error, "param", None)
-    )
+    remote = error.remote if isinstance(error, errors.RemoteError) else None
+    param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
+    return Failed(error.code, str(error), retry_after_s, param, remote)
 
 
 def error_of(record: Failed) -> SllmError:
@@ -220,4 +222,6 @@ def error_of(record: Failed) -> SllmError:
         vars(error)["retry_after_s"] = record.retry_after_s
     if record.param is not None:
         vars(error)["param"] = record.param
+    if isinstance(error, errors.RemoteError):  # an older release does not tell which
+        error.remote = record.remote or ""
     return error

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 from msgspec.structs import replace as replace_struct
 
+from sllm_node.checkpoint.cards import PEERS
 from sllm_node.cluster.candidate import Candidate, Kind
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
@@ -41,6 +42,7 @@ from sllm_node.core.errors import (
     MoveRefusedError,
     NoPlaceError,
     PeerUnreachableError,
+    RemoteUnreachableError,
     SessionLostError,
 )
 from sllm_node.core.types import (
@@ -356,6 +358,18 @@ async def test_before_the_first_token_a_busy_node_is_told_if_there_is_no_other()
     world = World(a=[[failed(DrainingError(1.0))]])
     with pytest.raises(DrainingError):
         await read(world.open())
+
+
+async def test_a_session_waits_for_the_peers_that_send_its_model_and_not_for_another_remote():
+    gone = failed(RemoteUnreachableError(PEERS, "m", "all senders are gone"))
+    world = World(a=[[gone], [tokens(1, finish="stop")]])
+    world.is_heard = False
+    assert (await read(world.open()))[0] == (1,)
+    down = failed(RemoteUnreachableError("mirror", "m", "is down"))
+    world = World(a=[[down], [tokens(1, finish="stop")]])
+    with pytest.raises(RemoteUnreachableError, match="mirror"):
+        await read(world.open())
+    assert len(world.asked) == 1
 
 
 async def test_cancel_closes_the_connection_and_ends_the_stream():

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllm_node.checkpoint.cards import PEERS
 from sllm_node.cluster import wire
 from sllm_node.cluster.packing import pack
 from sllm_node.cluster.reservations import Ask, ReservationId
@@ -82,6 +83,7 @@ def test_messages_cut_off_are_refused(data, message):
         errors.NodeFullError(3, 2, 1.5), errors.DrainingError(5.0), errors.EngineError("m", "broke"),
         errors.CancelledByOperatorError("an operator"), errors.ModelNotFoundError("m"),
         errors.QueueTimeoutError("m", 1.0, 2.0), errors.PinnedMemoryError("m", 2, 1, ("x",)),
+        errors.RemoteUnreachableError("mirror", "m", "is down"),
     ],
     ids=lambda error: error.code,
 )  # fmt: skip
@@ -97,6 +99,19 @@ def test_an_error_is_told_to_the_client_as_its_own_node_would(error):
 
 def test_a_grant_of_an_older_release_says_nothing_of_what_the_session_waited_for():
     assert wire.unpack_record(msgspec.msgpack.encode(["granted"])) == wire.Granted(None)
+
+
+def test_which_remote_failed_is_told_and_of_an_older_release_it_is_none():
+    error = errors.RemoteUnreachableError(PEERS, "m", "all senders are gone")
+    record = wire.unpack_record(pack(wire.failed(error)))
+    assert isinstance(record, wire.Failed)
+    told = wire.error_of(record)
+    assert isinstance(told, errors.RemoteUnreachableError)
+    assert told.remote == PEERS
+    old = ["failed", error.code, str(error), 10.0, None]
+    older = wire.unpack_record(msgspec.msgpack.encode(old))
+    assert isinstance(older, wire.Failed)
+    assert vars(wire.error_of(older))["remote"] == ""
 
 
 def test_an_unknown_error_is_an_internal_one_with_its_words():
