@@ -19,6 +19,7 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     MoveRefusedError,
     PeerUnreachableError,
+    PromptTooLongError,
     SessionLostError,
     SllmError,
 )
@@ -519,6 +520,27 @@ async def test_a_drain_tries_again_although_nothing_is_heard_of_anybody(world):
     assert stream.node == other.name
     tokens = await read(stream)
     assert tokens == list(range(tokens[0], 201))
+
+
+@in_world(a=(), b=("m",), c=("m",), d=("m",))
+async def test_a_drain_asks_another_node_after_one_that_refused_and_that_one_if_there_is_no_other(world):
+    stream = world.open("a", "m", tokens=300)
+    await anext(stream)
+    source = world[stream.node]
+    warm, empty = (world[name] for name in "bcd" if name != source.name)
+    await warm.service.load("m")
+    await asyncio.sleep(1.0)
+    warm.rig.engines.submit_error = PromptTooLongError(302, 128, "KV memory")
+    empty.rig.engines.submit_error = PromptTooLongError(302, 128, "KV memory")
+    source.router.drain()
+    await asyncio.sleep(6.0)
+    asked = [report["to"] for report in reversed(world["a"].router.moves())]
+    assert asked[:3] == [warm.name, empty.name, warm.name]
+    empty.rig.engines.submit_error = None
+    await asyncio.sleep(4.0)
+    assert stream.node == empty.name
+    tokens = await read(stream)
+    assert tokens == list(range(tokens[0], 301))
 
 
 async def turned_away(world, *, is_alone=False):
