@@ -20,6 +20,8 @@ class PlacementRequest:
     """Devices of one node that a replica is split over."""
     priority: int = 0
     """Sessions of higher priority are not moved for it."""
+    tokens: int = 0
+    """Prompt and output, at most; a node that tells that a session can have fewer gets none of it."""
 
 
 class Kind(IntEnum):

@@ -1,6 +1,6 @@
 """From a placement to one node: what the entry node does with what `placement` decides. Pure.
 
-Three rules on top of it. This node wins where a peer is no better: forwarding costs a little, and the
+Four rules on top of it. A node where no session can have as many tokens gets none. This node wins where a peer is no better: forwarding costs a little, and the
 same state must not send the requests of all nodes to the one whose name comes first. A way that moves
 running sessions has to be sooner by `gain_s` than the best that moves none, since their readers feel it.
 And where no way is left a request queues, at a node that has the model: its scheduler keeps order there.
@@ -72,14 +72,16 @@ def startup_of(choice: Choice | None, startup_s: float | None) -> Startup:
     return Startup(shown.node, shown.way, shown.reason, choice.startup_s, startup_s)
 
 
-def request_for(view: ClusterView, model: ModelId, priority: int = 0) -> PlacementRequest:
+def request_for(
+    view: ClusterView, model: ModelId, priority: int = 0, tokens: int = 0
+) -> PlacementRequest:
     """Return what is to be placed for `model`: of what its nodes tell, the least memory."""
     told = [node.held[model] for node in view.nodes.values() if model in node.held]
     sizes = [(held.replica_shares, held.replica_bytes or held.bytes_decoded) for held in told] or [
         (1, 0)
     ]
     shares, size = min(sizes)
-    return PlacementRequest(model, size, shares, priority)
+    return PlacementRequest(model, size, shares, priority, tokens)
 
 
 def choose(
@@ -90,10 +92,11 @@ def choose(
     excluded: AbstractSet[NodeId] = frozenset(),
     gain_s: float | None = None,
 ) -> Choice | None:
-    """Return where a request goes; None: no node that is not excluded has the model.
+    """Return where a request goes; None: no node that is not excluded has the model, and is large enough.
 
     `gain_s`: how much sooner a way has to be that moves sessions; None: no such way is taken.
     """
+    excluded = excluded | view.too_small(request.model, request.tokens)
     decision = decide(view, request, now, may_move=False, excluded=excluded)
     best: Candidate | None = getattr(decision, "best", None)
     if gain_s is not None:

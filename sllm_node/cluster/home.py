@@ -1,7 +1,7 @@
 """A session of this node's reader that this node serves: the service's own stream, until it has to move.
 
 Nothing but a count of its tokens is added to its path. The first move, and what refuses it before it began (a
-drain, room that it was promised in vain, senders of its model's bytes that are gone), make a `RoutedStream` of it,
+drain, room that it was promised in vain, senders of its model's bytes that are gone, too little KV memory), make a `RoutedStream` of it,
 which takes the stream over as it is. A reader that waits for the next chunk gets it first: so the two never read at once.
 """
 
@@ -14,6 +14,7 @@ from sllm_node.cluster.ways import Begun
 from sllm_node.core.errors import (
     DrainingError,
     GivenBackError,
+    PromptTooLongError,
     RemoteUnreachableError,
     SllmError,
 )
@@ -24,6 +25,9 @@ Routing = Callable[["HomeStream", Begun | SllmError | None], RoutedStream]
 """Makes the routed stream: of one that runs here, or to be placed anew; an error: after it has failed here."""
 Wish = Callable[[RoutedStream | None], object]
 """What is to be done with the routed stream; None: there will be none, the session has ended."""
+
+_ELSEWHERE = (PromptTooLongError, RemoteUnreachableError)
+"""Before it began here, another node may do better."""
 
 
 class HomeStream:
@@ -56,11 +60,11 @@ class HomeStream:
         self._is_reading = True
         try:
             chunk = await self._stream.__anext__()
-        except (DrainingError, GivenBackError, RemoteUnreachableError) as error:
+        except (DrainingError, GivenBackError, *_ELSEWHERE) as error:
             if self._stream.is_granted:
                 self._ended()
                 raise
-            before = error if isinstance(error, RemoteUnreachableError) else None
+            before = error if isinstance(error, _ELSEWHERE) else None
             return await self._carry(before).__anext__()
         except BaseException as error:
             if isinstance(error, Exception):

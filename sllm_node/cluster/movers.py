@@ -207,8 +207,8 @@ class Movers:
             self.told(wished)
 
     def _choose(self, session: Carried, excluded: frozenset[NodeId]) -> Choice | None:
-        view = self._peers.view
-        asked = request_for(view, session.request.model, session.request.priority)
+        view, request = self._peers.view, session.request
+        asked = request_for(view, request.model, request.priority, request.tokens_max)
         return choose(view, asked, self._peers.me, self._clock.now(), excluded)
 
     def _at(self, session: Carried) -> NodeId:

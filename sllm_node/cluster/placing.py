@@ -44,7 +44,7 @@ class Placing:
         """Place a request by what is known now."""
         self._peers.refresh()
         view, me = self._peers.view, self._peers.me
-        asked = request_for(view, request.model, request.priority)
+        asked = request_for(view, request.model, request.priority, request.tokens_max)
         found = choose(view, asked, me, self._clock.now(), excluded, self._gain_s())
         if found is not None and found.node != me:
             busy = sum(view.nodes[node].is_busy for node in (me, found.node) if node in view.nodes)

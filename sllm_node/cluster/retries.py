@@ -21,6 +21,7 @@ from sllm_node.core.errors import (
     NoPlaceError,
     PeerDeniedError,
     PeerUnreachableError,
+    PromptTooLongError,
     RemoteUnreachableError,
     SessionLostError,
     SllmError,
@@ -49,6 +50,8 @@ class Retries:
         self._clock = tools.clock
         self._patience_s = tools.limits.patience_s
         self._excluded: set[NodeId] = set()
+        self._too_small: set[NodeId] = set()
+        """Where it can never run, whatever comes."""
         self._refusals: Counter[NodeId] = Counter()
         self._waits_until: float | None = None
         self._failures = 0
@@ -82,7 +85,11 @@ class Retries:
     def failed(self, choice: Choice, error: SllmError, tokens: int) -> None:
         """Take note of who failed, or raise the error if nobody else can do better."""
         is_callers = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
-        is_final = is_callers and not tokens  # what one node took, a smaller one may refuse
+        if isinstance(error, PromptTooLongError):  # what one node can't hold, a larger one may
+            self._too_small.add(choice.node)
+            self._note_refusal(choice, str(error))
+            return
+        is_final = is_callers and not tokens  # what one node took, another may refuse
         if is_final or isinstance(error, CancelledByOperatorError):
             raise error
         log.warning("session lost its node", extra={
@@ -111,7 +118,8 @@ class Retries:
             now = self._clock.now()
             if now - looked_at >= LOOK_S:
                 looked_at = now
-                found = self._ways.choose(self._request, frozenset({*self._excluded, to}))
+                excluded = frozenset({*self._excluded, *self._too_small, to})
+                found = self._ways.choose(self._request, excluded)
                 startup_s = math.inf if found is None else found.startup_s
                 if found and startup_s is not None and startup_s < move.needs_s(self._patience_s):
                     move.stop("failed", f"its source is lost, and node {found.node!r} is sooner")
@@ -140,7 +148,7 @@ class Retries:
             SessionLostError: it has tokens, and no node could take it in time.
             SllmError: `error`, as no node can take it.
         """
-        while (choice := self._ways.choose(self._request, frozenset(self._excluded))) is None:
+        while (choice := self._find()) is None:
             error = self._as_absence(error)
             if not (has_tokens or may_pass(error)):
                 raise error
@@ -154,6 +162,9 @@ class Retries:
             await self._ways.changed(min(left_s, LOOK_S))  # nobody tells that this node can again
         return choice
 
+    def _find(self) -> Choice | None:
+        return self._ways.choose(self._request, frozenset(self._excluded | self._too_small))
+
     def _as_loss(self, error: SllmError) -> SessionLostError:
         """Return what the reader of a session gets that no node went on with."""
         waited = f"no node took it within {self._patience_s:g} s (timing.patience_s)"
@@ -163,7 +174,10 @@ class Retries:
     def _as_absence(self, error: SllmError) -> SllmError:
         """Return what it means that no node is left with a model that was there when the session came."""
         model = self._request.model
-        if isinstance(error, ModelNotFoundError) and self._ways.standing(model) is not None:
+        if isinstance(error, PromptTooLongError):
+            if self._ways.choose(self._request, frozenset(self._too_small)) is not None:
+                return NoPlaceError(model, "the nodes where it fits can't take it now", REFUSED_S)
+        elif isinstance(error, ModelNotFoundError) and self._ways.standing(model) is not None:
             return NoPlaceError(model, ABSENT, REFUSED_S)
         return error
 

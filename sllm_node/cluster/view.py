@@ -140,6 +140,15 @@ class ClusterView:
         index = self._models[model]
         return index.by_node.get(node) or self._far_path(index, self.nodes[node])
 
+    def too_small(self, model: ModelId, tokens: int) -> frozenset[NodeId]:
+        """Return the nodes that tell that a session of the model can't have so many tokens there."""
+        index = self._models.get(model)
+        if index is None or not tokens:
+            return frozenset()
+        return frozenset(
+            node for node, held in index.holders.items() if 0 < held.context_tokens < tokens
+        )
+
     @property
     def most_free(self) -> int:
         """Return the bytes that are free on the device that has most."""

@@ -201,6 +201,11 @@ class GenerationRequest:
     waited_s: float = 0.0
     """How long it has waited for its turn before it came here, at other nodes or given back by this one."""
 
+    @property
+    def tokens_max(self) -> int:
+        """Return how many tokens its session may come to have, prompt and output."""
+        return len(self.prompt) + self.max_tokens
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

@@ -26,6 +26,7 @@ from sllm_node.core.errors import (
 from sllm_node.core.types import ModelState
 from tests.sim.cluster_world import World, in_world, read
 from tests.sim.loop import run
+from tests.unit.schedule.fakes import CONTEXT_TOKENS
 
 
 @in_world(a=(), b=("m",))
@@ -419,7 +420,11 @@ def test_no_token_is_lost_or_doubled_while_nodes_crash_and_links_are_cut(tmp_pat
 @in_world(a=(), b=("m",))
 async def test_models_of_all_nodes_are_listed_with_their_state(world):
     (status,) = world["a"].router.models()
-    assert (status.model, status.state, status.context_tokens) == ("m", ModelState.IDLE, 512)
+    assert (status.model, status.state, status.context_tokens) == (
+        "m",
+        ModelState.IDLE,
+        CONTEXT_TOKENS,
+    )
     await read(world.open("a", "m"))
     await asyncio.sleep(0.2)
     assert world["a"].router.status("m").state is ModelState.READY
@@ -496,6 +501,34 @@ async def test_a_hint_to_a_node_that_says_nothing_is_forgotten(world):
     world.heal()
 
 
+# --- nodes of unequal size --------------------------------------------------------------------------
+
+
+@in_world(a=("m",), b=("m",), c=())
+async def test_a_request_runs_where_it_fits_whoever_is_asked_and_wherever_the_model_is_warm(world):
+    world["b"].rig.engines.capacity_tokens = 128
+    await world["b"].service.load("m")
+    await asyncio.sleep(1.5)
+    for entry in "abc":
+        assert world[entry].router.context_limit("m") == CONTEXT_TOKENS
+        assert len(await read(world.open(entry, "m", tokens=300))) == 300
+        assert len(await read(world.open(entry, "m", tokens=20))) == 20
+    assert world["a"].rig.store.loads == ["m"]
+
+
+@in_world(a=("m",), b=("m",), c=())
+async def test_a_request_that_fits_at_no_node_that_is_there_waits_only_if_another_was(world):
+    world["b"].rig.engines.capacity_tokens = 128
+    await world["b"].service.load("m")
+    await asyncio.sleep(1.5)
+    await world["a"].crash()
+    await asyncio.sleep(4.0)
+    stream = world.open("c", "m", tokens=300)
+    await asyncio.sleep(1.0)
+    world["a"].start()
+    assert len(await read(stream)) == 300
+
+
 # --- moves -----------------------------------------------------------------------------------------
 
 
@@ -523,7 +556,9 @@ async def test_a_drain_tries_again_although_nothing_is_heard_of_anybody(world):
 
 
 @in_world(a=(), b=("m",), c=("m",), d=("m",))
-async def test_a_drain_asks_another_node_after_one_that_refused_and_that_one_if_there_is_no_other(world):
+async def test_a_drain_asks_another_node_after_one_that_refused_and_that_one_if_there_is_no_other(
+    world,
+):
     stream = world.open("a", "m", tokens=300)
     await anext(stream)
     source = world[stream.node]

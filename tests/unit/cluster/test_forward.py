@@ -19,7 +19,7 @@ from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.retries import LOOK_S, REFUSALS_MAX
 from sllm_node.cluster.serving import EXTEND
 from sllm_node.cluster.state import BootId
-from sllm_node.cluster.ways import Limits, Tools
+from sllm_node.cluster.ways import Limits, Lost, Tools
 from sllm_node.cluster.wire import (
     Granted,
     Leave,
@@ -42,6 +42,7 @@ from sllm_node.core.errors import (
     MoveRefusedError,
     NoPlaceError,
     PeerUnreachableError,
+    PromptTooLongError,
     RemoteUnreachableError,
     SessionLostError,
 )
@@ -298,6 +299,46 @@ async def test_what_no_node_can_better_is_told_at_once(error):
     with pytest.raises(type(error)):
         await read(world.open())
     assert len(world.asked) == 1
+
+
+TOO_LONG = failed(PromptTooLongError(309, 128, "KV memory"))
+
+
+async def test_a_session_that_does_not_fit_at_one_node_is_taken_to_a_larger_one():
+    world = World(a=[[TOO_LONG]], b=[[TOO_LONG]], c=[[tokens(1, finish="stop")]])
+    assert (await read(world.open()))[0] == (1,)
+    assert [peer for peer, _ in world.asked] == ["a", "b", "c"]
+    assert world.lost_nodes == []
+
+
+async def test_a_session_that_fits_nowhere_is_told_so_at_once():
+    world = World(a=[[TOO_LONG]], b=[[TOO_LONG]])
+    with pytest.raises(PromptTooLongError, match="KV memory"):
+        await read(world.open())
+    assert [peer for peer, _ in world.asked] == ["a", "b"]
+
+
+async def test_a_session_waits_for_a_full_node_where_it_fits_and_asks_no_more_where_it_does_not():
+    full = [[REFUSED]] * (REFUSALS_MAX + 1)
+    world = World(a=[*full, [tokens(1, finish="stop")]], b=[[TOO_LONG]] * 5)
+    world.is_heard = False
+    assert (await read(world.open()))[0] == (1,)
+    assert [peer for peer, _ in world.asked].count("b") == 1
+
+
+async def test_a_session_of_this_node_that_does_not_fit_here_is_placed_elsewhere():
+    world = World(here=[], b=[[tokens(1, finish="stop")]])
+    stream = Served([PromptTooLongError(309, 128, "KV memory")])
+    stream.is_granted = False
+
+    def route(home, before):
+        tools = Tools(world, world.clock, Limits(1.0, 10.0))
+        lost = Lost(to("here"), before)
+        return RoutedStream(home.request, 5.0, None, world, tools, lost)
+
+    home = HomeStream(cast("Stream", stream), 5.0, route, lambda _: None)
+    assert (await anext(home)).tokens == (1,)
+    assert [peer for peer, _ in world.asked] == ["b"]
 
 
 async def test_a_model_that_left_its_node_is_looked_for_elsewhere():
