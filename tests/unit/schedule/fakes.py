@@ -35,7 +35,7 @@ from tests.sim.loop import LoopClock
 LOAD_S = 2.0
 EVICTION_S = 0.5
 STEP_S = 0.1
-CONTEXT_TOKENS = 1 << 20
+CONTEXT_TOKENS = 1 << 13
 CANCEL_S = 0.3
 """How long a cancelled load holds its memory."""
 
