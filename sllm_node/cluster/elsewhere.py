@@ -74,7 +74,7 @@ class Elsewhere(Generic[CodecT]):
         `tokens`: where a session can't have so many does not count.
         """
         view = self._peers.view
-        small = view.too_small(model, tokens)
+        small = view.unfit(model, tokens)
         nodes = (node for name, node in view.nodes.items() if name not in small)
         if any(model in node.held and not node.state.is_draining for node in nodes):
             return False

@@ -6,6 +6,7 @@ which takes the stream over as it is. A reader that waits for the next chunk get
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 from sllm_node.cluster.choice import Choice, startup_of
@@ -18,7 +19,13 @@ from sllm_node.core.errors import (
     RemoteUnreachableError,
     SllmError,
 )
-from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus, Startup
+from sllm_node.core.types import (
+    GenerationChunk,
+    GenerationRequest,
+    ModelStatus,
+    SessionStatus,
+    Startup,
+)
 from sllm_node.schedule.stream import Stream
 
 Routing = Callable[["HomeStream", Begun | SllmError | None], RoutedStream]
@@ -37,7 +44,6 @@ class HomeStream:
         self, stream: Stream, keep_alive_s: float | None, route: Routing,
         on_ended: Callable[["HomeStream"], None],
     ) -> None:  # fmt: skip
-        self.request = stream.request
         self.keep_alive_s = keep_alive_s
         self.choice: Choice | None = None
         """Why it is here."""
@@ -50,6 +56,11 @@ class HomeStream:
         self._cached: int | None = None
         self._is_reading = False
         self._wishes: list[Wish] = []
+
+    @property
+    def request(self) -> GenerationRequest:
+        """Its request, with the weights that it began with."""
+        return replace(self._stream.request, weights=self._stream.weights)
 
     def __aiter__(self) -> Self:
         return self

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final
 
-from sllm_node.cluster.choice import Choice, choose, request_for
+from sllm_node.cluster.choice import Choice, choose
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.peers import Peers
+from sllm_node.cluster.placing import asked_for
 from sllm_node.cluster.state import ResumeFit
 from sllm_node.core import log as logs
 from sllm_node.core.alarm import Alarm
@@ -83,7 +84,9 @@ class Movers:
         self._peers.refresh()
         choice = self._choose(found, frozenset(self._peers.view.nodes) - {to})
         if choice is None or (vacate and choice.startup_s is None):
-            raise MoveRefusedError(session, f"node {to!r} can't take it: not the model, or no room")
+            raise MoveRefusedError(
+                session, f"node {to!r} can't take it: not the model (or other weights), or no room"
+            )
         return {
             "session": session,
             "to": to,
@@ -207,8 +210,8 @@ class Movers:
             self.told(wished)
 
     def _choose(self, session: Carried, excluded: frozenset[NodeId]) -> Choice | None:
-        view, request = self._peers.view, session.request
-        asked = request_for(view, request.model, request.priority, request.tokens_max)
+        view = self._peers.view
+        asked = asked_for(view, session.request)
         return choose(view, asked, self._peers.me, self._clock.now(), excluded)
 
     def _at(self, session: Carried) -> NodeId:

@@ -19,7 +19,7 @@ from sllm_node.cluster.packing import unpack
 from sllm_node.cluster.reservations import Ask
 from sllm_node.core import errors
 from sllm_node.core.errors import MessageFormatError, SllmError
-from sllm_node.core.types import GenerationChunk, GenerationRequest, ModelStatus, Waited
+from sllm_node.core.types import GenerationChunk, GenerationRequest, ModelStatus, Waited, Weights
 
 VERSION: Final = "v1"
 HOPS_MAX: Final = 1
@@ -94,6 +94,8 @@ class Granted(msgspec.Struct, frozen=True, array_like=True, tag="granted"):
 
     waited: Waited | None = None
     """For what, at this node; None: an older release does not tell, or it is no grant but an answer."""
+    weights: Weights | None = None
+    """What it is computed with; None as above."""
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):

@@ -110,6 +110,19 @@ def test_a_node_that_tells_that_so_many_tokens_do_not_fit_gets_none_of_them():
     assert of(129, [B, C]) is None
 
 
+def test_a_session_that_began_goes_to_no_node_that_tells_of_other_weights():
+    old, new = (replace(held(), created=n, digest=str(n)) for n in (1, 2))
+    warm = (replica(),)
+    view = view_of(node("a", free=80, replicas=warm, models=(old,)), node("b", models=(new,)))
+
+    def of(weights, excluded=()):
+        asked = request_for(view, M, 0, 0, weights)
+        return getattr(choose(view, asked, A, 0.0, frozenset(excluded), 0.0), "node", None)
+
+    assert [of(weights) for weights in (None, old.weights, new.weights)] == [A, A, B]
+    assert of(new.weights, [B]) is None
+
+
 def test_without_a_free_way_a_request_queues_where_the_model_is_and_least_runs():
     other = ModelId("x")
     busy = replica(2, model=other)

@@ -41,6 +41,7 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     MoveRefusedError,
     NoPlaceError,
+    OtherWeightsError,
     PeerUnreachableError,
     PromptTooLongError,
     RemoteUnreachableError,
@@ -56,6 +57,7 @@ from sllm_node.core.types import (
     SessionId,
     Startup,
     Tier,
+    Weights,
 )
 from sllm_node.schedule.stream import Stream
 from tests.unit.cluster.test_choice import node as state_of
@@ -81,7 +83,7 @@ class LocalStream(FakeStream):
     """A session that this node serves itself."""
 
     is_granted = True
-    waited = None
+    waited = weights = None
 
     def __init__(self, chunks, position=0):
         super().__init__(chunks)
@@ -339,6 +341,28 @@ async def test_a_session_of_this_node_that_does_not_fit_here_is_placed_elsewhere
     home = HomeStream(cast("Stream", stream), 5.0, route, lambda _: None)
     assert (await anext(home)).tokens == (1,)
     assert [peer for peer, _ in world.asked] == ["b"]
+
+
+async def test_a_session_is_asked_for_with_the_weights_that_it_began_with_and_not_where_there_are_others():
+    weights = Weights(7, 5, "x")
+    other = failed(OtherWeightsError("r-0", "m"))
+    world = World(
+        a=[[Granted(None, weights), tokens(1), PeerUnreachableError("a", "killed")]],
+        b=[[other]] * 2,
+        c=[[Granted(), tokens(2, finish="stop")]],  # an older release tells none
+    )
+    assert (await read(world.open()))[0] == (1, 2)
+    assert [forward.request.weights for _, forward in world.asked] == [None, weights, weights]
+    assert world.lost_nodes == ["a"]
+
+
+async def test_a_session_without_a_token_takes_any_weights():
+    world = World(
+        a=[[Granted(None, Weights(7, 5, "x")), PeerUnreachableError("a", "killed")]],
+        b=[[tokens(1, finish="stop")]],
+    )
+    assert (await read(world.open()))[0] == (1,)
+    assert world.asked[1][1].request.weights is None
 
 
 async def test_a_model_that_left_its_node_is_looked_for_elsewhere():

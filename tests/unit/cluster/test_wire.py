@@ -19,13 +19,14 @@ from sllm_node.core.types import (
     SessionId,
     TokenLogprob,
     Waited,
+    Weights,
 )
 from sllm_node.server.faults import body_of, headers_of, status_of
 from tests.unit.server.fake_service import status_of as model_status
 
 REQUEST = GenerationRequest(
     SessionId("r-0"), ModelId("m"), (1, 2, 3), SamplingParameters(logit_bias=((1, 2.0),), seed=2**64 - 1),
-    9, stop=("a",), logprobs=2, resumed=(4,), resume="replay",
+    9, stop=("a",), logprobs=2, resumed=(4,), resume="replay", weights=Weights(7, 5, "x"),
 )  # fmt: skip
 ASK = Ask(
     ReservationId("r-0"), BootId("b"), 3, (DeviceShare("cpu", 5),), (ReplicaId("x"),),
@@ -35,7 +36,7 @@ CHUNK = GenerationChunk(
     "é", (1, 2), (TokenLogprob(1, "a", -0.5, ((1, "a", -0.5),), 3),), "stop", "a"
 )
 RECORDS = [
-    wire.Waiting(), wire.Waiting(model_status()), wire.Granted(), wire.Granted(Waited(0.5, 2.0)), wire.Tokens(CHUNK, 3), wire.Standing(4),
+    wire.Waiting(), wire.Waiting(model_status()), wire.Granted(), wire.Granted(Waited(0.5, 2.0), Weights(7, 5, "x")), wire.Tokens(CHUNK, 3), wire.Standing(4),
     wire.Refusal("why", b"doc"), wire.Failed("code", "words", 1.5, "n"),
 ]  # fmt: skip
 READERS = [

@@ -40,11 +40,11 @@ CANCEL_S = 0.3
 """How long a cancelled load holds its memory."""
 
 
-def write_checkpoint(root: Path, name: str, pages: int = 1) -> None:
-    """Write the smallest thing that the catalogue takes for a checkpoint."""
+def write_checkpoint(root: Path, name: str, pages: int = 1, *, digest: int = 0) -> None:
+    """Write the smallest thing that the catalogue takes for a checkpoint; `digest`: of its chunks."""
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
-    shard = Shard(shard_name(0), pages * PAGE, (0,) * pages)
+    shard = Shard(shard_name(0), pages * PAGE, (digest,) * pages)
     tensor = TensorEntry("weight", "F32", (4,), 0, 0, 16)
     index = TensorIndex(VERSION, name, "Fake", "F32", CONTEXT_TOKENS, PAGE, 7, (shard,), (tensor,))
     (folder / shard.name).write_bytes(bytes(shard.size))
