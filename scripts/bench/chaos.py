@@ -6,8 +6,9 @@
 Starts a node of its own on loopback with tiny models of several families of which about half fit, and
 ends it. With `--shape` there are as many copies of a model of this shape beside them (random weights, on
 the disk of temporary files): a third of those fit on the device and two thirds into the pool. Each client draws what to do next: a stream to its end, a stream that it leaves in the middle,
-a request that is wrong, or an operator's act. At the end everything is unloaded, without force. Exit
-status 1 if a stream failed, had another number of tokens than asked for or a usage that is not right,
+a request that is wrong, or an operator's act. That there is no room beside what operators have pinned is an answer as well.
+Each minute tells how far it is, and an interrupt ends it early. At the end everything is unloaded, without
+force. Exit status 1 if a stream failed, had another number of tokens than asked for or a usage that is not right,
 if a wrong request was answered by anything but 4xx, if KV blocks, sessions or device memory did not go
 back to zero, or if memory of the process grew by more than `--growth-mib` after the first quarter.
 """
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import random
 import re
+import signal
 import statistics
 import sys
 import tempfile
@@ -42,9 +44,13 @@ WRONG: Final[tuple[dict[str, Any], ...]] = (
     {"model": "no-such-model"}, {"prompt": 7}, {"logit_bias": {"x": 1}}, {"top_p": -1}, {"n": 10**6},
 )  # fmt: skip
 ERRORS_MAX: Final = 20
+TOLD_S: Final = 60.0
 KV_BYTES: Final = 8 * MIB
 LARGE_KV_BYTES: Final = 256 * MIB
 LARGE_CHUNK_BYTES: Final = 16 * MIB
+STAGING_BYTES: Final = 512 * MIB
+"""What decoding has of a device; the default."""
+PINNED: Final = "device_memory_pinned"
 GPU_GRAIN: Final = 2 * MIB
 """Weights on a GPU take whole pages of this size."""
 
@@ -62,6 +68,7 @@ class Chaos:
         self.done: Counter[str] = Counter()
         self.errors: list[str] = []
         self.tokens = 0
+        self.is_over = False
 
     def body(self) -> dict[str, Any]:
         """Return a request of any kind."""
@@ -84,10 +91,16 @@ class Chaos:
         body, usage, events = self.body(), None, 0
         async with self.session.post(f"{self.url}/v1/completions", json=body) as response:
             if response.status != 200:
-                return self.fail(f"{response.status} {await response.text()} to {body}")
+                text = await response.text()
+                return (
+                    "pinned out"
+                    if PINNED in text
+                    else self.fail(f"{response.status} {text} to {body}")
+                )
             async for chunk in data_lines(response):
                 if "error" in chunk:
-                    return self.fail(f"{chunk['error']} to {body}")
+                    text = str(chunk["error"])
+                    return "pinned out" if PINNED in text else self.fail(f"{text} to {body}")
                 events += 1
                 usage = chunk.get("usage") or usage
                 if events == leave_after:
@@ -123,11 +136,12 @@ class Chaos:
     def fail(self, error: str) -> str:
         """Keep an error."""
         self.errors.append(error[:600])
+        print(error[:600], flush=True)
         return "failed"
 
     async def client(self, until: float) -> None:
         """Do one thing after another."""
-        while time.perf_counter() < until and len(self.errors) < ERRORS_MAX:
+        while not self.is_over and time.perf_counter() < until and len(self.errors) < ERRORS_MAX:
             share = self.draw.random()
             if share < 0.6:
                 self.done[await self.stream()] += 1
@@ -137,6 +151,19 @@ class Chaos:
                 self.done[await self.wrong()] += 1
             else:
                 self.done[await self.operate()] += 1
+
+    def end(self) -> None:
+        """Let the clients end what they are doing, and begin nothing more."""
+        self.is_over = True
+
+    async def tell(self, until: float) -> None:
+        """Say each minute how far it is; return when it is over."""
+        begun = time.perf_counter()
+        while not self.is_over and (left_s := until - time.perf_counter()) > 0:
+            await asyncio.sleep(min(TOLD_S, left_s))
+            minutes = (time.perf_counter() - begun) / 60
+            told = ", ".join(f"{count} {what}" for what, count in sorted(self.done.items()))
+            print(f"{minutes:.1f} min: {told}", flush=True)
 
     async def settle(self) -> dict[str, Any]:
         """Unload everything and return what is left."""
@@ -169,10 +196,15 @@ async def measure(
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         chaos = Chaos(session, node.url, arguments.seed, models)
+        watching = asyncio.create_task(watch(psutil.Process(node.process.pid), until, memory_mib))
+        telling = asyncio.create_task(chaos.tell(until))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, chaos.end)
         async with asyncio.TaskGroup() as group:
-            group.create_task(watch(psutil.Process(node.process.pid), until, memory_mib))
             for _ in range(arguments.clients):
                 group.create_task(chaos.client(until))
+        for task in (watching, telling):
+            task.cancel()
         return chaos, memory_mib, await chaos.settle()
 
 
@@ -181,7 +213,10 @@ def beside_large(size: int, half: int, copies: int) -> dict[str, Any]:
     each = align_up(size, GPU_GRAIN) + LARGE_KV_BYTES
     return {
         "chunk_bytes": LARGE_CHUNK_BYTES, "kv_cache_bytes": LARGE_KV_BYTES,
-        "memory_bytes": max(copies // 3, 1) * each + half + len(FAMILIES) // 2 * LARGE_KV_BYTES,
+        "memory_bytes": STAGING_BYTES
+        + max(copies // 3, 1) * each
+        + half
+        + len(FAMILIES) // 2 * LARGE_KV_BYTES,
         "pool_bytes": align_up(2 * copies * size // 3, LARGE_CHUNK_BYTES) + 16 * LARGE_CHUNK_BYTES,
     }  # fmt: skip
 
@@ -217,14 +252,16 @@ def main() -> int:
             size = random_checkpoint.write_served(store, arguments.shape, large)
             settings |= beside_large(size, settings["memory_bytes"], len(large))
         models = (*FAMILIES, *large) if arguments.shape else FAMILIES
+        begun = time.perf_counter()
         with NodeProcess(Path(name), store, **settings) as node:
             chaos, memory_mib, left = asyncio.run(measure(node, arguments, models))
+            minutes = (time.perf_counter() - begun) / 60
             faults = [line for line in node.log.read_text().splitlines() if "Traceback" in line]
     quarter = memory_mib[len(memory_mib) // 4 :]
     half = len(quarter) // 2
     growth = statistics.median(quarter[half:]) - statistics.median(quarter[:half])
     result = {
-        "minutes": arguments.minutes, "clients": arguments.clients, "device": arguments.device,
+        "minutes": round(minutes, 2), "clients": arguments.clients, "device": arguments.device,
         "seed": arguments.seed, "models": models, "done": dict(chaos.done), "tokens": chaos.tokens,
         "errors": len(chaos.errors), "left": left, "memory_last_mib": quarter[-1],
         "memory_growth_mib": growth, "machine": describe_machine(),
@@ -235,7 +272,7 @@ def main() -> int:
     }  # fmt: skip
     for key, value in result.items():
         print(f"{key:20} {value}")
-    for line in (*chaos.errors[:5], *faults[:3]):
+    for line in faults[:3]:
         print(line)
     if arguments.json:
         arguments.json.write_bytes(orjson.dumps(result, option=orjson.OPT_INDENT_2))

@@ -28,7 +28,7 @@ from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.checkpoint.writer import ShardWriter, with_shards, write_index
 from sllm_node.codec.names import EXPONENT
 from sllm_node.convert.mapping import GroupRunner
-from sllm_node.convert.plan import Plan, plan_tensors, tensor_bytes
+from sllm_node.convert.plan import Plan, check_computable, plan_tensors, tensor_bytes
 from sllm_node.convert.sources import (
     Download,
     Source,
@@ -36,10 +36,14 @@ from sllm_node.convert.sources import (
     download_from_hub,
     open_source,
 )
-from sllm_node.convert.tensors import dtype_named
+from sllm_node.convert.tensors import COMPUTE_DTYPES, dtype_named
 from sllm_node.convert.texts import context_tokens, library_errors_named, set_dtype
 from sllm_node.core.clock import Clock, MonotonicClock
-from sllm_node.core.errors import ConversionError, UnsupportedArchitectureError
+from sllm_node.core.errors import (
+    CheckpointFormatError,
+    ConversionError,
+    UnsupportedArchitectureError,
+)
 from sllm_node.core.units import GIB, PAGE
 from sllm_node.engine.skeleton import (
     SUPPORTED,
@@ -144,6 +148,8 @@ def convert_opened(
         opened.write_texts(folder)
         model, order = _build(folder, origin, servable=options.servable)
         plan = plan_tensors(model, order, opened, dtype, origin)
+        if options.servable:
+            check_computable(plan, model, origin)
         set_dtype(folder, plan.compute_dtype)
         layout = plan_layout((tensor.spec for tensor in plan.tensors), options.shard_bytes)
         space.require(layout.size, store, files)
@@ -152,9 +158,19 @@ def convert_opened(
         created = int(surroundings.clock.wall())
         index = _index(name, model.config, plan, layout, chunk_bytes, created)
         write_index(folder, with_shards(index, shards), files)
+        _check_written(folder, origin)
         check_still_ours(place)
         publish(folder, place, files, replace=options.force)
     return open_checkpoint(destination)
+
+
+def _check_written(folder: Path, origin: str) -> None:
+    """Make sure, before it takes anything's place, that a node can open what was written."""
+    try:
+        open_checkpoint(folder)
+    except CheckpointFormatError as error:
+        problem = f"what was written of it can't be read back ({error.problem}); "
+        raise ConversionError(origin, f"{problem}nothing was replaced") from error
 
 
 def _index(
@@ -187,6 +203,9 @@ def _check(name: str, store: Path, options: ConvertOptions, chunk_bytes: int) ->
             "a letter or digit first",
         )
     _check_free(name, store, force=options.force)
+    if options.servable and _dtype(options) not in {None, *COMPUTE_DTYPES}:
+        problem = "is none that a node computes in; give bfloat16, float16 or float32"
+        raise ConversionError(f"dtype {options.dtype!r}", problem)
     check_codec(options.codec, chunk_bytes)
     if options.shard_bytes < PAGE or options.shard_bytes % PAGE:
         problem = f"is not a multiple of {PAGE} bytes"

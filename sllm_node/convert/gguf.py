@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sllm_node.convert.gguf_header import (
+    check_all_used,
+    check_config,
+    check_whole,
+    read_header,
+    rope_scaling,
+)
+from sllm_node.convert.safetensors import few
 from sllm_node.convert.tensors import MemoryTensor
 from sllm_node.convert.texts import GENERATION_FILE, check_tokenizer, library_errors_named
 from sllm_node.core.errors import ConversionError
@@ -44,26 +52,62 @@ def load_gguf(path: Path, origin: str, dtype: str | None) -> GgufModel:
     """Load and dequantise the GGUF file at `path` to `dtype`, bfloat16 if it is None.
 
     Raises:
-        ConversionError: it is no GGUF file, or not one that transformers can read.
+        ConversionError: it is no GGUF file, not one that transformers can read, not all of a
+            model, or has something in it that transformers would leave out.
     """
     with path.open("rb") as file:
         if file.read(len(_MAGIC)) != _MAGIC:
             raise ConversionError(origin, "is no GGUF file")
+    try:
+        import gguf  # noqa: F401 - to tell what is missing before anything is read
+    except ImportError as error:
+        raise ConversionError(origin, f"install sllm-node[gguf] to read it ({error})") from error
     with library_errors_named(origin, "transformers can't read it"):
-        model = _load_model(path, dtype or DEFAULT_DTYPE)
+        header = read_header(path)
+        check_whole(header, origin)
+        config = _load_config(path)
+        check_config(header, config, origin)
+        scaling = rope_scaling(header, config, origin)
+        model, info = _load_model(path, config, dtype or DEFAULT_DTYPE)
+        _check_all_filled(info, origin)
+        check_all_used(header, model, origin)
+    if scaling:
+        model.config.rope_parameters = {**model.config.rope_parameters, **scaling}
     tensors = {name: MemoryTensor(name, tensor) for name, tensor in model.state_dict().items()}
     return GgufModel(path, origin, model, tensors)
 
 
-def _load_model(path: Path, dtype: str) -> Any:
+def _check_all_filled(info: Mapping[str, Any], origin: str) -> None:
+    """Refuse a file that left tensors of the model, by `info` of its loading, with random numbers.
+
+    Raises:
+        ConversionError: naming them.
+    """
+    if missing := sorted(info["missing_keys"]):
+        raise ConversionError(origin, f"lacks tensors of the model: {few(missing)}")
+
+
+def _load_config(path: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
+def _load_model(path: Path, config: Any, dtype: str) -> tuple[Any, Mapping[str, Any]]:
     import transformers
 
     # Releases without GgufConfig dequantise always.
-    config = getattr(transformers, "GgufConfig", None)
-    options = {} if config is None else {"quantization_config": config(dequantize=True)}
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        str(path.parent), gguf_file=path.name, dtype=TORCH_DTYPES[dtype], **options
+    how = getattr(transformers, "GgufConfig", None)
+    options = {} if how is None else {"quantization_config": how(dequantize=True)}
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        str(path.parent),
+        gguf_file=path.name,
+        config=config,
+        dtype=TORCH_DTYPES[dtype],
+        output_loading_info=True,
+        **options,
     )
+    return model, info
 
 
 def _load_tokenizer(path: Path) -> Any:

@@ -92,6 +92,24 @@ def plan_tensors(
     return Plan(planned, tuple(aliases.items()), compute)
 
 
+def check_computable(plan: Plan, model: Any, origin: str) -> None:
+    """Refuse parameters of `model` that its forward pass would fail with, as they are planned.
+
+    Raises:
+        ConversionError: naming them, and what to do.
+    """
+    tensors = model.state_dict(keep_vars=True)
+    found: dict[str, list[str]] = {}
+    for spec in (tensor.spec for tensor in plan.tensors):
+        if spec.dtype not in COMPUTE_DTYPES and isinstance(tensors[spec.name], torch.nn.Parameter):
+            found.setdefault(spec.dtype, []).append(spec.name)
+    for dtype, names in found.items():
+        is_float = dtype in FLOAT_DTYPES
+        do = "give --dtype bfloat16" if is_float else "convert the original, unquantised model"
+        problem = f"has weights in {dtype}, in which no node computes: {few(names)}; {do}"
+        raise ConversionError(origin, problem)
+
+
 @dataclass(frozen=True, slots=True)
 class _DtypeChoice:
     """Which dtype a tensor is stored with."""

@@ -21,6 +21,8 @@ Download = Callable[[str], Path]
 _HUB_ID: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _HUB_FILES: Final = ("*.safetensors", "*.json", "*.model", "*.txt", "*.jinja")
 _HUB_FILES_LEFT: Final = ("original/*", "consolidated*", "*/*")
+_ADAPTER_FILES: Final = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+_GGUF_PART: Final = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _PICKLES: Final = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -125,6 +127,7 @@ def _open_folder(
     files: ExitStack,
     needs_tokenizer: bool,  # noqa: FBT001 - passed on as it came
 ) -> Source:
+    _check_no_adapter(path, origin)
     if (path / WEIGHTS_INDEX_FILE).is_file() or any(path.glob("*.safetensors")):
         if not (path / CONFIG_FILE).is_file():
             raise ConversionError(origin, f"has no {CONFIG_FILE}")
@@ -136,10 +139,28 @@ def _open_folder(
     if len(quantised) == 1:
         return load_gguf(path / quantised[0], origin, dtype)
     if quantised:
-        raise ConversionError(origin, f"has several GGUF files, name one: {few(quantised)}")
+        whole = [name for name in quantised if not _GGUF_PART.search(name)]
+        raise _several_gguf(origin, quantised, whole)
     if pickles := [name for name in names if name.endswith(_PICKLES)]:
         raise _pickle_refused(origin, pickles)
     raise ConversionError(origin, "has no safetensors and no GGUF file")
+
+
+def _check_no_adapter(folder: Path, origin: str) -> None:
+    names = [name for name in _ADAPTER_FILES if (folder / name).is_file()]
+    if not names:
+        return
+    merge = "PeftModel.from_pretrained(MODEL, FOLDER).merge_and_unload().save_pretrained(OTHER)"
+    others = (path for path in folder.iterdir() if path.name not in _ADAPTER_FILES)
+    if any(path.suffix in (".safetensors", ".gguf") for path in others):
+        raise ConversionError(
+            origin,
+            f"has a PEFT adapter ({names[0]}), which would be left out; merge it first: {merge}; "
+            "or give a folder without it",
+        )
+    raise ConversionError(
+        origin, f"is a PEFT adapter ({names[0]}) without its model; merge it into that: {merge}"
+    )
 
 
 def _open_file(path: Path, origin: str, dtype: str | None) -> GgufModel:
@@ -152,6 +173,16 @@ def _open_file(path: Path, origin: str, dtype: str | None) -> GgufModel:
     if path.suffix == ".safetensors":
         raise ConversionError(origin, "is one file of a model; give the folder that it lies in")
     raise ConversionError(origin, "is neither a folder nor a GGUF file")
+
+
+def _several_gguf(origin: str, names: list[str], whole: list[str]) -> ConversionError:
+    if whole:
+        return ConversionError(origin, f"has several GGUF files, name one: {few(whole)}")
+    return ConversionError(
+        origin,
+        f"has its GGUF model in parts ({few(names)}); join them first: "
+        f"llama-gguf-split --merge {names[0]} WHOLE.gguf",
+    )
 
 
 def _converted_already(origin: str, folder: Path) -> ConversionError:

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
@@ -84,9 +84,13 @@ def torch_name(dtype: str) -> str:
 
 
 def context_tokens(config: Any) -> int:
-    """Return how many tokens a sequence may have."""
+    """Return how many tokens a sequence may have; -1 and 0 are no limit, as in XLNet's config."""
     found = (getattr(config, field, None) for field in _CONTEXT_FIELDS)
-    return next((tokens for tokens in found if isinstance(tokens, int)), _CONTEXT_DEFAULT)
+    return next((tokens for tokens in found if _is_count(tokens)), _CONTEXT_DEFAULT)
+
+
+def _is_count(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 @contextmanager

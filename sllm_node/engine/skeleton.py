@@ -24,6 +24,7 @@ from typing_extensions import override
 from sllm_node.core.errors import UnsupportedArchitectureError
 from sllm_node.engine.attention import (
     ATTENTION,
+    MASKED,
     AttentionCall,
     UnknownAttentionOptionError,
     attention_step,
@@ -45,7 +46,8 @@ SUPPORTED: Final[tuple[str, ...]] = (
 """Architectures whose tokens the tests compare with `generate()`."""
 
 _STATIC_ROPE: Final = frozenset({"default", "linear", "llama3", "yarn"})
-"""Rotary embeddings that depend on a token's own position only, not on the longest in the batch."""
+"""Rotary embeddings that depend on a token's own position only, not on the longest in the batch.
+PhiMoE scales any but the default one by how long that is."""
 _DRY_TOKENS: Final = 4
 _EXPERTS: Final = "grouped_mm"
 """How mixtures of experts are computed: the tokens of a step sorted by expert, one product for each
@@ -79,19 +81,25 @@ def check_supported(config: Any, source: str) -> None:
         UnsupportedArchitectureError: naming the architecture, and what about it is in the way.
     """
     name = architecture(config)
-    if name not in SUPPORTED or not _is_text_model(config):
+    if name not in SUPPORTED:
         raise UnsupportedArchitectureError(source, name, SUPPORTED)
+    if name != (found := causal_class(config)):
+        runs = found or "no causal language model"
+        problem = f"a config of type {config.model_type}, which transformers runs as {runs}"
+        raise UnsupportedArchitectureError(source, f"{name} with {problem}", SUPPORTED)
     for problem in _problems(config):
         raise UnsupportedArchitectureError(source, f"{name} with {problem}", SUPPORTED)
 
 
 def architecture(config: Any) -> str:
-    """Return the class name of the model that `config` describes."""
-    if names := getattr(config, "architectures", None):
-        return str(names[0])
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return str(MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__)
-    return type(config).__name__
+    """Return the class name of the model that `config` describes, as transformers spells it."""
+    found, names = causal_class(config), getattr(config, "architectures", None)
+    if isinstance(names, list) and names:
+        names = names[0]
+    if not isinstance(names, str) or not names:
+        return found or type(config).__name__
+    # The hub has PhiMoEForCausalLM where transformers has PhimoeForCausalLM.
+    return found if found and found.lower() == names.lower() else names
 
 
 def causal_class(config: Any) -> str | None:
@@ -215,10 +223,24 @@ class _ShapeRecorder:
         return call.query.new_empty(*call.query.shape[:2], call.value.shape[-1])
 
 
-def _dry_run(model: Model, recorder: _ShapeRecorder) -> None:
-    ids = torch.zeros((1, _DRY_TOKENS), dtype=torch.long, device="meta")
+def _dry_run(model: Model, recorder: _ShapeRecorder, **inputs: torch.Tensor) -> None:
+    ids = _dry_tokens()
     with torch.inference_mode(), attention_step(recorder), _experts_by_shape(model.config):
-        model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1)
+        model(input_ids=ids, position_ids=ids, use_cache=False, logits_to_keep=1, **inputs)
+
+
+def _dry_tokens() -> torch.Tensor:
+    return torch.zeros((1, _DRY_TOKENS), dtype=torch.long, device="meta")
+
+
+@contextmanager
+def _with_masks(config: Any) -> Iterator[None]:
+    """Let the model of `config` build masks, from which its layers learn their windows."""
+    config._attn_implementation = MASKED  # noqa: SLF001
+    try:
+        yield
+    finally:
+        config._attn_implementation = ATTENTION  # noqa: SLF001
 
 
 @contextmanager
@@ -232,11 +254,16 @@ def _experts_by_shape(config: Any) -> Iterator[None]:
 
 
 def _check_layers(model: Model, source: str) -> None:
-    """Refuse models that call our attention otherwise than once per layer, in order."""
+    """Refuse models that call our attention otherwise than once per layer, in order.
+
+    Layers have the windows of their masks from then on.
+    """
     name = type(model).__name__
     recorder = _ShapeRecorder()
     try:
-        _dry_run(model, recorder)
+        # With a mask for padding, of which there is none, nobody looks for sequences in positions.
+        with _with_masks(model.config):
+            _dry_run(model, recorder, attention_mask=torch.ones_like(_dry_tokens()))
     except UnknownAttentionOptionError as error:
         problem = f"{name} with attention option {error}"
         raise UnsupportedArchitectureError(source, problem, SUPPORTED) from error
@@ -246,16 +273,12 @@ def _check_layers(model: Model, source: str) -> None:
         raise UnsupportedArchitectureError(source, problem, SUPPORTED)
 
 
-def _is_text_model(config: Any) -> bool:
-    return causal_class(config) == architecture(config)
-
-
 def _problems(config: Any) -> Iterable[str]:
     """Yield what a config asks for that would be served wrongly."""
     if getattr(config, "quantization_config", None):
         yield "quantised weights"
     for rope in _rope_types(config):
-        if rope not in _STATIC_ROPE:
+        if rope not in _STATIC_ROPE or (config.model_type == "phimoe" and rope != "default"):
             yield f"rotary embedding {rope!r}"
     if getattr(config, "is_causal", True) is False:
         yield "attention that is not causal"

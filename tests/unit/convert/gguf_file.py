@@ -7,8 +7,11 @@ import gguf
 from tests.models import CHAT_TEMPLATE, make_model, make_tokenizer
 
 
-def write_gguf(folder, **overrides):
-    """Write a llama with tokenizer and template; return the file and the model."""
+def write_gguf(folder, edit=None, left_out=(), **overrides):
+    """Write a llama with tokenizer and template; return the file and the model.
+
+    `edit` adds to the writer; tensors with a name in `left_out` in theirs are not written.
+    """
     model = make_model("llama", **overrides)
     config = model.config
     path = folder / "tiny.gguf"
@@ -23,7 +26,9 @@ def write_gguf(folder, **overrides):
     writer.add_rope_freq_base(10000.0)
     writer.add_vocab_size(config.vocab_size)
     _add_tokenizer(writer, folder / "tokenizer")
-    _add_tensors(writer, model)
+    _add_tensors(writer, model, left_out)
+    if edit is not None:
+        edit(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -47,10 +52,12 @@ def _add_tokenizer(writer, folder):
     writer.add_chat_template(CHAT_TEMPLATE)
 
 
-def _add_tensors(writer, model):
+def _add_tensors(writer, model, left_out):
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.config.num_hidden_layers)
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        if any(part in name for part in left_out):
             continue
         data = tensor.numpy()
         for part, heads in (("q_proj", 4), ("k_proj", 2)):

@@ -5,10 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.catalog import Catalog, open_checkpoint
+from sllm_node.checkpoint.output import DiskFiles
 from sllm_node.checkpoint.split import layer_starts
 from sllm_node.checkpoint.verify import verify
 from sllm_node.convert.convert import ConvertOptions, Surroundings, convert
@@ -164,6 +166,65 @@ def test_a_folder_that_took_the_name_meanwhile_is_not_replaced(source, store):
     with pytest.raises(StorageWriteError, match="no checkpoint"):
         convert(str(source), "m", store, ConvertOptions(force=True), progress=take)
     assert (store / "m" / "photos").is_file()
+    assert names_in(store) == ["m"]
+
+
+def with_dtype(source, part, dtype):
+    """Store the tensors of `source` with `part` in their names as `dtype`."""
+    path = source / "model.safetensors"
+    tensors = {n: t.to(dtype) if part in n else t for n, t in load_file(path).items()}
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def test_weights_in_8_bits_are_refused_with_what_to_do_where_a_node_should_serve_them(
+    source, store
+):
+    with_dtype(source, "up_proj", torch.float8_e4m3fn)
+    problem = r"F8_E4M3, .*: model.layers.0.mlp.up_proj.weight, .*; give --dtype bfloat16"
+    with pytest.raises(ConversionError, match=problem):
+        convert(str(source), "m", store)
+    assert convert(str(source), "m", store, ConvertOptions("bfloat16")).index.dtype == "BF16"
+    kept = convert(str(source), "kept", store, ConvertOptions(servable=False))
+    assert "F8_E4M3" in {entry.dtype for entry in kept.index.tensors}
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_integer_weights_are_refused_as_quantised(source, store, dtype):
+    with_dtype(source, "layers.1.mlp.up_proj", torch.int8)
+    problem = r"I8, .*: model.layers.1.mlp.up_proj.weight; convert the original"
+    with pytest.raises(ConversionError, match=problem):
+        convert(str(source), "m", store, ConvertOptions(dtype))
+
+
+def test_a_cast_to_8_bits_is_refused_before_the_source_is_opened(source, store):
+    options = ConvertOptions("float8_e4m3fn")
+    with pytest.raises(ConversionError, match=r"dtype 'float8_e4m3fn'.* bfloat16, float16"):
+        convert("no/source", "m", store, options)
+    kept = convert(str(source), "m", store, ConvertOptions("float8_e4m3fn", servable=False))
+    assert kept.index.dtype == "F8_E4M3"
+
+
+class Garbling(DiskFiles):
+    """Damages the tensor index on its way to the disk."""
+
+    def write(self, descriptor, data):
+        garbled = bytes(data).replace(b'"shards"', b'"shreds"')
+        return super().write(descriptor, memoryview(garbled))
+
+
+def test_what_can_not_be_read_back_replaces_nothing(source, store):
+    before = convert(str(source), "m", store)
+    with pytest.raises(
+        ConversionError, match=r"can't be read back .*`shreds`.*nothing was replaced"
+    ):
+        convert(
+            str(source),
+            "m",
+            store,
+            ConvertOptions("bfloat16", force=True),
+            surroundings=Surroundings(files=Garbling()),
+        )
+    assert open_checkpoint(store / "m").index == before.index
     assert names_in(store) == ["m"]
 
 

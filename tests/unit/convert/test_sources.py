@@ -132,6 +132,35 @@ def test_a_folder_that_is_not_whole_is_refused(tmp_path, names, problem):
     assert problem in refused(tmp_path)
 
 
+@pytest.mark.parametrize("adapter", ["adapter_config.json", "adapter_model.safetensors"])
+def test_an_adapter_beside_a_model_is_refused_as_it_would_be_left_out(tmp_path, adapter):
+    make_source(tmp_path)
+    (tmp_path / adapter).write_text("{}")
+    problem = refused(tmp_path)
+    assert f"has a PEFT adapter ({adapter}), which would be left out" in problem
+    assert "merge_and_unload()" in problem
+
+
+@pytest.mark.parametrize("weights", ["adapter_model.safetensors", "adapter_model.bin"])
+def test_an_adapter_without_its_model_is_said_to_be_one(tmp_path, weights):
+    for name in ("adapter_config.json", weights, "config.json", "training_args.bin"):
+        (tmp_path / name).write_text("{}")
+    problem = refused(tmp_path)
+    assert "is a PEFT adapter (adapter_config.json) without its model" in problem
+    assert "merge_and_unload()" in problem
+
+
+def test_parts_of_a_gguf_model_are_not_offered_as_models(tmp_path):
+    parts = ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]
+    for name in parts:
+        (tmp_path / name).write_bytes(b"")
+    problem = refused(tmp_path)
+    assert f"has its GGUF model in parts ({', '.join(parts)}); join them first" in problem
+    assert f"llama-gguf-split --merge {parts[0]} WHOLE.gguf" in problem
+    (tmp_path / "b.gguf").write_bytes(b"")
+    assert refused(tmp_path) == "has several GGUF files, name one: b.gguf"
+
+
 @pytest.mark.parametrize(
     ("name", "problem"),
     [("model.safetensors", "give the folder"), ("model.onnx", "neither a folder nor"),

@@ -121,5 +121,8 @@ def test_the_context_is_found_under_each_of_its_names(field):
     assert context_tokens(PretrainedConfig(**{field: 77})) == 77
 
 
-def test_a_model_without_a_limit_gets_a_modest_one():
+@pytest.mark.parametrize("none", [None, -1, 0, True, "512"])
+def test_a_model_without_a_limit_gets_a_modest_one(none):
     assert context_tokens(PretrainedConfig()) == 2048
+    assert context_tokens(PretrainedConfig(max_position_embeddings=none)) == 2048
+    assert context_tokens(PretrainedConfig(max_position_embeddings=none, n_positions=77)) == 77

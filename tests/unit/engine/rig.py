@@ -131,12 +131,14 @@ async def collect(generation):
     return text, tokens, logprobs, finish
 
 
-def reference(model, prompt, count):
+def reference(model, prompt, count, *, use_cache=True):
     """Return the greedy tokens that transformers' generate() gives."""
     from transformers import GenerationConfig
 
     model.generation_config.eos_token_id = None  # else generate() stops there, or suppresses it
-    config = GenerationConfig(do_sample=False, max_new_tokens=count, pad_token_id=0, use_cache=True)
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=count, pad_token_id=0, use_cache=use_cache
+    )
     with torch.no_grad():
         out = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,15 @@ SERVED = [
     "phimoe", "minimax_m2", "ernie4_5_moe", "dots1", "glm4_moe", "glm4_moe_lite", "deepseek_v2",
     "deepseek_v3",
 ]  # fmt: skip
+LAYER_TYPES = ["sliding_attention", "full_attention"]
+MASKED: dict[
+    str, dict[str, Any]
+] = {  # what the attention of a layer is told is not what its mask does
+    "phimoe": {"sliding_window": 8},
+    "qwen2_moe": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "smollm3": {"use_sliding_window": False, "sliding_window": 8, "layer_types": LAYER_TYPES},
+    "olmoe": {"sliding_window": 8},
+}
 LENGTHS = (3, 40, 11, 1, 27)
 COUNT = 12
 
@@ -41,6 +51,20 @@ async def test_tokens_equal_those_of_generate(tmp_path, family, launch_ahead):
     assert [tokens for _, tokens, _, _ in got] == [reference(model, p, COUNT) for p in prompts]
     assert [finish for *_, finish in got] == ["length"] * len(prompts)
     assert bool(preempted) is is_tight
+
+
+@pytest.mark.parametrize("family", MASKED)
+async def test_a_layer_looks_back_as_far_as_the_mask_of_its_class_lets_it(tmp_path, family):
+    checkpoint = make_checkpoint(tmp_path, "m", family, **MASKED[family])
+    model = make_model(family, **MASKED[family])
+    numbers = random.Random(family)
+    prompts = [[numbers.randrange(4, 300) for _ in range(length)] for length in LENGTHS]
+    async with engine_of(checkpoint, max_step_tokens=16, block_tokens=4) as engine:
+        generations = [engine.submit(ask(prompt, COUNT)) for prompt in prompts]
+        got = await asyncio.gather(*(collect(g) for g in generations))
+    assert [tokens for _, tokens, _, _ in got] == [
+        reference(model, prompt, COUNT, use_cache=False) for prompt in prompts
+    ]
 
 
 def test_every_architecture_that_we_serve_is_compared():
