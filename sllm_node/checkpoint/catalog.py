@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
+from sllm_node.checkpoint.digest import weights_of
 from sllm_node.checkpoint.index import INDEX_FILE, Shard, TensorIndex, from_json
 from sllm_node.checkpoint.temporary import sweep, temporary_path
 from sllm_node.core.errors import (
@@ -15,7 +16,7 @@ from sllm_node.core.errors import (
     SllmError,
     StorageWriteError,
 )
-from sllm_node.core.types import ModelId
+from sllm_node.core.types import ModelId, Weights
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,95}")
 _INDEX_BYTES_MAX: Final = 1 << 30
@@ -43,6 +44,11 @@ class Checkpoint:
     """Of each shard, in the order of `index.shards`."""
     remote: str | None = field(default=None, compare=False)
     """Where shards, or parts of them, still are; None: all of it is here."""
+    weights: Weights = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Take the digest of all digests once."""
+        object.__setattr__(self, "weights", weights_of(self.index))
 
 
 def is_model_name(name: str) -> bool:

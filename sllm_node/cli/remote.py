@@ -143,6 +143,10 @@ def _show_cluster(report: dict[str, Any]) -> None:
         for model in node["models"]
     ]
     print_table(("model", "node", "tier", ">stored"), sorted(places))
+    for model, nodes in report.get("differing", {}).items():
+        say(
+            f"{model}: nodes have different checkpoints: {'; '.join(map(', '.join, nodes))} (the newest first)"
+        )
     _show_served(report["nodes"])
     _show_scaling(report["scaling"])
     _show_moves(report)

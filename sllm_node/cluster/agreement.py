@@ -1,23 +1,29 @@
-"""Whether all nodes have the same cluster file: each tells a digest of its own with its state.
+"""Whether all nodes have the same cluster file, and the same checkpoint under each name.
 
-What may differ is left out: where secrets lie, and how the directory is reached. What stands at its
+Each node tells a digest of its file with its state.
+
+What may differ of a file is left out: where secrets lie, and how the directory is reached. What stands at its
 default is left out, too, so that a release which adds a key tells the same of an old file.
 """
 
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Mapping
 from typing import Any, Final
 
 import msgspec
 
 from sllm_node.cluster.file import ClusterFile
-from sllm_node.core.types import NodeId
+from sllm_node.cluster.shown import differing
+from sllm_node.cluster.view import ClusterView
+from sllm_node.core.types import ModelId, NodeId
 
 log = logging.getLogger(__name__)
 
 _CHARACTERS: Final = 16
+_LOOK_S: Final = 5.0
 
 
 def digest_of(cluster: ClusterFile) -> str:
@@ -65,3 +71,25 @@ class Agreement:
     def problem(self, peer: NodeId) -> str | None:
         """Return what is to be shown of a `peer` that has another file; None: it has not."""
         return "has another cluster file" if peer in self._since else None
+
+
+class Differing:
+    """Which models have different checkpoints at different nodes, so that sessions can't go on from one at another."""
+
+    def __init__(self) -> None:
+        self._looked_at = -math.inf
+        self._known: dict[ModelId, list[list[NodeId]]] = {}
+
+    def look(self, view: ClusterView, now: float) -> None:
+        """Warn of each once, and again when other nodes have them; does nothing too soon after the last look."""
+        if now - self._looked_at < _LOOK_S:
+            return
+        self._looked_at = now
+        found = differing(view)
+        for model, nodes in found.items():
+            if self._known.get(model) != nodes:
+                told = "; ".join(map(", ".join, nodes))
+                log.warning(
+                    "nodes have different checkpoints", extra={"model": model, "nodes": told}
+                )
+        self._known = found

@@ -6,7 +6,7 @@ from enum import IntEnum
 from sllm_node.cluster.estimate import Source
 from sllm_node.cluster.moves import Move
 from sllm_node.cluster.state import NO_REPLICA, NodeId, ReplicaId
-from sllm_node.core.types import ModelId
+from sllm_node.core.types import ModelId, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,10 @@ class PlacementRequest:
     """Devices of one node that a replica is split over."""
     priority: int = 0
     """Sessions of higher priority are not moved for it."""
+    tokens: int = 0
+    """Prompt and output, at most; a node that tells that a session can have fewer gets none of it."""
+    weights: Weights | None = None
+    """What it began with: a node that tells of others gets none of it. None: any will do."""
 
 
 class Kind(IntEnum):

@@ -1,6 +1,7 @@
 """From a placement to one node: what the entry node does with what `placement` decides. Pure.
 
-Three rules on top of it. This node wins where a peer is no better: forwarding costs a little, and the
+Four rules on top of it. A node where no session can have as many tokens, or with
+other weights than it began with, gets none. This node wins where a peer is no better: forwarding costs a little, and the
 same state must not send the requests of all nodes to the one whose name comes first. A way that moves
 running sessions has to be sooner by `gain_s` than the best that moves none, since their readers feel it.
 And where no way is left a request queues, at a node that has the model: its scheduler keeps order there.
@@ -17,7 +18,7 @@ from sllm_node.cluster.placement import decide, decide_moves, ways_on
 from sllm_node.cluster.reservations import Ask, Away, ReservationId
 from sllm_node.cluster.state import DeviceShare, NodeId, NodeState
 from sllm_node.cluster.view import ClusterView
-from sllm_node.core.types import ModelId, Startup
+from sllm_node.core.types import ModelId, Startup, Weights
 
 FORWARD_S: Final = 0.002
 """What passing a request on may cost: a peer has to be better by that."""
@@ -72,14 +73,20 @@ def startup_of(choice: Choice | None, startup_s: float | None) -> Startup:
     return Startup(shown.node, shown.way, shown.reason, choice.startup_s, startup_s)
 
 
-def request_for(view: ClusterView, model: ModelId, priority: int = 0) -> PlacementRequest:
+def request_for(
+    view: ClusterView,
+    model: ModelId,
+    priority: int = 0,
+    tokens: int = 0,
+    weights: Weights | None = None,
+) -> PlacementRequest:
     """Return what is to be placed for `model`: of what its nodes tell, the least memory."""
     told = [node.held[model] for node in view.nodes.values() if model in node.held]
     sizes = [(held.replica_shares, held.replica_bytes or held.bytes_decoded) for held in told] or [
         (1, 0)
     ]
     shares, size = min(sizes)
-    return PlacementRequest(model, size, shares, priority)
+    return PlacementRequest(model, size, shares, priority, tokens, weights)
 
 
 def choose(
@@ -90,10 +97,11 @@ def choose(
     excluded: AbstractSet[NodeId] = frozenset(),
     gain_s: float | None = None,
 ) -> Choice | None:
-    """Return where a request goes; None: no node that is not excluded has the model.
+    """Return where a request goes; None: no node has the model that is not excluded, and fits.
 
     `gain_s`: how much sooner a way has to be that moves sessions; None: no such way is taken.
     """
+    excluded = excluded | view.unfit(request.model, request.tokens, request.weights)
     decision = decide(view, request, now, may_move=False, excluded=excluded)
     best: Candidate | None = getattr(decision, "best", None)
     if gain_s is not None:

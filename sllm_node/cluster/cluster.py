@@ -28,7 +28,7 @@ from sllm_node.cluster.resumes import Resumes
 from sllm_node.cluster.router import Router
 from sllm_node.cluster.scaling import Scaling
 from sllm_node.cluster.serving import Serving
-from sllm_node.cluster.shown import served
+from sllm_node.cluster.shown import differing, served
 from sllm_node.cluster.snapshot import Snapshot
 from sllm_node.cluster.state import BootId
 from sllm_node.cluster.texts import Texts
@@ -167,6 +167,7 @@ class Cluster(Generic[CodecT]):
                     {
                         "id": held.model, "bytes": held.bytes_stored, "dram": held.bytes_dram,
                         "nvme": held.bytes_nvme, "device": held.model in view.by_model,
+                        "created": held.created, "weights": held.digest,
                     }
                     for held in view.state.models
                 ],
@@ -184,6 +185,7 @@ class Cluster(Generic[CodecT]):
             "migrations": self.router.moves(),
             "vacates": self.router.vacating.recent(),
             "nodes": nodes,
+            "differing": differing(self.peers.view),
             "scaling": self.scaling.status(),
             "directory": None if self._listing is None else self._listing.status(),
             "estimates": {

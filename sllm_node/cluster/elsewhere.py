@@ -41,30 +41,41 @@ class Elsewhere(Generic[CodecT]):
 
         Of a model that only peers have which can't be asked now, they are those.
         """
-        told = [
-            (node.held[model], name)
-            for name, node in sorted(self._peers.view.nodes.items())
-            if name != self._peers.me and model in node.held
-        ] or [
-            (held, state.node)
-            for state in self._peers.absent()
-            for held in state.models
-            if held.model == model
-        ]
+        told = self._told(model) or self._told_by_absent(model)
         if not told:
             return None, []
         newest = max(held.created for held, _ in told)
         mine = [(held, name) for held, name in told if held.created == newest]
         return mine[0][0], [name for _, name in mine]
 
+    def _told(self, model: ModelId) -> list[tuple[HeldModel, NodeId]]:
+        return [
+            (node.held[model], name)
+            for name, node in sorted(self._peers.view.nodes.items())
+            if name != self._peers.me and model in node.held
+        ]
+
+    def _told_by_absent(self, model: ModelId) -> list[tuple[HeldModel, NodeId]]:
+        return [
+            (held, state.node)
+            for state in self._peers.absent()
+            for held in state.models
+            if held.model == model
+        ]
+
     def status(self, model: ModelId) -> ModelStatus | None:
         """Return how a model of peers stands; None: they have none of that name."""
         held, _ = self.find(model)
         return None if held is None else shown.status_elsewhere(self._peers.view, held)
 
-    def is_absent(self, model: ModelId) -> bool:
-        """Tell whether only peers have a model that can't be asked now, or drain: who wants it may wait."""
-        nodes = self._peers.view.nodes.values()
+    def is_absent(self, model: ModelId, tokens: int) -> bool:
+        """Tell whether only peers have a model that can't be asked now, or drain: who wants it may wait.
+
+        `tokens`: where a session can't have so many does not count.
+        """
+        view = self._peers.view
+        small = view.unfit(model, tokens)
+        nodes = (node for name, node in view.nodes.items() if name not in small)
         if any(model in node.held and not node.state.is_draining for node in nodes):
             return False
         return self.find(model)[0] is not None
@@ -75,12 +86,12 @@ class Elsewhere(Generic[CodecT]):
         return held is not None and self.texts.get_now(held) is not None
 
     def context_limit(self, model: ModelId) -> int | None:
-        """Return how many tokens a session of a model of peers can have; None: they have none."""
-        held, _ = self.find(model)
-        if held is None:
+        """Return how many tokens a session of a model of peers can have where most fit; None: they have none."""
+        told = [held for held, _ in (*self._told(model), *self._told_by_absent(model))]
+        if not told:
             return None
-        known = self.texts.get_now(held)
-        return held.context_tokens if known is None else known.context_tokens
+        known = self.texts.get_now(told[0]) if len(told) == 1 else None
+        return known.context_tokens if known else max(held.context_tokens for held in told)
 
     async def codec(self, model: ModelId) -> CodecT | None:
         """Return the codec of a model of peers, as patiently as a session waits for a node to run on.

@@ -49,7 +49,6 @@ from sllm_node.core.types import (
     SessionStatus,
     Startup,
     TokenIds,
-    Waited,
 )
 from sllm_node.engine.unread import Unread
 
@@ -248,7 +247,7 @@ class RoutedStream:
 
     def _as_it_stands(self) -> GenerationRequest:
         if not self._output.tokens:
-            return self.request
+            return replace(self.request, weights=None)
         return replace(self.request, resumed=(*self.request.resumed, *self._output.tokens))
 
     def take(self, part: Part, record: Record) -> bool:
@@ -262,8 +261,8 @@ class RoutedStream:
         match record:
             case Waiting(status):
                 self._status = status or self._status
-            case Granted(waited):
-                self._granted(part.choice, waited)
+            case Granted():
+                self._granted(part.choice, record)
             case Leave():
                 self._ways.leave(self.request.session, part.choice.node, record)
             case Standing() | Refusal() | Failed():
@@ -282,11 +281,13 @@ class RoutedStream:
             self._end(None)
         return is_last
 
-    def _granted(self, choice: Choice, waited: Waited | None) -> None:
+    def _granted(self, choice: Choice, granted: Granted) -> None:
         self._is_running = True
+        weights = granted.weights or self.request.weights  # an older release does not tell
+        self.request = self._retries.request = replace(self.request, weights=weights)
         now = self._clock.now()
         self._course.granted(choice, now)
-        self._ways.started(choice, self.request.model, now - self._placed, waited)
+        self._ways.started(choice, self.request.model, now - self._placed, granted.waited)
 
     def _give(self, chunk: GenerationChunk) -> None:
         now = self._clock.now()

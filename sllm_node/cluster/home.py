@@ -1,11 +1,12 @@
 """A session of this node's reader that this node serves: the service's own stream, until it has to move.
 
 Nothing but a count of its tokens is added to its path. The first move, and what refuses it before it began (a
-drain, room that it was promised in vain, senders of its model's bytes that are gone), make a `RoutedStream` of it,
+drain, room that it was promised in vain, senders of its model's bytes that are gone, too little KV memory), make a `RoutedStream` of it,
 which takes the stream over as it is. A reader that waits for the next chunk gets it first: so the two never read at once.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Self
 
 from sllm_node.cluster.choice import Choice, startup_of
@@ -14,16 +15,26 @@ from sllm_node.cluster.ways import Begun
 from sllm_node.core.errors import (
     DrainingError,
     GivenBackError,
+    PromptTooLongError,
     RemoteUnreachableError,
     SllmError,
 )
-from sllm_node.core.types import GenerationChunk, ModelStatus, SessionStatus, Startup
+from sllm_node.core.types import (
+    GenerationChunk,
+    GenerationRequest,
+    ModelStatus,
+    SessionStatus,
+    Startup,
+)
 from sllm_node.schedule.stream import Stream
 
 Routing = Callable[["HomeStream", Begun | SllmError | None], RoutedStream]
 """Makes the routed stream: of one that runs here, or to be placed anew; an error: after it has failed here."""
 Wish = Callable[[RoutedStream | None], object]
 """What is to be done with the routed stream; None: there will be none, the session has ended."""
+
+_ELSEWHERE = (PromptTooLongError, RemoteUnreachableError)
+"""Before it began here, another node may do better."""
 
 
 class HomeStream:
@@ -33,7 +44,6 @@ class HomeStream:
         self, stream: Stream, keep_alive_s: float | None, route: Routing,
         on_ended: Callable[["HomeStream"], None],
     ) -> None:  # fmt: skip
-        self.request = stream.request
         self.keep_alive_s = keep_alive_s
         self.choice: Choice | None = None
         """Why it is here."""
@@ -47,6 +57,11 @@ class HomeStream:
         self._is_reading = False
         self._wishes: list[Wish] = []
 
+    @property
+    def request(self) -> GenerationRequest:
+        """Its request, with the weights that it began with."""
+        return replace(self._stream.request, weights=self._stream.weights)
+
     def __aiter__(self) -> Self:
         return self
 
@@ -56,11 +71,11 @@ class HomeStream:
         self._is_reading = True
         try:
             chunk = await self._stream.__anext__()
-        except (DrainingError, GivenBackError, RemoteUnreachableError) as error:
+        except (DrainingError, GivenBackError, *_ELSEWHERE) as error:
             if self._stream.is_granted:
                 self._ended()
                 raise
-            before = error if isinstance(error, RemoteUnreachableError) else None
+            before = error if isinstance(error, _ELSEWHERE) else None
             return await self._carry(before).__anext__()
         except BaseException as error:
             if isinstance(error, Exception):

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, Final
 
-from sllm_node.cluster.choice import Choice, choose, request_for
+from sllm_node.cluster.choice import Choice, choose
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.peers import Peers
+from sllm_node.cluster.placing import asked_for
 from sllm_node.cluster.state import ResumeFit
 from sllm_node.core import log as logs
 from sllm_node.core.alarm import Alarm
@@ -46,6 +47,8 @@ class Movers:
         self._sessions = sessions
         self._recent: deque[MoveReport] = deque(maxlen=RECENT)
         self._failed_at: dict[str, float] = {}
+        self._failed_to: dict[str, set[NodeId]] = {}
+        """Where moves of a session failed: of a drain the others come first."""
         self.on_failed: Callable[[SessionId, NodeId, str], None] = lambda *_: None
         """Called with session, its node and why when a move for placement's sake fails."""
         self.entry_of: Callable[[str], NodeId | None] = lambda _: None
@@ -81,7 +84,9 @@ class Movers:
         self._peers.refresh()
         choice = self._choose(found, frozenset(self._peers.view.nodes) - {to})
         if choice is None or (vacate and choice.startup_s is None):
-            raise MoveRefusedError(session, f"node {to!r} can't take it: not the model, or no room")
+            raise MoveRefusedError(
+                session, f"node {to!r} can't take it: not the model (or other weights), or no room"
+            )
         return {
             "session": session,
             "to": to,
@@ -106,9 +111,9 @@ class Movers:
         """Begin to move sessions away from the nodes that drain, as far as there are others."""
         nodes = self._peers.view.nodes
         draining = {name for name, node in nodes.items() if node.state.is_draining}
-        if not draining:
-            return
-        sessions = self._sessions()
+        sessions = self._sessions() if draining else []
+        known = {one.request.session for one in sessions}
+        self._failed_to = {name: to for name, to in self._failed_to.items() if name in known}
         if (
             sessions and not self._again.is_set
         ):  # also for those that move: it may fail, or end there
@@ -118,13 +123,22 @@ class Movers:
             too_soon = self._clock.now() - self._failed_at.get(name, float("-inf")) < AGAIN_S
             if at not in draining or too_soon or self._is_moving(session):
                 continue
-            choice = self._choose(session, frozenset(draining))
+            choice = self._choose_away(session, frozenset(draining))
             if choice is None:
                 continue
             try:
                 self._begin(session, choice, "drain")
             except SllmError as error:
                 log.info("session not moved", extra={"session": name, "error": str(error)})
+
+    def _choose_away(self, session: Carried, draining: frozenset[NodeId]) -> Choice | None:
+        """Return where a session goes from a node that drains: where it was refused only if nowhere else."""
+        refused = self._failed_to.get(session.request.session, set())
+        choice = self._choose(session, draining | refused)
+        if choice is None and refused:
+            refused.clear()
+            choice = self._choose(session, draining)
+        return choice
 
     def close(self) -> None:
         """Begin no more moves."""
@@ -145,6 +159,7 @@ class Movers:
             now = self._clock.now()
             recent = {name: at for name, at in self._failed_at.items() if now - at < AGAIN_S}
             self._failed_at = {**recent, report.session: now}
+            self._failed_to.setdefault(report.session, set()).add(report.to)
             if report.vacate:
                 self.on_failed(report.session, report.origin, report.error)
         else:
@@ -196,7 +211,7 @@ class Movers:
 
     def _choose(self, session: Carried, excluded: frozenset[NodeId]) -> Choice | None:
         view = self._peers.view
-        asked = request_for(view, session.request.model, session.request.priority)
+        asked = asked_for(view, session.request)
         return choose(view, asked, self._peers.me, self._clock.now(), excluded)
 
     def _at(self, session: Carried) -> NodeId:

@@ -216,7 +216,7 @@ class LocalSource:
                         await stream.started.wait()
                 yield Waiting(stream.status())
             if stream.is_granted:
-                yield Granted(stream.waited)
+                yield Granted(stream.waited, stream.weights)
             told = await stream.standing(-1)
             while told is not None:
                 yield Standing(told)

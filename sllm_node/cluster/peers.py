@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sllm_node.cluster.addresses import Addresses
-from sllm_node.cluster.agreement import Agreement, digest_of
+from sllm_node.cluster.agreement import Agreement, Differing, digest_of
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.file import ClusterFile
 from sllm_node.cluster.followed_file import FollowedFile
@@ -82,7 +82,7 @@ class Peers:
         """Called when the view has changed."""
         self._refusals = Refusals(clock)
         timing = place.cluster.timing
-        self._agreement = Agreement(timing.dead_s)
+        self._agreement, self._differing = Agreement(timing.dead_s), Differing()
         self._trust = trust
         self._snapshot = snapshot
         self._clock = clock
@@ -274,6 +274,7 @@ class Peers:
         nodes = self.view.nodes.items()
         theirs = {name: node.state.cluster_file for name, node in nodes if name != self.me}
         self._agreement.look(self._snapshot.cluster_file, theirs, self._clock.now())
+        self._differing.look(self.view, self._clock.now())
         self._arm()
 
     def _arm(self) -> None:

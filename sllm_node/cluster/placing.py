@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+from sllm_node.cluster.candidate import PlacementRequest
 from sllm_node.cluster.choice import FORWARD_S, Choice, ask_for, choose, request_for
 from sllm_node.cluster.estimate import (
     ErrorTrack,
@@ -16,6 +17,7 @@ from sllm_node.cluster.estimate import (
 from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.state import BootId
+from sllm_node.cluster.view import ClusterView
 from sllm_node.core.clock import Clock
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, NodeId, Waited
@@ -44,7 +46,7 @@ class Placing:
         """Place a request by what is known now."""
         self._peers.refresh()
         view, me = self._peers.view, self._peers.me
-        asked = request_for(view, request.model, request.priority)
+        asked = asked_for(view, request)
         found = choose(view, asked, me, self._clock.now(), excluded, self._gain_s())
         if found is not None and found.node != me:
             busy = sum(view.nodes[node].is_busy for node in (me, found.node) if node in view.nodes)
@@ -63,7 +65,7 @@ class Placing:
         node = self._peers.view.nodes.get(choice.node)
         if node is None:
             return _HERE
-        asked = request_for(self._peers.view, request.model, request.priority)
+        asked = asked_for(self._peers.view, request)
         return ask_for(choice, asked, node.state, request.session)
 
     def started(self, choice: Choice, model: str, seconds: float, waited: Waited | None) -> None:
@@ -88,6 +90,11 @@ class Placing:
             "model": model, "node": choice.node, "expected_s": round(choice.startup_s, 4),
             "startup_s": round(seconds, 4), "busy_ends": choice.busy_ends, **fields,
         })  # fmt: skip
+
+
+def asked_for(view: ClusterView, request: GenerationRequest) -> PlacementRequest:
+    """Return what is to be placed for a request: with so many tokens, and the weights that it began with."""
+    return request_for(view, request.model, request.priority, request.tokens_max, request.weights)
 
 
 def _is_told_at_once(choice: Choice) -> bool:

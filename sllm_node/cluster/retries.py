@@ -4,6 +4,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
+from dataclasses import replace
 from typing import Final
 
 from sllm_node.checkpoint.cards import PEERS
@@ -19,8 +20,10 @@ from sllm_node.core.errors import (
     MessageError,
     ModelNotFoundError,
     NoPlaceError,
+    OtherWeightsError,
     PeerDeniedError,
     PeerUnreachableError,
+    PromptTooLongError,
     RemoteUnreachableError,
     SessionLostError,
     SllmError,
@@ -37,6 +40,8 @@ LOOK_S: Final = 1.0
 """After so long a session that waits looks for a node again, whatever it has heard."""
 UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
 """Whoever fails like this may be there again later."""
+UNFIT: Final = (PromptTooLongError, OtherWeightsError)
+"""Whoever refuses so is asked no more."""
 ABSENT: Final = "the nodes that have it can't be reached"
 
 
@@ -44,11 +49,14 @@ class Retries:
     """What one session has met with."""
 
     def __init__(self, request: GenerationRequest, ways: Ways, tools: Tools) -> None:
-        self._request = request
+        self.request = request
+        """With the weights that it began with."""
         self._ways = ways
         self._clock = tools.clock
         self._patience_s = tools.limits.patience_s
         self._excluded: set[NodeId] = set()
+        self._unfit: set[NodeId] = set()
+        """Where it can never run, whatever comes."""
         self._refusals: Counter[NodeId] = Counter()
         self._waits_until: float | None = None
         self._failures = 0
@@ -72,21 +80,25 @@ class Retries:
 
     def _note_refusal(self, choice: Choice, reason: str) -> NoPlaceError:
         log.info("placement refused", extra={
-            "session": self._request.session, "node": choice.node, "reason": reason,
+            "session": self.request.session, "node": choice.node, "reason": reason,
         })  # fmt: skip
         self._refusals[choice.node] += 1
         if self._refusals[choice.node] >= REFUSALS_MAX:
             self._excluded.add(choice.node)
-        return NoPlaceError(self._request.model, reason, REFUSED_S)
+        return NoPlaceError(self.request.model, reason, REFUSED_S)
 
     def failed(self, choice: Choice, error: SllmError, tokens: int) -> None:
         """Take note of who failed, or raise the error if nobody else can do better."""
         is_callers = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
-        is_final = is_callers and not tokens  # what one node took, a smaller one may refuse
+        if isinstance(error, UNFIT):  # what one node can't hold, a larger one may
+            self._unfit.add(choice.node)
+            self._note_refusal(choice, str(error))
+            return
+        is_final = is_callers and not tokens  # what one node took, another may refuse
         if is_final or isinstance(error, CancelledByOperatorError):
             raise error
         log.warning("session lost its node", extra={
-            "session": self._request.session, "model": self._request.model, "node": choice.node,
+            "session": self.request.session, "model": self.request.model, "node": choice.node,
             "tokens": tokens, "error": str(error),
         })  # fmt: skip
         self._excluded.add(choice.node)
@@ -111,7 +123,8 @@ class Retries:
             now = self._clock.now()
             if now - looked_at >= LOOK_S:
                 looked_at = now
-                found = self._ways.choose(self._request, frozenset({*self._excluded, to}))
+                excluded = frozenset({*self._excluded, *self._unfit, to})
+                found = self._ways.choose(self.request, excluded)
                 startup_s = math.inf if found is None else found.startup_s
                 if found and startup_s is not None and startup_s < move.needs_s(self._patience_s):
                     move.stop("failed", f"its source is lost, and node {found.node!r} is sooner")
@@ -129,7 +142,7 @@ class Retries:
     def goes_on(self, before: Choice, after: Choice, tokens: int) -> None:
         """Tell where it goes on, and why there."""
         log.info("session goes on", extra={
-            "session": self._request.session, "model": self._request.model, "node": after.node,
+            "session": self.request.session, "model": self.request.model, "node": after.node,
             "after": before.node, "way": after.way, "why": after.reason, "tokens": tokens,
         })  # fmt: skip
 
@@ -140,7 +153,7 @@ class Retries:
             SessionLostError: it has tokens, and no node could take it in time.
             SllmError: `error`, as no node can take it.
         """
-        while (choice := self._ways.choose(self._request, frozenset(self._excluded))) is None:
+        while (choice := self._find(has_tokens=has_tokens)) is None:
             error = self._as_absence(error)
             if not (has_tokens or may_pass(error)):
                 raise error
@@ -154,16 +167,23 @@ class Retries:
             await self._ways.changed(min(left_s, LOOK_S))  # nobody tells that this node can again
         return choice
 
+    def _find(self, *, has_tokens: bool) -> Choice | None:
+        asked = self.request if has_tokens else replace(self.request, weights=None)
+        return self._ways.choose(asked, frozenset(self._excluded | self._unfit))
+
     def _as_loss(self, error: SllmError) -> SessionLostError:
         """Return what the reader of a session gets that no node went on with."""
         waited = f"no node took it within {self._patience_s:g} s (timing.patience_s)"
         problem = f"{waited}; the last word was: {error}"
-        return SessionLostError(self._request.session, self._failures, problem)
+        return SessionLostError(self.request.session, self._failures, problem)
 
     def _as_absence(self, error: SllmError) -> SllmError:
         """Return what it means that no node is left with a model that was there when the session came."""
-        model = self._request.model
-        if isinstance(error, ModelNotFoundError) and self._ways.standing(model) is not None:
+        model = self.request.model
+        if isinstance(error, PromptTooLongError):
+            if self._ways.choose(self.request, frozenset(self._unfit)) is not None:
+                return NoPlaceError(model, "the nodes where it fits can't take it now", REFUSED_S)
+        elif isinstance(error, ModelNotFoundError) and self._ways.standing(model) is not None:
             return NoPlaceError(model, ABSENT, REFUSED_S)
         return error
 

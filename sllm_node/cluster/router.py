@@ -34,6 +34,7 @@ from sllm_node.core.errors import (
     DrainingError,
     Fault,
     ModelNotFoundError,
+    PromptTooLongError,
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
@@ -50,6 +51,8 @@ from sllm_node.schedule.ports import CodecT
 from sllm_node.schedule.stream import Stream
 
 log = logging.getLogger(__name__)
+
+_ELSEWHERE = (ModelNotFoundError, PromptTooLongError)
 
 
 class Router(Generic[CodecT]):
@@ -117,11 +120,11 @@ class Router(Generic[CodecT]):
             return codec
 
     def context_limit(self, model: str) -> int:
-        """Return how many tokens, prompt and output, one session can have."""
+        """Return how many tokens, prompt and output, one session can have where most fit."""
+        limit = self.elsewhere.context_limit(ModelId(model))
         try:
-            return self._service.context_limit(model)
+            return max(self._service.context_limit(model), limit or 0)
         except ModelNotFoundError as error:
-            limit = self.elsewhere.context_limit(ModelId(model))
             if limit is None:
                 raise self.acts.unknown(model) from error
         return limit
@@ -147,13 +150,13 @@ class Router(Generic[CodecT]):
         excluded: frozenset[NodeId] = frozenset()
         choice = self.choose(request, excluded)
         choice = choice and self.hints.followed(request, choice)
-        is_absent = choice is None and self.elsewhere.is_absent(request.model)
+        is_absent = choice is None and self.elsewhere.is_absent(request.model, request.tokens_max)
         is_mine = choice is None or choice.node == self._peers.me
         if not is_absent and is_mine and not self._comes_from_peer(request.model, choice):
             try:
                 return self._open_here(request, keep_alive_s, choice)
             except SllmError as error:
-                if error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError):
+                if error.fault is Fault.CALLER and not isinstance(error, _ELSEWHERE):
                     raise
                 excluded = frozenset({self._peers.me})
                 choice = self.choose(request, excluded)

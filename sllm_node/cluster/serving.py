@@ -200,7 +200,7 @@ class Serving:
             except TimeoutError:
                 continue
         if stream.is_granted:
-            await reply.send(pack(Granted(stream.waited)))
+            await reply.send(pack(Granted(stream.waited, stream.weights)))
         try:
             await self._pass_standing(stream, reply)
             while not await self._pass_chunk(stream, reply):

@@ -8,7 +8,7 @@ from sllm_node.cluster.peer import PeerState, PeerView
 from sllm_node.cluster.placement import explain
 from sllm_node.cluster.state import HeldModel, NodeState
 from sllm_node.cluster.view import ClusterView
-from sllm_node.core.types import ModelId, ModelState, ModelStatus, NodeId, Tier
+from sllm_node.core.types import ModelId, ModelState, ModelStatus, NodeId, Tier, Weights
 
 
 def status_elsewhere(view: ClusterView, held: HeldModel) -> ModelStatus:
@@ -91,6 +91,25 @@ def _said(peer: PeerView, silent_s: float, timing: TimingConfig) -> str:
             return f"{since} for {silent_s:.1f} s (suspect after {timing.suspect_s:g} s)"
         case PeerState.DEAD:
             return f"{since} for {silent_s:.1f} s (dead after {timing.dead_s:g} s)"
+
+
+def differing(view: ClusterView) -> dict[ModelId, list[list[NodeId]]]:
+    """Return the models of which nodes have different weights under one name, and who has which, the newest first."""
+    told: dict[ModelId, list[list[tuple[Weights, NodeId]]]] = {}
+    for name, node in sorted(view.nodes.items()):
+        for model, held in node.held.items():
+            kinds = told.setdefault(model, [])
+            same = next((kind for kind in kinds if kind[0][0].is_same(held.weights)), None)
+            if same is None:
+                kinds.append([(held.weights, name)])
+            else:
+                same.append((held.weights, name))
+    found: dict[ModelId, list[list[NodeId]]] = {}
+    for model, kinds in sorted(told.items()):
+        if len(kinds) > 1:
+            kinds.sort(key=lambda kind: -max(one.created for one, _ in kind))
+            found[model] = [[name for _, name in kind] for kind in kinds]
+    return found
 
 
 def served(state: NodeState) -> list[dict[str, Any]]:

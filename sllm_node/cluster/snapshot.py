@@ -210,4 +210,5 @@ def _held(facts: ModelFacts, fit: ResumeFit | None) -> HeldModel:
         waiting=facts.waiting,
         is_kept=facts.is_kept,
         resume=fit,
+        digest=facts.digest,
     )

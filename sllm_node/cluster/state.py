@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Final, NewType
 
 from sllm_node.core import types
-from sllm_node.core.types import ModelId, SessionId
+from sllm_node.core.types import ModelId, SessionId, Weights
 
 NodeId = types.NodeId
 ReplicaId = NewType("ReplicaId", str)
@@ -92,6 +92,13 @@ class HeldModel:
     """Sessions that wait here while no replica of it is here, or coming."""
     is_kept: bool = False
     """Its module is kept here from an earlier load."""
+    digest: str = ""
+    """Of its weights; empty: an older release does not tell."""
+
+    @property
+    def weights(self) -> Weights:
+        """Return what its weights are told from others by."""
+        return Weights(self.created, self.bytes_stored, self.digest)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from sllm_node.cluster.state import (
     NodeState,
     ResumeFit,
 )
-from sllm_node.core.types import ModelId
+from sllm_node.core.types import ModelId, Weights
 
 Slot = tuple[NodeId, str]
 """A device of the cluster: what a decision promises at most once."""
@@ -139,6 +139,18 @@ class ClusterView:
         """Return how `node` would load it; it must be one of `paths`."""
         index = self._models[model]
         return index.by_node.get(node) or self._far_path(index, self.nodes[node])
+
+    def unfit(
+        self, model: ModelId, tokens: int, weights: Weights | None = None
+    ) -> frozenset[NodeId]:
+        """Return the nodes that tell that a session can't have so many tokens there, or of other weights."""
+        index = self._models.get(model)
+        if index is None or not (tokens or weights):
+            return frozenset()
+        return frozenset(
+            node for node, held in index.holders.items()
+            if 0 < held.context_tokens < tokens or (weights and not weights.is_same(held.weights))
+        )  # fmt: skip
 
     @property
     def most_free(self) -> int:

@@ -19,7 +19,7 @@ from sllm_node.cluster.packing import unpack
 from sllm_node.cluster.reservations import Ask
 from sllm_node.core import errors
 from sllm_node.core.errors import MessageFormatError, SllmError
-from sllm_node.core.types import GenerationChunk, GenerationRequest, ModelStatus, Waited
+from sllm_node.core.types import GenerationChunk, GenerationRequest, ModelStatus, Waited, Weights
 
 VERSION: Final = "v1"
 HOPS_MAX: Final = 1
@@ -94,6 +94,8 @@ class Granted(msgspec.Struct, frozen=True, array_like=True, tag="granted"):
 
     waited: Waited | None = None
     """For what, at this node; None: an older release does not tell, or it is no grant but an answer."""
+    weights: Weights | None = None
+    """What it is computed with; None as above."""
 
 
 class Tokens(msgspec.Struct, frozen=True, array_like=True, tag="tokens"):
@@ -139,6 +141,8 @@ class Failed(msgspec.Struct, frozen=True, array_like=True, tag="failed"):
     message: str
     retry_after_s: float | None = None
     param: str | None = None
+    remote: str | None = None
+    """Which remote failed, if one did: who waits may do better if it is the peers."""
 
 
 Record = Waiting | Granted | Standing | Tokens | Leave | Refusal | Failed
@@ -203,9 +207,9 @@ def unpack_record(data: bytes) -> Record:
 
 def failed(error: SllmError) -> Failed:
     """Return the record of an error."""
-    return Failed(
-        error.code, str(error), getattr(error, "retry_after_s", None), getattr(error, "param", None)
-    )
+    remote = error.remote if isinstance(error, errors.RemoteError) else None
+    param, retry_after_s = getattr(error, "param", None), getattr(error, "retry_after_s", None)
+    return Failed(error.code, str(error), retry_after_s, param, remote)
 
 
 def error_of(record: Failed) -> SllmError:
@@ -220,4 +224,6 @@ def error_of(record: Failed) -> SllmError:
         vars(error)["retry_after_s"] = record.retry_after_s
     if record.param is not None:
         vars(error)["param"] = record.param
+    if isinstance(error, errors.RemoteError):  # an older release does not tell which
+        error.remote = record.remote or ""
     return error

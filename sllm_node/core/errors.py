@@ -970,6 +970,20 @@ class MoveRefusedError(SllmError):
         self.reason = reason
 
 
+class OtherWeightsError(SllmError):
+    """A session that began elsewhere, with another checkpoint of its model than this node has."""
+
+    code = "other_weights"
+
+    def __init__(self, session: str, model: str) -> None:
+        super().__init__(
+            f"session {session!r} can't go on here: it began with another checkpoint of {model!r} than this "
+            "node has; give all nodes the same one (see 'status --cluster')"
+        )
+        self.session = session
+        self.model = model
+
+
 class GivenBackError(SllmError):
     """A request that its node gives back to its entry before it began, to be placed anew."""
 

@@ -173,6 +173,24 @@ class Waited:
 
 
 @dataclass(frozen=True, slots=True)
+class Weights:
+    """Of which checkpoint a model's weights are, as nodes compare them."""
+
+    created: int
+    """Unix time of the conversion."""
+    stored: int
+    digest: str = ""
+    """Of all digests of its chunks as they are stored; empty: an older release does not tell."""
+
+    def is_same(self, other: "Weights") -> bool:
+        """Tell whether a session may go on with the others: they are equal, or one conversion recoded."""
+        if not (self.digest and other.digest):
+            return True
+        is_recoded = self.created == other.created and self.stored != other.stored
+        return self.digest == other.digest or is_recoded
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
     """What the engine is asked for: tokens in, conditions of the end."""
 
@@ -200,6 +218,13 @@ class GenerationRequest:
     tokens are added. How a session moves."""
     waited_s: float = 0.0
     """How long it has waited for its turn before it came here, at other nodes or given back by this one."""
+    weights: Weights | None = None
+    """What `resumed` was computed with: with other weights it does not go on. None: nothing was, or it is not told."""
+
+    @property
+    def tokens_max(self) -> int:
+        """Return how many tokens its session may come to have, prompt and output."""
+        return len(self.prompt) + self.max_tokens
 
 
 @dataclass(frozen=True, slots=True)

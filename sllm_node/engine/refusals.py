@@ -21,7 +21,7 @@ def check_request(request: GenerationRequest, context_tokens: int, vocabulary: i
         raise InvalidRequestError("a stop string is empty", param="stop")
     if len(request.resumed) >= request.max_tokens:
         raise InvalidRequestError("nothing is left to generate", param="max_tokens")
-    wanted = len(request.prompt) + request.max_tokens
+    wanted = request.tokens_max
     if wanted > context_tokens:
         raise PromptTooLongError(wanted, context_tokens, "the model's context")
     if vocabulary is not None:
@@ -38,6 +38,6 @@ def check_capacity(request: GenerationRequest, capacity_tokens: int) -> None:
     Raises:
         PromptTooLongError: prompt and output exceed them.
     """
-    wanted = len(request.prompt) + request.max_tokens
+    wanted = request.tokens_max
     if wanted > capacity_tokens:
         raise PromptTooLongError(wanted, capacity_tokens, "KV memory (engine.kv_cache_bytes)")

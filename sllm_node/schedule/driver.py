@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Generic
 
-from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import Config
@@ -23,6 +23,7 @@ from sllm_node.core.errors import (
     DrainingError,
     EngineError,
     MoveRefusedError,
+    OtherWeightsError,
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
@@ -183,6 +184,7 @@ class Service(Generic[CodecT]):
         """
         checkpoint = self._models.servable(request.model)
         self._engines.check_request(request, checkpoint)
+        _check_weights(request, checkpoint)
         ticket = self._tickets.make(
             checkpoint, priority=request.priority, keep_alive_s=keep_alive_s
         )
@@ -481,6 +483,7 @@ class Service(Generic[CodecT]):
         hosted = self._replicas.get(model)
         assert hosted is not None
         try:
+            _check_weights(stream.request, hosted.lease.checkpoint)
             early = self._early.take(stream)
             generation = early or hosted.replica.submit(stream.request)
         except SllmError as error:
@@ -489,6 +492,7 @@ class Service(Generic[CodecT]):
             log.exception("engine took no request", extra={"model": model})
             failure = EngineError(model, f"{type(error).__name__}: {error}")
         else:
+            stream.weights = hosted.lease.checkpoint.weights
             stream.grant(generation, is_early=early is not None, load=hosted.load)
             self._telemetry.granted(stream)
             return
@@ -526,3 +530,9 @@ def _log_preload(name: str) -> Callable[[asyncio.Future[None]], None]:
             log.warning("preload failed", extra={"model": name, "error": str(error)})
 
     return ended
+
+
+def _check_weights(request: GenerationRequest, checkpoint: Checkpoint) -> None:
+    """Refuse to go on with a session that began with other weights."""
+    if request.weights is not None and not request.weights.is_same(checkpoint.weights):
+        raise OtherWeightsError(request.session, request.model)

@@ -51,6 +51,8 @@ class ModelFacts:
     """Tickets that wait while it neither takes device memory nor is about to."""
     is_kept: bool = False
     """Its module is there from an earlier replica: its next load takes less beside its bytes."""
+    digest: str = ""
+    """Of its weights."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,4 +170,5 @@ class Outlook:
             tuple(share.size for share in self._engines.shares(checkpoint)),
             self._engines.context_limit(checkpoint), index.created, self._waiting(model),
             self._engines.is_kept(checkpoint) or self._scheduler.roster.view(model).state is ModelState.READY,
+            checkpoint.weights.digest,
         )  # fmt: skip

@@ -26,6 +26,7 @@ from sllm_node.core.types import (
     Startup,
     TokenIds,
     Waited,
+    Weights,
 )
 from sllm_node.schedule.actions import TicketId
 from sllm_node.schedule.estimate import waited
@@ -75,6 +76,8 @@ class Stream:
         self.granted: float | None = None
         self.waited: Waited | None = None
         """For what, until it was granted."""
+        self.weights: Weights | None = None
+        """What it is computed with, since it was granted."""
         self.is_early = False
         """It was computed before it was granted."""
         self.cached_tokens = 0

@@ -131,6 +131,13 @@ class NoTrust:
         return frozenset()
 
 
+class NoTexts:
+    """No tokenizer is fetched."""
+
+    def get_now(self, held):
+        return None
+
+
 class Copying:
     """What `fetching.Fetching` is to a node: a peer's model is known once its folder is copied."""
 
@@ -184,7 +191,8 @@ class WorldNode:
         self.peers = Peers(place, NoTrust(), snapshot, clock, made.metrics)  # type: ignore[arg-type]
         client = MemoryClient(self.world, self.name)
         self.fetching = self._fetching()
-        self.router = Router(made.service, self.peers, client, None, clock, made.metrics)  # type: ignore[arg-type]
+        texts = NoTexts()
+        self.router = Router(made.service, self.peers, client, texts, clock, made.metrics)  # type: ignore[arg-type]
         self.router.fetching = self.fetching
         self.vacating = self.router.vacating
         self.serving = Serving(made.service, self.peers, self.vacating, clock, 1.0, self.fetching)

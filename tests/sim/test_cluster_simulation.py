@@ -19,12 +19,14 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     MoveRefusedError,
     PeerUnreachableError,
+    PromptTooLongError,
     SessionLostError,
     SllmError,
 )
 from sllm_node.core.types import ModelState
 from tests.sim.cluster_world import World, in_world, read
 from tests.sim.loop import run
+from tests.unit.schedule.fakes import CONTEXT_TOKENS, write_checkpoint
 
 
 @in_world(a=(), b=("m",))
@@ -418,7 +420,11 @@ def test_no_token_is_lost_or_doubled_while_nodes_crash_and_links_are_cut(tmp_pat
 @in_world(a=(), b=("m",))
 async def test_models_of_all_nodes_are_listed_with_their_state(world):
     (status,) = world["a"].router.models()
-    assert (status.model, status.state, status.context_tokens) == ("m", ModelState.IDLE, 512)
+    assert (status.model, status.state, status.context_tokens) == (
+        "m",
+        ModelState.IDLE,
+        CONTEXT_TOKENS,
+    )
     await read(world.open("a", "m"))
     await asyncio.sleep(0.2)
     assert world["a"].router.status("m").state is ModelState.READY
@@ -509,6 +515,34 @@ async def test_a_hint_to_a_node_that_says_nothing_is_forgotten(world):
     world.heal()
 
 
+# --- nodes of unequal size --------------------------------------------------------------------------
+
+
+@in_world(a=("m",), b=("m",), c=())
+async def test_a_request_runs_where_it_fits_whoever_is_asked_and_wherever_the_model_is_warm(world):
+    world["b"].rig.engines.capacity_tokens = 128
+    await world["b"].service.load("m")
+    await asyncio.sleep(1.5)
+    for entry in "abc":
+        assert world[entry].router.context_limit("m") == CONTEXT_TOKENS
+        assert len(await read(world.open(entry, "m", tokens=300))) == 300
+        assert len(await read(world.open(entry, "m", tokens=20))) == 20
+    assert world["a"].rig.store.loads == ["m"]
+
+
+@in_world(a=("m",), b=("m",), c=())
+async def test_a_request_that_fits_at_no_node_that_is_there_waits_only_if_another_was(world):
+    world["b"].rig.engines.capacity_tokens = 128
+    await world["b"].service.load("m")
+    await asyncio.sleep(1.5)
+    await world["a"].crash()
+    await asyncio.sleep(4.0)
+    stream = world.open("c", "m", tokens=300)
+    await asyncio.sleep(1.0)
+    world["a"].start()
+    assert len(await read(stream)) == 300
+
+
 # --- moves -----------------------------------------------------------------------------------------
 
 
@@ -533,6 +567,110 @@ async def test_a_drain_tries_again_although_nothing_is_heard_of_anybody(world):
     assert stream.node == other.name
     tokens = await read(stream)
     assert tokens == list(range(tokens[0], 201))
+
+
+@in_world(a=(), b=("m",), c=("m",), d=("m",))
+async def test_a_drain_asks_another_node_after_one_that_refused_and_that_one_if_there_is_no_other(
+    world,
+):
+    stream = world.open("a", "m", tokens=300)
+    await anext(stream)
+    source = world[stream.node]
+    warm, empty = (world[name] for name in "bcd" if name != source.name)
+    await warm.service.load("m")
+    await asyncio.sleep(1.0)
+    warm.rig.engines.submit_error = PromptTooLongError(302, 128, "KV memory")
+    empty.rig.engines.submit_error = PromptTooLongError(302, 128, "KV memory")
+    source.router.drain()
+    await asyncio.sleep(6.0)
+    asked = [report["to"] for report in reversed(world["a"].router.moves())]
+    assert asked[:3] == [warm.name, empty.name, warm.name]
+    empty.rig.engines.submit_error = None
+    await asyncio.sleep(4.0)
+    assert stream.node == empty.name
+    tokens = await read(stream)
+    assert tokens == list(range(tokens[0], 301))
+
+
+def test_nodes_with_different_checkpoints_are_warned_of_once(tmp_path, caplog):
+    @in_world(a=("m",), b=("m",))
+    async def differ(world):
+        write_checkpoint(world["b"].root, "m", digest=1)
+        world["b"].service.models()
+        await asyncio.sleep(20.0)
+        assert await read(world.open("a", "m")) == list(range(1, 21))
+
+    caplog.set_level(logging.WARNING)
+    differ(tmp_path)
+    told = [r.__dict__ for r in caplog.records if r.message == "nodes have different checkpoints"]
+    assert [(line["model"], line["nodes"]) for line in told] == [("m", "a; b")] * 2  # by each node
+
+
+async def begun_beside_others(world):
+    """Return a session that runs where its client is, and whose peer has another checkpoint of its model."""
+    write_checkpoint(world["b"].root, "m", digest=1)
+    world["b"].service.models()
+    await asyncio.sleep(2.0)
+    await world["a"].service.load("m")
+    await asyncio.sleep(1.0)
+    stream = world.open("a", "m", tokens=100)
+    await anext(stream)
+    return stream
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_session_is_not_moved_to_a_node_with_other_weights(world):
+    stream = await begun_beside_others(world)
+    with pytest.raises(MoveRefusedError, match="other weights"):
+        world["a"].router.move(stream.request.session, "b")
+    world["a"].router.drain()
+    await asyncio.sleep(5.0)
+    assert world["a"].router.moves() == []
+    assert len(await read(stream)) == 99
+    world["a"].router.undrain()
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_destination_refuses_a_session_that_began_with_other_weights(world):
+    stream = await begun_beside_others(world)
+    unfit, world["a"].peers.view.unfit = world["a"].peers.view.unfit, lambda *_: frozenset()
+    world["a"].router.move(stream.request.session, "b")
+    assert len(await read(stream)) == 99
+    world["a"].peers.view.unfit = unfit
+    (report,) = world["a"].router.moves()
+    assert report["outcome"] == "failed"
+    assert "began with another checkpoint of 'm'" in report["error"]
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_session_that_lost_its_node_waits_for_a_node_with_its_weights(world):
+    write_checkpoint(world["c"].root, "m", digest=1)
+    world["c"].service.models()
+    await asyncio.sleep(2.0)
+    stream = world.open("a", "m", tokens=100)
+    await anext(stream)
+    source = world[stream.node]
+    await source.crash()
+    await asyncio.sleep(3.0)
+    source.start()
+    await read(stream)
+    assert stream.node == source.name
+    again = world.open("a", "m", tokens=100)
+    await anext(again)
+    await world[again.node].crash()
+    with pytest.raises(SessionLostError):
+        await read(again)
+
+
+@in_world(a=(), b=("m",), c=("m",))
+async def test_a_session_that_has_no_token_yet_begins_with_other_weights(world):
+    write_checkpoint(world["c"].root, "m", digest=1)
+    world["c"].service.models()
+    await asyncio.sleep(2.0)
+    stream = world.open("a", "m")
+    await asyncio.sleep(1.0)
+    await world[stream.node].crash()
+    assert await read(stream) == list(range(1, 21))
 
 
 async def turned_away(world, *, is_alone=False):

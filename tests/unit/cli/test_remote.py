@@ -134,7 +134,7 @@ CLUSTER: dict[str, Any] = {
         }
         for name, dram in (("a", 0), ("b", 1 << 20))
     ],
-    "scaling": [],
+    "scaling": [], "differing": {"alpha": [["b"], ["a"]]},
     "migrations": [
         {
             "session": "r-7-0", "origin": "a", "to": "b", "reason": "placement", "vacate": "r-9-0",
@@ -162,6 +162,7 @@ def test_status_of_the_cluster_shows_nodes_models_by_tier_and_estimates(node):
         "this node", "10.0.0.2:8100", "dead", "1.0 GiB", "dram", "nvme", "off by 0.250 s",
         "this node: node 'b' knew a later life", "r-b-0", "entry-c", "0.8", "never heard, for 12.0 s (dead after 10 s)",
         "10.0.0.9:2379: following", "c: refuses our key", "a to b", "placement", "42", "beta", "freed", "0.250",
+        "alpha: nodes have different checkpoints: b; a (the newest first)",
     ):  # fmt: skip
         assert part in shown
     whole = run("status", "--cluster", "--json", "--url", node.url).stdout

@@ -94,6 +94,35 @@ def test_who_is_excluded_gets_nothing():
     assert chosen(view, excluded=[B, C]) is None
 
 
+def test_a_node_that_tells_that_so_many_tokens_do_not_fit_gets_none_of_them():
+    small, large = (replace(held(), context_tokens=tokens) for tokens in (128, 512))
+    warm = (replica(),)
+    view = view_of(
+        node("a", free=80, replicas=warm, models=(small,)), node("b", models=(large,)), node("c")
+    )
+
+    def of(tokens, excluded=()):
+        asked = request_for(view, M, 0, tokens)
+        return getattr(choose(view, asked, A, 0.0, frozenset(excluded), 0.0), "node", None)
+
+    assert [of(tokens) for tokens in (0, 128, 129, 512, 513)] == [A, A, B, B, C]
+    assert of(129, [B]) == C  # an older release does not tell how many fit there
+    assert of(129, [B, C]) is None
+
+
+def test_a_session_that_began_goes_to_no_node_that_tells_of_other_weights():
+    old, new = (replace(held(), created=n, digest=str(n)) for n in (1, 2))
+    warm = (replica(),)
+    view = view_of(node("a", free=80, replicas=warm, models=(old,)), node("b", models=(new,)))
+
+    def of(weights, excluded=()):
+        asked = request_for(view, M, 0, 0, weights)
+        return getattr(choose(view, asked, A, 0.0, frozenset(excluded), 0.0), "node", None)
+
+    assert [of(weights) for weights in (None, old.weights, new.weights)] == [A, A, B]
+    assert of(new.weights, [B]) is None
+
+
 def test_without_a_free_way_a_request_queues_where_the_model_is_and_least_runs():
     other = ModelId("x")
     busy = replica(2, model=other)

@@ -8,6 +8,7 @@ from typing import cast
 import pytest
 from msgspec.structs import replace as replace_struct
 
+from sllm_node.checkpoint.cards import PEERS
 from sllm_node.cluster.candidate import Candidate, Kind
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
@@ -18,7 +19,7 @@ from sllm_node.cluster.reservations import Ask, ReservationId
 from sllm_node.cluster.retries import LOOK_S, REFUSALS_MAX
 from sllm_node.cluster.serving import EXTEND
 from sllm_node.cluster.state import BootId
-from sllm_node.cluster.ways import Limits, Tools
+from sllm_node.cluster.ways import Limits, Lost, Tools
 from sllm_node.cluster.wire import (
     Granted,
     Leave,
@@ -40,7 +41,10 @@ from sllm_node.core.errors import (
     ModelNotFoundError,
     MoveRefusedError,
     NoPlaceError,
+    OtherWeightsError,
     PeerUnreachableError,
+    PromptTooLongError,
+    RemoteUnreachableError,
     SessionLostError,
 )
 from sllm_node.core.types import (
@@ -53,6 +57,7 @@ from sllm_node.core.types import (
     SessionId,
     Startup,
     Tier,
+    Weights,
 )
 from sllm_node.schedule.stream import Stream
 from tests.unit.cluster.test_choice import node as state_of
@@ -78,7 +83,7 @@ class LocalStream(FakeStream):
     """A session that this node serves itself."""
 
     is_granted = True
-    waited = None
+    waited = weights = None
 
     def __init__(self, chunks, position=0):
         super().__init__(chunks)
@@ -298,6 +303,68 @@ async def test_what_no_node_can_better_is_told_at_once(error):
     assert len(world.asked) == 1
 
 
+TOO_LONG = failed(PromptTooLongError(309, 128, "KV memory"))
+
+
+async def test_a_session_that_does_not_fit_at_one_node_is_taken_to_a_larger_one():
+    world = World(a=[[TOO_LONG]], b=[[TOO_LONG]], c=[[tokens(1, finish="stop")]])
+    assert (await read(world.open()))[0] == (1,)
+    assert [peer for peer, _ in world.asked] == ["a", "b", "c"]
+    assert world.lost_nodes == []
+
+
+async def test_a_session_that_fits_nowhere_is_told_so_at_once():
+    world = World(a=[[TOO_LONG]], b=[[TOO_LONG]])
+    with pytest.raises(PromptTooLongError, match="KV memory"):
+        await read(world.open())
+    assert [peer for peer, _ in world.asked] == ["a", "b"]
+
+
+async def test_a_session_waits_for_a_full_node_where_it_fits_and_asks_no_more_where_it_does_not():
+    full = [[REFUSED]] * (REFUSALS_MAX + 1)
+    world = World(a=[*full, [tokens(1, finish="stop")]], b=[[TOO_LONG]] * 5)
+    world.is_heard = False
+    assert (await read(world.open()))[0] == (1,)
+    assert [peer for peer, _ in world.asked].count("b") == 1
+
+
+async def test_a_session_of_this_node_that_does_not_fit_here_is_placed_elsewhere():
+    world = World(here=[], b=[[tokens(1, finish="stop")]])
+    stream = Served([PromptTooLongError(309, 128, "KV memory")])
+    stream.is_granted = False
+
+    def route(home, before):
+        tools = Tools(world, world.clock, Limits(1.0, 10.0))
+        lost = Lost(to("here"), before)
+        return RoutedStream(home.request, 5.0, None, world, tools, lost)
+
+    home = HomeStream(cast("Stream", stream), 5.0, route, lambda _: None)
+    assert (await anext(home)).tokens == (1,)
+    assert [peer for peer, _ in world.asked] == ["b"]
+
+
+async def test_a_session_is_asked_for_with_the_weights_that_it_began_with_and_not_where_there_are_others():
+    weights = Weights(7, 5, "x")
+    other = failed(OtherWeightsError("r-0", "m"))
+    world = World(
+        a=[[Granted(None, weights), tokens(1), PeerUnreachableError("a", "killed")]],
+        b=[[other]] * 2,
+        c=[[Granted(), tokens(2, finish="stop")]],  # an older release tells none
+    )
+    assert (await read(world.open()))[0] == (1, 2)
+    assert [forward.request.weights for _, forward in world.asked] == [None, weights, weights]
+    assert world.lost_nodes == ["a"]
+
+
+async def test_a_session_without_a_token_takes_any_weights():
+    world = World(
+        a=[[Granted(None, Weights(7, 5, "x")), PeerUnreachableError("a", "killed")]],
+        b=[[tokens(1, finish="stop")]],
+    )
+    assert (await read(world.open()))[0] == (1,)
+    assert world.asked[1][1].request.weights is None
+
+
 async def test_a_model_that_left_its_node_is_looked_for_elsewhere():
     world = World(a=[[failed(ModelNotFoundError("m"))]], b=[[tokens(1, finish="stop")]])
     assert (await read(world.open()))[0] == (1,)
@@ -356,6 +423,18 @@ async def test_before_the_first_token_a_busy_node_is_told_if_there_is_no_other()
     world = World(a=[[failed(DrainingError(1.0))]])
     with pytest.raises(DrainingError):
         await read(world.open())
+
+
+async def test_a_session_waits_for_the_peers_that_send_its_model_and_not_for_another_remote():
+    gone = failed(RemoteUnreachableError(PEERS, "m", "all senders are gone"))
+    world = World(a=[[gone], [tokens(1, finish="stop")]])
+    world.is_heard = False
+    assert (await read(world.open()))[0] == (1,)
+    down = failed(RemoteUnreachableError("mirror", "m", "is down"))
+    world = World(a=[[down], [tokens(1, finish="stop")]])
+    with pytest.raises(RemoteUnreachableError, match="mirror"):
+        await read(world.open())
+    assert len(world.asked) == 1
 
 
 async def test_cancel_closes_the_connection_and_ends_the_stream():

@@ -11,7 +11,7 @@ from tests.unit.server.fake_service import FakeStream, chunks_of, status_of
 class LoadingStream(FakeStream):
     """A session of this node whose model loads."""
 
-    is_granted, waited, position = True, None, 1
+    is_granted, waited, weights, position = True, None, None, 1
 
     def __init__(self):
         super().__init__(chunks_of("a"))

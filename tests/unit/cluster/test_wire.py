@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sllm_node.checkpoint.cards import PEERS
 from sllm_node.cluster import wire
 from sllm_node.cluster.packing import pack
 from sllm_node.cluster.reservations import Ask, ReservationId
@@ -18,13 +19,14 @@ from sllm_node.core.types import (
     SessionId,
     TokenLogprob,
     Waited,
+    Weights,
 )
 from sllm_node.server.faults import body_of, headers_of, status_of
 from tests.unit.server.fake_service import status_of as model_status
 
 REQUEST = GenerationRequest(
     SessionId("r-0"), ModelId("m"), (1, 2, 3), SamplingParameters(logit_bias=((1, 2.0),), seed=2**64 - 1),
-    9, stop=("a",), logprobs=2, resumed=(4,), resume="replay",
+    9, stop=("a",), logprobs=2, resumed=(4,), resume="replay", weights=Weights(7, 5, "x"),
 )  # fmt: skip
 ASK = Ask(
     ReservationId("r-0"), BootId("b"), 3, (DeviceShare("cpu", 5),), (ReplicaId("x"),),
@@ -34,7 +36,7 @@ CHUNK = GenerationChunk(
     "é", (1, 2), (TokenLogprob(1, "a", -0.5, ((1, "a", -0.5),), 3),), "stop", "a"
 )
 RECORDS = [
-    wire.Waiting(), wire.Waiting(model_status()), wire.Granted(), wire.Granted(Waited(0.5, 2.0)), wire.Tokens(CHUNK, 3), wire.Standing(4),
+    wire.Waiting(), wire.Waiting(model_status()), wire.Granted(), wire.Granted(Waited(0.5, 2.0), Weights(7, 5, "x")), wire.Tokens(CHUNK, 3), wire.Standing(4),
     wire.Refusal("why", b"doc"), wire.Failed("code", "words", 1.5, "n"),
 ]  # fmt: skip
 READERS = [
@@ -82,6 +84,7 @@ def test_messages_cut_off_are_refused(data, message):
         errors.NodeFullError(3, 2, 1.5), errors.DrainingError(5.0), errors.EngineError("m", "broke"),
         errors.CancelledByOperatorError("an operator"), errors.ModelNotFoundError("m"),
         errors.QueueTimeoutError("m", 1.0, 2.0), errors.PinnedMemoryError("m", 2, 1, ("x",)),
+        errors.RemoteUnreachableError("mirror", "m", "is down"),
     ],
     ids=lambda error: error.code,
 )  # fmt: skip
@@ -97,6 +100,19 @@ def test_an_error_is_told_to_the_client_as_its_own_node_would(error):
 
 def test_a_grant_of_an_older_release_says_nothing_of_what_the_session_waited_for():
     assert wire.unpack_record(msgspec.msgpack.encode(["granted"])) == wire.Granted(None)
+
+
+def test_which_remote_failed_is_told_and_of_an_older_release_it_is_none():
+    error = errors.RemoteUnreachableError(PEERS, "m", "all senders are gone")
+    record = wire.unpack_record(pack(wire.failed(error)))
+    assert isinstance(record, wire.Failed)
+    told = wire.error_of(record)
+    assert isinstance(told, errors.RemoteUnreachableError)
+    assert told.remote == PEERS
+    old = ["failed", error.code, str(error), 10.0, None]
+    older = wire.unpack_record(msgspec.msgpack.encode(old))
+    assert isinstance(older, wire.Failed)
+    assert vars(wire.error_of(older))["remote"] == ""
 
 
 def test_an_unknown_error_is_an_internal_one_with_its_words():

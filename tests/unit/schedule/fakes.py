@@ -35,17 +35,18 @@ from tests.sim.loop import LoopClock
 LOAD_S = 2.0
 EVICTION_S = 0.5
 STEP_S = 0.1
+CONTEXT_TOKENS = 1 << 13
 CANCEL_S = 0.3
 """How long a cancelled load holds its memory."""
 
 
-def write_checkpoint(root: Path, name: str, pages: int = 1) -> None:
-    """Write the smallest thing that the catalogue takes for a checkpoint."""
+def write_checkpoint(root: Path, name: str, pages: int = 1, *, digest: int = 0) -> None:
+    """Write the smallest thing that the catalogue takes for a checkpoint; `digest`: of its chunks."""
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
-    shard = Shard(shard_name(0), pages * PAGE, (0,) * pages)
+    shard = Shard(shard_name(0), pages * PAGE, (digest,) * pages)
     tensor = TensorEntry("weight", "F32", (4,), 0, 0, 16)
-    index = TensorIndex(VERSION, name, "Fake", "F32", 512, PAGE, 7, (shard,), (tensor,))
+    index = TensorIndex(VERSION, name, "Fake", "F32", CONTEXT_TOKENS, PAGE, 7, (shard,), (tensor,))
     (folder / shard.name).write_bytes(bytes(shard.size))
     (folder / INDEX_FILE).write_bytes(to_json(index))
 
@@ -263,8 +264,9 @@ class FakeEngines:
         return min(self.capacity_tokens, checkpoint.index.context_tokens)
 
     def check_request(self, request, checkpoint):
-        if len(request.prompt) > checkpoint.index.context_tokens:
-            raise PromptTooLongError(len(request.prompt), checkpoint.index.context_tokens, "it")
+        limit = self.context_limit(checkpoint)
+        if request.tokens_max > limit:
+            raise PromptTooLongError(request.tokens_max, limit, "it")
 
     async def load_codec(self, directory):
         self.codecs_read.append(directory.name)

@@ -33,7 +33,14 @@ from sllm_node.core.types import ModelId, ModelState, SessionId, Tier
 from sllm_node.library.dicts import save as save_dict
 from sllm_node.schedule.stream import request_of
 from tests.sim.loop import run
-from tests.unit.schedule.fakes import EVICTION_S, LOAD_S, STEP_S, make_node, write_checkpoint
+from tests.unit.schedule.fakes import (
+    CONTEXT_TOKENS,
+    EVICTION_S,
+    LOAD_S,
+    STEP_S,
+    make_node,
+    write_checkpoint,
+)
 
 
 def on_virtual_time(test):
@@ -157,6 +164,7 @@ async def test_a_finished_stream_stays_finished(node):
 @on_virtual_time
 async def test_what_can_be_known_before_a_load_is_raised_by_open(node):
     n = node()
+    n.engines.capacity_tokens = 512
     with pytest.raises(ModelNotFoundError):
         n.open("nobody")
     with pytest.raises(PromptTooLongError):
@@ -223,7 +231,7 @@ async def test_an_engine_that_breaks_at_the_grant_is_replaced(node):
 
 @on_virtual_time
 async def test_the_limit_of_a_session_is_known_before_the_model_is_loaded(node):
-    assert node().service.context_limit("a") == 512
+    assert node().service.context_limit("a") == CONTEXT_TOKENS
 
 
 # --- going away -----------------------------------------------------------------------------------
