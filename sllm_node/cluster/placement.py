@@ -111,8 +111,9 @@ def decide(
             if best is None or candidate.key < best.key:
                 best = candidate
     is_exact = True
-    if may_move and not (best and best.startup_s < view.least_load_s(request.model)):
-        limit_s = best.startup_s if best else math.inf
+    if may_move and not (best and best.startup_s <= view.least_load_s(request.model)):
+        # Moves disturb most: they win by being sooner, and many nodes are often as soon as the best.
+        limit_s = math.nextafter(best.startup_s, 0.0) if best else math.inf
         moving, is_exact = _with_moves(view, request, now, limit_s, excluded)
         seen += moving
         best = min([best, *moving] if best else moving, key=attrgetter("key"), default=None)
