@@ -11,7 +11,7 @@ from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream
 from sllm_node.core.errors import SllmError
 from sllm_node.core.types import NodeId, SessionStatus
-from sllm_node.schedule.stream import client_id_of, request_of
+from sllm_node.schedule.stream import sessions_of
 
 
 class Carried:
@@ -58,9 +58,7 @@ class Carried:
 
     def stop_request(self, request_id: str, error: SllmError) -> int:
         """End the routed sessions of a request, by this node's name of it or else its client's; return how many."""
-        mine = [s for s in self._routed if request_of(s.request.session) == request_id] or [
-            s for s in self._routed if client_id_of(request_of(s.request.session)) == request_id
-        ]
+        mine = sessions_of(self._routed, request_id)
         for stream in mine:
             stream.stop(error)
         return len(mine)

@@ -24,7 +24,7 @@ from sllm_node.core.clock import Clock
 from sllm_node.core.errors import MoveRefusedError, SllmError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import NodeId, SessionId
-from sllm_node.schedule.stream import client_id_of, request_of
+from sllm_node.schedule.stream import request_of, sessions_of
 
 log = logging.getLogger(__name__)
 
@@ -96,13 +96,12 @@ class Movers:
     def _found(self, name: str) -> Carried:
         """Return a session by its id, or by its request's, or by what its client called that."""
         sessions = self._sessions()
-        for known_as in (lambda s: s, request_of, lambda s: client_id_of(request_of(s))):
-            found = [one for one in sessions if known_as(one.request.session) == name]
-            if len(found) > 1:
-                ids = ", ".join(sorted(one.request.session for one in found))
-                raise MoveRefusedError(name, f"it is not one session but several: {ids}")
-            if found:
-                return found[0]
+        found = [s for s in sessions if s.request.session == name] or sessions_of(sessions, name)
+        if len(found) > 1:
+            ids = ", ".join(sorted(one.request.session for one in found))
+            raise MoveRefusedError(name, f"it is not one session but several: {ids}")
+        if found:
+            return found[0]
         entry = self.entry_of(name)
         asked = "the node that its client is connected to" if entry is None else f"node {entry!r}"
         raise MoveRefusedError(name, f"no client of this node has it; ask {asked}")

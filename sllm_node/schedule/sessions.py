@@ -5,7 +5,7 @@ import asyncio
 from sllm_node.core.errors import CancelledByOperatorError, SllmError
 from sllm_node.core.types import ModelId, SessionId, SessionStatus
 from sllm_node.schedule.actions import TicketId
-from sllm_node.schedule.stream import Outcome, Stream, client_id_of, request_of
+from sllm_node.schedule.stream import Outcome, Stream, sessions_of
 
 
 class Sessions:
@@ -64,10 +64,9 @@ class Sessions:
         moves here runs elsewhere still, where it can be ended.
         """
         streams = [stream for stream in self._streams.values() if not stream.is_held]
-        mine = [s for s in streams if request_of(s.request.session) == request_id] or [
-            s for s in streams if client_id_of(request_of(s.request.session)) == request_id
-        ]
-        return self._stop(mine, CancelledByOperatorError("an operator ended it"))
+        return self._stop(
+            sessions_of(streams, request_id), CancelledByOperatorError("an operator ended it")
+        )
 
     def give_back(self, session: SessionId, error: SllmError) -> bool:
         """End a session that still waits, and does not move here; tell whether it did."""

@@ -9,9 +9,9 @@ The end comes once, from whoever is first: the last chunk, an error of the engin
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import Enum
-from typing import Final, NoReturn, Self
+from typing import Final, NoReturn, Protocol, Self, TypeVar
 
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import EngineError, SllmError
@@ -227,3 +227,19 @@ def client_id_of(request: RequestId) -> str | None:
     """Return the id that the client gave a request, which has a suffix of ours; None: it gave none."""
     found = _WITH_SUFFIX.fullmatch(request)
     return found[1] if found else None
+
+
+class _Asked(Protocol):
+    @property
+    def request(self) -> GenerationRequest: ...
+
+
+AskedT = TypeVar("AskedT", bound=_Asked)
+
+
+def sessions_of(sessions: Iterable[AskedT], request: str) -> list[AskedT]:
+    """Return those of a request by its id; if it has none, all of requests that clients gave this id."""
+    known = [(one, request_of(one.request.session)) for one in sessions]
+    return [one for one, own in known if own == request] or [
+        one for one, own in known if client_id_of(own) == request
+    ]
