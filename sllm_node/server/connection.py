@@ -140,6 +140,9 @@ class Connection(web.RequestHandler):
     ) -> web.StreamResponse:
         request_id = logs.request_id.get() or secrets.token_hex(8)
         fields = {"request_id": request_id, "remote": request.remote}
+        if isinstance(exc, ConnectionError) and _is_gone(request):
+            log.debug("client left while its answer was written", extra=fields)
+            raise exc
         found: SllmError
         if status < 500:
             problem = (message or "it is no HTTP").splitlines()[0]
@@ -160,6 +163,11 @@ class Connection(web.RequestHandler):
         """Log a mistake of ours; what is wrong with a body was told to who sent it."""
         if not isinstance(kw.get("exc_info"), web.RequestPayloadError):
             super().log_exception(*args, **kw)
+
+
+def _is_gone(request: web.BaseRequest) -> bool:
+    """Return whether nobody takes an answer any more; the handler hears of it only later."""
+    return request.transport is None or request.transport.is_closing()
 
 
 def _refusal(exc: BaseException | None, problem: str) -> SllmError:

@@ -15,8 +15,10 @@ class FakeTransport(asyncio.Transport):
         super().__init__()
         self.waiting = 0
         self.socket = None
+        self.is_gone = False
         self.is_aborted = False
         self.aborted = asyncio.Event()
+        self.closed = asyncio.Event()
 
     def write(self, data):
         self.waiting += len(data)
@@ -25,10 +27,10 @@ class FakeTransport(asyncio.Transport):
         self.waiting += sum(map(len, list_of_data))
 
     def is_closing(self):
-        return False
+        return self.is_gone
 
     def close(self):
-        pass
+        self.closed.set()
 
     def get_write_buffer_size(self):
         return self.waiting
@@ -128,3 +130,21 @@ async def test_an_answer_that_nobody_takes_is_not_kept_however_small_it_is():
     connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
     await transport.aborted.wait()
     connection.connection_lost(None)
+
+
+@pytest.mark.parametrize("is_gone", [True, False])
+async def test_only_a_client_that_left_makes_a_broken_answer_no_mistake_of_ours(caplog, is_gone):
+    async def answer(request):
+        response = web.StreamResponse()
+        await response.prepare(request)
+        transport.is_gone = is_gone
+        await response.write(b"x")
+        raise ConnectionResetError("something else broke")
+
+    transport, loop = FakeTransport(), asyncio.get_running_loop()
+    connection = Connection(web.Server(answer), loop=loop, write_timeout_s=60.0)
+    connection.connection_made(transport)
+    connection.data_received(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    await transport.closed.wait()
+    connection.connection_lost(None)
+    assert ("request failed" in caplog.messages) is not is_gone
