@@ -265,7 +265,7 @@ def main() -> int:
         "seed": arguments.seed, "models": models, "done": dict(chaos.done), "tokens": chaos.tokens,
         "errors": len(chaos.errors), "left": left, "memory_last_mib": quarter[-1],
         "memory_growth_mib": growth, "machine": describe_machine(),
-        "command": f"python -m scripts.bench.chaos --minutes {arguments.minutes:g} "
+        "command": f"python -m scripts.bench.chaos --minutes {arguments.minutes:g} --seed {arguments.seed} "
         f"--clients {arguments.clients} --device {arguments.device}"
         + f" --shape {arguments.shape} --copies {arguments.copies}" * bool(arguments.shape),
         "commit": commit(), "date": datetime.now(UTC).date().isoformat(),

@@ -7,6 +7,7 @@ expected to come free when its session has put out as many tokens as sessions do
 import heapq
 from typing import TYPE_CHECKING
 
+from sllm_node.cluster.estimate import coming_s
 from sllm_node.cluster.state import (
     Bandwidths,
     BootId,
@@ -107,7 +108,7 @@ class Publishing:
             shares,
             model.slots - replica.incoming,
             tuple([self._session(session, now) for session in replica.sessions.values()]),
-            ready_s=0.0 if replica.is_ready else max(1e-6, replica.expected_at - now),
+            ready_s=0.0 if replica.is_ready else coming_s(replica.expected_at, now),
             next_free_s=self._next_free_s(replica, now) if is_full else None,
             is_pinned=bool(replica.incoming or replica.waiting),
         )
