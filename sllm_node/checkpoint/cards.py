@@ -218,6 +218,10 @@ def _chunk_count(index: TensorIndex) -> int:
     return sum(len(shard.digests) for shard in index.shards)
 
 
+def _bits_size(index: TensorIndex) -> int:
+    return -(-_chunk_count(index) // 8)
+
+
 def read_bits(folder: Path, index: TensorIndex) -> list[bool]:
     """Return for each file chunk whether its bytes are on the disk."""
     count = _chunk_count(index)
@@ -246,14 +250,18 @@ def complete(checkpoint: Checkpoint, store: Path) -> None:
     """Make an ordinary checkpoint of a card whose bytes have all come.
 
     Raises:
-        OSError: the file system's own; the card is as it was.
+        OSError: the file system's own, or the card was replaced; the card is as it was.
     """
-    changed = (checkpoint.path / INDEX_FILE).stat().st_mtime_ns
     with temporary_folder(store, checkpoint.model) as folder:
         shards = {shard.name for shard in checkpoint.index.shards}
         for path in checkpoint.path.iterdir():
-            if path.name in shards or path.name in (INDEX_FILE, *TEXT_FILES):
+            if path.name in shards or path.name in TEXT_FILES:
                 (folder / path.name).hardlink_to(path)
+        # The last one: if it is that of the shards, so was all that was linked before it.
+        (folder / INDEX_FILE).hardlink_to(checkpoint.path / INDEX_FILE)
+        changed = (folder / INDEX_FILE).stat().st_mtime_ns
+        if not _has_index(folder, checkpoint.index):
+            raise FileNotFoundError(errno.ENOENT, "was replaced", str(checkpoint.path / INDEX_FILE))
         for shard, identity in zip(checkpoint.index.shards, checkpoint.identities, strict=True):
             os.utime(folder / shard.name, ns=(changed, changed))
             if identity_of((folder / shard.name).stat()) != identity:
@@ -263,10 +271,17 @@ def complete(checkpoint: Checkpoint, store: Path) -> None:
         clear(checkpoint.path)
 
 
+def _has_index(folder: Path, index: TensorIndex) -> bool:
+    try:
+        return read_index(folder) == index
+    except CheckpointFormatError:
+        return False
+
+
 def _are_whole(folder: Path, index: TensorIndex) -> bool:
     """Tell whether bits and shards are there, at their full size."""
     wanted = {shard.name: shard.file_size for shard in index.shards}
-    wanted[BITS_FILE] = len(pack_bits([False] * _chunk_count(index)))
+    wanted[BITS_FILE] = _bits_size(index)
     try:
         return all((folder / name).stat().st_size == size for name, size in wanted.items())
     except OSError:
@@ -293,16 +308,19 @@ def _has_shards(checkpoint: Checkpoint) -> bool:
 
 
 def _ready_shards(folder: Path, index: TensorIndex, changed: int) -> tuple[ShardIdentity, ...]:
-    """Make the shards that are not there, as files of holes, and return the identities of all."""
+    """Make the shards that are not there, and return the identities of all.
+
+    They and the bits are files of holes: a full disk has room for them, and a load goes on.
+    """
     try:
         if not _are_whole(folder, index):
             clear(folder)
-            for shard in index.shards:
-                with (folder / shard.name).open("xb") as file:
-                    file.truncate(shard.file_size)
+            sizes = {shard.name: shard.file_size for shard in index.shards}
             # The last one: whoever holds it open never writes to shards of an earlier time.
-            none = pack_bits([False] * _chunk_count(index))
-            (folder / BITS_FILE).write_bytes(none)
+            sizes[BITS_FILE] = _bits_size(index)
+            for name, size in sizes.items():
+                with (folder / name).open("xb") as file:
+                    file.truncate(size)
         found = [(folder / shard.name).stat() for shard in index.shards]
     except OSError as error:
         problem = f"no room can be made for its shards: {error.strerror}"

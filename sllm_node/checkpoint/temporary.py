@@ -1,9 +1,10 @@
 """Hidden folders in which checkpoints are made: how they are made, told from others' and swept.
 
 Their names have a prefix that is ours alone. Who writes into one holds a lock on it, so that
-whoever comes next can tell one that was left behind by a crash from one in use. Making and sweeping
-exclude each other by a lock on the folder that they lie in. An earlier prefix was `.tmp-`, which
-others have too: such a folder is swept only if nothing is in it but a checkpoint, or some of one.
+whoever comes next can tell one that was left behind by a crash from one in use. Making one and taking
+what was left exclude each other by a lock on the folder that they lie in; what was taken is deleted
+when that lock is free again, under its own. An earlier prefix was `.tmp-`, which others have too: such
+a folder is swept only if nothing is in it but a checkpoint, or some of one.
 """
 
 import fcntl
@@ -12,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -36,33 +37,40 @@ def temporary_folder(store: Path, name: str) -> Iterator[Path]:
     Folders that crashed writers left behind are deleted first.
     """
     store.mkdir(parents=True, exist_ok=True)
-    with _locked(store):
-        _sweep(store)
-        folder = temporary_path(store, name)
-        folder.mkdir()
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(lock, fcntl.LOCK_EX)
-    try:
+    with ExitStack() as own:
+        with ExitStack() as taken:
+            with _locked(store):
+                left = _take(store, taken)
+                folder = temporary_path(store, name)
+                folder.mkdir()
+                own.enter_context(_locked(folder))
+            own.callback(shutil.rmtree, folder, ignore_errors=True)
+            _delete(left)
         yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
 
 
 def sweep(store: Path) -> list[str]:
     """Delete what crashed writers left in `store` and return the names; nothing if it is busy."""
-    with suppress(OSError), _locked_now(store):
-        return _sweep(store)
-    return []
+    with ExitStack() as taken:
+        try:
+            with _locked_now(store):
+                left = _take(store, taken)
+        except OSError:
+            return []
+        return _delete(left)
 
 
 @contextmanager
 def _locked(folder: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
-    """Hold the lock of `folder`, which others hold for moments only."""
+    """Hold the lock of `folder`, if it is a store's for moments only."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, how)
-        yield
+        try:
+            yield
+        finally:
+            # To close is not enough: a process forked meanwhile has the descriptor, too.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
 
@@ -72,24 +80,30 @@ def _locked_now(folder: Path) -> AbstractContextManager[None]:
     return _locked(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def _sweep(store: Path) -> list[str]:
-    """Delete what crashed writers left in `store`, whose lock the caller holds."""
-    swept = []
+def _take(store: Path, taken: ExitStack) -> list[Path]:
+    """Lock, in `taken`, what crashed writers left in `store`, whose lock the caller holds.
+
+    Of a link, which leads to what has other names, there is nothing to lock.
+    """
+    left = []
     for path in sorted(store.iterdir()):
         with suppress(OSError):
-            if _is_ours(path) and _delete(path):
-                swept.append(path.name)
-    return swept
+            if _is_ours(path):
+                if not path.is_symlink():
+                    taken.enter_context(_locked_now(path))
+                left.append(path)
+    return left
 
 
-def _delete(path: Path) -> bool:
-    """Delete what nobody writes to; of a link, not what it leads to. False: some of it is left."""
-    if path.is_symlink():
-        path.unlink()
-        return True
-    with _locked_now(path):
-        shutil.rmtree(path, ignore_errors=True)
-    return not path.exists()
+def _delete(left: list[Path]) -> list[str]:
+    """Delete what was taken, which may take long; return the names of what is gone."""
+    for path in left:
+        if path.is_symlink():
+            with suppress(OSError):
+                path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in left if not os.path.lexists(path)]
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,3 +1,7 @@
+import errno
+import os
+from pathlib import Path
+
 import pytest
 
 from sllm_node.checkpoint.cards import Cards, clear, complete, pack_bits, read_bits
@@ -50,6 +54,26 @@ def test_bits_are_kept_in_order(made):
     assert made.fetched(A) == (2 * CHUNK + 4096, 61440)
 
 
+def is_hole(path):
+    """Tell whether a file takes no room on the disk."""
+    with path.open("rb") as file:
+        try:
+            os.lseek(file.fileno(), 0, os.SEEK_DATA)
+        except OSError as error:
+            return error.errno == errno.ENXIO
+    return False
+
+
+def test_to_make_a_card_ready_takes_no_room_on_a_full_disk(made):
+    for _ in range(2):
+        card = made.get(A)
+        found = {path.name: is_hole(path) for path in card.path.iterdir()}
+        assert {name for name, is_empty in found.items() if is_empty} == {
+            "fetched.bits", "shard-00000.bin", "shard-00001.bin",
+        }  # fmt: skip
+        made.remove(A)
+
+
 def test_bits_without_their_shards_say_nothing(made):
     card = made.get(A)
     (card.path / "fetched.bits").write_bytes(pack_bits([True] * 8))
@@ -76,6 +100,27 @@ def test_a_card_that_was_cleared_meanwhile_is_not_completed(tmp_path, made):
     assert not (made.store / "a").exists()
     for file in held:
         file.close()
+
+
+@pytest.mark.parametrize("links", [1, 2, 3, 4])
+def test_a_card_that_is_replaced_while_it_is_completed_is_no_checkpoint(
+    tmp_path, made, monkeypatch, links
+):
+    card = bring(tmp_path, made)
+    left, link, names = list(range(links)), Path.hardlink_to, Path.iterdir
+
+    def replaced_before_the_last(path, target):
+        if left and left.pop() == 0:
+            write_checkpoint(tmp_path / "far", "a", seed=4)
+            write_card(tmp_path, "new")
+        link(path, target)
+
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(names(folder))))
+    monkeypatch.setattr(Path, "hardlink_to", replaced_before_the_last)
+    with pytest.raises(FileNotFoundError):
+        complete(card, made.store)
+    assert not (made.store / "a").exists()
+    assert (made.remote_of("a"), made.fetched(A)[0]) == ("new", 0)
 
 
 def test_a_checkpoint_that_took_the_name_meanwhile_stays(tmp_path, made):

@@ -1,12 +1,13 @@
 import fcntl
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from sllm_node.checkpoint.temporary import sweep, temporary_folder
+from sllm_node.checkpoint.temporary import _locked, sweep, temporary_folder
 from sllm_node.checkpoint.verify import verify
 from tests.unit.checkpoint.raw import write_raw
 
@@ -109,6 +110,52 @@ def test_a_sweep_waits_for_nobody_who_makes_a_folder(tmp_path):
     assert sweep(tmp_path) == []
     os.close(descriptor)
     assert sweep(tmp_path) == [".sllm-tmp-m-00000000"]
+
+
+def descriptors_of(folder):
+    """Return copies of this process's descriptors of `folder`: what a process forked now has."""
+    numbers = [int(path.name) for path in Path("/proc/self/fd").iterdir() if path.exists()]
+    return [os.dup(n) for n in numbers if os.path.samestat(os.fstat(n), folder.stat())]
+
+
+def is_locked(folder):
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def test_a_process_that_was_forked_meanwhile_keeps_no_lock(tmp_path):
+    with _locked(tmp_path):
+        children = descriptors_of(tmp_path)
+    assert not is_locked(tmp_path)
+    with temporary_folder(tmp_path, "m") as folder:
+        children += descriptors_of(folder)
+        folder.rename(tmp_path / "m")
+        assert is_locked(tmp_path / "m")
+    assert len(children) == 2
+    assert not is_locked(tmp_path / "m")
+    for descriptor in children:
+        os.close(descriptor)
+
+
+def test_what_was_left_is_deleted_when_the_lock_of_the_store_is_free_again(tmp_path, monkeypatch):
+    left = leave(tmp_path / ".sllm-tmp-m-00000000", "shard-00000.bin")
+    seen, delete = [], shutil.rmtree
+
+    def look(folder, **options):
+        if folder == left:
+            seen.append((is_locked(tmp_path), is_locked(left)))
+        delete(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    with temporary_folder(tmp_path, "n"):
+        assert names_in(tmp_path)[0].startswith(".sllm-tmp-n-")
+    assert seen == [(False, True)]
 
 
 def test_a_sweep_of_a_folder_that_is_not_there_does_nothing(tmp_path):
