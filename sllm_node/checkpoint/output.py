@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from sllm_node.checkpoint.catalog import may_go
+from sllm_node.codec.chunks import least_encoded
+from sllm_node.codec.names import RAW
 from sllm_node.core.errors import StorageWriteError, StoreFullError
 
 _AT_FDCWD: Final = -100
 _RENAME_EXCHANGE: Final = 2
-_FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What the system says of a disk that takes no more."""
 
 
 class OutputFiles(Protocol):
@@ -83,17 +86,24 @@ class SpaceNeeded:
     """Bytes that a checkpoint takes, as soon as that is known."""
 
     size: int = 0
+    is_least: bool = False
+    """It may be more: what is encoded has its size when it is written."""
 
-    def require(self, size: int, store: Path, files: OutputFiles) -> None:
-        """Note that `size` bytes are needed, and check that they fit into `store`.
+    def require(self, size: int, store: Path, files: OutputFiles, codec: str = RAW) -> None:
+        """Note that `size` bytes, as far as `codec` leaves them, are needed and check that they fit.
 
         Raises:
-            StoreFullError: they don't.
+            StoreFullError: they don't fit into `store`, however small they become.
         """
-        self.size = size
+        self.is_least = codec != RAW
+        self.size = least_encoded(size) if self.is_least else size
         free = files.free_bytes(store)
-        if size > free:
-            raise StoreFullError(str(store), size, free)
+        if self.size > free:
+            raise self.error(store, free)
+
+    def error(self, store: Path, free: int) -> StoreFullError:
+        """Return the error of a `store` with so many bytes free."""
+        return StoreFullError(str(store), self.size, free, is_least=self.is_least)
 
 
 @contextmanager
@@ -107,8 +117,8 @@ def write_errors_named(store: Path, needed: SpaceNeeded, files: OutputFiles) -> 
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
-            raise StoreFullError(str(store), needed.size, files.free_bytes(store)) from error
+        if error.errno in FULL:
+            raise needed.error(store, files.free_bytes(store)) from error
         problem = error.strerror or str(error)
         raise StorageWriteError(str(error.filename or store), problem) from error
 

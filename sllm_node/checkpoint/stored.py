@@ -4,11 +4,11 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from sllm_node.checkpoint.catalog import Checkpoint
+from sllm_node.checkpoint.catalog import Checkpoint, open_for_verify
 from sllm_node.checkpoint.digest import chunk_digest
 from sllm_node.checkpoint.index import FileChunk
 from sllm_node.codec.chunks import decode_chunk
-from sllm_node.core.errors import ChecksumError, CodecError, StorageReadError
+from sllm_node.core.errors import CheckpointFormatError, ChecksumError, CodecError, StorageReadError
 
 
 def all_chunks(checkpoint: Checkpoint) -> Iterator[FileChunk]:
@@ -52,6 +52,17 @@ def problem_of(path: Path, chunk: FileChunk) -> str | None:
     except CodecError as error:
         return error.problem
     return None
+
+
+def is_replaced(checkpoint: Checkpoint) -> bool:
+    """Tell whether another checkpoint, or none, has its place: then damage that was found is none.
+
+    One with the same index has the same digests.
+    """
+    try:
+        return open_for_verify(checkpoint.path).index != checkpoint.index
+    except CheckpointFormatError:
+        return True
 
 
 def read_decoded(checkpoint: Checkpoint, chunk: FileChunk) -> memoryview:

@@ -9,7 +9,8 @@ from itertools import islice
 from typing import Final
 
 from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.checkpoint.stored import all_chunks, problem_of
+from sllm_node.checkpoint.stored import all_chunks, is_replaced, problem_of
+from sllm_node.core.errors import CheckpointReplacedError
 from sllm_node.core.units import MIB
 
 _THREADS: Final = 4
@@ -36,6 +37,9 @@ def verify(
     So is a file with more bytes than its chunks have: no checkpoint with one is opened.
 
     `progress` is called with bytes done and bytes in all, in the caller's thread.
+
+    Raises:
+        CheckpointReplacedError: what is wrong is that another one took its place meanwhile.
     """
     index = checkpoint.index
     _forget_cached(checkpoint)
@@ -57,6 +61,8 @@ def verify(
             if progress is not None:
                 progress(done, index.file_size)
     found += _too_long(checkpoint)
+    if found and is_replaced(checkpoint):
+        raise CheckpointReplacedError(checkpoint.model)
     return sorted(found, key=lambda damage: (places[damage.shard], damage.offset))
 
 

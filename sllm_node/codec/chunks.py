@@ -34,6 +34,11 @@ def codec_for(bytes_by_dtype: Mapping[str, int]) -> str:
     return CODEC_OF_DTYPE.get(most, RAW)
 
 
+def least_encoded(size: int) -> int:
+    """Return what `size` bytes take at least when they are encoded, whatever they are."""
+    return min(size * kind.least_bits // (8 * kind.width) for kind in exponent.FORMATS.values())
+
+
 def encode_chunk(codec: str, data: memoryview) -> tuple[str, Bytes]:
     """Return the codec that `data` gets, `codec` or raw, and the bytes."""
     raw = np.frombuffer(data, np.uint8)

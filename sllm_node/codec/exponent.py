@@ -79,6 +79,11 @@ class FloatFormat:
         """Bits after the exponent in a rotated element."""
         return 8 * self.width - self.exponent_bits
 
+    @property
+    def least_bits(self) -> int:
+        """Bits that an element takes at least: the first code and what is no exponent."""
+        return 2 + self.shift
+
 
 BF16: Final = FloatFormat("exp-bf16", 1, 2, 8, (8,))
 F16: Final = FloatFormat("exp-f16", 2, 2, 5, (8, 2, 1))

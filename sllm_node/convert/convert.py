@@ -152,7 +152,7 @@ def convert_opened(
             check_computable(plan, model, origin)
         set_dtype(folder, plan.compute_dtype)
         layout = plan_layout((tensor.spec for tensor in plan.tensors), options.shard_bytes)
-        space.require(layout.size, store, files)
+        space.require(layout.size, store, files, options.codec)
         with ShardWriter(folder, layout, chunk_bytes, files, options.codec) as writer:
             shards = _write(plan, layout, writer, GroupRunner(model), progress)
         created = int(surroundings.clock.wall())

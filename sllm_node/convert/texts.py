@@ -1,6 +1,8 @@
 """The files beside the weights: config, generation config, tokenizer, chat template."""
 
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +11,7 @@ from typing import Any, Final, TypeGuard
 
 from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, GenerationConfig
 
+from sllm_node.checkpoint.output import FULL
 from sllm_node.core.errors import ConversionError, SllmError, UnsupportedArchitectureError
 from sllm_node.engine.skeleton import SUPPORTED
 from sllm_node.engine.weights import TORCH_DTYPES
@@ -25,6 +28,7 @@ _NOT_KEPT: Final = ("auto_map", "torch_dtype", "_name_or_path")
 """Code of the source's own, a name of old, and where it lay once."""
 _CONTEXT_FIELDS: Final = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 _CONTEXT_DEFAULT: Final = 2048
+_OS_ERROR: Final = re.compile(r"\(os error (\d+)\)")
 
 
 def copy_texts(source: Path, folder: Path, origin: str, *, needs_tokenizer: bool = True) -> None:
@@ -97,14 +101,28 @@ def _is_count(value: Any) -> TypeGuard[int]:
 def library_errors_named(origin: str, what: str) -> Iterator[None]:
     """Turn what transformers raises inside into a ConversionError that says `what` failed.
 
-    Anything: its tokenizers raise plain `Exception`, its configs errors of other packages.
+    Anything: its tokenizers raise plain `Exception`, its configs errors of other packages. That the
+    disk is full is no problem of the model: it stays the system's error.
     """
     try:
         yield
     except SllmError:
         raise
     except Exception as error:
+        if (number := _system_error(error)) in FULL:
+            raise OSError(number, os.strerror(number)) from error
         raise ConversionError(origin, f"{what}: {error}") from error
+
+
+def _system_error(error: Exception) -> int:
+    """Return the number of the system's error that `error` is; 0: it is none.
+
+    Tokenizers have it in their text.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = _OS_ERROR.search(str(error))
+    return int(found[1]) if found else 0
 
 
 def check_tokenizer(folder: Path, origin: str) -> None:

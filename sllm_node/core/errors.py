@@ -342,6 +342,19 @@ class CheckpointChangedError(CheckpointError):
         self.shard = shard
 
 
+class CheckpointReplacedError(CheckpointError):
+    """A checkpoint took the place of the one that a command was reading, or it was removed."""
+
+    code = "checkpoint_replaced"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(
+            f"model {model!r}: was replaced or removed while it was read, so nothing is known of "
+            "what is there now; start again"
+        )
+        self.model = model
+
+
 class StorageReadError(CheckpointError):
     """The file system failed to deliver bytes: EIO, short read, vanished file."""
 
@@ -359,9 +372,12 @@ class StoreFullError(CheckpointError):
 
     code = "store_full"
 
-    def __init__(self, path: str, needed: int, free: int) -> None:
+    def __init__(self, path: str, needed: int, free: int, *, is_least: bool = False) -> None:
+        """Of `needed`, 0: nobody knows yet; `is_least`: it may be more."""
+        needs = f"needs {'at least ' if is_least else ''}{needed} bytes and"
         super().__init__(
-            f"{path}: the checkpoint needs {needed} bytes and {free} are free; "
+            f"{path}: the checkpoint {needs if needed else 'does not fit:'} {free} "
+            f"{'' if needed else 'bytes '}are free; "
             "remove one ('sllm-node rm NAME') or name a store on a larger disk"
         )
         self.path = path

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.output import SpaceNeeded, write_errors_named
 from sllm_node.checkpoint.verify import verify
 from sllm_node.core.errors import StorageWriteError, StoreFullError
 from tests.unit.checkpoint.raw import CountedFiles, FullDisk, write_raw
@@ -130,3 +131,21 @@ def test_an_exchange_the_system_refuses_is_a_typed_error(tmp_path):
     with pytest.raises(StorageWriteError, match="No such file"):
         write_raw(tmp_path, replace=True, files=Refusing(lambda count: None))
     assert usable(tmp_path) == [old]
+
+
+def test_of_what_is_encoded_only_the_least_is_asked_for(tmp_path):
+    least = 20480 * 5 // 8
+    with pytest.raises(StoreFullError, match=f"needs at least {least} bytes and 12000 are free"):
+        SpaceNeeded().require(20480, tmp_path, FullDisk(0, claimed=12_000), "exp")
+    space = SpaceNeeded()
+    space.require(20480, tmp_path, FullDisk(0, claimed=least), "exp")
+    assert "at least" in str(space.error(tmp_path, 100))
+
+
+def test_a_disk_that_is_full_before_a_size_is_known_names_none(tmp_path):
+    full = FullDisk(0, claimed=16384)
+    with (
+        pytest.raises(StoreFullError, match="does not fit: 16384 bytes are free"),
+        write_errors_named(tmp_path, SpaceNeeded(), full),
+    ):
+        full.write(0, memoryview(b"text"))

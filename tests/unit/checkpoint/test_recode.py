@@ -4,9 +4,10 @@ from pathlib import Path
 import pytest
 
 from sllm_node.checkpoint.catalog import open_checkpoint
+from sllm_node.checkpoint.output import DiskFiles
 from sllm_node.checkpoint.recode import recode
 from sllm_node.checkpoint.verify import verify
-from sllm_node.core.errors import CheckpointError, ChecksumError, ConversionError
+from sllm_node.core.errors import CheckpointError, ChecksumError, ConversionError, StoreFullError
 from tests.unit.checkpoint.raw import SPECS, WEIGHTS, CountedFiles, write_raw
 
 
@@ -82,6 +83,53 @@ def test_a_checkpoint_that_was_replaced_meanwhile_stays(checkpoint, tmp_path):
         recode(checkpoint, "raw", 16384, files=CountedFiles(replace))
     assert open_checkpoint(checkpoint.path).index.tensors != checkpoint.index.tensors
     assert verify(open_checkpoint(checkpoint.path)) == []
+
+
+def test_one_that_is_replaced_while_it_is_read_is_not_called_damaged(checkpoint, tmp_path):
+    write_raw(tmp_path / "other", "m", WEIGHTS[::-1], chunk_bytes=16384, shard_bytes=65536)
+
+    def replace(done, total):
+        shutil.rmtree(checkpoint.path)
+        shutil.copytree(tmp_path / "other" / "m", checkpoint.path)
+
+    with pytest.raises(ConversionError, match="was replaced while it was read"):
+        recode(checkpoint, "exp", 16384, progress=replace)
+    assert verify(open_checkpoint(checkpoint.path)) == []
+
+
+def test_texts_that_are_edited_while_it_is_recoded_are_kept(checkpoint):
+    def edit(done, total):
+        (checkpoint.path / "config.json").write_text('{"edited": true}')
+        (checkpoint.path / "NOTES.md").write_text("mine")
+
+    encoded = recode(checkpoint, "exp", 16384, progress=edit)
+    assert (encoded.path / "config.json").read_text() == '{"edited": true}'
+    assert (encoded.path / "NOTES.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["config.json", "NOTES.md"])
+def test_a_text_that_is_edited_while_texts_are_copied_is_not_lost(checkpoint, monkeypatch, name):
+    copy = shutil.copyfile
+
+    def edited_then(source, destination):
+        copy(source, destination)
+        (checkpoint.path / name).write_text("mine")
+
+    monkeypatch.setattr(shutil, "copyfile", edited_then)
+    with pytest.raises(ConversionError, match=rf"edited while it was copied \({name}\); recode"):
+        recode(checkpoint, "exp", 16384)
+    assert (checkpoint.path / name).read_text() == "mine"
+    assert open_checkpoint(checkpoint.path) == checkpoint
+
+
+def test_what_fits_only_when_it_is_encoded_is_recoded(checkpoint):
+    class SmallDisk(DiskFiles):
+        def free_bytes(self, folder):
+            return checkpoint.index.size * 3 // 4
+
+    with pytest.raises(StoreFullError):
+        recode(checkpoint, "raw", 16384, files=SmallDisk())
+    assert recode(checkpoint, "exp", 16384, files=SmallDisk()).index.is_encoded
 
 
 def test_a_checkpoint_that_was_deleted_meanwhile_does_not_come_back(checkpoint):

@@ -1,8 +1,12 @@
 import os
+import shutil
+
+import pytest
 
 from sllm_node.checkpoint.catalog import open_for_verify
 from sllm_node.checkpoint.verify import Damage, verify
-from tests.unit.checkpoint.raw import write_raw
+from sllm_node.core.errors import CheckpointReplacedError
+from tests.unit.checkpoint.raw import SPECS, write_raw
 
 CHANGED = "the bytes are not those written"
 
@@ -59,6 +63,16 @@ def test_a_missing_shard_is_damage_of_all_its_chunks(tmp_path):
         (0, "can't be read: No such file or directory"),
         (4096, "can't be read: No such file or directory"),
     ]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_one_that_is_replaced_or_removed_while_it_is_read_is_not_called_damaged(tmp_path, is_there):
+    checkpoint = write_raw(tmp_path)
+    shutil.rmtree(checkpoint.path)
+    if is_there:
+        write_raw(tmp_path, specs=SPECS[::-1])
+    with pytest.raises(CheckpointReplacedError, match="replaced or removed while it was read"):
+        verify(checkpoint)
 
 
 def test_bytes_that_no_chunk_has_are_damage_without_tensors(tmp_path):

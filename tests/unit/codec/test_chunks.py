@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from sllm_node.codec.chunks import CODECS, codec_for, decode_chunk, encode_chunk
+from sllm_node.codec.chunks import CODECS, codec_for, decode_chunk, encode_chunk, least_encoded
 from sllm_node.codec.exponent import BF16
 from sllm_node.codec.names import RAW
 from sllm_node.core.errors import CodecError
@@ -36,3 +36,10 @@ def test_a_chunk_gets_the_codec_of_the_dtype_that_most_of_it_has():
 def test_a_raw_chunk_that_is_too_short_is_refused():
     with pytest.raises(CodecError, match="4 bytes where 8"):
         decode_chunk(RAW, memoryview(bytes(4)), 8)
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_nothing_becomes_smaller_than_what_a_disk_must_have_room_for(codec):
+    for data in (bytes(1 << 20), numbers(BF16, 10_000)):
+        assert len(encode_chunk(codec, memoryview(data))[1]) >= least_encoded(len(data))
+    assert least_encoded(1 << 20) == (1 << 20) * 5 // 8

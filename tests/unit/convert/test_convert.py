@@ -13,6 +13,7 @@ from sllm_node.checkpoint.catalog import Catalog, open_checkpoint
 from sllm_node.checkpoint.output import DiskFiles
 from sllm_node.checkpoint.split import layer_starts
 from sllm_node.checkpoint.verify import verify
+from sllm_node.codec.chunks import least_encoded
 from sllm_node.convert.convert import ConvertOptions, Surroundings, convert
 from sllm_node.convert.tensors import as_bytes
 from sllm_node.core.clock import ManualClock
@@ -300,7 +301,7 @@ def test_a_disk_that_fills_up_says_how_much_is_needed_and_leaves_nothing(source,
     full = Surroundings(files=FullDisk(100_000, claimed=size))
     with pytest.raises(StoreFullError) as caught:
         convert(str(source), "other", store, SMALL, surroundings=full)
-    assert caught.value.needed == size
+    assert caught.value.needed == least_encoded(size)
     assert names_in(store) == ["m"]
 
 

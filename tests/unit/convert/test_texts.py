@@ -1,9 +1,10 @@
+import errno
 import json
 
 import pytest
-from transformers import AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
-from sllm_node.convert.texts import context_tokens, copy_texts, set_dtype
+from sllm_node.convert.texts import context_tokens, copy_texts, set_dtype, write_texts
 from sllm_node.core.errors import ConversionError, UnsupportedArchitectureError
 from tests.models import CHAT_TEMPLATE, make_source
 
@@ -126,3 +127,12 @@ def test_a_model_without_a_limit_gets_a_modest_one(none):
     assert context_tokens(PretrainedConfig()) == 2048
     assert context_tokens(PretrainedConfig(max_position_embeddings=none)) == 2048
     assert context_tokens(PretrainedConfig(max_position_embeddings=none, n_positions=77)) == 77
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json"])
+def test_that_the_disk_is_full_is_no_problem_of_the_model(source, folder, name):
+    config, tokenizer = AutoConfig.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    (folder / name).symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        write_texts(config, None, tokenizer, folder, "origin")
+    assert caught.value.errno == errno.ENOSPC
