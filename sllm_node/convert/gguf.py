@@ -8,6 +8,7 @@ from typing import Any, Final
 from sllm_node.convert.gguf_header import (
     check_all_used,
     check_config,
+    check_splitting,
     check_whole,
     read_header,
     rope_scaling,
@@ -29,6 +30,7 @@ class GgufModel:
     path: Path
     origin: str
     model: Any
+    tokenizer: Any
     tensors: Mapping[str, MemoryTensor]
     in_module_layout: bool = True
     is_exact: bool = False
@@ -38,7 +40,7 @@ class GgufModel:
         config = self.model.config
         config.architectures = [type(self.model).__name__]
         with library_errors_named(self.origin, "its config or tokenizer can't be used"):
-            tokenizer = _load_tokenizer(self.path)
+            tokenizer = self.tokenizer
             generation = self.model.generation_config
             for kind in ("bos", "eos"):
                 _agree_on(kind, config, generation, tokenizer)
@@ -68,13 +70,15 @@ def load_gguf(path: Path, origin: str, dtype: str | None) -> GgufModel:
         config = _load_config(path)
         check_config(header, config, origin)
         scaling = rope_scaling(header, config, origin)
+        tokenizer = _load_tokenizer(path)
+        check_splitting(header, tokenizer, origin)
         model, info = _load_model(path, config, dtype or DEFAULT_DTYPE)
         _check_all_filled(info, origin)
         check_all_used(header, model, origin)
     if scaling:
         model.config.rope_parameters = {**model.config.rope_parameters, **scaling}
     tensors = {name: MemoryTensor(name, tensor) for name, tensor in model.state_dict().items()}
-    return GgufModel(path, origin, model, tensors)
+    return GgufModel(path, origin, model, tokenizer, tensors)
 
 
 def _check_all_filled(info: Mapping[str, Any], origin: str) -> None:

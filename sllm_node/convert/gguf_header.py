@@ -25,6 +25,14 @@ _GEMMA2_27B: Final = ("gemma2", 46)
 """The one of its family that scales queries by the width of a head as it would be without `head_dim`."""
 
 
+_GPT2_SPLITS: Final = frozenset({
+    "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum", "exaone4", "granite-docling",
+})  # fmt: skip
+"""Names of GPT-2's way to split text. `default` is none: it is what writers say of one unknown to them."""
+_PROBE: Final = "f(self) x.size  'S 12345\n\n 1a"
+"""Every other way splits it otherwise."""
+
+
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
     """The part of a file's header that decides how its tensors are used."""
@@ -37,6 +45,10 @@ class GgufHeader:
     """Numbers in each tensor."""
     rope_factors: tuple[float, ...] = ()
     """`rope_freqs.weight`, if the file has it."""
+    tokenizer: str | None = None
+    """The kind; `gpt2` is byte-level BPE."""
+    splitting: str | None = None
+    """How text is split before that; None, too, where the file does not say."""
 
 
 def read_header(path: Path) -> GgufHeader:
@@ -48,15 +60,21 @@ def read_header(path: Path) -> GgufHeader:
     own = {
         name.removeprefix(prefix): f for name, f in reader.fields.items() if name.startswith(prefix)
     }
-    parts = reader.fields.get("split.count")
     freqs = [tensor.data for tensor in reader.tensors if tensor.name == _ROPE_FREQS]
     return GgufHeader(
         architecture=prefix[:-1],
         fields={name: field.contents() for name, field in own.items()},
-        parts=1 if parts is None else parts.contents(),
+        parts=_contents(reader, "split.count") or 1,
         elements={tensor.name: int(tensor.n_elements) for tensor in reader.tensors},
         rope_factors=tuple(freqs[0].tolist()) if freqs else (),
+        tokenizer=_contents(reader, "tokenizer.ggml.model"),
+        splitting=_contents(reader, "tokenizer.ggml.pre"),
     )
+
+
+def _contents(reader: Any, key: str) -> Any:
+    field = reader.fields.get(key)
+    return None if field is None else field.contents()
 
 
 def check_whole(header: GgufHeader, origin: str) -> None:
@@ -85,6 +103,28 @@ def check_all_used(header: GgufHeader, model: Any, origin: str) -> None:
         unused = _unknown(header.architecture, taken, model) or sorted(taken)
         raise ConversionError(
             origin, f"has tensors that {type(model).__name__} has no place for: {few(unused)}"
+        )
+
+
+def check_splitting(header: GgufHeader, tokenizer: Any, origin: str) -> None:
+    """Refuse a file of whose splitting transformers knows nothing, and took GPT-2's for `tokenizer`.
+
+    Raises:
+        ConversionError: naming what the file says of it.
+    """
+    from tokenizers import pre_tokenizers
+
+    if header.tokenizer != "gpt2" or header.splitting in _GPT2_SPLITS:
+        return
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    found = tokenizer.backend_tokenizer.pre_tokenizer
+    if found is not None and found.pre_tokenize_str(_PROBE) == gpt2.pre_tokenize_str(_PROBE):
+        says = "nothing" if header.splitting is None else repr(header.splitting)
+        raise ConversionError(
+            origin,
+            f"says {says} of how its tokenizer splits text (tokenizer.ggml.pre), which this release of "
+            "transformers takes for GPT-2's way, so tokens would be wrong; convert the original model "
+            "in safetensors, or try a newer transformers",
         )
 
 

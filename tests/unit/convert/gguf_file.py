@@ -43,7 +43,7 @@ def _add_tokenizer(writer, folder):
     special = {token["id"] for token in stored["added_tokens"]}
     tokens = sorted(vocabulary, key=vocabulary.__getitem__)
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([3 if vocabulary[token] in special else 1 for token in tokens])
     writer.add_token_merges([" ".join(pair) for pair in stored["model"]["merges"]])

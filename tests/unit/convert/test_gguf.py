@@ -61,6 +61,39 @@ def test_config_tokenizer_and_template_come_out_of_a_gguf_file(tmp_path):
     assert checkpoint.index.context_tokens == 512
 
 
+def split_as(name):
+    """Return an edit that lets a file name a way to split text; None: it names none."""
+
+    def edit(writer):
+        fields = writer.kv_data[0]
+        del fields["tokenizer.ggml.pre"]
+        if name is not None:
+            writer.add_tokenizer_pre(name)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [("stablelm2", "'stablelm2'"), ("smollm", "'smollm'"), ("default", "'default'"), (None, "nothing")],
+)  # fmt: skip
+def test_a_splitting_that_transformers_does_not_know_is_refused_by_name(tmp_path, name, said):
+    path, _ = write_gguf(tmp_path, split_as(name))
+    problem = refused(path, tmp_path / "store")
+    assert problem.startswith(f"says {said} of how its tokenizer splits text (tokenizer.ggml.pre)")
+    assert "convert the original model in safetensors" in problem
+
+
+@pytest.mark.parametrize(
+    ("name", "pieces"), [("gpt-2", ["f", "(", "self", ")"]), ("qwen2", ["f", "(self", ")"])]
+)
+def test_splittings_of_gpt2_and_those_that_transformers_knows_are_taken(tmp_path, name, pieces):
+    path, _ = write_gguf(tmp_path, split_as(name))
+    checkpoint = convert(str(path), "m", tmp_path / "store")
+    split = AutoTokenizer.from_pretrained(checkpoint.path).backend_tokenizer.pre_tokenizer
+    assert [piece for piece, _ in split.pre_tokenize_str("f(self)")] == pieces
+
+
 class Tokens:
     """What a config, a generation config or a tokenizer knows of special tokens."""
 
