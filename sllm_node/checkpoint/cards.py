@@ -23,12 +23,12 @@ from sllm_node.checkpoint.catalog import (
     Checkpoint,
     ShardIdentity,
     identity_of,
-    is_model_name,
 )
 from sllm_node.checkpoint.index import INDEX_FILE, TensorIndex, from_json
 from sllm_node.checkpoint.output import DiskFiles, publish, write_all
 from sllm_node.checkpoint.temporary import temporary_folder
 from sllm_node.core.errors import CheckpointFormatError
+from sllm_node.core.names import is_model_name
 from sllm_node.core.types import ModelId
 
 CARDS_FOLDER: Final = ".remote"

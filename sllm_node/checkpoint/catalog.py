@@ -1,7 +1,6 @@
 """The checkpoints that lie in a store folder, each opened once and opened anew when it changed."""
 
 import os
-import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,9 +15,9 @@ from sllm_node.core.errors import (
     SllmError,
     StorageWriteError,
 )
+from sllm_node.core.names import is_model_name
 from sllm_node.core.types import ModelId, Weights
 
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]{0,95}")
 _INDEX_BYTES_MAX: Final = 1 << 30
 
 
@@ -49,11 +48,6 @@ class Checkpoint:
     def __post_init__(self) -> None:
         """Take the digest of all digests once."""
         object.__setattr__(self, "weights", weights_of(self.index))
-
-
-def is_model_name(name: str) -> bool:
-    """Tell whether `name` may name a checkpoint: it is a folder name and an argument of commands."""
-    return _NAME.fullmatch(name) is not None
 
 
 def may_go(path: Path) -> bool:

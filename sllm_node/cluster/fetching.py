@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from sllm_node.checkpoint.cards import PEERS, TEXT_FILES
-from sllm_node.checkpoint.catalog import Catalog, is_model_name
+from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.checkpoint.given import index_digest
 from sllm_node.checkpoint.index import INDEX_FILE, from_json
 from sllm_node.cluster.files import PeerFiles, Sender
@@ -19,6 +19,7 @@ from sllm_node.cluster.peers import Peers
 from sllm_node.cluster.senders import Version
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import ModelNotFoundError, RemoteError, SllmError, StorageWriteError
+from sllm_node.core.names import is_model_name
 from sllm_node.core.types import ModelId, NodeId
 from sllm_node.schedule.estimate import MovingAverage
 from sllm_node.store.remote import RemoteTier

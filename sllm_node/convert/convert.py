@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sllm_node.checkpoint.catalog import Checkpoint, is_model_name, may_go, open_checkpoint
+from sllm_node.checkpoint.catalog import Checkpoint, may_go, open_checkpoint
 from sllm_node.checkpoint.index import INDEX_FILE, VERSION, Shard, TensorIndex
 from sllm_node.checkpoint.layout import Layout, plan_layout
 from sllm_node.checkpoint.output import (
@@ -44,6 +44,7 @@ from sllm_node.core.errors import (
     ConversionError,
     UnsupportedArchitectureError,
 )
+from sllm_node.core.names import MODEL_NAMES, is_model_name
 from sllm_node.core.units import GIB, PAGE
 from sllm_node.engine.skeleton import (
     SUPPORTED,
@@ -199,8 +200,7 @@ def _check(name: str, store: Path, options: ConvertOptions, chunk_bytes: int) ->
     if not is_model_name(name):
         raise ConversionError(
             f"name {name!r}",
-            "is not allowed: letters, digits, '.', '_', ':' and '-', at most 96, "
-            "a letter or digit first",
+            f"is not allowed: {MODEL_NAMES}",
         )
     _check_free(name, store, force=options.force)
     if options.servable and _dtype(options) not in {None, *COMPUTE_DTYPES}:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Final
 
 from sllm_node.core.hosts import address_problem, is_loopback, listen_problem
+from sllm_node.core.names import MODEL_NAMES, is_model_name
 from sllm_node.core.units import PAGE
 from sllm_node.core.urls import plain
 
@@ -140,6 +141,9 @@ def _check_remotes(config: "Config") -> str | None:
             wrong = ["key_file"] if remote.key_file is not None else []
         if wrong:
             return f"remotes.{name}.{wrong[0]}: means nothing for url = {plain(remote.url)!r}"
+        for model in remote.models:
+            if not is_model_name(model):
+                return f"remotes.{name}.models: {model!r} can be no model's name: {MODEL_NAMES}"
     return None
 
 

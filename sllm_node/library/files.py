@@ -11,13 +11,13 @@ from typing import Final, ParamSpec, TypeVar
 from sllm_node.checkpoint.catalog import (
     Catalog,
     Checkpoint,
-    is_model_name,
     may_go,
     open_checkpoint,
 )
 from sllm_node.checkpoint.index import INDEX_FILE
 from sllm_node.core.config import StoreConfig
 from sllm_node.core.errors import ArgumentError, CheckpointChangedError, CheckpointNotFoundError
+from sllm_node.core.names import is_model_name
 from sllm_node.core.types import ModelId
 from sllm_node.core.units import parse_size
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from sllm_node.checkpoint.cards import CARDS_FOLDER, REGISTERED, Cards
-from sllm_node.checkpoint.catalog import Checkpoint, is_model_name
+from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.core.clock import MonotonicClock
 from sllm_node.core.config import RemoteConfig, StoreConfig
 from sllm_node.core.errors import CancelledByOperatorError, ModelNotFoundError
 from sllm_node.core.metrics import Metrics
+from sllm_node.core.names import is_model_name
 from sllm_node.core.types import ModelId
 from sllm_node.core.urls import plain
 from sllm_node.store.reader import file_system

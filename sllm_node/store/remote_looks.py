@@ -11,12 +11,11 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Final
 
 from sllm_node.checkpoint.cards import REGISTERED, TEXT_FILES, Cards, clear
-from sllm_node.checkpoint.catalog import is_model_name
 from sllm_node.checkpoint.index import INDEX_FILE, from_json
 from sllm_node.core.errors import (
     RemoteDeniedError,
@@ -24,6 +23,7 @@ from sllm_node.core.errors import (
     RemoteUnreachableError,
     SllmError,
 )
+from sllm_node.core.names import MODEL_NAMES, is_model_name
 from sllm_node.core.types import ModelId
 from sllm_node.store.remote_fetch import INDEX_BYTES_MAX, Remote
 from sllm_node.store.remote_registered import RegisteredFiles
@@ -52,6 +52,8 @@ class _Seen:
     is_down: bool = True
     missed: tuple[str, ...] = ()
     """Of the models, those of which index or texts could not be had, the last one last."""
+    left_out: tuple[str, ...] = ()
+    """What it lists that can be no checkpoint's name."""
 
 
 @dataclass(slots=True)
@@ -172,19 +174,25 @@ class Looks:
 
     def _look_around_at(self, remote: Remote, taken: set[str]) -> _Seen:
         """Make or drop cards of a remote as it says; those of `taken` are another's."""
+        before = self._seen[remote.name]
         try:
-            listed = tuple(m for m in remote.files.models() if is_model_name(m))
-            wanted = [m for m in listed if m not in taken]
+            names = remote.files.models()
         except SllmError as error:
-            seen = self._seen[remote.name]
-            return _Seen(seen.models, seen.not_offered, str(error), missed=seen.missed)
+            return replace(before, problem=str(error), is_down=True)
+        listed = tuple(name for name in names if is_model_name(name))
+        left_out = tuple(name for name in names if not is_model_name(name))
+        if left_out and left_out != before.left_out:
+            fields = {"remote": remote.name, "left_out": left_out[:8], "allowed": MODEL_NAMES}
+            log.warning("remote lists names that no model can have", extra=fields)
+        wanted = [name for name in listed if name not in taken]
         if remote.files is self._registered:
             found = _Found(self._registered.look(wanted, partial(self._look, remote)))
         else:
             found = self._look_at_each(remote, wanted)
         kept = self._drop_gone(remote.name, {*wanted})
         problem = next(iter(found.problems), None)
-        return _Seen(listed, kept, problem, is_down=found.is_down, missed=tuple(found.missed))
+        missed = tuple(found.missed)
+        return _Seen(listed, kept, problem, found.is_down, missed, left_out)
 
     def _look_at_one(self, remote: Remote, model: ModelId) -> None:
         """Make the card of `model` anew if it is still this remote's; what is wrong, the next look tells."""

@@ -196,6 +196,10 @@ def test_remotes_have_names_and_defaults():
             "remotes.far.region: means nothing for url = 'http://h/p'",
         ),
         ('[remotes.b]\nurl = "s3://b"\nkey_file = "k"', "remotes.b.key_file: means nothing"),
+        (
+            REMOTE + 'models = ["a", "org/model", "bad name"]',
+            "remotes.far.models: 'org/model' can be no model's name: letters, digits",
+        ),
         ("remotes = 1", "remotes must be a table of tables, as in [remotes.NAME]"),
         ("[remotes]\nfar = 1", "remotes.far must be a table"),
     ],

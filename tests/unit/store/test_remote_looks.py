@@ -102,6 +102,21 @@ def tier_before(tmp_path, **folders):
     )
 
 
+async def test_names_that_no_model_can_have_are_told_once(looked_at, caplog):
+    tier, folder = looked_at
+    (folder.root / "bad name").mkdir()
+    for _ in range(2):
+        await tier.refresh()
+    told = [record.left_out for record in caplog.records if hasattr(record, "left_out")]
+    assert told == [("bad name",)]
+    (folder.root / ".logs").mkdir()
+    folder.wrong["a/tensor_index.json"] = "silent"
+    await tier.refresh()
+    told = [record.left_out for record in caplog.records if hasattr(record, "left_out")]
+    assert told == [("bad name",), (".logs", "bad name")]
+    assert tier.cards.models() == ("a", "b", "c")
+
+
 async def test_an_index_that_fails_costs_its_own_model_only(looked_at):
     tier, folder = looked_at
     folder.wrong["a/tensor_index.json"] = "500"
