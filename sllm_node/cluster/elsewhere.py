@@ -95,9 +95,9 @@ class Elsewhere(Generic[CodecT]):
             told = self._told_by_absent(model)
         if not told:
             return here
-        known = self.texts.get_now(told[0][0]) if len(told) == 1 else None
-        most = known.context_tokens if known else max(held.context_tokens for held, _ in told)
-        return max(most, here or 0)
+        most = max(held.context_tokens for held, _ in told)
+        known = None if most else self.texts.get_now(told[0][0])  # an older release does not tell
+        return max(known.context_tokens if known else most, here or 0)
 
     async def codec(self, model: ModelId) -> CodecT | None:
         """Return the codec of a model of peers, as patiently as a session waits for a node to run on.

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from sllm_node.cluster.packing import pack
+from sllm_node.cluster.texts import Known
 from sllm_node.cluster.wire import Forward, unpack_record
 from sllm_node.core import log as logs
 from sllm_node.core.errors import (
@@ -590,6 +591,19 @@ async def test_a_dead_node_counts_in_no_limit_while_others_have_the_model(world)
     await world["b"].crash()
     await asyncio.sleep(4.0)
     assert world["c"].router.context_limit("m") == CONTEXT_TOKENS
+
+
+@in_world(a=(), b=("m",))
+async def test_the_limit_follows_a_node_that_comes_back_with_more_room(world):
+    engines = world["b"].rig.engines
+    engines.capacity_tokens = 128
+    await asyncio.sleep(1.5)
+    elsewhere, known = world["a"].router.elsewhere, Known(None, 128)
+    elsewhere.texts = SimpleNamespace(get_now=lambda _: known)  # as it told with its tokenizer
+    assert world["a"].router.context_limit("m") == 128
+    engines.capacity_tokens = 256
+    await asyncio.sleep(1.5)
+    assert world["a"].router.context_limit("m") == 256
 
 
 # --- moves -----------------------------------------------------------------------------------------
