@@ -40,7 +40,8 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print rows under their columns; a name that begins with ">" makes its column right-aligned.
 
     On a terminal that is too narrow the last column folds, down to `FOLDED`; the terminal wraps what is
-    left over, and nothing is cut off. Elsewhere nothing folds.
+    left over, and nothing is cut off. Elsewhere nothing folds. A cell is shown letter by letter: names of
+    clients have what rich takes for markup, `[red]`, `[/x]` or `:smile:`.
     """
     from rich import box
     from rich.console import Console
@@ -59,4 +60,4 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         table.add_row(*row)
     width = max(Console().width, least) if sys.stdout.isatty() else WIDE
     # A terminal that tells nothing of itself would get 80 columns, were the height not given, too.
-    Console(width=width, height=25).print(table)
+    Console(width=width, height=25, markup=False, emoji=False).print(table)
