@@ -139,7 +139,7 @@ def models(
 ) -> None:
     """Show the models of all nodes: where they are, how many replicas are desired, their other names."""
     target = (url, key, config)
-    report = call("GET", "/admin/status", target)["cluster"] or fail(
+    report = call("GET", "/admin/status", target).get("cluster") or fail(
         "the node is in no cluster (cluster.file)"
     )
     wishes = call("GET", "/admin/wishes", target)
