@@ -43,7 +43,7 @@ def quoted(name: str) -> str:
     """Return a name as a part of a path."""
     from urllib.parse import quote
 
-    return quote(name, safe="")
+    return quote(name, safe="", errors="surrogateescape")  # of an argument that is no UTF-8
 
 
 def limit_of(path: str) -> float | None:
