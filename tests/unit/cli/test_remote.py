@@ -341,11 +341,18 @@ def test_nodes_that_do_not_know_of_a_wish_yet_are_named(node):
     assert "not told: c" in result.stderr
 
 
-@pytest.mark.parametrize("replicas", ["three", "1-x", "-2", ""])
+@pytest.mark.parametrize("replicas", ["three", "1-x", "1-", "-2", "", "²", "1-²", "9" * 5000])
 def test_replicas_that_are_no_numbers_are_refused(node, replicas):
     result = run("cluster", "scale", "m", "--url", node.url, "--", replicas)
-    assert result.exit_code != 0
-    assert not node.seen
+    assert (result.exit_code, "is not MIN-MAX, as in 1-3" in result.stderr) == (1, True)
+    assert (node.seen, len(result.stderr) < 100) == ([], True)
+
+
+def test_a_name_that_is_no_text_is_asked_for_byte_by_byte(node):
+    node.answer = (404, {"error": {"message": "there is no such model"}})
+    done = run("load", "a\udcff", "--url", node.url)
+    assert done.stderr == "sllm-node: there is no such model\n"
+    assert node.seen[0][1].startswith("/admin/models/a")
 
 
 def test_models_of_a_cluster_are_shown_with_what_is_desired(node):
