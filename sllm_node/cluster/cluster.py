@@ -81,7 +81,7 @@ class Cluster(Generic[CodecT]):
         self._metrics = metrics
         address = own_address(config, file)
         self._listen = config.cluster.listen or address
-        trust = open_trust(file, path, me, lambda: self.peers.boot)
+        trust = open_trust(file, path, me, address, lambda: self.peers.boot)
         self._expected = int(file.limits.peer_bandwidth)
         self._outlook = service.outlook
         self._outlook.expect_from_peers(self._expected)
