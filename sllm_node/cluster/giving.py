@@ -75,7 +75,7 @@ class Giving:
             return
         self.under_way += 1
         try:
-            await self._send(_Sending(*found, ask, reply.writer), reply)
+            await self._send(ask, found, reply)
         finally:
             self.under_way -= 1
         if ask.name == INDEX_FILE:
@@ -93,8 +93,9 @@ class Giving:
         path = file_of(checkpoint, ask.name)
         return "absent" if path is None else (checkpoint, path)
 
-    async def _send(self, sending: "_Sending", reply: Reply) -> None:
+    async def _send(self, ask: AskFile, found: tuple[Checkpoint, Path], reply: Reply) -> None:
         loop = asyncio.get_running_loop()
+        sending = _Sending(*found, ask, reply.writer)
         try:
             opened = await loop.run_in_executor(self._threads, sending.open)
             if not isinstance(opened, FileHead):
