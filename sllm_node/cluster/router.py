@@ -39,13 +39,7 @@ from sllm_node.core.errors import (
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import (
-    GenerationRequest,
-    ModelId,
-    ModelStatus,
-    NodeId,
-    SessionStatus,
-)
+from sllm_node.core.types import GenerationRequest, ModelId, ModelStatus, NodeId, SessionStatus
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.hints import LONG_CHARACTERS
 from sllm_node.schedule.ports import CodecT
