@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from sllm_node.checkpoint.catalog import Catalog
-from sllm_node.checkpoint.output import SpaceNeeded, write_errors_named
+from sllm_node.checkpoint.output import SpaceNeeded, check_still_ours, write_errors_named
 from sllm_node.checkpoint.verify import verify
 from sllm_node.core.errors import StorageWriteError, StoreFullError
 from tests.unit.checkpoint.raw import CountedFiles, FullDisk, write_raw
@@ -149,3 +149,12 @@ def test_a_disk_that_is_full_before_a_size_is_known_names_none(tmp_path):
         write_errors_named(tmp_path, SpaceNeeded(), full),
     ):
         full.write(0, memoryview(b"text"))
+
+
+def test_what_was_put_into_a_checkpoint_meanwhile_is_not_deleted_with_it(tmp_path):
+    folder = write_raw(tmp_path).path
+    check_still_ours(folder)
+    check_still_ours(tmp_path / "nothing")
+    (folder / "optimizer.pt").write_text("mine")
+    with pytest.raises(StorageWriteError, match=r"would be deleted with it: optimizer\.pt"):
+        check_still_ours(folder)
