@@ -8,10 +8,10 @@ from typing import Any, Final
 from sllm_node.convert.gguf_header import (
     check_all_used,
     check_config,
-    check_splitting,
     check_whole,
     read_header,
     rope_scaling,
+    set_splitting,
 )
 from sllm_node.convert.safetensors import few
 from sllm_node.convert.tensors import MemoryTensor
@@ -71,7 +71,7 @@ def load_gguf(path: Path, origin: str, dtype: str | None) -> GgufModel:
         check_config(header, config, origin)
         scaling = rope_scaling(header, config, origin)
         tokenizer = _load_tokenizer(path)
-        check_splitting(header, tokenizer, origin)
+        set_splitting(header, tokenizer, origin)
         model, info = _load_model(path, config, dtype or DEFAULT_DTYPE)
         _check_all_filled(info, origin)
         check_all_used(header, model, origin)

@@ -29,6 +29,8 @@ _GPT2_SPLITS: Final = frozenset({
     "gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion", "gigachat", "a.x-4.0", "mellum", "exaone4", "granite-docling",
 })  # fmt: skip
 """Names of GPT-2's way to split text. `default` is none: it is what writers say of one unknown to them."""
+_DIGITS_APART: Final = frozenset({"smollm", "starcoder"})
+"""Names of the way that takes digits one by one, and splits the rest as GPT-2 does."""
 _PROBE: Final = "f(self) x.size  'S 12345\n\n 1a"
 """Every other way splits it otherwise."""
 
@@ -106,11 +108,11 @@ def check_all_used(header: GgufHeader, model: Any, origin: str) -> None:
         )
 
 
-def check_splitting(header: GgufHeader, tokenizer: Any, origin: str) -> None:
-    """Refuse a file of whose splitting transformers knows nothing, and took GPT-2's for `tokenizer`.
+def set_splitting(header: GgufHeader, tokenizer: Any, origin: str) -> None:
+    """Let `tokenizer` split text as the file says, where transformers took GPT-2's way instead.
 
     Raises:
-        ConversionError: naming what the file says of it.
+        ConversionError: that way is not known here either; it names what the file says.
     """
     from tokenizers import pre_tokenizers
 
@@ -118,7 +120,9 @@ def check_splitting(header: GgufHeader, tokenizer: Any, origin: str) -> None:
         return
     gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
     found = tokenizer.backend_tokenizer.pre_tokenizer
-    if found is not None and found.pre_tokenize_str(_PROBE) == gpt2.pre_tokenize_str(_PROBE):
+    if found is None or found.pre_tokenize_str(_PROBE) != gpt2.pre_tokenize_str(_PROBE):
+        return
+    if header.splitting not in _DIGITS_APART:
         says = "nothing" if header.splitting is None else repr(header.splitting)
         raise ConversionError(
             origin,
@@ -126,6 +130,8 @@ def check_splitting(header: GgufHeader, tokenizer: Any, origin: str) -> None:
             "transformers takes for GPT-2's way, so tokens would be wrong; convert the original model "
             "in safetensors, or try a newer transformers",
         )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, gpt2])
 
 
 def check_config(header: GgufHeader, config: Any, origin: str) -> None:
