@@ -7,6 +7,7 @@ import threading
 import zlib
 
 import pytest
+from prometheus_client import generate_latest
 
 from sllm_node.core.errors import (
     ChecksumError,
@@ -633,6 +634,30 @@ async def test_a_model_that_cannot_come_is_pinned_no_more_than_before(rig, was_p
     rig.service.load_error = PinnedMemoryError("m", 9, 4, ("p",))
     assert (await rig.post("/admin/models/m/pin", {}))[0] == 503
     assert rig.service.pinned is was_pinned
+
+
+async def test_a_pin_is_taken_back_though_who_asked_has_hung_up(rig):
+    gate = asyncio.Event()
+
+    async def load(_):
+        began.set()
+        await gate.wait()
+        raise PinnedMemoryError("m", 9, 4, ("p",))
+
+    async def unpin(_):
+        rig.service.pinned = False
+        taken_back.set()
+
+    began, taken_back = asyncio.Event(), asyncio.Event()
+    rig.service.load, rig.service.unpin = load, unpin
+    asked = asyncio.create_task(rig.post("/admin/models/m/pin", {}))
+    await began.wait()
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    while b'status="499"' not in generate_latest(rig.metrics.registry):
+        await asyncio.sleep(0)  # until the server has seen it
+    gate.set()
+    await taken_back.wait()
 
 
 async def test_admin_bodies_are_strict(rig):
