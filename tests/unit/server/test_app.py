@@ -213,6 +213,20 @@ async def test_choices_of_a_stream_interleave_under_their_index(rig):
     assert text == {0: "Hello", 1: "Hello", 2: "Hello"}
 
 
+@pytest.mark.parametrize("waits", [True, False])
+async def test_a_stream_ends_for_a_client_that_knows_no_chunks(rig, waits):
+    body = json.dumps({**CHAT, "stream": True}).encode()
+    head = head_of(len(body), "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0")
+    gate = asyncio.Event()
+    rig.service.prepare_gate = gate if waits else None
+    reader, writer = await asyncio.open_connection(*rig.url[7:].split(":"))
+    writer.write(head + body)
+    assert b"keep-alive" not in await reader.readuntil(b"\r\n\r\n")
+    gate.set()
+    assert (await reader.read()).endswith(b"data: [DONE]\n\n")
+    writer.close()
+
+
 async def test_while_a_model_loads_comments_tell_the_progress(rig):
     gate = asyncio.Event()
     rig.service.make_stream = lambda request: FakeStream(chunks_of("ok"), gate, status_of())
