@@ -35,7 +35,7 @@ from sllm_node.core.hosts import is_loopback
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import Stall
 from sllm_node.server.admin import Admin, Probes
-from sllm_node.server.bodies import expect, receive
+from sllm_node.server.bodies import expect, receive, without_unknown_expect
 from sllm_node.server.completions import Completions, current_job
 from sllm_node.server.connection import Connection, error_response
 from sllm_node.server.models import Models
@@ -145,6 +145,7 @@ class Server:
         await self._runner.setup()
         manager = self._runner.server
         assert manager is not None
+        manager.request_factory = without_unknown_expect(manager.request_factory)
 
         def connection() -> Connection:
             return Connection(

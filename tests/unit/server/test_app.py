@@ -503,6 +503,18 @@ async def test_a_client_that_asks_whether_to_send_is_told_to_go_on(rig):
     assert answer == b"HTTP/1.1 100 Continue\r\n\r\n"
 
 
+@pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/livez", 200)])
+async def test_what_a_client_expects_is_ignored_if_nobody_knows_it(rig, caplog, path, status):
+    caplog.set_level("INFO")
+    lines = b"Expect: something\r\nExpect: 100-continue\r\nConnection: close\r\n"
+    head = b"GET %b HTTP/1.1\r\nHost: localhost\r\n%b\r\n" % (path.encode(), lines)
+    answer = await talk(rig, head, upto=b"}")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"x-request-id" in answer
+    logged = [record.status for record in caplog.records if record.message == "request"]
+    assert (b'"code":"' in answer, 404 in logged) == (status == 404, status == 404)
+
+
 async def test_a_body_that_does_not_come_is_not_waited_for_for_ever():
     async with serving(read_timeout_s=0.01) as rig:
         answer = await talk(rig, head_of(99) + b"{")
