@@ -51,6 +51,9 @@ class Acts(Generic[CodecT]):
         with self.telling(model):
             await self._service.unpin(model)
 
+    def check_room(self, model: str, sessions: int) -> None:
+        """Do nothing: what this node has no room for may run elsewhere."""
+
     @contextmanager
     def telling(self, model: str, *, is_wanted: bool = False) -> Iterator[None]:
         """Tell where else a model is that this node does not have, or which models there are in all."""

@@ -90,6 +90,7 @@ class Router(Generic[CodecT]):
         self.choose, self.ask, self.started = placing.choose, placing.ask, placing.started
         self.acts = acts = Acts(service, self.elsewhere, self.ensure)
         self.load, self.unload, self.pin, self.unpin = acts.load, acts.unload, acts.pin, acts.unpin
+        self.check_room = acts.check_room
 
     # --- sessions -----------------------------------------------------------------------------
 

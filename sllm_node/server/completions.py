@@ -197,6 +197,8 @@ class Completions:
     ) -> list[Stream]:
         """Open a session for each choice; if one is refused, none is left."""
         streams: list[Stream] = []
+        if (sessions := request.n * len(prompts)) > 1:
+            self._service.check_room(request.model, sessions)
         try:
             for i, prompt in enumerate(prompts):
                 for j in range(request.n):

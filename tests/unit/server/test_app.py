@@ -423,6 +423,15 @@ async def test_a_refusal_tells_when_to_come_back(rig, error, status, after):
     assert ("x-should-retry" in headers) is is_in_vain
 
 
+async def test_choices_that_do_not_fit_all_are_refused_before_the_first_is_opened(rig):
+    rig.service.full = NodeFullError(744, 1024, 1.0, 2)
+    status, body, _ = await rig.post(CHATS, {**CHAT, "n": 2})
+    message = "744 requests wait already, this one asks for 2 choices, and the limit is 1024"
+    assert (status, body["error"]["message"].partition(";")[0]) == (503, message)
+    assert rig.service.streams == []
+    assert (await rig.post(CHATS, CHAT))[0] == 200
+
+
 async def test_if_one_choice_is_refused_the_others_are_cancelled(rig):
     rig.service.refuse = (1, NodeFullError(9, 8, 1.0))
     status, _, _ = await rig.post(CHATS, {**CHAT, "n": 2})
