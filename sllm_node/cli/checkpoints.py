@@ -74,7 +74,10 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     codec: Codec = AUTO,
     *,
     config: ConfigFile = None,
-    force: Annotated[bool, typer.Option(help="replace a checkpoint of that name")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(help="replace a checkpoint of that name, if nothing else is in its folder"),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint into the loading-optimised format."""
@@ -320,7 +323,7 @@ def _progress(title: str) -> "Iterator[Callable[[int, int], None]]":
     )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True),
         TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     console = Console(file=sys.stderr)

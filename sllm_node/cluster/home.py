@@ -62,6 +62,13 @@ class HomeStream:
         """Its request, with the weights that it began with."""
         return replace(self._stream.request, weights=self._stream.weights)
 
+    def as_it_stands(self) -> GenerationRequest:
+        """Return its request with the tokens so far."""
+        if self.routed is not None:
+            return self.routed.as_it_stands()
+        request = self.request
+        return replace(request, resumed=(*request.resumed, *self._tokens))
+
     def __aiter__(self) -> Self:
         return self
 

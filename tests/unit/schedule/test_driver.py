@@ -13,6 +13,7 @@ from sllm_node.core.config import EngineConfig, ModelConfig
 from sllm_node.core.errors import (
     CancelledByOperatorError,
     CheckpointChangedError,
+    CheckpointFormatError,
     DrainingError,
     EngineError,
     GivenBackError,
@@ -320,7 +321,7 @@ async def test_who_waits_can_be_given_back_but_not_who_moves_here_or_runs(node):
     waiting, again = n.open("b"), n.open("b")
     moving = n.service.open(replace(waiting.request, session=SessionId("m-0"), held=True))
     error = GivenBackError("b", "there is a place")
-    assert [one.session for one in n.service.outlook.waiting()] == ["r-2-0", "r-3-0"]
+    assert [one.request.session for one in n.service.outlook.waiting()] == ["r-2-0", "r-3-0"]
     given = [n.service.give_back(SessionId(name), error) for name in ("r-1-0", "r-2-0", "m-0")]
     assert given == [False, True, False]
     n.service.give_back_all(ModelId("b"), error)
@@ -397,6 +398,18 @@ async def test_a_load_that_fails_tells_all_who_wait_and_the_next_request_succeed
     assert [type(result) for result in results] == [StorageReadError] * 2
     n.store.error = None
     assert await n.ask("a") == "xxx"
+
+
+@on_virtual_time
+async def test_of_a_checkpoint_removed_as_its_load_begins_is_told_that_it_is_not_there(node):
+    n = node()
+    for model, error in (("a", OSError("no file")), ("b", CheckpointFormatError("b", "no file"))):
+        n.store.error = error
+        stream = n.open(model)
+        await asyncio.sleep(0)
+        shutil.rmtree(n.root / model)
+        with pytest.raises(ModelNotFoundError):
+            await anext(stream)
 
 
 def test_an_error_nobody_foresaw_is_logged_once_and_typed(tmp_path, caplog):
