@@ -224,7 +224,7 @@ async def test_who_sends_more_than_is_read_behind_a_running_request_is_dropped(b
     await began.wait()
     if not at_once:
         connection.data_received(behind)
-    if not transport.is_reading():  # aiohttp before 3.14.2 has no limit of requests
+    if not transport.is_reading():  # an older aiohttp has no limit of requests
         await transport.aborted.wait()
     connection.connection_lost(None)
     await cancelled.wait()
