@@ -12,7 +12,7 @@ from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import decode_state
 from sllm_node.cluster.move import Move
 from sllm_node.cluster.part import RefusedError
-from sllm_node.cluster.ways import Tools, Ways
+from sllm_node.cluster.ways import Lost, Tools, Ways
 from sllm_node.core.errors import (
     CancelledByOperatorError,
     Fault,
@@ -53,7 +53,7 @@ class Retries:
         """With the weights that it began with."""
         self._ways = ways
         self._clock = tools.clock
-        self._patience_s = tools.limits.patience_s
+        self._patience_s, self._silence_s = tools.limits.patience_s, tools.limits.silence_s
         self._excluded: set[NodeId] = set()
         self._unfit: set[NodeId] = set()
         """Where it can never run, whatever comes."""
@@ -61,6 +61,18 @@ class Retries:
         self._waits_until: float | None = None
         self._failures = 0
         """Of nodes, since it began."""
+
+    async def place(self, lost: Lost | None, tokens: int) -> Choice:
+        """Return where it goes first, or on after `lost`, who has failed it.
+
+        Raises:
+            SllmError: as `failed` and `place_again` say.
+        """
+        error: SllmError = NoPlaceError(self.request.model, ABSENT, self._silence_s)
+        if lost is not None:
+            error = lost.error
+            self.failed(lost.choice, error, tokens)
+        return await self.place_again(error, has_tokens=bool(tokens))
 
     def forget(self) -> None:
         """Take note that tokens come: what was is over, but for the nodes that failed."""

@@ -716,6 +716,66 @@ async def test_a_destination_that_dies_with_the_grant_is_replaced_from_the_token
     assert (report.outcome, [f.epoch for _, f in world.asked]) == ("moved", [1, 2, 3])
 
 
+async def other_weights_at(b_ends, a_ends):
+    """Return a session with a token of node `a`, and its move to `b`, which has other weights."""
+    begin, ours = asyncio.Event(), Granted(None, Weights(7, 5, "x"))
+    world = World(
+        a=[[begin, ours, tokens(1), *a_ends]],
+        b=[[Granted(None, Weights(8, 5, "y")), *b_ends, Standing(0), LET_GO, tokens(9)]],
+        c=[[ours, tokens(2, finish="stop")]],
+    )
+    stream = world.open()
+    await until(lambda: world.asked)
+    report = stream.move(to("b"), "operator")  # it waits still: nobody knows its weights
+    await until(lambda: stream._move._is_granted)
+    begin.set()
+    await until(lambda: stream.position == 1)
+    del world.scripts[NodeId("b")]  # no other than `c` is chosen
+    return world, stream, report
+
+
+async def test_a_destination_with_other_weights_gets_no_session_that_has_tokens():
+    there, end = asyncio.Event(), asyncio.Event()
+    world, stream, report = await other_weights_at([there], [end, tokens(2, finish="stop")])
+    there.set()
+    await until(lambda: world.moves)
+    end.set()
+    assert (await read(stream))[0] == (1, 2)
+    assert (report.outcome, world.extends) == ("failed", [])
+    assert "another checkpoint" in report.error
+
+
+async def test_a_destination_with_other_weights_gets_none_whose_source_has_died_either():
+    there, die = asyncio.Event(), asyncio.Event()
+    world, stream, report = await other_weights_at([there], [die, PeerUnreachableError("a", "-")])
+    die.set()
+    await until(lambda: world.lost_nodes)
+    there.set()
+    assert (await read(stream))[0] == (1, 2)
+    assert (report.outcome, world.extends) == ("failed", [])
+    assert [peer for peer, _ in world.asked] == ["a", "b", "c"]
+
+
+async def test_a_session_that_moves_before_its_first_token_goes_on_with_the_weights_of_its_destination():
+    theirs = Weights(8, 5, "y")
+    world = World(
+        a=[[Granted(None, Weights(7, 5, "x")), asyncio.Event()]],
+        b=[[
+            Granted(None, theirs), Standing(0), LET_GO, tokens(1), PeerUnreachableError("b", "-"),
+        ]],
+        c=[[Granted(None, theirs), tokens(2, finish="stop")]],
+    )  # fmt: skip
+    stream = world.open()
+    await until(lambda: stream.request.weights)
+    stream.move(to("b"), "operator")
+    await until(lambda: world.moves or world.extends)
+    del world.scripts[NodeId("a")]
+    assert (await read(stream))[0] == (1, 2)
+    assert [(peer, f.request.weights) for peer, f in world.asked][1:] == [
+        ("b", None), ("c", theirs),
+    ]  # fmt: skip
+
+
 async def test_a_cancel_during_a_move_closes_both_ends():
     world = World(a=[[tokens(1), asyncio.Event()]], b=[[Granted(), asyncio.Event()]])
     stream = world.open()
