@@ -6,10 +6,10 @@ in the whole cluster, or elsewhere.
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic
+from typing import Generic, NoReturn
 
 from sllm_node.cluster.elsewhere import Elsewhere
-from sllm_node.core.errors import ModelElsewhereError, ModelNotFoundError
+from sllm_node.core.errors import ModelElsewhereError, ModelNotFoundError, SllmError
 from sllm_node.core.types import ModelId
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.ports import CodecT
@@ -61,6 +61,12 @@ class Acts(Generic[CodecT]):
             if held is None:
                 raise self.unknown(model) from error
             raise ModelElsewhereError(model, tuple(holders), is_wanted=is_wanted) from error
+
+    def refuse(self, model: str, error: SllmError) -> NoReturn:
+        """Raise what is told of a model that no peer has: there is none, or this node's own can't be used."""
+        if isinstance(error, ModelNotFoundError):
+            raise self.unknown(model) from error
+        raise error
 
     def unknown(self, model: str) -> ModelNotFoundError:
         """Return what is told of a model that no node has: those that there are."""

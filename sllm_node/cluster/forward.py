@@ -67,9 +67,9 @@ class RoutedStream:
         tools: Tools,
         before: Begun | Lost | None = None,
     ) -> None:
-        """`first`: None if no node that has the model can be asked now; it waits for one.
+        """`first`: None if no node that has the model can be asked now, or one is to be found; it waits for one.
 
-        `before`: it runs here already, and has given these tokens; or who has failed it.
+        `before`: it runs here already, and has given these tokens; or who has failed it, after those.
         """
         self.request = request
         self.node = NodeId("") if first is None else first.node
@@ -89,17 +89,18 @@ class RoutedStream:
         self._unread = Unread()
         self._status: ModelStatus | None = None
         self._is_running = False
-        if isinstance(before, Begun) and first is not None:
-            self._output.begin_with(before.tokens, before.cached, tools.clock.now())
-            self._is_running = before.stream.is_granted
-            self._course = before.course()
+        lost = before if isinstance(before, Lost) else None
+        begun = before.begun if isinstance(before, Lost) else before
+        if begun is not None:
+            self._output.begin_with(begun.tokens, begun.cached, self._placed)
+            self._is_running = begun.stream.is_granted and lost is None
+            self._course = begun.course()
+        if begun is not None and lost is not None:
+            self._course.left(lost.choice.node, lost.error.code, self._placed)
         self.arbiter = Arbiter(len(request.resumed) + len(self._output.tokens))
         if isinstance(before, Begun) and first is not None:
             self._part = self._parts.begun(before.stream, first, self.arbiter.placed())
-        self._task = asyncio.create_task(
-            self._live(first, before if isinstance(before, Lost) else None),
-            name=f"route {request.session}",
-        )
+        self._task = asyncio.create_task(self._live(first, lost), name=f"route {request.session}")
 
     # --- for its reader -----------------------------------------------------------------------
 

@@ -15,6 +15,8 @@ from sllm_node.cluster.part import RefusedError
 from sllm_node.cluster.ways import Lost, Tools, Ways
 from sllm_node.core.errors import (
     CancelledByOperatorError,
+    CheckpointFormatError,
+    ChecksumError,
     Fault,
     GivenBackError,
     MessageError,
@@ -42,6 +44,8 @@ UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
 """Whoever fails like this may be there again later."""
 UNFIT: Final = (PromptTooLongError, OtherWeightsError)
 """Whoever refuses so is asked no more."""
+DAMAGED: Final = (ChecksumError, CheckpointFormatError)
+"""Whoever fails like this has bytes that no second try makes good."""
 ABSENT: Final = "the nodes that have it can't be reached"
 
 
@@ -72,7 +76,12 @@ class Retries:
         if lost is not None:
             error = lost.error
             self.failed(lost.choice, error, tokens)
-        return await self.place_again(error, has_tokens=bool(tokens))
+            if lost.begun is not None:
+                self._ways.left(lost.choice, self.request.model, "failed")
+        choice = await self.place_again(error, has_tokens=bool(tokens))
+        if lost is not None:
+            self.goes_on(lost.choice, choice, tokens)
+        return choice
 
     def forget(self) -> None:
         """Take note that tokens come: what was is over, but for the nodes that failed."""
@@ -114,6 +123,8 @@ class Retries:
             "tokens": tokens, "error": str(error),
         })  # fmt: skip
         self._excluded.add(choice.node)
+        if isinstance(error, DAMAGED):
+            self._unfit.add(choice.node)
         self._failures += 1
         if isinstance(error, UNREACHABLE):
             self._ways.lost(choice.node, error)

@@ -113,7 +113,9 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Who has failed a session before it began."""
+    """Who has failed a session that this node served, or was to."""
 
     choice: Choice
     error: SllmError
+    begun: Begun | None = None
+    """What it was until then, if it ran."""
