@@ -3,7 +3,7 @@
 Nothing but a count of its tokens is added to its path. The first move makes a `RoutedStream` of it, which takes
 the stream over as it is; so does what goes wrong here and may go right at another node. Before it began that is a
 drain, room that it was promised in vain, or too little KV memory, and at any time whatever is no fault of the caller:
-a damaged checkpoint, a remote that is down, a failed step. If no other node can have it, its reader gets the error
+a damaged or removed checkpoint, a remote that is down, a failed step. If no other node can have it, its reader gets the error
 as from a node without peers. A reader that waits for the next chunk gets it first: so the two never read at once.
 """
 
@@ -20,6 +20,7 @@ from sllm_node.core.errors import (
     DrainingError,
     Fault,
     GivenBackError,
+    ModelNotFoundError,
     PromptTooLongError,
     QueueTimeoutError,
     SllmError,
@@ -148,7 +149,8 @@ class HomeStream:
         if is_placed_anew or isinstance(error, PromptTooLongError):
             is_final = self._stream.is_granted
         else:
-            is_final = error.fault is Fault.CALLER or isinstance(error, _FINAL)
+            is_callers = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
+            is_final = is_callers or isinstance(error, _FINAL)
         try:
             if is_final:
                 raise error

@@ -230,6 +230,7 @@ class ModelRecord:
         self.is_stale = False
         self.is_retired = False
         self.deadline = None
+        self._keep_alive_s = self._default_keep_alive_s
         if self._arrivals:
             self._take_size(next(reversed(self._arrivals.values())).ticket)
 

@@ -19,9 +19,10 @@ from typing import Any, Generic, Protocol, TypeGuard
 
 from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.core.clock import Clock
-from sllm_node.core.errors import CheckpointChangedError, LoadFailedError, SllmError
+from sllm_node.core.errors import CheckpointChangedError, SllmError
 from sllm_node.core.types import ModelId, Part, Placement, Tier
 from sllm_node.schedule.beginnings import Beginnings
+from sllm_node.schedule.causes import explain, foremost
 from sllm_node.schedule.codecs import CodecCache
 from sllm_node.schedule.ports import CodecT, Engines, Replica, WeightLease, WeightStore
 
@@ -224,7 +225,7 @@ class Replicas(Generic[CodecT]):
             if _succeeded(acquiring):
                 await _to_its_end(self._undo(model, acquiring.result(), None))
             if isinstance(error, BaseExceptionGroup):
-                raise _foremost(error) from None
+                raise foremost(error) from None
             raise
         return _Parts(acquiring.result(), skeleton.result(), codec.result())
 
@@ -274,7 +275,7 @@ class Replicas(Generic[CodecT]):
         elif error is None:
             listener.on_loaded(model)
         else:
-            listener.on_load_failed(model, _explain(model, error))
+            listener.on_load_failed(model, explain(self._catalog, model, error))
 
     def _arrived(self, model: ModelId, hosted: Hosted, elapsed_s: float) -> None:
         self._hosted[model] = hosted
@@ -371,22 +372,3 @@ def _check_same(planned: Checkpoint, loaded: Checkpoint) -> None:
 def _succeeded(task: asyncio.Task[Any] | None) -> TypeGuard[asyncio.Task[Any]]:
     """Tell whether `task`, which has ended if it began, has a result."""
     return task is not None and not task.cancelled() and task.exception() is None
-
-
-def _foremost(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """Return the error that says most: one of ours if there is one."""
-    for error in group.exceptions:
-        if isinstance(error, SllmError):
-            return error
-    return group.exceptions[0]
-
-
-def _explain(model: ModelId, error: BaseException) -> SllmError:
-    """Log why a load failed and return what those who wait are told."""
-    if isinstance(error, SllmError):
-        log.warning("load failed", extra={"model": model, "code": error.code, "error": str(error)})
-        return error
-    log.error("load failed", extra={"model": model}, exc_info=error)
-    failure = LoadFailedError(model, f"{type(error).__name__}: {error}")
-    failure.__cause__ = error
-    return failure

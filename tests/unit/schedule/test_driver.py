@@ -13,6 +13,7 @@ from sllm_node.core.config import EngineConfig, ModelConfig
 from sllm_node.core.errors import (
     CancelledByOperatorError,
     CheckpointChangedError,
+    CheckpointFormatError,
     DrainingError,
     EngineError,
     GivenBackError,
@@ -397,6 +398,18 @@ async def test_a_load_that_fails_tells_all_who_wait_and_the_next_request_succeed
     assert [type(result) for result in results] == [StorageReadError] * 2
     n.store.error = None
     assert await n.ask("a") == "xxx"
+
+
+@on_virtual_time
+async def test_of_a_checkpoint_removed_as_its_load_begins_is_told_that_it_is_not_there(node):
+    n = node()
+    for model, error in (("a", OSError("no file")), ("b", CheckpointFormatError("b", "no file"))):
+        n.store.error = error
+        stream = n.open(model)
+        await asyncio.sleep(0)
+        shutil.rmtree(n.root / model)
+        with pytest.raises(ModelNotFoundError):
+            await anext(stream)
 
 
 def test_an_error_nobody_foresaw_is_logged_once_and_typed(tmp_path, caplog):

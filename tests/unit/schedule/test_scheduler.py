@@ -538,6 +538,17 @@ def test_a_keep_alive_that_has_run_out_does_not_count_for_the_next_load():
     assert board.loaded(A) == [grant(2, A)]
 
 
+@pytest.mark.parametrize("wished_s", [0.0, 1.0, -1.0])
+def test_a_keep_alive_of_a_request_ends_with_the_residency_that_it_was_for(wished_s):
+    board = Board(keep_alive_s=300)
+    board.rest(A, keep_alive_s=wished_s)
+    board.scheduler.on_unload_request(A, board.now, force=True)
+    board.evicted(A)
+    board.request(A, session=False)
+    board.loaded(A)
+    assert board.scheduler.roster.view(A).keep_alive_until == board.now + 300
+
+
 def test_unloading_an_idle_model_evicts_it():
     board = Board()
     board.rest(A)
