@@ -1,10 +1,11 @@
 """A session of this node's reader that this node serves: the service's own stream, until it has to move.
 
 Nothing but a count of its tokens is added to its path. The first move makes a `RoutedStream` of it, which takes
-the stream over as it is; so does what goes wrong here and may go right at another node. Before it began that is a
-drain, room that it was promised in vain, or too little KV memory, and at any time whatever is no fault of the caller:
-a damaged or removed checkpoint, a remote that is down, a failed step. If no other node can have it, its reader gets the error
-as from a node without peers. A reader that waits for the next chunk gets it first: so the two never read at once.
+the stream over as it is; so does what goes wrong here and may go right at another node. Before it began that is
+a drain, room that it was promised in vain, or too little KV memory, and at any time whatever is no fault of the
+caller: a damaged or removed checkpoint, a remote that is down, a failed step. If no other node can have it, its
+reader gets the error as from a node without peers. A reader that waits for the next chunk gets it first: so the
+two never read at once.
 """
 
 from collections.abc import Callable
