@@ -16,7 +16,7 @@ from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.home import HomeStream, onward
 from sllm_node.cluster.packing import pack
 from sllm_node.cluster.reservations import Ask, ReservationId
-from sllm_node.cluster.retries import LOOK_S, REFUSALS_MAX
+from sllm_node.cluster.retries import BROKEN_MAX, LOOK_S, REFUSALS_MAX
 from sllm_node.cluster.serving import EXTEND
 from sllm_node.cluster.state import BootId
 from sllm_node.cluster.ways import Limits, Tools
@@ -392,6 +392,28 @@ async def test_what_fails_here_is_told_as_it_is_if_no_other_node_can_have_it(kno
     with pytest.raises(EngineError) as caught:
         [_ async for _ in home]
     assert (caught.value is error, gone, world.clock.now()) == (True, [home], 0.0)
+
+
+async def test_a_session_that_breaks_one_node_after_another_is_given_up_before_it_breaks_all():
+    broken = failed(EngineError("m", "broke"))
+    names = "abcde"
+    world = World(**{name: [[Granted(), broken]] for name in names})
+    with pytest.raises(EngineError):
+        await read(world.open())
+    assert len(world.asked) == BROKEN_MAX
+    more = [[Granted(), tokens(1), tokens(2), broken]]
+    world = World(**{name: [[Granted(), broken]] for name in names} | {"a": more})
+    with pytest.raises(SessionLostError, match=r"3 nodes failed in a row.* broke"):
+        await read(world.open())
+    assert len(world.asked) == BROKEN_MAX
+
+
+async def test_nodes_that_fail_with_tokens_between_do_not_count_together():
+    def breaks(*numbers):
+        return [[Granted(), *map(tokens, numbers), failed(EngineError("m", "broke"))]]
+
+    world = World(a=breaks(1), b=breaks(2), c=breaks(3), d=[[tokens(4, finish="stop")]])
+    assert (await read(world.open()))[0] == (1, 2, 3, 4)
 
 
 async def test_a_node_whose_checkpoint_is_damaged_is_not_asked_again():
