@@ -62,6 +62,23 @@ class Acts(Generic[CodecT]):
                 raise self.unknown(model) from error
             raise ModelElsewhereError(model, tuple(holders), is_wanted=is_wanted) from error
 
+    async def codec(self, model: str, error: SllmError) -> CodecT:
+        """Return a peer's codec of a model that this node does not have, or can't use: `error` says which.
+
+        Raises:
+            PeerUnreachableError: only peers have it, and they can't be asked.
+            SllmError: nobody has it, or nobody gave it in place of what can't be used here.
+        """
+        try:
+            codec = await self._elsewhere.codec(ModelId(model))
+        except SllmError:
+            if isinstance(error, ModelNotFoundError):
+                raise
+            codec = None  # what is wrong here can be mended here
+        if codec is None:
+            self.refuse(model, error)
+        return codec
+
     def refuse(self, model: str, error: SllmError) -> NoReturn:
         """Raise what is told of a model that no peer has: there is none, or this node's own can't be used."""
         if isinstance(error, ModelNotFoundError):

@@ -117,15 +117,7 @@ class Router(Generic[CodecT]):
                 raise
             if self.is_draining and self.elsewhere.find(ModelId(model))[0] is not None:
                 raise self._service.drain_refusal() from error
-            try:
-                codec = await self.elsewhere.codec(ModelId(model))
-            except SllmError:
-                if isinstance(error, ModelNotFoundError):
-                    raise
-                codec = None  # what is wrong here can be mended here
-            if codec is None:
-                self.acts.refuse(model, error)
-            return codec
+            return await self.acts.codec(model, error)
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have where most fit."""

@@ -618,9 +618,8 @@ async def test_a_model_whose_index_is_damaged_here_is_served_by_another_node(wor
     assert router.context_limit("m") == CONTEXT_TOKENS
     assert router.status("m").model == "m"
     assert await read(world.open("a", "m")) == list(range(1, 21))
-    for ask in (router.context_limit, router.status):
-        with pytest.raises(CheckpointFormatError):
-            ask("alone")
+    with pytest.raises(CheckpointFormatError):
+        router.status("alone")
     with pytest.raises(CheckpointFormatError):
         await router.prepare("alone")
 
