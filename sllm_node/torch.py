@@ -32,13 +32,14 @@ def save_dict(
 
     Tensors may be on any device, of any shape, contiguous or not; they come back contiguous. Two
     names for the same tensor are stored once and come back as the same tensor. `overwrite` replaces
-    a checkpoint that lies there, and nothing else.
+    a checkpoint that lies there, and nothing else: a folder with other things in it is refused.
 
     A dict is no model: a node lists it and refuses to serve it.
 
     Raises:
         ArgumentError: no dict, or a folder that must not be replaced.
-        ConversionError: a tensor that the format can't hold, or two that share some of their memory.
+        ConversionError: a tensor that the format can't hold, or two that share some of their memory,
+            or are such slices of one that this can't be ruled out.
         StoreFullError, StorageWriteError: the disk.
     """
     return dicts.save(state_dict, directory, overwrite=overwrite, progress=progress)

@@ -38,7 +38,8 @@ def save_model(
     folder of safetensors, a GGUF file or a hub id. Config, generation config and the source's
     tokenizer go with it; a model in memory has none, so give its `tokenizer` if a node is to serve
     it. `dtype` is what float tensors are cast to; without it a model in memory is stored exactly.
-    `overwrite` replaces a checkpoint that lies there, and nothing else.
+    `overwrite` replaces a checkpoint that lies there, and nothing else: a folder with other things in
+    it is refused.
 
     Raises:
         ArgumentError: an argument, or a folder that must not be replaced.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
 
+from sllm_node.checkpoint.belongings import in_the_way
 from sllm_node.checkpoint.catalog import may_go
 from sllm_node.core.errors import StorageWriteError, StoreFullError
 
@@ -116,7 +117,8 @@ def write_errors_named(store: Path, needed: SpaceNeeded, files: OutputFiles) -> 
 def publish(folder: Path, destination: Path, files: OutputFiles, *, replace: bool) -> None:
     """Flush `folder` with its files and give it the name `destination`.
 
-    With `replace` a folder of that name ends up under the name of `folder`.
+    With `replace` a folder of that name ends up under the name of `folder`, with all that is in it:
+    `check_still_ours` before.
     """
     for path in sorted(folder.iterdir()):
         _sync_path(path, files)
@@ -140,10 +142,14 @@ def check_still_ours(destination: Path) -> None:
     """Make sure that what has the name `destination` by now may be replaced.
 
     Raises:
-        StorageWriteError: it is no checkpoint.
+        StorageWriteError: it is no checkpoint, or has what is no part of one.
     """
-    if destination.exists() and not may_go(destination):
+    if not destination.exists():
+        return
+    problem = in_the_way(destination)
+    if not may_go(destination):
         problem = "what was put there meanwhile is no checkpoint, and left alone; use another name"
+    if problem is not None:
         raise StorageWriteError(str(destination), problem)
 
 

@@ -74,7 +74,10 @@ def convert(  # noqa: PLR0913 - each parameter is one of the command's options
     codec: Codec = AUTO,
     *,
     config: ConfigFile = None,
-    force: Annotated[bool, typer.Option(help="replace a checkpoint of that name")] = False,
+    force: Annotated[
+        bool,
+        typer.Option(help="replace a checkpoint of that name, if nothing else is in its folder"),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint into the loading-optimised format."""

@@ -5,6 +5,7 @@ web server's), and by `urn:sllm-node:ID`, which a peer reads to know who calls.
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from ipaddress import ip_address
@@ -31,6 +32,13 @@ SOON_DAYS: Final = 30
 """A certificate that ends within these is remarked on."""
 _BACKDATED: Final = timedelta(hours=1)
 """The clocks of the nodes may be so far behind the one that issues."""
+
+
+_PURPOSES: Final = {
+    ExtendedKeyUsageOID.SERVER_AUTH: "be called (serverAuth)",
+    ExtendedKeyUsageOID.CLIENT_AUTH: "call (clientAuth)",
+}
+"""What a node does with its certificate."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +92,11 @@ def issue(authority: Issued, holder: Holder, now: datetime, days: int = NODE_DAY
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, holder.node)])
     days = min(days, (ca.not_valid_after_utc - now).days)
-    usages = [ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CLIENT_AUTH]
     builder = (
         _builder(subject, ca.subject, key.public_key(), now, days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(is_authority=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage(usages), critical=False)
+        .add_extension(x509.ExtendedKeyUsage(_PURPOSES), critical=False)
         .add_extension(x509.SubjectAlternativeName(_names(holder)), critical=False)
         .add_extension(_issuer(ca), critical=False)
     )
@@ -122,6 +129,7 @@ def check_node(ca_pem: bytes, issued: Issued, holder: Holder, now: datetime) -> 
         *_chain_problems(ca, certificate),
         *_key_problems(certificate, issued.key),
         *_name_problems(certificate, holder),
+        *_usage_problems(certificate),
     )
     return Findings((*dates.problems, *found), dates.remarks, () if found else dates.well)
 
@@ -212,3 +220,16 @@ def _name_problems(certificate: x509.Certificate, holder: Holder) -> Iterator[st
         yield f"is not the certificate of node {holder.node!r}"
     if host not in names:
         yield f"does not name the host {holder.host!r}, by which peers call the node"
+
+
+def _usage_problems(certificate: x509.Certificate) -> Iterator[str]:
+    """Yield what its key may not be used for; an extension that is left out forbids nothing."""
+    with suppress(x509.ExtensionNotFound):
+        allowed = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
+        for purpose, words in _PURPOSES.items():
+            if purpose not in allowed:
+                yield f"its extended key usage does not let the node {words}"
+    with suppress(x509.ExtensionNotFound):
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+        if not usage.digital_signature:
+            yield "its key usage does not let the node sign (digitalSignature)"

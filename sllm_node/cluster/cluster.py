@@ -81,7 +81,7 @@ class Cluster(Generic[CodecT]):
         self._metrics = metrics
         address = own_address(config, file)
         self._listen = config.cluster.listen or address
-        trust = open_trust(file, path, me, lambda: self.peers.boot)
+        trust = open_trust(file, path, me, address, lambda: self.peers.boot)
         self._expected = int(file.limits.peer_bandwidth)
         self._outlook = service.outlook
         self._outlook.expect_from_peers(self._expected)
@@ -100,7 +100,9 @@ class Cluster(Generic[CodecT]):
         self._client = Client(trust, self.peers.address)
         silence_s = file.timing.dead_s
         folder = Path(config.store.path) / ".cluster" / me
-        self._texts = Texts(folder, self._client, load_codec, silence_s)
+        self._texts = Texts(
+            folder, self._client, load_codec, silence_s, int(config.cluster.texts_bytes)
+        )
         files = PeerFiles(disk.tier.cards, self.peers, trust, clock, metrics)
         self.fetching = fetching = Fetching(
             disk.catalog, disk.tier, files, self.peers, clock, self._outlook.is_hosted

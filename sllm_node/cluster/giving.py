@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from sllm_node.checkpoint.cards import TEXT_FILES
-from sllm_node.checkpoint.given import Given, file_of
+from sllm_node.checkpoint.catalog import Checkpoint
+from sllm_node.checkpoint.given import Given, file_of, is_in_place
 from sllm_node.checkpoint.index import INDEX_FILE
 from sllm_node.cluster.file_messages import (
     FILE,
@@ -68,7 +69,7 @@ class Giving:
         """Send a range of a file, or why not."""
         ask = unpack_ask(payload)
         found = "busy" if self.under_way >= self._at_once else self._find(ask)
-        if not isinstance(found, Path):
+        if isinstance(found, str):
             self._metrics.files_refused.labels(found).inc()
             await reply.send(pack(FileRefused(found)))
             return
@@ -80,8 +81,8 @@ class Giving:
         if ask.name == INDEX_FILE:
             log.info("checkpoint given", extra={"model": ask.model, "peer": sender})
 
-    def _find(self, ask: AskFile) -> Path | Refused:
-        """Return where the file lies, or what is wrong with the request."""
+    def _find(self, ask: AskFile) -> tuple[Checkpoint, Path] | Refused:
+        """Return where the file lies, and of which checkpoint, or what is wrong with the request."""
         checkpoint = self._given.checkpoint(ModelId(ask.model))
         if checkpoint is None:
             return "absent"
@@ -89,11 +90,12 @@ class Giving:
             return "other"
         if ask.first < 0 or not 0 < ask.size <= RANGE_BYTES:
             return "range"
-        return file_of(checkpoint, ask.name) or "absent"
+        path = file_of(checkpoint, ask.name)
+        return "absent" if path is None else (checkpoint, path)
 
-    async def _send(self, ask: AskFile, path: Path, reply: Reply) -> None:
+    async def _send(self, ask: AskFile, found: tuple[Checkpoint, Path], reply: Reply) -> None:
         loop = asyncio.get_running_loop()
-        sending = _Sending(path, ask, reply.writer)
+        sending = _Sending(*found, ask, reply.writer)
         try:
             opened = await loop.run_in_executor(self._threads, sending.open)
             if not isinstance(opened, FileHead):
@@ -133,7 +135,10 @@ class Giving:
 class _Sending:
     """One range on its way, in the threads; closed while a batch is made, it waits for it."""
 
-    def __init__(self, path: Path, ask: AskFile, writer: FrameWriter) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, path: Path, ask: AskFile, writer: FrameWriter
+    ) -> None:
+        self._checkpoint = checkpoint
         self._path = path
         self._ask = ask
         self._writer = writer
@@ -155,6 +160,10 @@ class _Sending:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # it went in this moment
             return "absent"
+        if ask.digest and not is_in_place(
+            self._checkpoint
+        ):  # another since its digest was compared
+            return "other"
         total = os.fstat(self._file).st_size
         if ask.first >= total:
             return "range"

@@ -7,7 +7,6 @@ here, and whoever serves it is sent tokens. So a session can go on anywhere.
 import asyncio
 import hashlib
 import logging
-import shutil
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Final, Generic
 import msgspec
 
 from sllm_node.checkpoint.cards import TEXT_FILES
+from sllm_node.cluster import text_folders
 from sllm_node.cluster.packing import pack
 from sllm_node.cluster.serving import DESCRIBE
 from sllm_node.cluster.state import HeldModel
@@ -57,8 +57,11 @@ class Texts(Generic[CodecT]):
         client: Client,
         load_codec: Callable[[Path], Awaitable[CodecT]],
         silence_s: float,
+        limit: int,
     ) -> None:
+        """`limit`: bytes of all that is kept in `folder`."""
         self._folder = folder
+        self._limit = limit
         self._client = client
         self._load_codec = load_codec
         self._silence_s = silence_s
@@ -75,8 +78,9 @@ class Texts(Generic[CodecT]):
         if task is None or (task.done() and (task.cancelled() or task.exception() is not None)):
             task = asyncio.create_task(self._fetch(held, holders, key), name=f"texts {held.model}")
         self._known[key] = task
-        while len(self._known) > _KEPT_MAX:
-            del self._known[next(iter(self._known))]
+        ended = [one for one, fetching in self._known.items() if fetching.done()]
+        for one in ended[: max(0, len(self._known) - _KEPT_MAX)]:
+            del self._known[one]
         return await asyncio.shield(task)
 
     def get_now(self, held: HeldModel) -> Known[CodecT] | None:
@@ -93,6 +97,9 @@ class Texts(Generic[CodecT]):
 
     async def _fetch(self, held: HeldModel, holders: list[NodeId], key: str) -> Known[CodecT]:
         assert holders
+        folder = self._folder / key
+        if (kept := await self._kept(held, folder)) is not None:
+            return kept
         failure: SllmError | None = None
         for peer in holders:
             try:
@@ -100,13 +107,34 @@ class Texts(Generic[CodecT]):
             except SllmError as error:
                 failure = error
                 continue
-            folder = self._folder / key
-            await asyncio.to_thread(_write, folder, files)
+            await asyncio.to_thread(text_folders.write, folder, head.context_tokens, files)
+            await self._make_room()
             codec = await self._load_codec(folder)
             log.info("tokenizer fetched", extra={"model": held.model, "peer": peer})
             return Known(codec, head.context_tokens)
         assert failure is not None
         raise failure
+
+    async def _kept(self, held: HeldModel, folder: Path) -> Known[CodecT] | None:
+        """Return what lies on the disk from an earlier life; None: nothing that can be used."""
+        context_tokens = await asyncio.to_thread(text_folders.read, folder)
+        if context_tokens is None:
+            return None
+        try:
+            codec = await self._load_codec(folder)
+        except SllmError as error:  # perhaps a peer has better ones by now
+            log.warning(
+                "kept tokenizer can't be read", extra={"model": held.model, "error": str(error)}
+            )
+            return None
+        log.info("tokenizer read", extra={"model": held.model})
+        return Known(codec, context_tokens)
+
+    async def _make_room(self) -> None:
+        found = await asyncio.to_thread(text_folders.look, self._folder)
+        busy = [key for key, task in self._known.items() if not task.done()]
+        for name in text_folders.surplus(found, list(self._known), busy, self._limit):
+            await asyncio.to_thread(text_folders.remove, self._folder / name)
 
     async def _ask(self, peer: NodeId, model: str) -> tuple[Described, dict[str, bytes]]:
         async with self._client.stream(
@@ -147,17 +175,6 @@ def _split(head: Described, data: bytes) -> dict[str, bytes]:
         files[name] = data[at : at + size]
         at += size
     return files
-
-
-def _write(folder: Path, files: dict[str, bytes]) -> None:
-    """Write the texts whole or not at all; what lies there is the same checkpoint's."""
-    temporary = folder.with_name(folder.name + ".new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    for name, data in files.items():
-        (temporary / name).write_bytes(data)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
 
 
 def _key(held: HeldModel) -> str:

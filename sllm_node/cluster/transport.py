@@ -22,7 +22,7 @@ from aiohttp import web
 from sllm_node.cluster.auth import ENVELOPE_BYTES
 from sllm_node.cluster.frames import FrameReader, FrameWriter, only
 from sllm_node.cluster.refusals import CERTIFICATE
-from sllm_node.cluster.trust import REQUEST_LIMIT, Trust
+from sllm_node.cluster.trust import NOT_FOR_ADDRESS, REQUEST_LIMIT, Trust
 from sllm_node.cluster.wire import VERSION
 from sllm_node.core.errors import (
     ListenError,
@@ -42,8 +42,7 @@ _READ_S: Final = 30.0
 _TURNS: Final = 4
 """Of the event loop, in which what was written on an idle connection has left."""
 _EXPIRED: Final = 10
-_NOT_FOR_ADDRESS: Final = (62, 64)
-"""What OpenSSL calls X509_V_ERR_CERT_HAS_EXPIRED, _HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH."""
+"""What OpenSSL calls X509_V_ERR_CERT_HAS_EXPIRED."""
 _TOLD_MAX: Final = 4096
 """Bytes read of an answer that is no answer."""
 Addresses = Callable[[NodeId], str | None]
@@ -126,7 +125,7 @@ def _certificate_problem(error: Exception) -> str | None:
     elif isinstance(error, aiohttp.ClientConnectorError):
         cause = error.os_error
     if isinstance(cause, ssl.SSLCertVerificationError):
-        if cause.verify_code in _NOT_FOR_ADDRESS:
+        if cause.verify_code in NOT_FOR_ADDRESS:
             return "its certificate is for another address; see [[nodes]] and 'sllm-node cluster check'"
         if cause.verify_code == _EXPIRED:
             return "its certificate has expired; 'sllm-node cluster check' says more"

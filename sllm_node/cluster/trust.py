@@ -21,6 +21,8 @@ from sllm_node.core.types import NodeId
 
 REQUEST_LIMIT: Final = 8 << 20
 """Bytes of a request between nodes: a prompt of a million tokens."""
+NOT_FOR_ADDRESS: Final = (62, 64)
+"""What OpenSSL calls X509_V_ERR_HOSTNAME_MISMATCH and _IP_ADDRESS_MISMATCH."""
 _URN: Final = "urn:sllm-node:"
 _OWN: Final = frozenset({"trust.certificate_file", "trust.private_key_file"})
 """What is taken while the node runs: connections that are open keep theirs, the next one shows it."""
@@ -114,9 +116,9 @@ class TlsTrust:
     """Certificates of the cluster's own authority."""
 
     def __init__(
-        self, ca: Path, own: tuple[Path, Path], me: NodeId, peers: Iterable[NodeId]
+        self, ca: Path, own: tuple[Path, Path], me: NodeId, host: str, peers: Iterable[NodeId]
     ) -> None:
-        """Read the authority's certificate, and the node's `own` with its key.
+        """Read the authority's certificate, and the node's `own` with its key; `host`: by which peers call it.
 
         Raises:
             OSError: they can't be read, or do not fit together (ssl.SSLError).
@@ -126,6 +128,7 @@ class TlsTrust:
         self.server_tls: ssl.SSLContext | None = self._contexts[1]
         self._own = own
         self._me = me
+        self._host = host
         self._peers = frozenset(peers)
 
     def send(self, payload: bytes, receiver: NodeId) -> Outgoing:
@@ -149,7 +152,7 @@ class TlsTrust:
         try:
             # Tried aside first: what does not fit together leaves a context without a key.
             authority = b"".join(self._contexts[0].get_ca_certs(binary_form=True))
-            _try_own(authority, self._own, self._me)
+            _try_own(authority, self._own, self._me, self._host)
             for context in self._contexts:
                 context.load_cert_chain(*self._own)
         except OSError as error:
@@ -157,8 +160,10 @@ class TlsTrust:
         return _OWN
 
 
-def open_trust(cluster: ClusterFile, file: Path, me: NodeId, boot: Callable[[], int]) -> Trust:
-    """Read the files of [trust].
+def open_trust(
+    cluster: ClusterFile, file: Path, me: NodeId, address: str, boot: Callable[[], int]
+) -> Trust:
+    """Read the files of [trust]; `address`: where peers call this node.
 
     Raises:
         ClusterKeyError: the key is none.
@@ -171,8 +176,9 @@ def open_trust(cluster: ClusterFile, file: Path, me: NodeId, boot: Callable[[], 
         return KeyTrust(key, me, peers, cluster.limits.replay_window_messages, boot)
     names = ("ca_file", "certificate_file", "private_key_file")
     ca, certificate, key_file = (used_trust_path(cluster, file, me, name) for name in names)
+    host = address.rpartition(":")[0].strip("[]").rstrip(".")
     try:
-        return TlsTrust(ca, (certificate, key_file), me, peers)
+        return TlsTrust(ca, (certificate, key_file), me, host, peers)
     except OSError as error:
         raise ConfigError(str(file), (_unusable(error),)) from error
 
@@ -190,21 +196,29 @@ def _contexts(
     return client, server
 
 
-def _try_own(authority: bytes, own: tuple[Path, Path], me: NodeId) -> None:
-    """Call the node as a peer would that has this `authority`, in memory.
+def _try_own(authority: bytes, own: tuple[Path, Path], me: NodeId, host: str) -> None:
+    """Call the node as a peer would that has this `authority`, and be called by it, in memory.
 
     Raises:
         OSError: a peer would not take it (ssl.SSLError), or a file can't be read.
-        ConfigError: it would take it for another node.
+        ConfigError: it would take it for another node, or for one at another address.
     """
     client, server = _contexts(own, cadata=authority)
-    client.check_hostname = False  # by which host peers call is not known here
     to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-    calling = client.wrap_bio(to_client, to_server)
+    calling = client.wrap_bio(to_client, to_server, server_hostname=host)
     called = server.wrap_bio(to_server, to_client, server_side=True)
-    for side in (calling, called, calling):
-        with suppress(ssl.SSLWantReadError):
-            side.do_handshake()
+    try:
+        for side in (calling, called, calling, called):  # each side shows its own, and checks
+            with suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+    except ssl.SSLCertVerificationError as error:
+        if error.verify_code not in NOT_FOR_ADDRESS:
+            raise
+        problem = (
+            f"is not for {host!r}, by which peers call this node; if its address has changed, a "
+            "restart takes both"
+        )
+        raise ConfigError(str(own[0]), (problem,)) from error
     if (name := _named(calling.getpeercert())) != me:
         raise ConfigError(str(own[0]), (f"is the certificate of {name!r}, not of {me!r}",))
 

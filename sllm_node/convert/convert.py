@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from sllm_node.checkpoint.belongings import in_the_way
 from sllm_node.checkpoint.catalog import Checkpoint, is_model_name, may_go, open_checkpoint
 from sllm_node.checkpoint.index import INDEX_FILE, VERSION, Shard, TensorIndex
 from sllm_node.checkpoint.layout import Layout, plan_layout
@@ -70,7 +71,7 @@ class ConvertOptions:
     shard_bytes: int = 4 * GIB
     """The size of a shard at most, but for a tensor that is larger."""
     force: bool = False
-    """Replace a checkpoint of that name."""
+    """Replace a checkpoint of that name, if nothing else is in its folder."""
     codec: str = EXPONENT
     """One of `codec.names.CHOICES`."""
     servable: bool = True
@@ -116,6 +117,8 @@ def convert(
     chunk_bytes = chunk_bytes_or_default(options.chunk_bytes, options.codec)
     _check(name, store, options, chunk_bytes)
     check_apart(source, store / name)
+    if (store / name).exists() and (problem := in_the_way(store / name)):
+        raise ConversionError(f"name {name!r}", f"is taken: {store / name} {problem}")
     dtype = _dtype(options)
     download = surroundings.download
     with open_source(source, dtype, download, needs_tokenizer=options.servable) as opened:

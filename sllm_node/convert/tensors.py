@@ -104,7 +104,9 @@ def dtype_named(name: str) -> str:
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of `tensor`, of which a contiguous one on the host is not copied."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    plain = tensor.detach().cpu().resolve_neg().contiguous()
+    # One element is contiguous whatever its steps are, and no view of bytes with other steps than 1.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 def load(source: SourceTensor) -> torch.Tensor:

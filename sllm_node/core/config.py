@@ -135,6 +135,8 @@ class ClusterConfig(Section, frozen=True):
     file: str = ""
     listen: str = ""
     address: str = ""
+    texts_bytes: ByteSize = _size("4GiB")
+    """On disk: tokenizers of models that only peers have; those used longest ago go."""
 
 
 class LogConfig(Section, frozen=True):

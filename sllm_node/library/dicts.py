@@ -2,13 +2,14 @@
 
 from collections import Counter
 from collections.abc import Mapping
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 import msgspec
 import torch
 
+from sllm_node.checkpoint.belongings import ORDER_FILE
 from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.index import NO_ARCHITECTURE, VERSION, TensorIndex
 from sllm_node.checkpoint.layout import TensorSpec, plan_layout
@@ -28,12 +29,20 @@ from sllm_node.core.errors import ArgumentError, CheckpointFormatError, Conversi
 from sllm_node.core.types import LoadProgress, Part
 from sllm_node.core.units import GIB, MIB
 from sllm_node.engine.weights import views_by
-from sllm_node.library.files import AnyPath, Show, begun_anew, destination, find, pool_size, shown
+from sllm_node.library.files import (
+    AnyPath,
+    Show,
+    begun_anew,
+    destination,
+    find,
+    pool_size,
+    shown,
+    unchanged,
+)
 from sllm_node.library.loader import Loader
+from sllm_node.library.overlap import Extent, overlapping
 from sllm_node.library.placement import device_name
 
-ORDER_FILE: Final = "order.json"
-"""The names of all tensors as the dict had them; there only if some are tied."""
 _ORIGIN: Final = "state_dict"
 _CHUNK_BYTES: Final = 16 * MIB
 _SHARD_BYTES: Final = 4 * GIB
@@ -92,7 +101,6 @@ def load(
     checkpoint = find(directory, store)
     index = checkpoint.index
     placement = (Part(device_name(device, "device"), 0, index.size),)
-    order = _order(checkpoint)
     with shown(f"loading {checkpoint.path.name}", progress=progress) as show:
 
         def watch(at: LoadProgress) -> None:
@@ -104,12 +112,12 @@ def load(
             placement,
             pool_bytes=pool_size(pool_bytes),
             watch=None if show is None else watch,
-            meanwhile=lambda: None,
+            meanwhile=partial(_order, checkpoint),
         )
     views = views_by(index, loaded.parts[0].tensor)
     for alias, name in index.aliases:
         views[alias] = views[name]
-    return {name: views[name] for name in order}
+    return {name: views[name] for name in loaded.made}
 
 
 def _sorted_out(
@@ -119,14 +127,14 @@ def _sorted_out(
 
     Raises:
         ArgumentError: it is no dict of names.
-        ConversionError: a tensor can't be stored, or two share some of their memory.
+        ConversionError: a tensor can't be stored, or two share some of their memory, or may.
     """
     if not isinstance(state_dict, Mapping):
         raise ArgumentError("state_dict", f"is a {type(state_dict).__name__}, not a dict")
     stored: dict[object, MemoryTensor] = {}
     aliases: list[tuple[str, str]] = []
     for name, tensor in state_dict.items():
-        if not isinstance(name, str):
+        if not isinstance(name, str) or not _is_text(name):
             raise ArgumentError("state_dict", f"has the key {name!r}, which is no name")
         check_tensor(name, tensor, _ORIGIN)
         key = _place(tensor) if tensor.numel() else name
@@ -138,30 +146,36 @@ def _sorted_out(
     return tuple(stored.values()), tuple(aliases)
 
 
+def _is_text(name: str) -> bool:
+    """Tell whether UTF-8 can say `name`; lone surrogates are no characters."""
+    return name.encode(errors="replace").decode() == name
+
+
 def _place(tensor: torch.Tensor) -> object:
     """Return what two tensors have in common that are the same numbers in the same memory."""
     return (
         tensor.device, tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()),
+        tensor.is_neg(),
     )  # fmt: skip
 
 
 def _check_apart(tensors: list[MemoryTensor]) -> None:
     """Refuse tensors that share some memory and are not the same: they would come back untied."""
-    extents = sorted((*_extent(one.tensor), one.name) for one in tensors)
-    for (where, _, end, before), (other, start, _, after) in pairwise(extents):
-        if where == other and start < end:
-            raise ConversionError(
-                _ORIGIN,
-                f"{before!r} and {after!r} share some of their memory but are not the same tensor; "
-                "clone() one of them",
-            )
+    pair = overlapping([_extent(one) for one in tensors])
+    if pair is not None:
+        share = "share" if all(one.is_solid for one in pair) else "share, or may share,"
+        raise ConversionError(
+            _ORIGIN,
+            f"{pair[0].name!r} and {pair[1].name!r} {share} some of their memory but are not the "
+            "same tensor; clone() one of them",
+        )
 
 
-def _extent(tensor: torch.Tensor) -> tuple[str, int, int]:
-    """Return the device and the addresses between which all elements lie."""
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    start = tensor.data_ptr()
-    return str(tensor.device), start, start + (last + 1) * tensor.element_size()
+def _extent(one: MemoryTensor) -> Extent:
+    tensor, item = one.tensor, one.tensor.element_size()
+    steps = tuple(step * item for step in tensor.stride())
+    start, device = tensor.data_ptr(), str(tensor.device)
+    return Extent(one.name, device, start, item, tuple(tensor.shape), steps)
 
 
 def _write(
@@ -185,8 +199,14 @@ def _order(checkpoint: Checkpoint) -> list[str]:
     """Return the names in the order of the dict that was saved, or of a model's tensors."""
     index = checkpoint.index
     names = [*(entry.name for entry in index.tensors), *(alias for alias, _ in index.aliases)]
-    path = checkpoint.path / ORDER_FILE
-    if not path.is_file():
+    if not index.aliases:
+        return names
+    with unchanged(checkpoint):
+        return _read_order(checkpoint.path / ORDER_FILE, names)
+
+
+def _read_order(path: Path, names: list[str]) -> list[str]:
+    if not path.is_file():  # of a model
         return names
     try:
         order = msgspec.json.decode(path.read_bytes(), type=list[str])

@@ -8,16 +8,23 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Final, ParamSpec, TypeVar
 
+from sllm_node.checkpoint.belongings import in_the_way
 from sllm_node.checkpoint.catalog import (
     Catalog,
     Checkpoint,
+    identity_of,
     is_model_name,
     may_go,
     open_checkpoint,
 )
 from sllm_node.checkpoint.index import INDEX_FILE
 from sllm_node.core.config import StoreConfig
-from sllm_node.core.errors import ArgumentError, CheckpointChangedError, CheckpointNotFoundError
+from sllm_node.core.errors import (
+    ArgumentError,
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    SllmError,
+)
 from sllm_node.core.types import ModelId
 from sllm_node.core.units import parse_size
 
@@ -45,8 +52,11 @@ def destination(directory: AnyPath, *, overwrite: bool) -> Path:
         )
     if path.exists() and not may_go(path):
         raise ArgumentError("directory", f"{path} is there and no checkpoint; it is left alone")
-    if (path / INDEX_FILE).exists() and not overwrite:
-        raise ArgumentError("directory", f"{path} is a checkpoint; overwrite=True replaces it")
+    if path.exists():
+        if (path / INDEX_FILE).exists() and not overwrite:
+            raise ArgumentError("directory", f"{path} is a checkpoint; overwrite=True replaces it")
+        if problem := in_the_way(path):
+            raise ArgumentError("directory", f"{path} {problem}")
     return path
 
 
@@ -91,6 +101,33 @@ def begun_anew(load: Callable[LoadP, LoadedT]) -> Callable[LoadP, LoadedT]:
         return load(*arguments, **options)
 
     return load_again
+
+
+@contextmanager
+def unchanged(checkpoint: Checkpoint) -> Iterator[None]:
+    """Make sure that files read by their names inside are those of `checkpoint`.
+
+    Raises:
+        CheckpointChangedError: it was replaced, so that they may be another one's; also instead of
+            what that led to.
+    """
+    try:
+        yield
+    except SllmError:
+        _check_same(checkpoint)
+        raise
+    _check_same(checkpoint)
+
+
+def _check_same(checkpoint: Checkpoint) -> None:
+    """Costs a stat call for each shard: to read the index of a large model again takes its time."""
+    for shard, identity in zip(checkpoint.index.shards, checkpoint.identities, strict=True):
+        try:
+            found = identity_of((checkpoint.path / shard.name).stat())
+        except OSError:
+            found = None
+        if found != identity:
+            raise CheckpointChangedError(checkpoint.model, shard.name, "was replaced")
 
 
 def pool_size(size: int | str | None) -> int | None:

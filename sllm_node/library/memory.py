@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _ON_DEVICE: Final = "__cuda_array_interface__"
 _ON_HOST: Final = "__array_interface__"
+_EXECUTOR_ENDED: Final = "cannot schedule new futures after"
+"""What a device's executor says as the interpreter goes down; the memory goes with the process."""
 
 
 class Held:
@@ -113,6 +115,7 @@ class Releaser:
             try:
                 given.device.check()
                 given.buffer.close()
-            except (SllmError, RuntimeError) as error:  # lost, or the interpreter is going down
-                log.warning("device memory not given back", extra={"error": str(error)})
+            except (SllmError, RuntimeError) as error:
+                if not str(error).startswith(_EXECUTOR_ENDED):
+                    log.warning("device memory not given back", extra={"error": str(error)})
             del given

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from os import fspath
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from sllm_node.core.types import LoadProgress
 from sllm_node.engine.skeleton import BUILDING, build_module, read_config
 from sllm_node.engine.spread import spread
 from sllm_node.engine.weights import TORCH_DTYPES, bind_views, torch_name, views_by
-from sllm_node.library.files import AnyPath, begun_anew, destination, find, pool_size, shown
+from sllm_node.library.files import (
+    AnyPath,
+    begun_anew,
+    destination,
+    find,
+    pool_size,
+    shown,
+    unchanged,
+)
 from sllm_node.library.loader import Loader
 from sllm_node.library.memory import Held
 from sllm_node.library.placement import place, place_modules
@@ -38,6 +47,8 @@ def save(
     progress: bool = False,
 ) -> Path:
     """Do what `sllm_node.transformers.save_model` promises."""
+    if not isinstance(model, PreTrainedModel):
+        _check_source(model, tokenizer, directory)
     target = destination(directory, overwrite=overwrite)
     name = None if dtype is None else stored_dtype(dtype)
     options = ConvertOptions(dtype=name, force=overwrite, servable=False, codec=RAW)
@@ -52,12 +63,6 @@ def save(
             source = open_model(model, tokenizer)
             write(source, source.origin)
             return target
-        if not isinstance(model, (str, Path)):
-            problem = f"{type(model).__name__} is no transformers model, folder or hub id"
-            raise ArgumentError("model_or_source", problem)
-        if tokenizer is not None:
-            raise ArgumentError("tokenizer", "goes with a model in memory; a source has its own")
-        check_apart(str(model), target)
         with open_source(str(model), name, download_from_hub, needs_tokenizer=False) as opened:
             write(opened, str(model))
     return target
@@ -82,13 +87,14 @@ def load(  # noqa: PLR0913 - one for each argument of load_model
     wanted = None if dtype in (None, "auto") else stored_dtype(dtype)
     pool = pool_size(pool_bytes)
     build = partial(_build, checkpoint.path, wanted, attn_implementation)
-    if isinstance(device_map, Mapping):
-        model = build()
-        placement = place_modules(checkpoint.index, device_map, _names(model))
-        build = partial(_already, model)
-    else:
-        placement = place(checkpoint.index, device_map, loader)
-    with shown(f"loading {checkpoint.path.name}", progress=progress) as show:
+    showing = shown(f"loading {checkpoint.path.name}", progress=progress)
+    with unchanged(checkpoint), showing as show:
+        if isinstance(device_map, Mapping):
+            model = build()
+            placement = place_modules(checkpoint.index, device_map, _names(model))
+            build = partial(_already, model)
+        else:
+            placement = place(checkpoint.index, device_map, loader)
 
         def watch(at: LoadProgress) -> None:
             assert show is not None
@@ -102,6 +108,16 @@ def load(  # noqa: PLR0913 - one for each argument of load_model
             meanwhile=build,
         )
     return _bound(loaded.made, checkpoint, loaded.parts, wanted)
+
+
+def _check_source(source: Any, tokenizer: Any, directory: AnyPath) -> None:
+    """Refuse what is no source of a model, or would be deleted by being saved to `directory`."""
+    if not isinstance(source, (str, Path)):
+        problem = f"{type(source).__name__} is no transformers model, folder or hub id"
+        raise ArgumentError("model_or_source", problem)
+    if tokenizer is not None:
+        raise ArgumentError("tokenizer", "goes with a model in memory; a source has its own")
+    check_apart(str(source), Path(fspath(directory)).expanduser())
 
 
 def stored_dtype(dtype: Any) -> str:

@@ -44,7 +44,7 @@ def device_name(device: Any, argument: str) -> str:
     if isinstance(device, int) and not isinstance(device, bool) and device >= 0:
         return f"cuda:{device}"
     if isinstance(device, torch.device):
-        device = str(device)
+        device = CPU if device.type == CPU else str(device)  # torch's only one, also as cpu:0
     if device == "cuda":
         return "cuda:0"
     kind, _, number = device.partition(":") if isinstance(device, str) else ("", "", "")

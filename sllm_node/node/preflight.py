@@ -282,7 +282,7 @@ def _cluster_findings(config: Config, machine: Machine, *, is_running: bool) -> 
         yield Finding("error", "cluster.file", str(error))
         return
     yield Finding("ok", "cluster.file", _in_words(cluster, me, address))
-    yield from _trust_findings(cluster, path, me)
+    yield from _trust_findings(cluster, path, me, address)
     listen = config.cluster.listen or address
     host, _, port = listen.rpartition(":")
     taken = machine.listen_problem(host.strip("[]"), int(port))
@@ -303,12 +303,14 @@ def _in_words(cluster: ClusterFile, me: NodeId, address: str) -> str:
     return f"node {me!r} at {address}, {others} other{'s' * (others != 1)} named"
 
 
-def _trust_findings(cluster: ClusterFile, path: Path, me: NodeId) -> Iterator[Finding]:
+def _trust_findings(
+    cluster: ClusterFile, path: Path, me: NodeId, address: str
+) -> Iterator[Finding]:
     """Open keys and certificates as a start does."""
     from sllm_node.cluster.trust import open_trust
 
     try:
-        open_trust(cluster, path, me, lambda: 1)
+        open_trust(cluster, path, me, address, lambda: 1)
     except ConfigError as error:
         yield from (Finding("error", "cluster.file", problem) for problem in error.problems)
     except ClusterKeyError as error:

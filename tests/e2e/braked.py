@@ -52,15 +52,18 @@ def _install(brake: Path) -> None:
 
 def _install_hold(hold: Path) -> None:
     """Let ranges of files behind the first wait."""
+    from sllm_node.checkpoint.catalog import Checkpoint
     from sllm_node.cluster.file_messages import AskFile
     from sllm_node.cluster.giving import Giving
     from sllm_node.cluster.transport import Reply
 
     send = Giving._send
 
-    async def held(self: Giving, ask: AskFile, path: Path, reply: Reply) -> None:
+    async def held(
+        self: Giving, ask: AskFile, found: tuple[Checkpoint, Path], reply: Reply
+    ) -> None:
         while ask.first and hold.exists():
             await asyncio.sleep(LOOK_S)
-        await send(self, ask, path, reply)
+        await send(self, ask, found, reply)
 
     Giving._send = held  # type: ignore[method-assign]

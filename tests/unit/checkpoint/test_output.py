@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from sllm_node.checkpoint.catalog import Catalog
+from sllm_node.checkpoint.output import check_still_ours
 from sllm_node.checkpoint.verify import verify
 from sllm_node.core.errors import StorageWriteError, StoreFullError
 from tests.unit.checkpoint.raw import CountedFiles, FullDisk, write_raw
@@ -130,3 +131,12 @@ def test_an_exchange_the_system_refuses_is_a_typed_error(tmp_path):
     with pytest.raises(StorageWriteError, match="No such file"):
         write_raw(tmp_path, replace=True, files=Refusing(lambda count: None))
     assert usable(tmp_path) == [old]
+
+
+def test_what_was_put_into_a_checkpoint_meanwhile_is_not_deleted_with_it(tmp_path):
+    folder = write_raw(tmp_path).path
+    check_still_ours(folder)
+    check_still_ours(tmp_path / "nothing")
+    (folder / "optimizer.pt").write_text("mine")
+    with pytest.raises(StorageWriteError, match=r"would be deleted with it: optimizer\.pt"):
+        check_still_ours(folder)

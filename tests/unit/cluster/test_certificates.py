@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from sllm_node.cluster.certificates import (
+    _PURPOSES,
     NODE_DAYS,
     Holder,
     Issued,
@@ -50,6 +51,17 @@ def test_another_key_is_told(authority):
     mixed = Issued(issued.certificate, other.key)
     assert "not the key of this certificate" in told(authority, mixed, A)
     assert "no private key" in told(authority, Issued(issued.certificate, b"x"), A)
+
+
+def test_what_it_may_not_be_used_for_is_told(authority, monkeypatch):
+    for purpose, words in _PURPOSES.items():
+        others = {one: "" for one in _PURPOSES if one != purpose}
+        with monkeypatch.context() as patched:
+            patched.setattr("sllm_node.cluster.certificates._PURPOSES", others)
+            issued = issue(authority, A, NOW)
+        found = check_node(authority.certificate, issued, A, NOW)
+        assert found.problems == (f"its extended key usage does not let the node {words}",)
+        assert found.well == ()
 
 
 def test_dates_are_told(authority):

@@ -387,9 +387,10 @@ class Asker:
         """All its threads are at work when the descriptor is asked for."""
         self.release = threading.Event()
         self.reached = asyncio.Event()
+        self.sent: list[bytes] = []
 
     async def send(self, frame):
-        pass
+        self.sent.append(frame)
 
     async def descriptor(self):
         self.reached.set()
@@ -451,11 +452,33 @@ async def test_a_file_is_closed_though_the_node_leaves_meanwhile(sender):
 
 def test_nothing_is_opened_for_somebody_who_went_away(sender):
     path = sender.root / "a" / SHARD
-    sending = _Sending(path, GOOD, FrameWriter(None))
+    sending = _Sending(sender.catalog.get(A), path, GOOD, FrameWriter(None))
     sending.stop()
     sending.close()
     assert sending.open() == "absent"
     assert open_files(path) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", SHARD, INDEX_FILE])
+async def test_no_file_of_a_checkpoint_that_came_meanwhile_is_given_as_the_older_ones(sender, name):
+    asker, release = Asker(), threading.Event()
+    for _ in range(2):
+        sender.giving._threads.submit(release.wait)
+    digest = index_digest(sender.catalog.get(A).index)
+    wanted = pack(AskFile("a", name, digest, 0, 8192))
+    asking = asyncio.create_task(sender.giving.file(NodeId("b"), wanted, asker))
+    await asyncio.sleep(0)  # it has been found, and no thread has opened it
+    assert sender.giving.under_way == 1
+    make_store(sender.root / "new", seed=2)
+    (sender.root / "a").rename(sender.root / "old")
+    (sender.root / "new" / "a").rename(sender.root / "a")
+    release.set()
+    async with asyncio.timeout(30):
+        await asking
+    assert asker.sent == [pack(FileRefused("other"))]
+    await asyncio.to_thread(sender.giving._threads.shutdown)
+    assert open_files(sender.root / "a" / name) == []
+    asker.close()
 
 
 # --- connections, names, time ---------------------------------------------------------------------

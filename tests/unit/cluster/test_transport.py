@@ -89,7 +89,10 @@ def tls_trusts(place):
         folder.join(place, name, f"127.0.0.1:{8100 + number}", now)
     file = place / folder.FILE
     cluster = load_cluster(file)
-    return {name: open_trust(cluster, file, name, lambda: 1) for name in (A, B, NodeId("c"))}
+    return {
+        name: open_trust(cluster, file, name, cluster.address(name), lambda: 1)
+        for name in (A, B, NodeId("c"))
+    }
 
 
 @pytest.fixture(params=["key", "tls"])

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 import pytest
 
 from sllm_node.cluster import folder
+from sllm_node.cluster.certificates import _PURPOSES
 from sllm_node.cluster.named_files import load_cluster
 from sllm_node.cluster.trust import KeyTrust, open_trust
 from sllm_node.core.errors import ConfigError
@@ -25,7 +26,8 @@ def place(tmp_path):
 
 def opened(place):
     file = place / folder.FILE
-    return open_trust(load_cluster(file), file, A, lambda: 1)
+    cluster = load_cluster(file)
+    return open_trust(cluster, file, A, cluster.address(A), lambda: 1)
 
 
 def shown(trust):
@@ -76,6 +78,28 @@ def test_a_certificate_that_peers_would_not_believe_is_not_taken(place, tmp_path
         with pytest.raises(ConfigError, match=problem):
             trust.renew(OWN)
         assert shown(trust) == before
+
+
+def test_a_certificate_for_another_address_is_not_taken_before_the_restart_that_takes_both(place):
+    trust = opened(place)
+    before, file = shown(trust), place / folder.FILE
+    file.write_text(file.read_text().replace("localhost", "10.1.1.1"))
+    folder.renew(place, A, datetime.now(UTC))
+    with pytest.raises(ConfigError, match=r"not for .localhost.,.* a restart takes both"):
+        trust.renew(OWN)
+    assert shown(trust) == before
+    assert opened(place).renew(OWN) == OWN
+
+
+@pytest.mark.parametrize("wanted", list(_PURPOSES))
+def test_a_certificate_for_one_direction_only_is_not_taken(place, monkeypatch, wanted):
+    trust = opened(place)
+    before = shown(trust)
+    monkeypatch.setattr("sllm_node.cluster.certificates._PURPOSES", {wanted: ""})
+    folder.renew(place, A, datetime.now(UTC))
+    with pytest.raises(ConfigError, match="unsuitable certificate purpose"):
+        trust.renew(OWN)
+    assert shown(trust) == before
 
 
 def test_a_certificate_of_another_authority_is_not_taken_if_that_has_come_too(

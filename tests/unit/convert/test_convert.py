@@ -235,6 +235,30 @@ def test_force_replaces_a_checkpoint(source, store):
     assert names_in(store) == ["m"]
 
 
+def test_texts_that_a_source_brings_are_not_in_the_way_of_the_next_conversion(source, store):
+    for name in ("README.md", "LICENSE", ".gitattributes"):
+        (source / name).write_text("from the hub")
+    for options in (ConvertOptions(), ConvertOptions(force=True), ConvertOptions(force=True)):
+        convert(str(source), "m", store, options)
+    assert names_in(store) == ["m"]
+
+
+def test_force_deletes_nothing_that_is_no_part_of_a_checkpoint(source, store):
+    convert(str(source), "m", store)
+    (store / "m" / "logs").mkdir()
+    with pytest.raises(ConversionError, match="would be deleted with it: logs; move that"):
+        convert("no/source", "m", store, ConvertOptions(force=True))
+    (store / "m" / "logs").rmdir()
+
+    def log(progress):
+        (store / "m" / "log.txt").write_text("mine")
+
+    with pytest.raises(StorageWriteError, match=r"would be deleted with it: log\.txt"):
+        convert(str(source), "m", store, ConvertOptions(force=True), progress=log)
+    assert (store / "m" / "log.txt").read_text() == "mine"
+    assert names_in(store) == ["m"]
+
+
 def test_a_failed_replacement_leaves_the_old_checkpoint(source, store, tmp_path):
     before = convert(str(source), "m", store)
     (source / "tokenizer.json").write_text("")

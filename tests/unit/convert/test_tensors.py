@@ -64,3 +64,15 @@ def test_a_tensor_in_memory_reads_like_one_in_a_file(monkeypatch):
     assert (tensor.dtype, tensor.shape, tensor.size) == ("I16", (3, 2), 12)
     assert [len(piece) for piece in tensor.slices()] == [8, 4]
     assert torch.equal(load(tensor), tensor.tensor)
+
+
+def test_the_bytes_of_a_negated_view_are_those_of_its_numbers():
+    negated = torch._neg_view(torch.tensor([2.0, -4.0]))
+    assert negated.is_neg()
+    assert bytes(as_bytes(negated)) == bytes(as_bytes(torch.tensor([-2.0, 4.0])))
+
+
+def test_a_single_element_of_a_larger_tensor_has_bytes():
+    single = torch.arange(3.0)[1::2]
+    assert single.stride() == (2,)
+    assert bytes(as_bytes(single)) == bytes(as_bytes(torch.ones(1)))

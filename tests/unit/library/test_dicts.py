@@ -17,6 +17,7 @@ from sllm_node.core.errors import (
 )
 from sllm_node.engine.weights import TORCH_DTYPES
 from sllm_node.library import dicts
+from tests.unit.library.replacing import Replacing
 
 POOL = "32MiB"
 
@@ -83,6 +84,26 @@ def test_tensors_that_share_only_some_memory_are_refused_by_name(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_columns_of_one_tensor_are_stored_apart(loader, tmp_path):
+    whole = torch.randn(10, 12)
+    tensors = dict(zip("qkv", whole.split([5, 3, 4], dim=1), strict=True))
+    found = round_trip(loader, tensors, tmp_path / "d")
+    assert all(same(tensors[name], found[name]) for name in tensors)
+    with pytest.raises(ConversionError, match="'q' and 'wide' share, or may share, some"):
+        dicts.save({**tensors, "wide": whole[:, 1:4]}, tmp_path / "e")
+
+
+def test_negated_views_are_stored_as_the_numbers_that_they_show(loader, tmp_path):
+    numbers = torch.randn(4, 4, dtype=torch.complex64)
+    negated = numbers.conj().imag
+    assert negated.is_neg()
+    found = round_trip(loader, {"a": negated, "b": negated}, tmp_path / "d")
+    assert torch.equal(found["a"], -numbers.imag)
+    assert found["b"] is found["a"]
+    with pytest.raises(ConversionError, match="'a' and 'b' share"):
+        dicts.save({"a": numbers.imag, "b": negated}, tmp_path / "e")
+
+
 def test_what_is_not_contiguous_comes_back_contiguous(loader, tmp_path):
     base = torch.randn(6, 8)
     tensors = {"turned": base.T, "stepped": torch.randn(9)[::2], "spread": torch.ones(1).expand(5)}
@@ -113,7 +134,7 @@ def test_what_the_format_cant_hold_is_refused_by_name(tmp_path, value, problem):
         dicts.save({"x": value}, tmp_path / "d")
 
 
-@pytest.mark.parametrize("value", [[1], {3: torch.ones(1)}])
+@pytest.mark.parametrize("value", [[1], {3: torch.ones(1)}, {"\ud800": torch.ones(1)}])
 def test_what_is_no_dict_of_names_is_refused(tmp_path, value):
     with pytest.raises(ArgumentError):
         dicts.save(value, tmp_path / "d")
@@ -129,20 +150,6 @@ def test_what_a_link_leads_to_is_replaced_where_it_lies(loader, tmp_path):
         assert [path.name for path in (tmp_path / folder).iterdir()] == [name]
 
 
-class Replacing:
-    """A loader before each of whose first loads somebody replaces the checkpoint."""
-
-    def __init__(self, loader, replace, times):
-        self._loader = loader
-        self._replace = replace
-        self._left = list(range(times))
-
-    def load(self, *arguments, **options):
-        if self._left:
-            self._replace(self._left.pop(0))
-        return self._loader.load(*arguments, **options)
-
-
 @pytest.mark.parametrize(("times", "found"), [(2, [1.0]), (10, None)])
 def test_a_dict_that_is_replaced_since_it_was_found_is_the_new_one(loader, tmp_path, times, found):
     def replace(time):
@@ -152,6 +159,29 @@ def test_a_dict_that_is_replaced_since_it_was_found_is_the_new_one(loader, tmp_p
     beside: Any = Replacing(loader, replace, times)
     with nullcontext() if found else pytest.raises(CheckpointChangedError, match="was replaced"):
         assert dicts.load(beside, tmp_path / "d", pool_bytes=POOL)["x"].tolist() == found
+
+
+@pytest.mark.parametrize("names", ["cd", "ba"])
+def test_an_order_is_never_that_of_another_dict(loader, tmp_path, names):
+    def save(names, number):
+        tensors = dict.fromkeys(names, torch.full((1,), number))
+        dicts.save(tensors, tmp_path / "d", overwrite=True)
+
+    save("ab", 1.0)
+    beside: Any = Replacing(loader, lambda time: save(names, 2.0), 1, after=True)
+    found = dicts.load(beside, tmp_path / "d", pool_bytes=POOL)
+    assert [(name, number.tolist()) for name, number in found.items()] == [
+        (name, [2.0]) for name in names
+    ]
+
+
+def test_what_else_lies_in_a_folder_is_never_deleted(loader, tmp_path):
+    folder = dicts.save({"x": torch.zeros(2)}, tmp_path / "d")
+    (folder / "optimizer.pt").write_text("mine")
+    with pytest.raises(ArgumentError, match=r"would be deleted with it: optimizer\.pt"):
+        dicts.save({"x": torch.ones(2)}, folder, overwrite=True)
+    assert (folder / "optimizer.pt").read_text() == "mine"
+    assert dicts.load(loader, folder, pool_bytes=POOL)["x"].tolist() == [0, 0]
 
 
 def test_a_dict_is_replaced_only_if_asked_for(loader, tmp_path):

@@ -1,9 +1,16 @@
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 
-from sllm_node.core.errors import ArgumentError, CheckpointFormatError, CheckpointNotFoundError
-from sllm_node.library.files import destination, find, pool_size, shown
+from sllm_node.core.errors import (
+    ArgumentError,
+    CheckpointChangedError,
+    CheckpointFormatError,
+    CheckpointNotFoundError,
+)
+from sllm_node.library.files import destination, find, pool_size, shown, unchanged
+from tests.unit.checkpoint.raw import write_raw
 
 
 def test_a_name_is_looked_for_in_the_store(store):
@@ -46,7 +53,26 @@ def test_only_checkpoints_are_ever_replaced(tmp_path):
     (folder / "tensor_index.json").write_text("{}")
     with pytest.raises(ArgumentError, match="overwrite=True"):
         destination(folder, overwrite=False)
+    with pytest.raises(ArgumentError, match=r"would be deleted with it: thesis\.txt; move that"):
+        destination(folder, overwrite=True)
+    (folder / "thesis.txt").unlink()
     assert destination(folder, overwrite=True) == folder
+
+
+@pytest.mark.parametrize("error", [None, CheckpointFormatError("order.json", "is wrong")])
+def test_what_is_read_of_another_checkpoint_counts_for_nothing(tmp_path, error):
+    def read(folder):
+        with unchanged(find(folder)):
+            if folder == replaced:
+                write_raw(tmp_path, "replaced", replace=True)
+            if error is not None:
+                raise error
+
+    same, replaced = (write_raw(tmp_path, name).path for name in ("same", "replaced"))
+    with pytest.raises(CheckpointChangedError, match="was replaced"):
+        read(replaced)
+    with nullcontext() if error is None else pytest.raises(CheckpointFormatError):
+        read(same)
 
 
 def test_a_name_that_no_node_could_have_is_refused(tmp_path):

@@ -1,5 +1,7 @@
 import gc
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -89,3 +91,24 @@ def test_a_lost_device_does_not_end_the_thread(releaser, caplog):
     releaser.settle()
     assert sound.memory_used == 0
     assert "not given back" in caplog.text
+
+
+AT_THE_END = """
+from concurrent.futures.thread import _python_exit
+from sllm_node.core.types import Part
+from sllm_node.device.cpu import CpuDevice
+from sllm_node.library.memory import Held, Releaser
+
+device, releaser = CpuDevice(8192), Releaser()
+held = Held(Part("cpu", 0, 4096), device.allocate(4096), releaser.take(device))
+_python_exit()  # what the interpreter calls as main() has returned
+del held
+releaser.settle()
+"""
+
+
+def test_memory_that_dies_as_the_interpreter_goes_down_is_no_trouble():
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

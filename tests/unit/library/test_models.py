@@ -27,6 +27,7 @@ from sllm_node.device.cpu import CpuDevice
 from sllm_node.library import dicts, models
 from sllm_node.library.loader import Loader
 from tests.models import make_model, make_source, make_tokenizer
+from tests.unit.library.replacing import Replacing
 
 IDS = torch.arange(5, 25)[None]
 POOL = "32MiB"
@@ -250,6 +251,35 @@ def test_a_damaged_config_is_an_error_and_leaves_nothing(loader, tmp_path, text)
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointFormatError, match="no model can be built"):
         load(loader, folder)
+
+
+def test_weights_never_come_with_the_config_of_another_model(loader, tmp_path):
+    one, other = make_model("llama", seed=1), make_model("llama", seed=2)
+    other.config.rms_norm_eps = 0.25
+    models.save(one, tmp_path / "m")
+    beside = Replacing(
+        loader, lambda time: models.save(other, tmp_path / "m", overwrite=True), 1, after=True
+    )
+    found = load(beside, tmp_path / "m")
+    assert found.config.rms_norm_eps == 0.25
+    assert torch.equal(found.lm_head.weight, other.lm_head.weight)
+
+
+def test_a_model_that_is_replaced_by_a_dict_meanwhile_is_no_model(loader, tmp_path):
+    models.save(make_model("llama"), tmp_path / "m")
+    beside = Replacing(
+        loader, lambda time: dicts.save({}, tmp_path / "m", overwrite=True), 1, after=True
+    )
+    with pytest.raises(NotServableError, match="load_dict"):
+        load(beside, tmp_path / "m")
+
+
+def test_negated_parameters_are_stored_as_the_numbers_that_they_show(loader, tmp_path):
+    model, wanted = make_model("llama"), make_model("llama")
+    model.lm_head.weight = torch.nn.Parameter(torch._neg_view(-model.lm_head.weight.detach()))
+    assert model.lm_head.weight.is_neg()
+    found = load(loader, models.save(model, tmp_path / "m"))
+    assert torch.equal(found.lm_head.weight, wanted.lm_head.weight)
 
 
 def test_a_config_of_another_model_is_an_error(loader, tmp_path):

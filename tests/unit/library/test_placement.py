@@ -53,7 +53,8 @@ def start_of(index, name):
 @pytest.mark.parametrize(
     ("given", "name"),
     [("cpu", "cpu"), ("cuda:3", "cuda:3"), (1, "cuda:1"), ("cuda", "cuda:0"),
-     (torch.device("cuda", 2), "cuda:2"), (torch.device("cpu"), "cpu")],
+     (torch.device("cuda", 2), "cuda:2"), (torch.device("cpu"), "cpu"),
+     (torch.device("cpu", 0), "cpu")],
 )  # fmt: skip
 def test_devices_are_named_as_people_name_them(given, name):
     assert device_name(given, "device") == name
