@@ -88,15 +88,12 @@ class RoutedStream:
         self.pace = Pace()
         self._unread = Unread()
         self._status: ModelStatus | None = None
-        self._is_running = False
         lost = before if isinstance(before, Lost) else None
         begun = before.begun if isinstance(before, Lost) else before
         if begun is not None:
             self._output.begin_with(begun.tokens, begun.cached, self._placed)
-            self._is_running = begun.stream.is_granted and lost is None
-            self._course = begun.course()
-        if begun is not None and lost is not None:
-            self._course.left(lost.choice.node, lost.error.code, self._placed)
+            self._course = begun.course(lost, self._placed)
+        self._is_running = isinstance(before, Begun) and before.stream.is_granted
         self.arbiter = Arbiter(len(request.resumed) + len(self._output.tokens))
         if isinstance(before, Begun) and first is not None:
             self._part = self._parts.begun(before.stream, first, self.arbiter.placed())
