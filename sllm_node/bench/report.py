@@ -89,15 +89,15 @@ class Report:
         from rich.console import Console
 
         text = io.StringIO()
-        console = Console(file=text, width=_WIDTH, highlight=False)
+        console = Console(file=text, width=_WIDTH, highlight=False, markup=False, emoji=False)
         console.print(self.title, one_line(self.machine), str(self.machine["date"]), sep="\n")
         for result in self.scenarios:
             console.print(_scenario_table(result, self.versions))
         if self.ablation is not None:
             console.print(_ablation_table(self.ablation))
         for note in self._notes():
-            console.print(f"- {note}", markup=False)
-        console.print(f"- command: {self.machine['command']}", markup=False)
+            console.print(f"- {note}")
+        console.print(f"- command: {self.machine['command']}")
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + "\n"
 
     def short(self) -> str:

@@ -7,6 +7,7 @@ import ssl
 from pathlib import Path
 from typing import Annotated, Any, Final
 
+import orjson
 import typer
 
 from sllm_node.cli.output import fail
@@ -28,6 +29,13 @@ ANSWER_S: Final = 60.0
 CONNECT_S: Final = 15.0
 _WAITING: Final = ("load", "unload", "pull", "pin")
 """Acts on a model that end when it is loaded, fetched or free; only an operator knows when that is too late."""
+_TOLD: Final = {
+    "status": "node", "wishes": "aliases", "cancel": "cancelled", "move": "migration",
+    "drain": "draining", "undrain": "draining", "register": "url", "unregister": "model",
+    **dict.fromkeys(("load", "unload", "pull", "pin", "unpin"), "state"),
+    **dict.fromkeys(("scale", "unscale", "set", "unset"), "missed"),
+}  # fmt: skip
+"""The last part of a path -> what every node tells there, and nothing else that may listen."""
 Target = tuple[str, str | None, Path | None]
 
 
@@ -35,7 +43,7 @@ def quoted(name: str) -> str:
     """Return a name as a part of a path."""
     from urllib.parse import quote
 
-    return quote(name, safe="")
+    return quote(name, safe="", errors="surrogateescape")  # of an argument that is no UTF-8
 
 
 def limit_of(path: str) -> float | None:
@@ -70,12 +78,24 @@ def call(
     if key and has_control_characters(key):
         fail("the key has control characters, which no request can carry; see --key, SLLM_NODE_KEY")
     limit_s = limit_of(path) if limit_s is None else limit_s
-    return asyncio.run(_request(method, url.rstrip("/") + path, key, body, limit_s))
+    where = url.rstrip("/") + path
+    status, answer = asyncio.run(_request(method, where, key, body, limit_s))
+    if status >= 400 and (message := _message(answer)):
+        hint = " (--key, SLLM_NODE_KEY, or --config of the node)" if status == 401 else ""
+        fail(f"{message}{hint}")
+    told = _TOLD[path.rpartition("/")[2]]
+    if status >= 400 or not isinstance(answer, dict) or told not in answer:
+        fail(
+            f"what answers at {where} (status {status}) is no sllm_node; name the node's address: "
+            "--url, SLLM_NODE_URL, or --config of the node"
+        )
+    return answer
 
 
 async def _request(
     method: str, url: str, key: str | None, body: dict[str, Any] | None, limit_s: float | None
-) -> dict[str, Any]:
+) -> tuple[int, object]:
+    """Return the status of an answer, and what it says; None: no JSON."""
     import aiohttp
 
     timeout = aiohttp.ClientTimeout(total=limit_s, sock_connect=CONNECT_S)
@@ -85,14 +105,11 @@ async def _request(
             aiohttp.ClientSession(headers=headers, timeout=timeout) as session,
             session.request(method, url, json=body) as response,
         ):
-            answer = await response.json(content_type=None)
-            if not isinstance(answer, dict):
-                fail(f"what answers at {url} is no sllm_node")
-            if response.status == 401:
-                fail(f"{_message(answer)} (--key, SLLM_NODE_KEY, or --config of the node)")
-            if response.status >= 400:
-                fail(_message(answer) or str(response.reason))
-            return answer
+            raw = await response.read()
+            try:
+                return response.status, orjson.loads(raw)
+            except orjson.JSONDecodeError:
+                return response.status, None
     except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError):
         fail(f"{url!r} is no URL; write http://HOST:PORT")
     except aiohttp.ClientConnectorError as error:
@@ -105,8 +122,6 @@ async def _request(
             f"no answer from {url} in {limit_s:g} s: the node hangs (its log says more), or something "
             "else listens there"
         )
-    except ValueError:
-        fail(f"what answers at {url} is no sllm_node")
 
 
 def reason(error: OSError) -> str:
@@ -117,5 +132,8 @@ def reason(error: OSError) -> str:
     return os.strerror(number).lower() if number > 0 else str(error)
 
 
-def _message(answer: dict[str, Any]) -> str:
-    return str(answer.get("error", {}).get("message", ""))
+def _message(answer: object) -> str:
+    """Return what a node says of its refusal; nothing: no node says that."""
+    error = answer.get("error") if isinstance(answer, dict) else None
+    message = error.get("message") if isinstance(error, dict) else None
+    return message if isinstance(message, str) else ""

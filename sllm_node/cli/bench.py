@@ -10,6 +10,7 @@ import typer
 from sllm_node.cli.checkpoints import DEFAULT_STORE
 from sllm_node.cli.output import fail, print_json, print_table, say, tell
 from sllm_node.core.config import Config, StoreConfig, load_config
+from sllm_node.core.errors import StoreFolderError
 from sllm_node.core.types import ModelId
 from sllm_node.core.units import format_rate, format_size
 
@@ -125,6 +126,8 @@ def _beside_plain_reader(
     from sllm_node.store import bench
 
     rounds, warm_loads = counts
+    if not folder.is_dir():
+        raise StoreFolderError(str(folder), "is not there")
     checkpoint = Catalog(folder).get(ModelId(name))
     result = asyncio.run(
         bench.bench_load(

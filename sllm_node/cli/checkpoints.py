@@ -323,7 +323,7 @@ def _progress(title: str) -> "Iterator[Callable[[int, int], None]]":
     )
 
     columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(binary_units=True),
+        TextColumn("{task.description}", markup=False), BarColumn(), DownloadColumn(binary_units=True),
         TransferSpeedColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     console = Console(file=sys.stderr)

@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 CALL_S = 2.0
 """For how long a node is called that may not run."""
+_DIGITS_MOST = 6
+"""Of a number of replicas."""
 Folder = Annotated[Path, typer.Argument(help="the cluster's folder")]
 
 
@@ -139,7 +141,7 @@ def models(
 ) -> None:
     """Show the models of all nodes: where they are, how many replicas are desired, their other names."""
     target = (url, key, config)
-    report = call("GET", "/admin/status", target)["cluster"] or fail(
+    report = call("GET", "/admin/status", target).get("cluster") or fail(
         "the node is in no cluster (cluster.file)"
     )
     wishes = call("GET", "/admin/wishes", target)
@@ -201,8 +203,9 @@ def scale(
 ) -> None:
     """Keep between so many replicas of a model in the cluster; all nodes are told, and remember it."""
     least, dash, most = replicas.partition("-")
-    if not (least.isdigit() and (most.isdigit() or not dash)):
-        fail(f"{replicas!r} is not MIN-MAX, as in 1-3")
+    numbers = (least, most) if dash else (least,)
+    if not all(one.isdecimal() and len(one) <= _DIGITS_MOST for one in numbers):
+        fail(f"{replicas[:40]!r} is not MIN-MAX, as in 1-3")
     body = {"minimum": int(least), "maximum": int(most or least), "keep_alive_s": keep_alive_s}
     report = call("POST", f"/admin/models/{quoted(model)}/scale", (url, key, config), body)
     _told(report, "{model}: {minimum} to {maximum} replicas".format(**report))

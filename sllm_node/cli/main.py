@@ -10,7 +10,7 @@ import typer
 
 from sllm_node import __version__
 from sllm_node.cli import bench, checkpoints, cluster, remote, simulate
-from sllm_node.cli.output import fail, print_json, say, tell
+from sllm_node.cli.output import end_stdout, fail, print_json, say, show_any_text, tell
 from sllm_node.cluster.named_files import load_cluster
 from sllm_node.core.config import Config, config_schema, load_config
 from sllm_node.core.errors import SllmError
@@ -126,9 +126,14 @@ def _show_findings(file: Path, findings: "list[Finding]", *, as_json: bool) -> N
 
 def main() -> None:
     """Run the command line; a typed error becomes one message and exit status 1."""
+    show_any_text()
     try:
         app()
     except SllmError as error:
         fail(str(error))
+    except UnicodeEncodeError as error:
+        fail(f"{error.object[error.start : error.end]!a} of an argument is no text in UTF-8")
     except KeyboardInterrupt:
         sys.exit(130)
+    finally:
+        end_stdout()

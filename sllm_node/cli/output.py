@@ -1,6 +1,10 @@
 """How commands speak: results on stdout, messages on stderr, JSON where it was asked for."""
 
+import io
+import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final, Literal, NoReturn
 
 import orjson
@@ -17,7 +21,8 @@ FOLDED: Final = 24
 
 def say(text: str) -> None:
     """Print a result."""
-    print(text)
+    with _printing():
+        print(text)
 
 
 def tell(text: str) -> None:
@@ -31,16 +36,46 @@ def fail(message: str) -> NoReturn:
     sys.exit(1)
 
 
+def show_any_text() -> None:
+    """Let stdout show escaped what it has no letter for, as stderr does."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def end_stdout() -> None:
+    """Write what stdout has kept until now."""
+    if sys.stdout is not None:
+        with _printing():
+            sys.stdout.flush()
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Fail if stdout can't be written, as on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        sys.stdout = None  # Python would try again at the end, and print a traceback
+        if isinstance(error, BrokenPipeError):  # the reader has enough
+            sys.exit(1)
+        fail(f"the output can't be written: {error.strerror}")
+
+
 def print_json(value: Any) -> None:
     """Print `value` as indented JSON."""
-    print(orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS).decode())
+    try:
+        text = orjson.dumps(value, option=orjson.OPT_INDENT_2 | orjson.OPT_SORT_KEYS).decode()
+    except orjson.JSONEncodeError:  # a file's name that is no UTF-8
+        text = json.dumps(value, indent=2, sort_keys=True)
+    say(text)
 
 
 def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
     """Print rows under their columns; a name that begins with ">" makes its column right-aligned.
 
     On a terminal that is too narrow the last column folds, down to `FOLDED`; the terminal wraps what is
-    left over, and nothing is cut off. Elsewhere nothing folds.
+    left over, and nothing is cut off. Elsewhere nothing folds. A cell is shown letter by letter: names of
+    clients have what rich takes for markup, `[red]`, `[/x]` or `:smile:`.
     """
     from rich import box
     from rich.console import Console
@@ -57,6 +92,7 @@ def print_table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
         table.add_column(name, justify=justify, no_wrap=not is_last, overflow="fold")
     for row in rows:
         table.add_row(*row)
-    width = max(Console().width, least) if sys.stdout.isatty() else WIDE
+    width = max(Console().width, least) if sys.stdout and sys.stdout.isatty() else WIDE
     # A terminal that tells nothing of itself would get 80 columns, were the height not given, too.
-    Console(width=width, height=25).print(table)
+    with _printing():
+        Console(width=width, height=25, markup=False, emoji=False).print(table)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from sllm_node.cli.asking import reason
 from sllm_node.cli.output import fail, print_json, print_table, say, tell
 
 if TYPE_CHECKING:
@@ -49,9 +50,12 @@ def simulate(  # noqa: PLR0913 - a command has as many options as it has
     if mechanisms not in MECHANISMS:
         fail(f"--mechanisms: {mechanisms} is unknown; there are {', '.join(MECHANISMS)}")
     rows = _rows(trace, seed, scale, (start_s, duration_s))
-    reports = [_run(described, rows, (name, mechanisms), seed, out) for name in names]
-    if out is not None:
-        _write(reports, out)
+    try:
+        reports = [_run(described, rows, (name, mechanisms), seed, out) for name in names]
+        if out is not None:
+            _write(reports, out)
+    except OSError as error:
+        fail(f"--out {out}: {reason(error)}; name a folder that can be written, or a new one")
     if as_json:
         import msgspec
 
@@ -61,18 +65,26 @@ def simulate(  # noqa: PLR0913 - a command has as many options as it has
 
 
 def _rows(trace: str, seed: int, scale: float, stretch: tuple[float, float]) -> "list[Row]":
-    from sllm_node.sim.trace import cut, gamma_rows, parse_gamma, read_rows, scaled
+    from sllm_node.sim.trace import cut, gamma_rows, parse_gamma, read_rows
 
     if trace.startswith("gamma:"):
-        return scaled(gamma_rows(parse_gamma(trace), seed), scale, seed)
+        return _scaled(gamma_rows(parse_gamma(trace), seed), scale, seed)
     try:
-        text = Path(trace).read_text(encoding="utf-8")
+        text = Path(trace).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         fail(f"the trace {trace} can't be read: {error}; name a CSV file or gamma:...")
-    rows = scaled(cut(read_rows(text.splitlines(), trace), *stretch), scale, seed)
+    rows = _scaled(cut(read_rows(text.splitlines(), trace), *stretch), scale, seed)
     if not rows:
         fail(f"the trace {trace} has no requests in this stretch; see --start-s, --duration-s")
     return rows
+
+
+def _scaled(rows: "list[Row]", scale: float, seed: int) -> "list[Row]":
+    from sllm_node.sim.trace import REQUESTS_MOST, scaled
+
+    if max(1, len(rows)) * scale > REQUESTS_MOST:
+        fail(f"--scale {scale:g} makes more than {REQUESTS_MOST:,} requests of {len(rows):,}")
+    return scaled(rows, scale, seed)
 
 
 def _run(

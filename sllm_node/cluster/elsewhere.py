@@ -85,13 +85,19 @@ class Elsewhere(Generic[CodecT]):
         held, _ = self.find(model)
         return held is not None and self.texts.get_now(held) is not None
 
-    def context_limit(self, model: ModelId) -> int | None:
-        """Return how many tokens a session of a model of peers can have where most fit; None: they have none."""
-        told = [held for held, _ in (*self._told(model), *self._told_by_absent(model))]
+    def context_limit(self, model: ModelId, here: int | None) -> int | None:
+        """Return how many tokens a session can have at the node where most fit; None: nobody has the model.
+
+        `here`: at this node; None: it does not have it. Who can't be asked now counts if nobody else has it.
+        """
+        told = self._told(model)
+        if not told and here is None:
+            told = self._told_by_absent(model)
         if not told:
-            return None
-        known = self.texts.get_now(told[0]) if len(told) == 1 else None
-        return known.context_tokens if known else max(held.context_tokens for held in told)
+            return here
+        most = max(held.context_tokens for held, _ in told)
+        known = None if most else self.texts.get_now(told[0][0])  # an older release does not tell
+        return max(known.context_tokens if known else most, here or 0)
 
     async def codec(self, model: ModelId) -> CodecT | None:
         """Return the codec of a model of peers, as patiently as a session waits for a node to run on.

@@ -76,7 +76,7 @@ class RoutedStream:
         """Where it is now, or was last."""
         self._ways, self._clock = ways, tools.clock
         self._parts = Parts(ways, tools, keep_alive_s)
-        self._retries = Retries(request, ways, tools)
+        self._retries = Retries(request, self.as_it_stands, ways, tools)
         self._placed = tools.clock.now()
         self._output = Output()
         self._part: Part | None = None
@@ -232,13 +232,8 @@ class RoutedStream:
 
     def _make(self, choice: Choice, asked: Open, migration: str = "") -> Part:
         waited_s = self._course.waited_s(self._clock.now())
-        request = replace(self._as_it_stands(), held=asked.is_held, waited_s=waited_s)
+        request = replace(self.as_it_stands(), held=asked.is_held, waited_s=waited_s)
         return self._parts.make(request, choice, asked, migration)
-
-    def _as_it_stands(self) -> GenerationRequest:
-        if not self._output.tokens:
-            return replace(self.request, weights=None)
-        return replace(self.request, resumed=(*self.request.resumed, *self._output.tokens))
 
     def take(self, part: Part, record: Record) -> bool:
         """Take a record of a node that serves it, or is to; return whether it was the last."""
@@ -279,7 +274,7 @@ class RoutedStream:
         self._ways.started(choice, self.request.model, now - self._placed, granted.waited)
 
     def _computed_with(self, weights: Weights | None) -> None:
-        self.request = self._retries.request = replace(self.request, weights=weights)
+        self.request = replace(self.request, weights=weights)
 
     def _give(self, chunk: GenerationChunk) -> None:
         now = self._clock.now()
@@ -304,9 +299,15 @@ class RoutedStream:
         """The id of the move that is under way."""
         return None if self._move is None else self._move.report.id
 
+    def as_it_stands(self) -> GenerationRequest:
+        """Return its request with the tokens so far; without any, whatever weights may serve it."""
+        if not self._output.tokens:
+            return replace(self.request, weights=None)
+        return replace(self.request, resumed=(*self.request.resumed, *self._output.tokens))
+
     def tokens_from(self, position: int) -> TokenIds:
         """Return the output tokens from `position` on."""
-        return self._as_it_stands().resumed[position:]
+        return self.as_it_stands().resumed[position:]
 
     @property
     def _has_node(self) -> bool:

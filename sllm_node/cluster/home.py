@@ -73,6 +73,13 @@ class HomeStream:
         """Its request, with the weights that it began with."""
         return replace(self._stream.request, weights=self._stream.weights)
 
+    def as_it_stands(self) -> GenerationRequest:
+        """Return its request with the tokens so far."""
+        if self.routed is not None:
+            return self.routed.as_it_stands()
+        request = self.request
+        return replace(request, resumed=(*request.resumed, *self._tokens))
+
     def __aiter__(self) -> Self:
         return self
 
@@ -195,7 +202,7 @@ def onward(
     if before is None:
         return request, choose(request, frozenset({me}) if is_draining else frozenset()), None
     begun = home.begun()
-    asked = request if begun.tokens else replace(request, weights=None)
+    asked = home.as_it_stands() if begun.tokens else replace(request, weights=None)
     if not may_pass(before) and choose(asked, frozenset({me})) is None:
         raise before
     here = Choice(me, "load", "it was to be loaded here")

@@ -210,7 +210,7 @@ class Movers:
 
     def _choose(self, session: Carried, excluded: frozenset[NodeId]) -> Choice | None:
         view = self._peers.view
-        asked = asked_for(view, session.request)
+        asked = asked_for(view, session.as_it_stands())
         return choose(view, asked, self._peers.me, self._clock.now(), excluded)
 
     def _at(self, session: Carried) -> NodeId:

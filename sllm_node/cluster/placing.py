@@ -94,7 +94,9 @@ class Placing:
 
 def asked_for(view: ClusterView, request: GenerationRequest) -> PlacementRequest:
     """Return what is to be placed for a request: with so many tokens, and the weights that it began with."""
-    return request_for(view, request.model, request.priority, request.tokens_max, request.weights)
+    return request_for(
+        view, request.model, request.priority, request.tokens_needed, request.weights
+    )
 
 
 def _is_told_at_once(choice: Choice) -> bool:

@@ -12,7 +12,7 @@ from sllm_node.core.alarm import Alarm
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import GivenBackError
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import ModelId, ModelState
+from sllm_node.core.types import GenerationRequest, ModelId, ModelState
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.stream import request_of
 
@@ -55,9 +55,10 @@ class Rebalancing:
         waiting = outlook.waiting()
         if not waiting:
             return
-        waiters = [Waiter(one.session, one.model, one.age_s) for one in waiting]
+        now = self._clock.now()
+        waiters = [_waiter(one.request, now - one.opened) for one in waiting]
         self._peers.refresh()
-        models = {one.session: one.model for one in waiting}
+        models = {one.session: one.model for one in waiters}
         coming = {m for m in models.values() if outlook.view(m).state is ModelState.LOADING}
         kept = self._kept() | coming  # with the last who waits, a load under way would be aborted
         why = "another node has a place"
@@ -67,3 +68,8 @@ class Rebalancing:
                 fields = {"session": session, "model": models[session]}
                 with logs.of_request(request_of(session)):
                     log.info("waiting session given back", extra=fields)
+
+
+def _waiter(request: GenerationRequest, waited_s: float) -> Waiter:
+    tokens, weights = request.tokens_needed, request.weights
+    return Waiter(request.session, request.model, waited_s, tokens, weights)

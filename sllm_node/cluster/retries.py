@@ -4,7 +4,8 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Final
 
 from sllm_node.checkpoint.cards import PEERS
@@ -59,9 +60,13 @@ ABSENT: Final = "the nodes that have it can't be reached"
 class Retries:
     """What one session has met with."""
 
-    def __init__(self, request: GenerationRequest, ways: Ways, tools: Tools) -> None:
+    def __init__(
+        self, request: GenerationRequest, stands: Callable[[], GenerationRequest],
+        ways: Ways, tools: Tools,
+    ) -> None:  # fmt: skip
+        """`stands`: returns the request with what there is of its output by now."""
         self.request = request
-        """With the weights that it began with."""
+        self._stands = stands
         self._ways = ways
         self._clock = tools.clock
         self._patience_s, self._silence_s = tools.limits.patience_s, tools.limits.silence_s
@@ -161,8 +166,7 @@ class Retries:
             now = self._clock.now()
             if now - looked_at >= LOOK_S:
                 looked_at = now
-                excluded = frozenset({*self._excluded, *self._unfit, to})
-                found = self._ways.choose(self.request, excluded)
+                found = self._find({*self._excluded, *self._unfit, to})
                 startup_s = math.inf if found is None else found.startup_s
                 if found and startup_s is not None and startup_s < move.needs_s(self._patience_s):
                     move.stop("failed", f"its source is lost, and node {found.node!r} is sooner")
@@ -191,7 +195,7 @@ class Retries:
             SessionLostError: it has tokens, and no node could take it in time.
             SllmError: `error`, as no node can take it.
         """
-        while (choice := self._find(has_tokens=has_tokens)) is None:
+        while (choice := self._find(self._excluded | self._unfit)) is None:
             error = self._as_absence(error)
             if not (has_tokens or may_pass(error)):
                 raise error
@@ -205,9 +209,8 @@ class Retries:
             await self._ways.changed(min(left_s, LOOK_S))  # nobody tells that this node can again
         return choice
 
-    def _find(self, *, has_tokens: bool) -> Choice | None:
-        asked = self.request if has_tokens else replace(self.request, weights=None)
-        return self._ways.choose(asked, frozenset(self._excluded | self._unfit))
+    def _find(self, excluded: AbstractSet[NodeId]) -> Choice | None:
+        return self._ways.choose(self._stands(), frozenset(excluded))
 
     def _as_loss(self, error: SllmError) -> SessionLostError:
         """Return what the reader of a session gets that no node went on with."""
@@ -221,7 +224,7 @@ class Retries:
         """Return what it means that no node is left with a model that was there when the session came."""
         model = self.request.model
         if isinstance(error, PromptTooLongError):
-            if self._ways.choose(self.request, frozenset(self._unfit)) is not None:
+            if self._find(self._unfit) is not None:
                 return NoPlaceError(model, "the nodes where it fits can't take it now", REFUSED_S)
         elif isinstance(error, ModelNotFoundError) and self._ways.standing(model) is not None:
             return NoPlaceError(model, ABSENT, REFUSED_S)

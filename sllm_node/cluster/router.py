@@ -7,6 +7,7 @@ nodes. What an operator does to models (load, pin, unload) is this node's alone.
 
 import asyncio
 import logging
+from contextlib import suppress
 from typing import Any, Generic
 
 from sllm_node.cluster import shown
@@ -38,13 +39,7 @@ from sllm_node.core.errors import (
     SllmError,
 )
 from sllm_node.core.metrics import Metrics
-from sllm_node.core.types import (
-    GenerationRequest,
-    ModelId,
-    ModelStatus,
-    NodeId,
-    SessionStatus,
-)
+from sllm_node.core.types import GenerationRequest, ModelId, ModelStatus, NodeId, SessionStatus
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.hints import LONG_CHARACTERS
 from sllm_node.schedule.ports import CodecT
@@ -121,12 +116,12 @@ class Router(Generic[CodecT]):
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have where most fit."""
-        limit = self.elsewhere.context_limit(ModelId(model))
-        try:
-            return max(self._service.context_limit(model), limit or 0)
-        except (ModelNotFoundError, CheckpointError) as error:
-            if limit is None:
-                self.acts.refuse(model, error)
+        here: int | None = None
+        with suppress(ModelNotFoundError, CheckpointError):
+            here = self._service.context_limit(model)
+        limit = self.elsewhere.context_limit(ModelId(model), here)
+        if limit is None:
+            raise self.acts.unknown(model)
         return limit
 
     @property
@@ -150,7 +145,9 @@ class Router(Generic[CodecT]):
         excluded: frozenset[NodeId] = frozenset()
         choice = self.choose(request, excluded)
         choice = choice and self.hints.followed(request, choice)
-        is_absent = choice is None and self.elsewhere.is_absent(request.model, request.tokens_max)
+        is_absent = choice is None and self.elsewhere.is_absent(
+            request.model, request.tokens_needed
+        )
         is_mine = choice is None or choice.node == self._peers.me
         if not is_absent and is_mine and not self._comes_from_peer(request.model, choice):
             try:

@@ -8,7 +8,7 @@ with its default and one line of meaning; a test holds the two together.
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Final, Literal, get_args, get_origin
 
 import msgspec
 from msgspec import Meta
@@ -18,8 +18,13 @@ from sllm_node.core.errors import ConfigError
 from sllm_node.core.types import ResumeMode
 from sllm_node.core.units import parse_size
 
-Count = Annotated[int, Meta(ge=1)]
-NotNegative = Annotated[int, Meta(ge=0)]
+MOST: Final = 1_000_000
+"""What a key may count; more is a slip of the finger, and what is made of it fails late, or not at all."""
+THREADS_MOST: Final = 1024
+Count = Annotated[int, Meta(ge=1, le=MOST)]
+NotNegative = Annotated[int, Meta(ge=0, le=MOST)]
+Threads = Annotated[int, Meta(ge=1, le=THREADS_MOST)]
+Priority = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 Seconds = Annotated[float, Meta(ge=0, le=LONGEST_S)]
 SomeSeconds = Annotated[float, Meta(gt=0, le=LONGEST_S)]
 Name = Annotated[str, Meta(min_length=1)]
@@ -59,7 +64,7 @@ class StoreConfig(Section, frozen=True):
     pool_bytes: ByteSize = _size("4GiB")
     chunk_bytes: ByteSize = _size("16MiB")
     huge_pages: bool = True
-    reader_threads: Count = 8
+    reader_threads: Threads = 8
     max_concurrent_loads: Count = 2
     verify: Literal["first", "always", "never"] = "first"
     verify_on_device: bool = True
@@ -99,7 +104,7 @@ class EngineConfig(Section, frozen=True):
     inter_token_target_s: Seconds = 0.05
     resume: ResumeMode = "fast"
     launch_ahead: Literal["auto", "always", "never"] = "auto"
-    torch_threads: NotNegative = 0
+    torch_threads: Annotated[int, Meta(ge=0, le=THREADS_MOST)] = 0
     overlap_load: bool = True
     stall_after_s: Seconds = 120.0
     graphs_max: Count = 4096
@@ -151,7 +156,7 @@ class ModelConfig(Section, frozen=True):
 
     preload: bool = False
     pinned: bool = False
-    priority: int = 0
+    priority: Priority = 0
     keep_alive_s: float | None = None
 
 
@@ -165,7 +170,7 @@ class RemoteConfig(Section, frozen=True):
     region: Name | None = None
     credentials_file: Name | None = None
     anonymous: bool = False
-    fetch_threads: Count = 16
+    fetch_threads: Threads = 16
     timeout_s: SomeSeconds = 10.0
     retries: NotNegative = 4
 
@@ -206,7 +211,7 @@ def parse_toml(text: str, origin: str) -> dict[str, Any]:
         ConfigError: it is no TOML.
     """
     try:
-        return tomllib.loads(text)
+        return tomllib.loads(text.removeprefix("\ufeff"))  # of editors that mark UTF-8
     except ValueError as error:  # TOMLDecodeError, or a number of thousands of digits
         raise ConfigError(origin, (f"is no TOML: {error}",)) from error
 
@@ -306,6 +311,9 @@ def _named_problems(kind: type[msgspec.Struct], key: str, tree: object) -> Itera
 
 
 def _value_problems(kind: Any, value: object, where: str) -> Iterator[str]:
+    if isinstance(value, str) and "\0" in value:
+        yield f"{where} = {_shown(value)}: has a NUL character, which no path can have; remove it"
+        return
     try:
         msgspec.convert(value, kind, dec_hook=decode_value)
     except (msgspec.ValidationError, ValueError) as error:

@@ -220,11 +220,15 @@ class GenerationRequest:
     """How long it has waited for its turn before it came here, at other nodes or given back by this one."""
     weights: Weights | None = None
     """What `resumed` was computed with: with other weights it does not go on. None: nothing was, or it is not told."""
+    open_ended: bool = False
+    """Its client named no limit: `max_tokens` is what fits where most does, and a node with less room ends it
+    where that ends."""
 
     @property
-    def tokens_max(self) -> int:
-        """Return how many tokens its session may come to have, prompt and output."""
-        return len(self.prompt) + self.max_tokens
+    def tokens_needed(self) -> int:
+        """Return for how many tokens a node must have room, prompt and output; open-ended: for the next one."""
+        output = len(self.resumed) + 1 if self.open_ended else self.max_tokens
+        return len(self.prompt) + output
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from sllm_node.engine.generation import Generation, finish_of, logprob_of
 from sllm_node.engine.interleave import Job
 from sllm_node.engine.offloading import with_copies
 from sllm_node.engine.parts import Parts
-from sllm_node.engine.refusals import check_capacity, check_request
+from sllm_node.engine.refusals import check_capacity, check_request, ended_by_room
 from sllm_node.engine.runner import Runner, StepPart, step_parts
 from sllm_node.engine.sampling import Drawn
 from sllm_node.engine.session import Session
@@ -122,6 +122,8 @@ class Engine:
             raise EngineError(parts.name, "it is closed")
         check_request(request, parts.context_tokens, parts.codec.vocabulary_size)
         check_capacity(request, parts.blocks.capacity_tokens)
+        room = min(parts.context_tokens, parts.blocks.capacity_tokens)
+        request = ended_by_room(request, room)
         self._last_number += 1
         session = Session(request, self._last_number, self._resume)
         text = parts.codec.text_state(request.stop, request.resumed, request.prompt)

@@ -4,7 +4,6 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final, Protocol
 from weakref import WeakSet
@@ -15,13 +14,14 @@ from sllm_node.checkpoint.catalog import Checkpoint
 from sllm_node.checkpoint.split import Cut, split
 from sllm_node.core.clock import Clock
 from sllm_node.core.config import EngineConfig
-from sllm_node.core.errors import KvMemoryError, SllmError
+from sllm_node.core.errors import KvMemoryError
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import GenerationRequest, ModelId, Share, Stall
 from sllm_node.core.units import align_up
 from sllm_node.device.base import Device, DeviceRange
 from sllm_node.device.optional import step_kernels
 from sllm_node.engine.arriving import Arrival, Arriving, EarlyThreads, needs_of
+from sllm_node.engine.beforehand import import_for, read_codec, read_token_bytes
 from sllm_node.engine.blocks import Blocks
 from sllm_node.engine.decode_batch import DecodeBatch
 from sllm_node.engine.decode_ops import DecodeOps, KernelOps
@@ -30,21 +30,16 @@ from sllm_node.engine.fused import FusedDecoder
 from sllm_node.engine.graphs import CudaGraphs
 from sllm_node.engine.interleave import Interleaving, Order
 from sllm_node.engine.kept import KvPlace, Skeleton, build, layers_on
-from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token, token_bytes_from_config
+from sllm_node.engine.kv import KvCache, KvMemory, bytes_per_token
 from sllm_node.engine.offload import Pool, Room
 from sllm_node.engine.offloading import Offloads
 from sllm_node.engine.parts import Parts
 from sllm_node.engine.refusals import check_capacity, check_request
 from sllm_node.engine.scratch import ScratchMemory
-from sllm_node.engine.skeleton import (
-    Model,
-    build_skeleton,
-    common_window,
-    read_config,
-)
+from sllm_node.engine.skeleton import Model, common_window
 from sllm_node.engine.step_graphs import StepGraphs
 from sllm_node.engine.steps import Gate, StepThread
-from sllm_node.engine.text import TextCodec, load_codec
+from sllm_node.engine.text import TextCodec
 from sllm_node.engine.turns import Turns
 from sllm_node.engine.weights import WeightPart
 
@@ -169,8 +164,8 @@ class Engines:
             CheckpointFormatError: one of them can't be used.
         """
         loop = asyncio.get_running_loop()
-        codec, token_bytes = await loop.run_in_executor(self._readers, _read_codec, directory)
-        self._capacity[directory] = self._blocks_for(token_bytes) * self._config.block_tokens
+        codec, token_bytes = await loop.run_in_executor(self._readers, read_codec, directory)
+        self._learn(directory, token_bytes)
         return codec
 
     async def skeleton(self, checkpoint: Checkpoint) -> Skeleton:
@@ -354,10 +349,17 @@ class Engines:
             device.check()
 
     async def warm(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Import what these models need before the first request: seconds, once per architecture."""
+        """Import what these models need before the first request: seconds, once per architecture.
+
+        And learn how many tokens fit, which other nodes are told.
+        """
         found = {checkpoint.index.architecture: checkpoint.path for checkpoint in checkpoints}
         for path in found.values():
-            await self._builder.run_alone(_import_for, path)
+            await self._builder.run_alone(import_for, path)
+        for checkpoint in checkpoints:
+            token_bytes = await self._builder.run_alone(read_token_bytes, checkpoint.path)
+            if token_bytes:
+                self._learn(checkpoint.path, token_bytes)
 
     def stalled(self) -> Stall | None:
         """Return why engines don't move, or None."""
@@ -382,16 +384,8 @@ class Engines:
             steps.close()
         self._readers.shutdown(wait=False, cancel_futures=True)
 
+    def _learn(self, directory: Path, token_bytes: int) -> None:
+        self._capacity[directory] = self._blocks_for(token_bytes) * self._config.block_tokens
+
     def _blocks_for(self, token_bytes: int) -> int:
         return self._config.kv_cache_bytes // (token_bytes * self._config.block_tokens)
-
-
-def _read_codec(directory: Path) -> tuple[TextCodec, int]:
-    return load_codec(directory), token_bytes_from_config(read_config(directory))
-
-
-def _import_for(directory: Path) -> None:
-    """Import the model's and the tokenizer's modules; a checkpoint with problems tells them later."""
-    with suppress(SllmError, OSError, ValueError):
-        build_skeleton(directory)
-        load_codec(directory)

@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Self
 
-from sllm_node.core.errors import SllmError
+from sllm_node.core.errors import PromptTooLongError, SllmError
 from sllm_node.core.types import (
     FinishReason,
     GenerationChunk,
@@ -100,9 +100,23 @@ class Generation:
         for token in tokens[len(session.output) - position :]:
             session.output.append(token)
             self.text.add(token)
+        if len(session.output) >= session.request.max_tokens:  # more than fits here
+            self._end_full(lets_go=lets_go)
+            return
         session.is_holding = not lets_go
         self._looked.set()
         self._on_work()
+
+    def _end_full(self, *, lets_go: bool) -> None:
+        """End a session that has no room for one more token: who has it goes on with it, unless this one has."""
+        if lets_go:
+            self.end_at_once("length")
+        else:
+            known, room = self.session.length, self.session.room_tokens
+            self._end(
+                PromptTooLongError(known + 1, room, "the node that it moves to", param="prompt")
+            )
+        self._on_cancel(self)
 
     def look(self) -> None:
         """See how far it is, after a step or new tokens."""
@@ -132,9 +146,11 @@ class Generation:
         if finish is not None:
             self._end()
 
-    def end_at_once(self) -> None:
+    def end_at_once(self, finish: FinishReason = "stop") -> None:
         """End a session whose resumed tokens are a whole answer already."""
-        self._unread.add(GenerationChunk("", (), (), "stop", self.text.scanner.found))
+        text = self.text.flush() if finish == "length" else ""
+        stop_text = self.text.scanner.found
+        self._unread.add(GenerationChunk(text, (), (), "stop" if stop_text else finish, stop_text))
         self._end()
 
     def fail(self, error: SllmError) -> None:

@@ -1,5 +1,7 @@
 """What of a request can never be served, known before anything of it is computed."""
 
+from dataclasses import replace
+
 from sllm_node.core.errors import InvalidRequestError, PromptTooLongError
 from sllm_node.core.types import GenerationRequest
 from sllm_node.engine.sampling import check_parameters
@@ -21,9 +23,7 @@ def check_request(request: GenerationRequest, context_tokens: int, vocabulary: i
         raise InvalidRequestError("a stop string is empty", param="stop")
     if len(request.resumed) >= request.max_tokens:
         raise InvalidRequestError("nothing is left to generate", param="max_tokens")
-    wanted = request.tokens_max
-    if wanted > context_tokens:
-        raise PromptTooLongError(wanted, context_tokens, "the model's context")
+    _check_room(request, context_tokens, "the model's context")
     if vocabulary is not None:
         tokens = (*request.prompt, *request.resumed)
         if min(tokens) < 0 or max(tokens) >= vocabulary:
@@ -38,6 +38,18 @@ def check_capacity(request: GenerationRequest, capacity_tokens: int) -> None:
     Raises:
         PromptTooLongError: prompt and output exceed them.
     """
-    wanted = request.tokens_max
-    if wanted > capacity_tokens:
-        raise PromptTooLongError(wanted, capacity_tokens, "KV memory (engine.kv_cache_bytes)")
+    _check_room(request, capacity_tokens, "KV memory (engine.kv_cache_bytes)")
+
+
+def ended_by_room(request: GenerationRequest, room_tokens: int) -> GenerationRequest:
+    """Return the request with an end: an open-ended one's output ends with the room for prompt and output."""
+    left = room_tokens - len(request.prompt)
+    if not request.open_ended or request.max_tokens <= left:
+        return request
+    return replace(request, max_tokens=left)
+
+
+def _check_room(request: GenerationRequest, room_tokens: int, reason: str) -> None:
+    if request.tokens_needed > room_tokens:
+        param = "prompt" if request.open_ended else "max_tokens"
+        raise PromptTooLongError(request.tokens_needed, room_tokens, reason, param=param)

@@ -91,6 +91,11 @@ class Session:
         return len(self.request.prompt) + len(self.output)
 
     @property
+    def room_tokens(self) -> int:
+        """Tokens that it may have: prompt and output."""
+        return len(self.request.prompt) + self.request.max_tokens
+
+    @property
     def pending(self) -> int:
         """Tokens that are known or coming and not planned; 1 while it decodes."""
         return self.length + self.coming - self.planned - self.is_holding

@@ -12,12 +12,13 @@ from typing import Any
 from sllm_node.checkpoint.catalog import Catalog
 from sllm_node.core.config import Config
 from sllm_node.core.errors import SllmError
-from sllm_node.core.types import ModelId, ModelState, NodeId, SessionId, SessionStatus, Tier
+from sllm_node.core.types import ModelId, ModelState, NodeId, SessionId, Tier
 from sllm_node.schedule.actions import ModelView, ReplicaView, TicketId
 from sllm_node.schedule.estimate import PEER, LoadEstimator
 from sllm_node.schedule.ports import Engines, WeightStore
 from sllm_node.schedule.scheduler import Scheduler
 from sllm_node.schedule.sessions import Sessions
+from sllm_node.schedule.stream import Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class Outlook:
             asked.session, len(asked.prompt), output, asked.priority, moved_at, stream.entry
         )
 
-    def waiting(self) -> list[SessionStatus]:
+    def waiting(self) -> list[Stream]:
         """Return the sessions that wait for their turn, in order of arrival; not those that move here."""
         return self._sessions.waiting()
 

@@ -45,10 +45,10 @@ class Sessions:
         ]
         return sorted(found, key=lambda stream: -stream.request.priority)
 
-    def waiting(self) -> list[SessionStatus]:
+    def waiting(self) -> list[Stream]:
         """Return who waits here and could as well elsewhere: not sessions that move here, and run meanwhile."""
         return [
-            stream.session_status()
+            stream
             for stream in self._streams.values()
             if not (stream.is_granted or stream.request.held)
         ]

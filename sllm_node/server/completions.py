@@ -368,6 +368,7 @@ def _generation(
         prompt=prompt,
         sampling=sampling,
         max_tokens=wish.max_tokens or left,
+        open_ended=wish.max_tokens is None,
         stop=wish.stop,
         ignore_eos=request.ignore_eos,
         logprobs=wish.logprobs,

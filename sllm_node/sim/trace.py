@@ -6,8 +6,9 @@ drawn by popularity. The same seed gives the same requests.
 """
 
 import csv
+import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from datetime import datetime
 from typing import Final
 
@@ -16,6 +17,11 @@ import numpy as np
 from sllm_node.core.errors import ConfigError
 
 SPREAD_S: Final = 1.0
+REQUESTS_MOST: Final = 10_000_000
+"""Of a Gamma process; each is an object in memory."""
+CV_LEAST: Final = 0.01
+CV_MOST: Final = 100.0
+"""Beyond them no gap can be drawn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +93,12 @@ def parse_gamma(text: str) -> Gamma:
     except (KeyError, ValueError, TypeError) as error:
         what = "write gamma:rate=20,cv=8,duration=600,in=512,out=128; rate must be there"
         raise ConfigError(text, (f"is no Gamma process ({error}); {what}",)) from error
-    if min(gamma.rate, gamma.cv, gamma.duration_s, gamma.tokens_in, gamma.tokens_out) <= 0:
-        raise ConfigError(text, ("every number must be above 0",))
+    if not all(0 < number < math.inf for number in astuple(gamma)):
+        raise ConfigError(text, ("every number must be above 0, and have an end",))
+    if not CV_LEAST <= gamma.cv <= CV_MOST:
+        raise ConfigError(text, (f"cv must be from {CV_LEAST:g} to {CV_MOST:g}",))
+    if gamma.rate * gamma.duration_s > REQUESTS_MOST:
+        raise ConfigError(text, (f"rate * duration is above {REQUESTS_MOST:,} requests",))
     return gamma
 
 

@@ -287,11 +287,11 @@ class World:
                 del self.connections[connection]
                 connection.task.cancel()
 
-    def open(self, entry, model, tokens=20, **options):
+    def open(self, entry, model, tokens=20, *, open_ended=False, **options):
         self.sessions += 1
         request = GenerationRequest(
             SessionId(f"{entry}-{self.sessions}-0"), ModelId(model), (1, 2), SamplingParameters(),
-            tokens,
+            tokens, open_ended=open_ended,
         )  # fmt: skip
         return self[entry].router.open(request, **options)
 

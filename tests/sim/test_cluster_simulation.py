@@ -11,6 +11,7 @@ import pytest
 
 from sllm_node.checkpoint.index import INDEX_FILE
 from sllm_node.cluster.packing import pack
+from sllm_node.cluster.texts import Known
 from sllm_node.cluster.wire import Forward, unpack_record
 from sllm_node.core import log as logs
 from sllm_node.core.errors import (
@@ -548,6 +549,68 @@ async def test_a_request_that_fits_at_no_node_that_is_there_waits_only_if_anothe
     await asyncio.sleep(1.0)
     world["a"].start()
     assert len(await read(stream)) == 300
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_request_without_a_limit_ends_where_its_node_does_though_another_tells_of_more(
+    world,
+):
+    for node in world.nodes.values():
+        node.rig.engines.capacity_tokens = 128
+    world["b"].rig.engines.told_tokens = CONTEXT_TOKENS  # it has not looked yet
+    await asyncio.sleep(1.5)
+    for entry in "ab":
+        limit = world[entry].router.context_limit("m")
+        assert limit == CONTEXT_TOKENS
+        assert len(await read(world.open(entry, "m", limit - 2, open_ended=True))) == 126
+
+
+@in_world(a=("m",), b=("m",), c=())
+async def test_a_session_without_a_limit_goes_on_where_there_is_less_room_and_ends_with_that(
+    world,
+):
+    world["b"].rig.engines.capacity_tokens = 128
+    await world["a"].service.load("m")
+    await asyncio.sleep(1.5)
+    for entry in "bc":
+        stream = world.open(entry, "m", CONTEXT_TOKENS - 2, open_ended=True)
+        await anext(stream)
+        assert stream.node == "a"
+        world[entry].router.move(stream.request.session, "b")
+        assert (await read(stream))[-1] == 126
+        assert stream.node == "b"
+
+
+@in_world(a=("m",), b=("m",), c=())
+async def test_a_dead_node_counts_in_no_limit_while_others_have_the_model(world):
+    world["b"].rig.engines.capacity_tokens = 128
+    await world["a"].service.load("m")
+    await asyncio.sleep(1.5)
+    streams = [world.open(entry, "m", CONTEXT_TOKENS - 2, open_ended=True) for entry in "bc"]
+    for stream in streams:
+        await anext(stream)
+        assert stream.node == "a"
+    await world["a"].crash()
+    for stream in streams:
+        assert (await read(stream))[-1] == 126
+        assert stream.node == "b"
+    assert [world[entry].router.context_limit("m") for entry in "bc"] == [128, 128]
+    await world["b"].crash()
+    await asyncio.sleep(4.0)
+    assert world["c"].router.context_limit("m") == CONTEXT_TOKENS
+
+
+@in_world(a=(), b=("m",))
+async def test_the_limit_follows_a_node_that_comes_back_with_more_room(world):
+    engines = world["b"].rig.engines
+    engines.capacity_tokens = 128
+    await asyncio.sleep(1.5)
+    elsewhere, known = world["a"].router.elsewhere, Known(None, 128)
+    elsewhere.texts = SimpleNamespace(get_now=lambda _: known)  # as it told with its tokenizer
+    assert world["a"].router.context_limit("m") == 128
+    engines.capacity_tokens = 256
+    await asyncio.sleep(1.5)
+    assert world["a"].router.context_limit("m") == 256
 
 
 # --- moves -----------------------------------------------------------------------------------------

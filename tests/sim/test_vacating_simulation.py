@@ -381,6 +381,18 @@ async def test_who_waits_where_all_is_full_goes_where_a_place_is_free_since(worl
 
 
 @in_world({"east": ("a",), "gate": (), "west": ("a",)}, "[placement]\nrebalance_s = 1.0\n")
+async def test_who_fits_nowhere_else_keeps_its_place_in_the_queue_though_others_have_places(world):
+    world["east"].rig.engines.capacity_tokens = 64
+    world["west"].service.outlook.slots = world["west"].service._scheduler._max_sessions = 1
+    await world["east"].service.load("a")
+    _, reading = await running(world, "gate", 400, at="west")
+    wanted = world.open("gate", "a", 100)
+    assert await read(wanted) == count(100)
+    assert (wanted.node, given_back(world, "west")) == ("west", 0)
+    assert await reading == count(400)
+
+
+@in_world({"east": ("a",), "gate": (), "west": ("a",)}, "[placement]\nrebalance_s = 1.0\n")
 async def test_who_moves_to_a_node_that_loads_for_it_is_not_given_back(world):
     stream, reading = await running(world, "gate", 300)
     world["west"].rig.engines.open_s = 5.0

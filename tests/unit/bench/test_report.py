@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -90,6 +91,16 @@ def test_the_short_form_has_a_line_for_everybody(report):
     assert len([line for line in lines if line.startswith("cached")]) == 5
     assert "7.000 s" in report.short()
     assert lines[-1].split() == ["ablation", "+bulk", "2.000", "s"]
+
+
+def test_names_and_remarks_are_told_letter_by_letter(report):
+    odd = result("random", sllm_node=[2.0])
+    odd.problems["broken"] = "KeyError: '[/x]' :smile: [red]"
+    told = replace(report, title="of /tmp/[/x]", scenarios=[odd], machine={
+        **report.machine, "command": "bench :smile:"
+    }).as_text()  # fmt: skip
+    for words in ("of /tmp/[/x]\n", "'[/x]' :smile: [red]", "bench :smile:\n"):
+        assert words in told
 
 
 def test_plots_are_drawn_where_matplotlib_is_installed(report, tmp_path):

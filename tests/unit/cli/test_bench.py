@@ -50,3 +50,21 @@ def test_what_cannot_be_compared_is_one_sentence(tmp_path, monkeypatch, capsys, 
         main()
     assert caught.value.code == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_store_that_is_not_there_is_told_as_such(tmp_path, monkeypatch, capsys):
+    command = ["sllm-node", "bench", "load", "a", "--store", f"{tmp_path}/nope"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit):
+        main()
+    assert f"the store folder {tmp_path}/nope: is not there" in capsys.readouterr().err
+
+
+def test_an_argument_that_is_no_text_is_one_sentence(tmp_path, monkeypatch, capsys):
+    options = ["--shape", "tiny", "--scenario", "cached", "--rounds", "1", "--no-probe", "--json"]
+    options += ["--contestants", "sllm_node", "--store", f"{tmp_path}/\udcff"]
+    monkeypatch.setattr(sys, "argv", ["sllm-node", "bench", "load", *options])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    assert "sllm-node: '\\udcff' of an argument is no text in UTF-8\n" in capsys.readouterr().err

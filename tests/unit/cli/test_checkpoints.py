@@ -51,6 +51,13 @@ def test_a_folder_is_converted_listed_inspected_verified_and_removed(tmp_path):
     assert json.loads(run("ls", "--store", folder, "--json").stdout)["checkpoints"] == []
 
 
+def test_a_name_with_colons_is_shown_letter_by_letter(tmp_path, monkeypatch):
+    make_checkpoint(tmp_path, "q:smile:b")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # else no bar is shown
+    assert "q:smile:b" in run("ls", "--store", tmp_path).stdout
+    assert "verifying q:smile:b" in run("verify", "q:smile:b", "--store", tmp_path).stderr
+
+
 def test_of_a_link_the_link_is_removed_and_what_stays_is_named(tmp_path):
     make_checkpoint(tmp_path / "disk", "large")
     folder = tmp_path / "store"

@@ -1,5 +1,8 @@
+import io
 import json
+import os
 import sys
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -87,3 +90,53 @@ def test_the_schema_is_json():
 
 def test_a_file_must_be_named():
     assert run("check-config").exit_code == 1
+
+
+def ended(monkeypatch, capsys, *arguments):
+    """Return how the program ends, and what it says on stderr."""
+    monkeypatch.setattr(sys, "argv", ["sllm-node", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    return caught.value.code, capsys.readouterr().err
+
+
+@contextmanager
+def writing(monkeypatch, raw, *, is_buffered=True):
+    """Let stdout write to `raw`."""
+    stream = io.TextIOWrapper(
+        io.BufferedWriter(raw) if is_buffered else raw, write_through=not is_buffered
+    )
+    monkeypatch.setattr(sys, "stdout", stream)
+    yield
+    with suppress(OSError):
+        stream.close()
+
+
+@pytest.mark.parametrize("is_buffered", [True, False])
+@pytest.mark.parametrize("asked", [("--version",), ("check-config", "--schema"), ("ls", "--store")])
+def test_output_that_cannot_be_written_is_one_sentence(
+    monkeypatch, capsys, tmp_path, asked, is_buffered
+):
+    folder = (str(tmp_path),) if asked[-1] == "--store" else ()
+    told = "sllm-node: the output can't be written: No space left on device\n"
+    with writing(monkeypatch, io.FileIO("/dev/full", "w"), is_buffered=is_buffered):
+        assert ended(monkeypatch, capsys, *asked, *folder) == (1, told)
+
+
+def test_a_reader_that_has_enough_is_told_nothing(monkeypatch, capsys):
+    reading, written = os.pipe()
+    os.close(reading)
+    with writing(monkeypatch, io.FileIO(written, "w")):
+        assert ended(monkeypatch, capsys, "check-config", "--schema") == (1, "")
+
+
+def test_a_file_whose_name_is_no_text_is_checked_and_shown_escaped(tmp_path, monkeypatch, capsys):
+    file = tmp_path / "\udcff.toml"
+    file.write_text("")
+    monkeypatch.setattr(sys, "argv", ["sllm-node", "check-config", "--file-only", str(file)])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code in (0, None)
+    assert capsys.readouterr().out == f"{tmp_path}/\\udcff.toml: no problems\n"
+    told = json.loads(run("check-config", "--file-only", "--json", str(file)).stdout)
+    assert told["file"] == str(file)

@@ -48,3 +48,12 @@ def test_a_wide_terminal_is_kept_to(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "dumb")
     print_table(("name", "why"), [("a", "because " * 40)])
     assert max(len(line) for line in capsys.readouterr().out.splitlines()) <= 100
+
+
+@pytest.mark.parametrize("name", ["[/x]", "[red]x", "[fd00::1]:7", "q:smile:b", r"\[x]"])
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_name_of_others_is_shown_letter_by_letter(monkeypatch, capsys, name, is_terminal):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    monkeypatch.setenv("TERM", "dumb")
+    print_table(("session", name, f">{name}"), [(name, "a", name)])
+    assert capsys.readouterr().out.count(name) == 4

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from sllm_node.cli.main import app
 
-REPORT = {
+REPORT: dict[str, Any] = {
     "node": {"id": "n1", "version": "0.1.0", "state": "serving", "uptime_s": 12.0},
     "models": [
         {
@@ -174,7 +174,7 @@ def test_what_a_node_of_an_older_release_does_not_tell_is_shown_as_unknown(node)
         {k: v for k, v in one.items() if k not in ("heard_s", "why")} for one in CLUSTER["peers"]
     ]
     nodes = [{k: v for k, v in one.items() if k != "served"} for one in CLUSTER["nodes"]]
-    node.answer = (200, {"cluster": {**CLUSTER, "peers": peers, "nodes": nodes}})
+    node.answer = (200, {**REPORT, "cluster": {**CLUSTER, "peers": peers, "nodes": nodes}})
     done = run("status", "--cluster", "--url", node.url)
     assert (done.exit_code, "sessions: unknown" in done.output) == (0, True)
     (line,) = [line for line in done.output.splitlines() if "10.0.0.2:8100" in line]
@@ -203,7 +203,7 @@ def test_force_is_passed_on(node):
 
 
 def test_cancel_and_drain(node):
-    node.answer = (200, {"cancelled": 2})
+    node.answer = (200, {"cancelled": 2, "draining": True})
     assert "2 sessions" in run("cancel", "r-1", "--url", node.url).stdout
     assert run("drain", "--url", node.url).stdout.startswith("draining;")
     assert run("undrain", "--url", node.url).stdout == "serving\n"
@@ -243,10 +243,36 @@ def test_the_nodes_own_error_is_what_the_operator_reads(node):
     assert done.stderr == "sllm-node: there is no model named 'x' here\n"
 
 
-def test_something_else_that_answers_is_no_node(node):
-    node.answer = (200, "hello")
+@pytest.mark.parametrize("command", [("status",), ("cancel", "r-1"), ("load", "m"), ("drain",)])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, "hello"), (200, {"status": "ok"}), (200, {}), (404, {"error": "not found"}),
+        (404, {"error": None}), (404, {"detail": "Not Found"}), (401, {"error": {"message": None}}),
+    ],
+)  # fmt: skip
+def test_something_else_that_answers_is_no_node(node, command, answer):
+    node.answer = answer
+    done = run(*command, "--url", node.url)
+    assert type(done.exception) is SystemExit
+    assert (done.exit_code, done.stdout) == (1, "")
+    assert f"(status {answer[0]}) is no sllm_node; name the node's address: --url" in done.stderr
+
+
+def test_a_refused_key_is_told_with_where_to_give_one(node):
+    node.answer = (401, {"error": {"message": "the key is not known"}})
     done = run("drain", "--url", node.url)
-    assert (done.exit_code, "no sllm_node" in done.stderr) == (1, True)
+    assert done.stderr.startswith("sllm-node: the key is not known (--key, SLLM_NODE_KEY")
+
+
+@pytest.mark.parametrize("given", ["[/x]", "[red]x", ":smile:"])
+def test_a_session_with_an_id_of_its_client_is_shown_as_cancel_takes_it(node, given):
+    node.answer = (200, {**REPORT, "sessions": [{**REPORT["sessions"][0], "session": given}]})
+    done = run("status", "--url", node.url)
+    assert (done.exit_code, given in done.stdout.split()) == (0, True)
+    node.answer = (200, {"cancelled": 1})
+    run("cancel", given, "--url", node.url)
+    assert node.seen[-1][1] == f"/admin/requests/{given}/cancel"
 
 
 def test_a_node_that_is_not_there_is_one_sentence():
@@ -266,6 +292,7 @@ def test_what_is_no_url_is_told():
 
 
 def test_an_address_without_a_scheme_is_http(node):
+    node.answer = (200, {"draining": True})
     assert run("drain", "--url", f"127.0.0.1:{node.port}").stdout.startswith("draining")
 
 
@@ -314,11 +341,18 @@ def test_nodes_that_do_not_know_of_a_wish_yet_are_named(node):
     assert "not told: c" in result.stderr
 
 
-@pytest.mark.parametrize("replicas", ["three", "1-x", "-2", ""])
+@pytest.mark.parametrize("replicas", ["three", "1-x", "1-", "-2", "", "²", "1-²", "9" * 5000])
 def test_replicas_that_are_no_numbers_are_refused(node, replicas):
     result = run("cluster", "scale", "m", "--url", node.url, "--", replicas)
-    assert result.exit_code != 0
-    assert not node.seen
+    assert (result.exit_code, "is not MIN-MAX, as in 1-3" in result.stderr) == (1, True)
+    assert (node.seen, len(result.stderr) < 100) == ([], True)
+
+
+def test_a_name_that_is_no_text_is_asked_for_byte_by_byte(node):
+    node.answer = (404, {"error": {"message": "there is no such model"}})
+    done = run("load", "a\udcff", "--url", node.url)
+    assert done.stderr == "sllm-node: there is no such model\n"
+    assert node.seen[0][1].startswith("/admin/models/a")
 
 
 def test_models_of_a_cluster_are_shown_with_what_is_desired(node):
@@ -329,7 +363,7 @@ def test_models_of_a_cluster_are_shown_with_what_is_desired(node):
         ],
         "scaling": [{"model": "m", "minimum": 1, "maximum": 3, "ready": 1}],
     }
-    node.answer = (200, {"cluster": report, "aliases": {"gpt": "m"}})
+    node.answer = (200, {**REPORT, "cluster": report, "aliases": {"gpt": "m"}})
     result = run("cluster", "models", "--url", node.url)
     rows = [line.split() for line in result.output.splitlines()]
     assert [row for row in rows if row and row[0] in ("m", "n")] == [
@@ -346,7 +380,7 @@ def test_models_of_a_cluster_are_shown_with_what_is_desired(node):
 
 def test_an_alias_that_does_not_count_is_told_with_the_models(node):
     node.answer = (200, {
-        "cluster": {"nodes": [], "scaling": []}, "aliases": {}, "hidden": {"n": "m"},
+        **REPORT, "cluster": {"nodes": [], "scaling": []}, "aliases": {}, "hidden": {"n": "m"},
     })  # fmt: skip
     result = run("cluster", "models", "--url", node.url)
     assert "the alias n of m does not count: a model is called n" in result.stderr

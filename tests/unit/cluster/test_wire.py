@@ -55,6 +55,14 @@ def test_what_is_asked_comes_back_as_it_was():
     assert wire.unpack_described(pack(head)) == head
 
 
+def test_a_request_of_an_older_release_names_its_limit():
+    known = msgspec.to_builtins(wire.Forward(REQUEST, ASK, 1, "because"))
+    assert known[0].pop("open_ended") is False
+    assert wire.unpack_forward(msgspec.msgpack.encode(known)).request == REQUEST
+    known[0]["of_a_later_one"] = True
+    assert wire.unpack_forward(msgspec.msgpack.encode(known)).request == REQUEST
+
+
 @pytest.mark.parametrize("record", RECORDS, ids=lambda record: type(record).__name__)
 def test_records_come_back_as_they_were(record):
     assert wire.unpack_record(pack(record)) == record

@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import get_args, get_origin
 
 import msgspec
 import pytest
@@ -38,6 +39,53 @@ def test_every_shipped_config_is_valid(path):
 def test_every_shipped_config_serves_what_is_converted_by_default(path):
     if not path.name.startswith("simulation"):
         assert load_config(path).store.chunk_bytes % RAW_CHUNK_BYTES == 0
+
+
+@pytest.mark.parametrize(
+    ("line", "least", "most"),
+    [
+        ("[models.a]\npriority = {}", -(2**31), 2**31 - 1),
+        ("[engine]\ntorch_threads = {}", 0, 1024),
+        ("[store]\nreader_threads = {}", 1, 1024),
+        ("[remotes.r]\nurl = 'https://far'\nfetch_threads = {}", 1, 1024),
+        ("[schedule]\nmax_queue = {}", 1, 1_000_000),
+        ("[store]\nrelay_max_sessions = {}", 0, 1_000_000),
+    ],
+)
+def test_a_number_has_a_smallest_and_a_largest_value(line, least, most):
+    for good in (least, most):
+        parse_config(line.format(good))
+    for bad in (least - 1, most + 1, 10**20):
+        (problem,) = problems(line.format(bad))
+        assert f" = {bad}: Expected `int` " in problem
+
+
+def test_no_number_of_the_file_is_without_an_end():
+    """What is above 64 bits ends in no JSON, and what counts things is made of each of them."""
+    for table in msgspec.structs.fields(Config):
+        kind = get_args(table.type)[1] if get_origin(table.type) is dict else table.type
+        for field in msgspec.structs.fields(kind):
+            assert field.type is not int, field.name
+            for bound in get_args(field.type)[1:] if get_args(field.type)[:1] == (int,) else ():
+                assert None not in (bound.ge, bound.le), field.name
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '[store]\npath = "a\\u0000b"', '[node]\njournal = "\\u0000"',
+        '[cluster]\nfile = "c\\u0000"',
+    ],
+)  # fmt: skip
+def test_text_with_a_nul_is_refused(line):
+    (problem,) = problems(line)
+    assert problem.endswith(": has a NUL character, which no path can have; remove it")
+
+
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
+    file = tmp_path / "node.toml"
+    file.write_bytes(b'\xef\xbb\xbf[node]\nid = "n"\n')
+    assert load_config(file).node.id == "n"
 
 
 def test_every_problem_is_reported_at_once_with_its_key():

@@ -498,6 +498,27 @@ async def test_limits_are_known_before_a_load(checkpoint):
     small.close()
 
 
+async def test_what_fits_is_known_from_the_start_of_the_node(checkpoint):
+    config = EngineConfig(kv_cache_bytes=ByteSize(40 << 10))
+    engines = engines_of(CpuDevice(1 << 20), config, ManualClock())
+    await engines.warm([checkpoint])
+    assert engines.context_limit(checkpoint) == 80
+    engines.close()
+
+
+async def test_an_open_ended_session_ends_where_the_room_does(checkpoint):
+    open_ended = ask(PROMPT, 500, open_ended=True)
+    async with engine_of(checkpoint, kv_cache_bytes=ByteSize(40 << 10)) as engine:
+        _, tokens, _, finish = await collect(engine.submit(open_ended))
+        assert (len(tokens), finish) == (80 - len(PROMPT), "length")
+        last = replace(open_ended, resumed=tokens[:-1])
+        assert (await collect(engine.submit(last)))[1] == tokens[-1:]
+        with pytest.raises(PromptTooLongError, match=r"81 tokens but KV memory .* allows 80"):
+            engine.submit(replace(open_ended, resumed=tokens))
+        few = replace(open_ended, max_tokens=7)
+        assert len((await collect(engine.submit(few)))[1]) == 7
+
+
 async def test_a_job_that_hangs_is_told_as_a_stall():
     clock = ManualClock()
     engines = engines_of(CpuDevice(4096), EngineConfig(stall_after_s=5.0), clock)

@@ -1,7 +1,7 @@
 import pytest
 
 from sllm_node.core.errors import InvalidRequestError, PromptTooLongError
-from sllm_node.engine.refusals import check_capacity, check_request
+from sllm_node.engine.refusals import check_capacity, check_request, ended_by_room
 from tests.unit.engine.rig import ask
 
 CONTEXT, VOCABULARY = 64, 100
@@ -33,6 +33,19 @@ def test_prompt_and_output_may_fill_a_limit_and_not_exceed_it(check):
     check(ask(range(CONTEXT - 12), 12))
     with pytest.raises(PromptTooLongError):
         check(ask(range(CONTEXT - 11), 12))
+
+
+def test_an_open_ended_request_needs_room_for_its_next_token_and_ends_with_the_room():
+    wish = ask(range(CONTEXT - 3), 500, open_ended=True, resumed=(1, 2))
+    check_request(wish, CONTEXT, None)
+    check_capacity(wish, CONTEXT)
+    assert ended_by_room(wish, CONTEXT).max_tokens == 3
+    assert ended_by_room(wish, 1000) is wish
+    limited = ask(range(3), 500)
+    assert ended_by_room(limited, CONTEXT) is limited
+    with pytest.raises(PromptTooLongError, match=r"shorten the prompt$") as caught:
+        check_capacity(wish, CONTEXT - 1)
+    assert (caught.value.tokens, caught.value.param) == (CONTEXT, "prompt")
 
 
 def test_without_a_known_vocabulary_any_token_is_taken():

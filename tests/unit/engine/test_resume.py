@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from sllm_node.core.config import ByteSize
+from sllm_node.core.errors import PromptTooLongError
 from sllm_node.core.types import SamplingParameters
 from tests.models import make_checkpoint
 from tests.unit.engine.rig import GREEDY, ask, collect, engine_of
@@ -129,6 +130,27 @@ async def test_a_session_that_holds_takes_rounds_of_tokens_and_goes_on_when_let_
             assert tokens[: at + 1] + rest == tokens
             assert finish == "length"
             assert await moved.standing(-1) is None
+
+
+@pytest.mark.parametrize("lets_go", [True, False])
+async def test_a_session_that_outgrows_the_node_it_moves_to_ends_there_or_stays_where_it_was(
+    checkpoint, lets_go
+):
+    async with engine_of(checkpoint) as large:
+        tokens = (await collect(large.submit(ask(PROMPT, 100, SAMPLED))))[1]
+    room = {"kv_cache_bytes": ByteSize(40 << 10)}  # 80 tokens
+    async with engine_of(checkpoint, **room) as small:
+        request = ask(PROMPT, 500, SAMPLED, resumed=tokens[:60], held=True, open_ended=True)
+        moved = small.submit(request)
+        assert await moved.standing(-1) == 60
+        moved.extend(60, tokens[60:90], lets_go=lets_go)
+        assert await moved.standing(60) is None
+        if lets_go:
+            assert (await collect(moved))[1::2] == ((), "length")
+        else:
+            with pytest.raises(PromptTooLongError, match="the node that it moves to allows 80"):
+                await anext(moved)
+        assert (small.running, small.waiting, small.kv_usage) == (0, 0, 0)
 
 
 async def test_a_session_that_holds_is_no_stall_and_leaves_nothing_when_cancelled(checkpoint):

@@ -29,6 +29,7 @@ from sllm_node.core.types import (
     Tier,
 )
 from sllm_node.core.units import PAGE
+from sllm_node.engine.refusals import ended_by_room
 from sllm_node.schedule.driver import Service
 from tests.sim.loop import LoopClock
 
@@ -227,7 +228,7 @@ class FakeReplica:
         if self.engines.submit_error is not None:
             raise self.engines.submit_error
         self.running.add(request.session)
-        return FakeGeneration(self, request)
+        return FakeGeneration(self, ended_by_room(request, self.engines.capacity_tokens))
 
     async def close(self):
         assert not self.running
@@ -253,6 +254,8 @@ class FakeEngines:
         self.open_s = 0.0
         self.stalled_s: float | None = None
         self.capacity_tokens = 1 << 30
+        self.told_tokens: int | None = None
+        """What is said of it until a request is looked at; None: the truth."""
         self.submit_error: Exception | None = None
         self.close_error: Exception | None = None
 
@@ -261,12 +264,13 @@ class FakeEngines:
         return (Share(None, 0, size, size),)
 
     def context_limit(self, checkpoint):
-        return min(self.capacity_tokens, checkpoint.index.context_tokens)
+        return self.told_tokens or min(self.capacity_tokens, checkpoint.index.context_tokens)
 
     def check_request(self, request, checkpoint):
+        self.told_tokens = None
         limit = self.context_limit(checkpoint)
-        if request.tokens_max > limit:
-            raise PromptTooLongError(request.tokens_max, limit, "it")
+        if request.tokens_needed > limit:
+            raise PromptTooLongError(request.tokens_needed, limit, "it")
 
     async def load_codec(self, directory):
         self.codecs_read.append(directory.name)

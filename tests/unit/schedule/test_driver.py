@@ -321,7 +321,7 @@ async def test_who_waits_can_be_given_back_but_not_who_moves_here_or_runs(node):
     waiting, again = n.open("b"), n.open("b")
     moving = n.service.open(replace(waiting.request, session=SessionId("m-0"), held=True))
     error = GivenBackError("b", "there is a place")
-    assert [one.session for one in n.service.outlook.waiting()] == ["r-2-0", "r-3-0"]
+    assert [one.request.session for one in n.service.outlook.waiting()] == ["r-2-0", "r-3-0"]
     given = [n.service.give_back(SessionId(name), error) for name in ("r-1-0", "r-2-0", "m-0")]
     assert given == [False, True, False]
     n.service.give_back_all(ModelId("b"), error)

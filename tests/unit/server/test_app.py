@@ -96,7 +96,10 @@ async def test_with_a_seed_a_prompt_draws_what_it_draws_when_it_is_sent_alone(ri
 
 async def test_without_a_limit_a_session_may_fill_what_is_left(rig):
     await rig.post(CHATS, CHAT)
-    assert rig.service.requests[0].max_tokens == 100 - 8
+    await rig.post(CHATS, {**CHAT, "max_tokens": 92})
+    first, second = rig.service.requests
+    assert (first.max_tokens, first.open_ended) == (100 - 8, True)
+    assert (second.max_tokens, second.open_ended) == (92, False)
 
 
 @pytest.mark.parametrize(

@@ -19,8 +19,13 @@ def test_what_is_no_trace_is_refused(lines):
 
 
 @pytest.mark.parametrize(
-    "text", ["gamma:", "gamma:cv=8", "gamma:rate=x", "gamma:rate=0", "gamma:colour=1"]
-)
+    "text",
+    [
+        "gamma:", "gamma:cv=8", "gamma:rate=x", "gamma:rate=0", "gamma:colour=1", "gamma:rate=nan",
+        "gamma:rate=inf", "gamma:rate=1,cv=nan", "gamma:rate=1,duration=inf", "gamma:rate=1,in=nan",
+        "gamma:rate=1,out=inf", "gamma:rate=1e9", "gamma:rate=1,cv=1e-200", "gamma:rate=1,cv=1e200",
+    ],
+)  # fmt: skip
 def test_what_is_no_gamma_process_is_refused(text):
     with pytest.raises(ConfigError):
         parse_gamma(text)
