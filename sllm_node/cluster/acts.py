@@ -6,10 +6,10 @@ in the whole cluster, or elsewhere.
 
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Generic
+from typing import Generic, NoReturn
 
 from sllm_node.cluster.elsewhere import Elsewhere
-from sllm_node.core.errors import ModelElsewhereError, ModelNotFoundError
+from sllm_node.core.errors import ModelElsewhereError, ModelNotFoundError, SllmError
 from sllm_node.core.types import ModelId
 from sllm_node.schedule.driver import Service
 from sllm_node.schedule.ports import CodecT
@@ -51,6 +51,9 @@ class Acts(Generic[CodecT]):
         with self.telling(model):
             await self._service.unpin(model)
 
+    def check_room(self, model: str, sessions: int) -> None:
+        """Do nothing: what this node has no room for may run elsewhere."""
+
     @contextmanager
     def telling(self, model: str, *, is_wanted: bool = False) -> Iterator[None]:
         """Tell where else a model is that this node does not have, or which models there are in all."""
@@ -61,6 +64,29 @@ class Acts(Generic[CodecT]):
             if held is None:
                 raise self.unknown(model) from error
             raise ModelElsewhereError(model, tuple(holders), is_wanted=is_wanted) from error
+
+    async def codec(self, model: str, error: SllmError) -> CodecT:
+        """Return a peer's codec of a model that this node does not have, or can't use: `error` says which.
+
+        Raises:
+            PeerUnreachableError: only peers have it, and they can't be asked.
+            SllmError: nobody has it, or nobody gave it in place of what can't be used here.
+        """
+        try:
+            codec = await self._elsewhere.codec(ModelId(model))
+        except SllmError:
+            if isinstance(error, ModelNotFoundError):
+                raise
+            codec = None  # what is wrong here can be mended here
+        if codec is None:
+            self.refuse(model, error)
+        return codec
+
+    def refuse(self, model: str, error: SllmError) -> NoReturn:
+        """Raise what is told of a model that no peer has: there is none, or this node's own can't be used."""
+        if isinstance(error, ModelNotFoundError):
+            raise self.unknown(model) from error
+        raise error
 
     def unknown(self, model: str) -> ModelNotFoundError:
         """Return what is told of a model that no node has: those that there are."""

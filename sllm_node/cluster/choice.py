@@ -18,7 +18,7 @@ from sllm_node.cluster.placement import decide, decide_moves, ways_on
 from sllm_node.cluster.reservations import Ask, Away, ReservationId
 from sllm_node.cluster.state import DeviceShare, NodeId, NodeState
 from sllm_node.cluster.view import ClusterView
-from sllm_node.core.types import ModelId, Startup, Weights
+from sllm_node.core.types import GenerationRequest, ModelId, Startup, Weights
 
 FORWARD_S: Final = 0.002
 """What passing a request on may cost: a peer has to be better by that."""
@@ -136,6 +136,14 @@ def ask_for(choice: Choice, request: PlacementRequest, state: NodeState, name: s
             ready_s=found.startup_s,
         )  # fmt: skip
     return ask
+
+
+def placed_fields(request: GenerationRequest, choice: Choice) -> dict[str, object]:
+    """Return what the log says of a request that was placed."""
+    return {
+        "session": request.session, "model": request.model, "node": choice.node,
+        "way": choice.way, "why": choice.reason,
+    }  # fmt: skip
 
 
 def _moving(

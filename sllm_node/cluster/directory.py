@@ -10,7 +10,8 @@ wrong, and none of them takes a peer away that may still serve:
 - *Nobody answers.* What was known last is kept, and marked stale.
 - *It is back, but lacks what it had* (from an old copy, or empty). A peer that it lacks is kept, stale,
   for `grace_s`: a node that lives registers itself again within that. Models and replicas that it lacks
-  are put back, but only where its revision or term went back: else somebody dropped them.
+  are put back, but only where its revision or term went back: else somebody dropped them. What is to be
+  put back is neither forgotten nor dropped until that is done, however often the way there is cut.
 
 Who is alive is not decided here but by heartbeats (`cluster/membership.py`): the directory says whom to
 send them to. The object does no I/O: `step()` says what to do next, the `on_x` take what came.
@@ -192,6 +193,7 @@ class Directory:
         }
         self._is_registered = False
         self._restores: dict[str, bytes] = {}
+        """What the directory has lost; each key stays until it is there again, or dropped."""
         self._news: list[News] = []
 
     # --- what can be asked ------------------------------------------------------------------------
@@ -231,9 +233,8 @@ class Directory:
         return ReadAll()
 
     def restores(self) -> dict[str, bytes]:
-        """Return once the keys to put where they do not exist: the directory has lost them."""
-        restores, self._restores = self._restores, {}
-        return restores
+        """Return the keys to put where they do not exist: the directory has lost them."""
+        return dict(self._restores)
 
     def news(self) -> tuple[News, ...]:
         """Return what happened since the last call, in order."""
@@ -264,7 +265,7 @@ class Directory:
         for key, record in self._shared_keys():
             if key in seen:
                 continue
-            if is_set_back:
+            if is_set_back or key in self._restores:  # who was to put it back may have been cut off
                 self._restores[key] = encode(record)
             else:
                 self._drop_shared(key)
@@ -314,6 +315,14 @@ class Directory:
         """Take that this node's lease ended."""
         self._is_registered = False
 
+    def on_restored(self, key: str) -> None:
+        """Take that a key is in the directory again, whoever has put it there."""
+        self._restores.pop(key, None)
+
+    def on_dropped(self, record: SharedRecord) -> None:
+        """Take that this node has dropped a record: of one that was not put back yet, no change tells."""
+        self._drop_shared(key_of(record))
+
     def on_timer(self, now: float) -> None:
         """Let go of peers that have not come back."""
         for node in [node for node, until in self._missing.items() if until <= now]:
@@ -340,6 +349,7 @@ class Directory:
             case NodeRecord():
                 self._list(record)
             case Registration() | Desired():
+                self._restores.pop(entry.key, None)
                 rows = self._shared[type(record)]
                 if rows.get(record.key) != record:
                     rows[record.key] = record
@@ -378,6 +388,7 @@ class Directory:
         return [(key_of(record), record) for record in rows]
 
     def _drop_shared(self, key: str) -> None:
+        self._restores.pop(key, None)
         kind, _, name = key.partition("/")
         if self._shared[SHARED[kind]].pop(name, None) is not None:
             self._news.append(RecordDropped(SHARED[kind], name))

@@ -28,6 +28,7 @@ from sllm_node.core.errors import (
     EtcdCompactedError,
     EtcdError,
     EtcdLeaseError,
+    EtcdUnreachableError,
 )
 
 log = logging.getLogger(__name__)
@@ -133,6 +134,8 @@ class DirectoryLink:
             EtcdError: it is not done.
         """
         await self._client.delete(key_of(record))
+        self._directory.on_dropped(record)
+        self._tell()
 
     # --- following --------------------------------------------------------------------------------
 
@@ -150,9 +153,9 @@ class DirectoryLink:
             case ReadAll():
                 head, entries = await self._client.read()
                 self._directory.on_read(head, entries, self._clock.now())
-                self._follow_backoff.reset()
                 self._tell()
                 await self._restore()
+                self._follow_backoff.reset()
             case Watch(revision):
                 await self._watch(revision)
 
@@ -176,9 +179,19 @@ class DirectoryLink:
         await asyncio.sleep(self._follow_backoff.next())
 
     async def _restore(self) -> None:
-        """Put back what the directory has lost; another node may have done it."""
+        """Put back what the directory has lost; another node may have done it.
+
+        What can't be put now is tried again with the next renewal, or when all is read again.
+        """
         for key, value in sorted(self._directory.restores().items()):
-            await self._client.put_if(key, value, 0)
+            try:
+                await self._client.put_if(key, value, 0)
+            except EtcdUnreachableError:
+                raise
+            except EtcdError as error:
+                log.warning("record not put back", extra={"key": key, "problem": str(error)})
+            else:
+                self._directory.on_restored(key)
 
     # --- registered -------------------------------------------------------------------------------
 
@@ -187,6 +200,7 @@ class DirectoryLink:
             self._registration_lost.clear()
             try:
                 wait_s = await self._renew()
+                await self._restore()
                 self._lease_backoff.reset()
                 self._note(None)
             except EtcdLeaseError:

@@ -21,7 +21,7 @@ from sllm_node.cluster.output import Output
 from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import Part, RefusedError
 from sllm_node.cluster.parts import Parts
-from sllm_node.cluster.retries import ABSENT, Retries
+from sllm_node.cluster.retries import Retries
 from sllm_node.cluster.state import ResumeFit
 from sllm_node.cluster.ways import Begun, Lost, Tools, Ways
 from sllm_node.cluster.wire import (
@@ -38,7 +38,6 @@ from sllm_node.core.errors import (
     GivenBackError,
     InternalError,
     MoveRefusedError,
-    NoPlaceError,
     SllmError,
 )
 from sllm_node.core.types import (
@@ -49,6 +48,7 @@ from sllm_node.core.types import (
     SessionStatus,
     Startup,
     TokenIds,
+    Weights,
 )
 from sllm_node.engine.unread import Unread
 
@@ -67,14 +67,14 @@ class RoutedStream:
         tools: Tools,
         before: Begun | Lost | None = None,
     ) -> None:
-        """`first`: None if no node that has the model can be asked now; it waits for one.
+        """`first`: None if no node that has the model can be asked now, or one is to be found; it waits for one.
 
-        `before`: it runs here already, and has given these tokens; or who has failed it.
+        `before`: it runs here already, and has given these tokens; or who has failed it, after those.
         """
         self.request = request
         self.node = NodeId("") if first is None else first.node
         """Where it is now, or was last."""
-        self._ways, self._clock, self._limits = ways, tools.clock, tools.limits
+        self._ways, self._clock = ways, tools.clock
         self._parts = Parts(ways, tools, keep_alive_s)
         self._retries = Retries(request, self.as_it_stands, ways, tools)
         self._placed = tools.clock.now()
@@ -88,18 +88,16 @@ class RoutedStream:
         self.pace = Pace()
         self._unread = Unread()
         self._status: ModelStatus | None = None
-        self._is_running = False
-        if isinstance(before, Begun) and first is not None:
-            self._output.begin_with(before.tokens, before.cached, tools.clock.now())
-            self._is_running = before.stream.is_granted
-            self._course = before.course()
+        lost = before if isinstance(before, Lost) else None
+        begun = before.begun if isinstance(before, Lost) else before
+        if begun is not None:
+            self._output.begin_with(begun.tokens, begun.cached, self._placed)
+            self._course = begun.course(lost, self._placed)
+        self._is_running = isinstance(before, Begun) and before.stream.is_granted
         self.arbiter = Arbiter(len(request.resumed) + len(self._output.tokens))
         if isinstance(before, Begun) and first is not None:
             self._part = self._parts.begun(before.stream, first, self.arbiter.placed())
-        self._task = asyncio.create_task(
-            self._live(first, before if isinstance(before, Lost) else None),
-            name=f"route {request.session}",
-        )
+        self._task = asyncio.create_task(self._live(first, lost), name=f"route {request.session}")
 
     # --- for its reader -----------------------------------------------------------------------
 
@@ -155,7 +153,7 @@ class RoutedStream:
         try:
             part = self._part
             if part is None and first is None:
-                first = await self._found(lost)
+                first = await self._retries.place(lost, len(self._output.tokens))
             if part is None:
                 assert first is not None
                 part = self._begin(first)
@@ -169,14 +167,6 @@ class RoutedStream:
             end = InternalError(self.request.session)
         if not self._unread.is_ended:
             self._end(end)
-
-    async def _found(self, lost: Lost | None) -> Choice:
-        """Return the first node that it is placed at."""
-        error: SllmError = NoPlaceError(self.request.model, ABSENT, self._limits.silence_s)
-        if lost is not None:
-            error = lost.error
-            self._retries.failed(lost.choice, error, len(self._output.tokens))
-        return await self._retries.place_again(error, has_tokens=bool(self._output.tokens))
 
     async def _run(self, part: Part) -> None:
         """Have it served somewhere, and elsewhere when that fails or it moves."""
@@ -278,11 +268,13 @@ class RoutedStream:
 
     def _granted(self, choice: Choice, granted: Granted) -> None:
         self._is_running = True
-        weights = granted.weights or self.request.weights  # an older release does not tell
-        self.request = replace(self.request, weights=weights)
+        self._computed_with(granted.weights or self.request.weights)  # an older release tells none
         now = self._clock.now()
         self._course.granted(choice, now)
         self._ways.started(choice, self.request.model, now - self._placed, granted.waited)
+
+    def _computed_with(self, weights: Weights | None) -> None:
+        self.request = replace(self.request, weights=weights)
 
     def _give(self, chunk: GenerationChunk) -> None:
         now = self._clock.now()
@@ -357,6 +349,8 @@ class RoutedStream:
 
     def go_on(self, move: Move) -> Extend:
         """Decide what follows when the destination has all that it was sent; return what it is sent now."""
+        if self._output.tokens:
+            move.check_weights(self.request)
         *closes, extend = self.arbiter.go_on(is_near=self.pace.is_last(self.arbiter.lacking))
         assert isinstance(extend, Extend)
         if extend.lets_go:
@@ -374,6 +368,7 @@ class RoutedStream:
         self._parts.carry_out(closes, move.report.id)
         self._part, self.node = part, part.choice.node
         self._is_running = True
+        self._computed_with((self.request.weights if self._output.tokens else None) or move.weights)
         move.report.outcome, self._moved = "moved", move.report
 
     def settled(self, move: Move) -> None:

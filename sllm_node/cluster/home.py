@@ -1,8 +1,11 @@
 """A session of this node's reader that this node serves: the service's own stream, until it has to move.
 
-Nothing but a count of its tokens is added to its path. The first move, and what refuses it before it began (a
-drain, room that it was promised in vain, senders of its model's bytes that are gone, too little KV memory), make a `RoutedStream` of it,
-which takes the stream over as it is. A reader that waits for the next chunk gets it first: so the two never read at once.
+Nothing but a count of its tokens is added to its path. The first move makes a `RoutedStream` of it, which takes
+the stream over as it is; so does what goes wrong here and may go right at another node. Before it began that is
+a drain, room that it was promised in vain, or too little KV memory, and at any time whatever is no fault of the
+caller: a damaged or removed checkpoint, a remote that is down, a failed step. If no other node can have it, its
+reader gets the error as from a node without peers. A reader that waits for the next chunk gets it first: so the
+two never read at once.
 """
 
 from collections.abc import Callable
@@ -11,30 +14,38 @@ from typing import Self
 
 from sllm_node.cluster.choice import Choice, startup_of
 from sllm_node.cluster.forward import RoutedStream
-from sllm_node.cluster.ways import Begun
+from sllm_node.cluster.retries import may_pass
+from sllm_node.cluster.ways import Begun, Lost
 from sllm_node.core.errors import (
+    CancelledByOperatorError,
     DrainingError,
+    Fault,
     GivenBackError,
+    ModelNotFoundError,
     PromptTooLongError,
-    RemoteUnreachableError,
+    QueueTimeoutError,
     SllmError,
 )
 from sllm_node.core.types import (
     GenerationChunk,
     GenerationRequest,
     ModelStatus,
+    NodeId,
     SessionStatus,
     Startup,
 )
 from sllm_node.schedule.stream import Stream
 
 Routing = Callable[["HomeStream", Begun | SllmError | None], RoutedStream]
-"""Makes the routed stream: of one that runs here, or to be placed anew; an error: after it has failed here."""
+"""Makes the routed stream: of one that runs here, or to be placed anew; an error: after it has failed here.
+
+Raises that error if no other node can have it.
+"""
 Wish = Callable[[RoutedStream | None], object]
 """What is to be done with the routed stream; None: there will be none, the session has ended."""
 
-_ELSEWHERE = (PromptTooLongError, RemoteUnreachableError)
-"""Before it began here, another node may do better."""
+_FINAL = (CancelledByOperatorError, QueueTimeoutError)
+"""An operator's word, and a wait as long as one may be: no other node is asked."""
 
 
 class HomeStream:
@@ -78,12 +89,8 @@ class HomeStream:
         self._is_reading = True
         try:
             chunk = await self._stream.__anext__()
-        except (DrainingError, GivenBackError, *_ELSEWHERE) as error:
-            if self._stream.is_granted:
-                self._ended()
-                raise
-            before = error if isinstance(error, _ELSEWHERE) else None
-            return await self._carry(before).__anext__()
+        except SllmError as error:
+            return await self._after(error).__anext__()
         except BaseException as error:
             if isinstance(error, Exception):
                 self._ended()
@@ -95,7 +102,7 @@ class HomeStream:
         if chunk.finish is not None:
             self._ended()
         elif self._wishes:
-            self._carry(self._begun())
+            self._carry(self.begun())
         return chunk
 
     def cancel(self) -> None:
@@ -138,10 +145,27 @@ class HomeStream:
         """Have `wish` come true as soon as a routed stream carries it: now, or with its next chunk."""
         self._wishes.append(wish)
         if not self._is_reading:
-            self._carry(self._begun())
+            self._carry(self.begun())
 
-    def _begun(self) -> Begun:
+    def begun(self) -> Begun:
+        """Return what it is until now."""
         return Begun(self._stream, tuple(self._tokens), self._cached, self.startup())
+
+    def _after(self, error: SllmError) -> RoutedStream:
+        """Return who goes on with it after an error here, or raise that."""
+        is_placed_anew = isinstance(error, (DrainingError, GivenBackError))
+        if is_placed_anew or isinstance(error, PromptTooLongError):
+            is_final = self._stream.is_granted
+        else:
+            is_callers = error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError)
+            is_final = is_callers or isinstance(error, _FINAL)
+        try:
+            if is_final:
+                raise error
+            return self._carry(None if is_placed_anew else error)
+        except SllmError:
+            self._ended()
+            raise
 
     def _carry(self, before: Begun | SllmError | None) -> RoutedStream:
         self.routed = routed = self._route(self, before)
@@ -156,3 +180,30 @@ class HomeStream:
         wishes, self._wishes = self._wishes, []
         for wish in wishes:
             wish(self.routed)
+
+
+Onward = tuple[GenerationRequest, Choice | None, Begun | Lost | None]
+"""What a routed stream is made of: the request, where it goes first, and what was before."""
+
+
+def onward(
+    home: HomeStream, before: Begun | SllmError | None, me: NodeId,
+    choose: Callable[[GenerationRequest, frozenset[NodeId]], Choice | None],
+    now: float, *, is_draining: bool,
+) -> Onward:  # fmt: skip
+    """Return how a session goes on that its node, `me`, has served by itself, or does not take any more.
+
+    Raises:
+        SllmError: `before`, as no other node can have it.
+    """
+    if isinstance(before, Begun):
+        return home.request, Choice(me, "here", "it runs here"), before
+    request = replace(home.request, waited_s=home.waited_s(now))
+    if before is None:
+        return request, choose(request, frozenset({me}) if is_draining else frozenset()), None
+    begun = home.begun()
+    asked = home.as_it_stands() if begun.tokens else replace(request, weights=None)
+    if not may_pass(before) and choose(asked, frozenset({me})) is None:
+        raise before
+    here = Choice(me, "load", "it was to be loaded here")
+    return request, None, Lost(here, before, begun if begun.stream.is_granted else None)

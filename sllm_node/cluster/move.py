@@ -3,9 +3,10 @@
 The destination loads the model and computes what is known, while the source goes on; each round brings
 it the tokens that came meanwhile, until it lacks so few that the reader would not notice (`pace`). Then,
 in one turn of the event loop, nothing more is taken from the source, and the destination is let go
-behind the last token that was. What fails before leaves the source alone. A source that fails before is
-handed over from as soon as the destination is there, unless another node would be sooner (`Retries.outlast`).
-What follows from what, `arbiter` says; here it is sent and waited for.
+behind the last token that was. What fails before leaves the source alone, and so does a destination with
+other weights than gave the tokens: of a session that waits, nobody knows when it is asked. A source that
+fails before is handed over from as soon as the destination is there, unless another node would be sooner
+(`Retries.outlast`). What follows from what, `arbiter` says; here it is sent and waited for.
 """
 
 import asyncio
@@ -19,8 +20,8 @@ from sllm_node.cluster.pace import Pace
 from sllm_node.cluster.part import Part
 from sllm_node.cluster.wire import Granted, Record, Standing, Waiting
 from sllm_node.core.clock import Clock
-from sllm_node.core.errors import PeerUnreachableError
-from sllm_node.core.types import NodeId, SessionId, TokenIds
+from sllm_node.core.errors import OtherWeightsError, PeerUnreachableError
+from sllm_node.core.types import GenerationRequest, NodeId, SessionId, TokenIds, Weights
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,11 @@ class Moving(Protocol):
         """Take a record of any of its parts."""
 
     def go_on(self, move: "Move") -> Extend:
-        """Decide what follows when the destination has all that it was sent; return what it is sent now."""
+        """Decide what follows when the destination has all that it was sent; return what it is sent now.
+
+        Raises:
+            OtherWeightsError: the session has tokens, of other weights than the destination's.
+        """
 
     def settled(self, move: "Move") -> None:
         """Take note that a move has come to an end, either way."""
@@ -90,6 +95,8 @@ class Move:
         self.report = report
         self._session = session
         self._clock = clock
+        self.weights: Weights | None = None
+        """What the destination computes with; None: it has not told."""
         self._bytes = 0
         self._asked_at = self._nearer_at = clock.now()
         self._is_granted = False
@@ -104,12 +111,18 @@ class Move:
         """Take the word of the destination: how far its load is, that it computes, or how far it is."""
         if isinstance(record, Granted):
             self._is_granted, self._nearer_at = True, self._clock.now()
+            self.weights = record.weights
         elif isinstance(record, Standing):
             if self._session.arbiter.stands(self.part.epoch, record.position):
                 self._nearer_at = self._clock.now()
                 self._news.set()
         elif isinstance(record, Waiting) and (done := _loaded(record)) > self._bytes:
             self._bytes, self._nearer_at = done, self._clock.now()
+
+    def check_weights(self, request: GenerationRequest) -> None:
+        """Raise if the tokens that `request` has are of other weights than the destination's."""
+        if self.weights and request.weights and not request.weights.is_same(self.weights):
+            raise OtherWeightsError(request.session, request.model)
 
     def stands_s(self) -> float:
         """Return for how long nothing has come of it: no byte of a load, no grant, no token."""

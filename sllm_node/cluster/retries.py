@@ -13,11 +13,16 @@ from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import decode_state
 from sllm_node.cluster.move import Move
 from sllm_node.cluster.part import RefusedError
-from sllm_node.cluster.ways import Tools, Ways
+from sllm_node.cluster.ways import Lost, Tools, Ways
 from sllm_node.core.errors import (
     CancelledByOperatorError,
+    CheckpointFormatError,
+    ChecksumError,
+    DeviceError,
+    EngineError,
     Fault,
     GivenBackError,
+    KernelError,
     MessageError,
     ModelNotFoundError,
     NoPlaceError,
@@ -43,6 +48,12 @@ UNREACHABLE: Final = (PeerUnreachableError, PeerDeniedError, MessageError)
 """Whoever fails like this may be there again later."""
 UNFIT: Final = (PromptTooLongError, OtherWeightsError)
 """Whoever refuses so is asked no more."""
+DAMAGED: Final = (ChecksumError, CheckpointFormatError)
+"""Whoever fails like this has bytes that no second try makes good."""
+BROKEN: Final = (EngineError, DeviceError, KernelError)
+"""What a session may have done itself, and would do wherever it goes."""
+BROKEN_MAX: Final = 3
+"""Nodes that may fail so in a row, without a token of it between: then no other one is put at risk."""
 ABSENT: Final = "the nodes that have it can't be reached"
 
 
@@ -58,18 +69,38 @@ class Retries:
         self._stands = stands
         self._ways = ways
         self._clock = tools.clock
-        self._patience_s = tools.limits.patience_s
+        self._patience_s, self._silence_s = tools.limits.patience_s, tools.limits.silence_s
         self._excluded: set[NodeId] = set()
         self._unfit: set[NodeId] = set()
         """Where it can never run, whatever comes."""
         self._refusals: Counter[NodeId] = Counter()
+        self._broken: set[NodeId] = set()
+        """Where it failed as one of `BROKEN` since its last token."""
         self._waits_until: float | None = None
         self._failures = 0
         """Of nodes, since it began."""
 
+    async def place(self, lost: Lost | None, tokens: int) -> Choice:
+        """Return where it goes first, or on after `lost`, who has failed it.
+
+        Raises:
+            SllmError: as `failed` and `place_again` say.
+        """
+        error: SllmError = NoPlaceError(self.request.model, ABSENT, self._silence_s)
+        if lost is not None:
+            error = lost.error
+            self.failed(lost.choice, error, tokens)
+            if lost.begun is not None:
+                self._ways.left(lost.choice, self.request.model, "failed")
+        choice = await self.place_again(error, has_tokens=bool(tokens))
+        if lost is not None:
+            self.goes_on(lost.choice, choice, tokens)
+        return choice
+
     def forget(self) -> None:
         """Take note that tokens come: what was is over, but for the nodes that failed."""
         self._refusals.clear()
+        self._broken.clear()
         self._waits_until = None
 
     def refused(self, choice: Choice, end: RefusedError | GivenBackError) -> NoPlaceError:
@@ -107,9 +138,16 @@ class Retries:
             "tokens": tokens, "error": str(error),
         })  # fmt: skip
         self._excluded.add(choice.node)
+        if isinstance(error, DAMAGED):
+            self._unfit.add(choice.node)
         self._failures += 1
         if isinstance(error, UNREACHABLE):
             self._ways.lost(choice.node, error)
+        if isinstance(error, BROKEN):
+            self._broken.add(choice.node)
+        if len(self._broken) >= BROKEN_MAX:
+            problem = f"{BROKEN_MAX} nodes failed in a row; the last word was: {error}"
+            raise self._as_lost(problem) if tokens else error
 
     async def outlast(self, move: Move) -> Choice | None:
         """Wait for a move whose source is lost; return where the session starts sooner, if it does: the move ends.
@@ -177,7 +215,9 @@ class Retries:
     def _as_loss(self, error: SllmError) -> SessionLostError:
         """Return what the reader of a session gets that no node went on with."""
         waited = f"no node took it within {self._patience_s:g} s (timing.patience_s)"
-        problem = f"{waited}; the last word was: {error}"
+        return self._as_lost(f"{waited}; the last word was: {error}")
+
+    def _as_lost(self, problem: str) -> SessionLostError:
         return SessionLostError(self.request.session, self._failures, problem)
 
     def _as_absence(self, error: SllmError) -> SllmError:

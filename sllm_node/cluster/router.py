@@ -8,18 +8,17 @@ nodes. What an operator does to models (load, pin, unload) is this node's alone.
 import asyncio
 import logging
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any, Generic
 
 from sllm_node.cluster import shown
 from sllm_node.cluster.acts import Acts
 from sllm_node.cluster.carried import Carried
-from sllm_node.cluster.choice import Choice
+from sllm_node.cluster.choice import Choice, placed_fields
 from sllm_node.cluster.elsewhere import Elsewhere
 from sllm_node.cluster.fetching import Fetching
 from sllm_node.cluster.forward import RoutedStream
 from sllm_node.cluster.hints import Hinting
-from sllm_node.cluster.home import HomeStream
+from sllm_node.cluster.home import HomeStream, onward
 from sllm_node.cluster.move import MoveReport
 from sllm_node.cluster.movers import Movers
 from sllm_node.cluster.peers import Peers
@@ -32,6 +31,7 @@ from sllm_node.cluster.ways import Begun, Limits, Lost, Tools
 from sllm_node.core.clock import Clock
 from sllm_node.core.errors import (
     CancelledByOperatorError,
+    CheckpointError,
     DrainingError,
     Fault,
     ModelNotFoundError,
@@ -85,6 +85,7 @@ class Router(Generic[CodecT]):
         self.choose, self.ask, self.started = placing.choose, placing.ask, placing.started
         self.acts = acts = Acts(service, self.elsewhere, self.ensure)
         self.load, self.unload, self.pin, self.unpin = acts.load, acts.unload, acts.pin, acts.unpin
+        self.check_room = acts.check_room
 
     # --- sessions -----------------------------------------------------------------------------
 
@@ -98,26 +99,26 @@ class Router(Generic[CodecT]):
             self.hints.give(name)
 
     async def prepare(self, model: str) -> CodecT:
-        """Return the codec of `model`, fetched from a peer if only peers have it.
+        """Return the codec of `model`, fetched from a peer if only peers have it, or what lies here is of no use.
 
         Raises:
             ModelNotFoundError: no node has such a checkpoint.
             DrainingError: only peers have it, and this node drains.
+            SllmError: what lies here can't be used, and no peer has it.
         """
         try:
             return await self._service.prepare(model)
-        except ModelNotFoundError as error:
+        except SllmError as error:
+            if error.fault is Fault.CALLER and not isinstance(error, ModelNotFoundError):
+                raise
             if self.is_draining and self.elsewhere.find(ModelId(model))[0] is not None:
                 raise self._service.drain_refusal() from error
-            codec = await self.elsewhere.codec(ModelId(model))
-            if codec is None:
-                raise self.acts.unknown(model) from error
-            return codec
+            return await self.acts.codec(model, error)
 
     def context_limit(self, model: str) -> int:
         """Return how many tokens, prompt and output, one session can have where most fit."""
         here: int | None = None
-        with suppress(ModelNotFoundError):
+        with suppress(ModelNotFoundError, CheckpointError):
             here = self._service.context_limit(model)
         limit = self.elsewhere.context_limit(ModelId(model), here)
         if limit is None:
@@ -160,7 +161,7 @@ class Router(Generic[CodecT]):
                 if choice is None:
                     raise
         if choice is not None:
-            log.info("request placed", extra=_placed_fields(request, choice))
+            log.info("request placed", extra=placed_fields(request, choice))
         return self._route(request, keep_alive_s, choice)
 
     def _comes_from_peer(self, model: ModelId, choice: Choice | None) -> bool:
@@ -181,19 +182,17 @@ class Router(Generic[CodecT]):
         return stream
 
     def _carry(self, home: HomeStream, before: Begun | SllmError | None) -> RoutedStream:
-        """Carry a session that this node has served by itself until now, or does not take any more."""
+        """Carry a session that this node has served by itself until now, or does not take any more.
+
+        Raises:
+            SllmError: it has failed here, and no other node can have it.
+        """
+        request, choice, how = onward(
+            home, before, self._peers.me, self.choose, self._clock.now(),
+            is_draining=self.is_draining,
+        )  # fmt: skip
         self._carried.leaves_home(home)
-        me = self._peers.me
-        if isinstance(before, Begun):
-            here = Choice(me, "here", "it runs here")
-            return self._route(home.request, home.keep_alive_s, here, before)
-        request = replace(home.request, waited_s=home.waited_s(self._clock.now()))
-        if before is not None:
-            lost = Lost(Choice(me, "load", "it was to be loaded here"), before)
-            return self._route(request, home.keep_alive_s, None, lost)
-        excluded = frozenset({me}) if self.is_draining else frozenset()
-        choice = self.choose(home.request, excluded)
-        return self._route(request, home.keep_alive_s, choice)
+        return self._route(request, home.keep_alive_s, choice, how)
 
     def _open_here(
         self, request: GenerationRequest, keep_alive_s: float | None, choice: Choice | None
@@ -203,7 +202,7 @@ class Router(Generic[CodecT]):
         self._carried.add(home)
         home.choice = choice
         if choice is not None and choice.startup_s is not None:
-            log.info("request placed", extra=_placed_fields(request, choice))
+            log.info("request placed", extra=placed_fields(request, choice))
             task = asyncio.create_task(self._watch(stream, choice), name="startup")
             self._watching.add(task)
             task.add_done_callback(self._watching.discard)
@@ -338,10 +337,10 @@ class Router(Generic[CodecT]):
         """
         try:
             return self._service.status(model)
-        except ModelNotFoundError as error:
+        except (ModelNotFoundError, CheckpointError) as error:
             status = self.elsewhere.status(ModelId(model))
             if status is None:
-                raise self.acts.unknown(model) from error
+                self.acts.refuse(model, error)
         return status
 
     # --- operators ----------------------------------------------------------------------------
@@ -387,10 +386,3 @@ class Router(Generic[CodecT]):
         await asyncio.gather(*self._watching, return_exceptions=True)
         await self.vacating.close()
         await self.hints.close()
-
-
-def _placed_fields(request: GenerationRequest, choice: Choice) -> dict[str, object]:
-    return {
-        "session": request.session, "model": request.model, "node": choice.node,
-        "way": choice.way, "why": choice.reason,
-    }  # fmt: skip

@@ -104,16 +104,21 @@ class Begun:
     cached: int | None
     startup: Startup
 
-    def course(self) -> Course:
-        """Return its course until now."""
+    def course(self, lost: "Lost | None", now: float) -> Course:
+        """Return its course until now; `lost`: who has failed it."""
         stream = self.stream
         tokens = len(self.tokens)
-        return Course(self.startup, stream.opened, tokens, is_running=stream.is_granted)
+        course = Course(self.startup, stream.opened, tokens, is_running=stream.is_granted)
+        if lost is not None:
+            course.left(lost.choice.node, lost.error.code, now)
+        return course
 
 
 @dataclass(frozen=True, slots=True)
 class Lost:
-    """Who has failed a session before it began."""
+    """Who has failed a session that this node served, or was to."""
 
     choice: Choice
     error: SllmError
+    begun: Begun | None = None
+    """What it was until then, if it ran."""

@@ -20,7 +20,7 @@ _DEVICE_NAME = re.compile(r"cpu(:\d+)?|cuda(:\d+)?")
 def contradictions(config: "Config") -> Iterator[str]:
     """Yield each, naming its keys."""
     checks: tuple[Callable[[Config], str | None], ...] = (
-        _check_chunks, _check_blocks, _check_pool, _check_offload, _check_bind, _check_keys, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
+        _check_chunks, _check_blocks, _check_pool, _check_offload, _check_bind, _check_body, _check_keys, _check_keep_alive, _check_beside, _check_device, _check_remotes, _check_cluster,
     )  # fmt: skip
     for check in checks:
         if (problem := check(config)) is not None:
@@ -70,6 +70,12 @@ def _check_bind(config: "Config") -> str | None:
         f"server.host = {server.host!r} is reachable from other machines: set server.api_keys, "
         "or server.allow_unauthenticated_remote = true if that is what you want"
     )
+
+
+def _check_body(config: "Config") -> str | None:
+    if config.server.max_body_bytes < 1:
+        return "server.max_body_bytes = 0: must be 1 byte at least, as no request would have a body"
+    return None
 
 
 def _check_keys(config: "Config") -> str | None:

@@ -113,9 +113,11 @@ class NodeFullError(SllmError):
     fault = Fault.BUSY
     code = "node_full"
 
-    def __init__(self, queued: int, limit: int, retry_after_s: float) -> None:
+    def __init__(self, queued: int, limit: int, retry_after_s: float, choices: int = 1) -> None:
+        """`choices`: so many the refused request asks for at once."""
+        asked = "" if choices == 1 else f", this one asks for {choices} choices,"
         super().__init__(
-            f"{queued} requests wait already and the limit is {limit}; "
+            f"{queued} requests wait already{asked} and the limit is {limit}; "
             f"try again in {math.ceil(retry_after_s)} s"
         )
         self.retry_after_s = retry_after_s

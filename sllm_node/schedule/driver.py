@@ -176,6 +176,17 @@ class Service(Generic[CodecT]):
         """How many sessions of a model are taken at once if nobody else has any."""
         return self._config.schedule.max_queue + self._config.engine.max_sessions
 
+    def check_room(self, model: str, sessions: int) -> None:
+        """Refuse a request for so many sessions of `model` before the first is opened, if they don't fit all.
+
+        Raises:
+            NodeFullError: the queue can't take them now.
+        """
+        ticket = self._tickets.make(self._models.servable(ModelId(model)))
+        if (error := self._scheduler.crowding(ticket, sessions, self._clock.now())) is not None:
+            self._telemetry.refused(ticket.model, sessions)
+            raise error
+
     def open(self, request: GenerationRequest, *, keep_alive_s: float | None = None) -> Stream:
         """Take a request: its session runs at once or when its turn comes.
 

@@ -45,6 +45,25 @@ class Refusals:
         wait_s = self._expected_wait_s(record, ticket.device_bytes, ticket.load_s)
         return NodeFullError(waiting, limit, wait_s)
 
+    def of_many(
+        self, record: ModelRecord, ticket: Ticket, count: int, *, begins: bool
+    ) -> SllmError | None:
+        """Return why `count` tickets like this new one would not all be taken, if that is for the queue.
+
+        `begins`: a load of the model begins with the first of them.
+        """
+        waiting, limit = sum(map(self._queued, self._roster)), self._config.max_queue
+        places, slots = max(0, limit - waiting), 0
+        if self._is_open(record):
+            slots = self._max_sessions - len(record.running)
+        elif places and (begins or self._is_coming(record)):
+            others = 0 if record.is_hinted else record.waiting
+            slots = max(0, self._max_sessions - others)
+        if count <= places + slots or shortage(ticket.shares, self._capacities) is not None:
+            return None
+        wait_s = self._expected_wait_s(record, ticket.device_bytes, ticket.load_s)
+        return NodeFullError(waiting, limit, wait_s, count)
+
     def overdue(self, record: ModelRecord, now: float) -> SllmError | None:
         """Return why the oldest waiting ticket is refused, if it has waited for as long as anyone may."""
         if not record.waiting or now < record.oldest.arrived + self._config.queue_timeout_s:
@@ -70,8 +89,11 @@ class Refusals:
 
         So a model takes as many sessions at once before its load as after it.
         """
-        is_coming = record.state is ModelState.LOADING or bool(record.planned)
+        is_coming = self._is_coming(record)
         return max(0, record.waiting - self._max_sessions) if is_coming else record.waiting
+
+    def _is_coming(self, record: ModelRecord) -> bool:
+        return record.state is ModelState.LOADING or bool(record.planned)
 
     def _is_open(self, record: ModelRecord) -> bool:
         """Tell whether a session of this model would be granted at once."""

@@ -109,6 +109,13 @@ class Scheduler:
         self.roster.enqueue(record, ticket, now)
         return self._dispatch(now)
 
+    def crowding(self, ticket: Ticket, count: int, now: float) -> SllmError | None:
+        """Return why `count` new tickets like this one would not all be taken, if that is for the queue."""
+        record = self.roster.record(ticket.model)
+        begins = record.state is ModelState.IDLE and self.can_begin(ticket, now)
+        is_late = self._drained() is not None
+        return None if is_late else self._refusals.of_many(record, ticket, count, begins=begins)
+
     def on_cancel(self, number: TicketId, now: float) -> list[Action]:
         """Forget a waiting ticket."""
         self.roster.remove(number)

@@ -47,6 +47,10 @@ class Telemetry:
             waited_s = stream.granted - stream.opened
             self._metrics.queue_seconds.labels(stream.request.model).observe(waited_s)
 
+    def refused(self, model: ModelId, sessions: int) -> None:
+        """Count sessions that were not even opened."""
+        self._metrics.sessions.labels(model, Outcome.REFUSED.value).inc(sessions)
+
     def ended(self, stream: Stream, outcome: Outcome, now: float) -> None:
         """Count and log a session's end."""
         request = stream.request

@@ -12,10 +12,11 @@ import msgspec
 from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 
-from sllm_node.core.errors import InvalidRequestError, SllmError
+from sllm_node.core.errors import InvalidRequestError
 from sllm_node.core.types import Stall
 from sllm_node.server.models import described, json_response
 from sllm_node.server.parsing import ValueT, parse
+from sllm_node.server.pinning import Pinning
 from sllm_node.server.service import GenerationService
 
 
@@ -49,11 +50,16 @@ class Admin:
     ) -> None:
         """`resolve` returns the model behind a name."""
         self._service = service
+        self._pinning = Pinning(service)
         self._resolve = resolve
         self._explain = explain
         self._pull = pull
         self._overview = overview
         """What the node knows and the service doesn't: node, device, pool, bandwidth."""
+
+    async def close(self) -> None:
+        """End what goes on without who asked for it."""
+        await self._pinning.close()
 
     async def status(self, _: web.Request) -> web.Response:
         """Show the whole node."""
@@ -90,14 +96,7 @@ class Admin:
         """Keep a model on the device, and bring it there; if it can't come, it is not pinned."""
         await read_body(http, NoFields)
         model = self._model(http)
-        was_pinned = self._service.status(model).pinned
-        await self._service.pin(model)
-        try:
-            await self._service.load(model)
-        except SllmError:
-            if not was_pinned:
-                await self._service.unpin(model)
-            raise
+        await self._pinning.pin(model)
         return self._state_of(model)
 
     async def unpin(self, http: web.Request) -> web.Response:

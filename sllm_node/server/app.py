@@ -35,7 +35,7 @@ from sllm_node.core.hosts import is_loopback
 from sllm_node.core.metrics import Metrics
 from sllm_node.core.types import Stall
 from sllm_node.server.admin import Admin, Probes
-from sllm_node.server.bodies import expect, receive
+from sllm_node.server.bodies import expect, receive, without_unknown_expect
 from sllm_node.server.completions import Completions, current_job
 from sllm_node.server.connection import Connection, error_response
 from sllm_node.server.models import Models
@@ -145,6 +145,7 @@ class Server:
         await self._runner.setup()
         manager = self._runner.server
         assert manager is not None
+        manager.request_factory = without_unknown_expect(manager.request_factory)
 
         def connection() -> Connection:
             return Connection(
@@ -177,7 +178,8 @@ def make_app(edge: Edge, completions: Completions) -> web.Application:
         client_max_size=edge.config.max_body_bytes,
         middlewares=[_ids_and_logs(edge), _errors(edge.config), _entrance(edge.config)],
     )
-    handlers = _handlers(edge, completions)
+    admin = Admin(edge.service, edge.overview, edge.pull, edge.explain, edge.wishes.resolve)
+    handlers = _handlers(edge, completions, admin)
     for route in ROUTES:
         # aiohttp's {id} stops at a slash; names of models may be asked for with one.
         path = route.path.replace("{id}", "{id:.+?}")
@@ -186,6 +188,7 @@ def make_app(edge: Edge, completions: Completions) -> web.Application:
         for method in methods:
             app.router.add_route(method, path, handler, expect_handler=expect(edge.config))
     app.on_response_prepare.append(_name)
+    app.on_cleanup.append(lambda _: admin.close())
     return app
 
 
@@ -193,10 +196,9 @@ async def _name(_: web.Request, response: web.StreamResponse) -> None:
     response.headers["x-request-id"] = _shown_id.get()
 
 
-def _handlers(edge: Edge, completions: Completions) -> dict[tuple[str, str], Handler]:
+def _handlers(edge: Edge, completions: Completions, admin: Admin) -> dict[tuple[str, str], Handler]:
     models = Models(edge.service, edge.wishes)
     wishes = WishRoutes(edge.wishes)
-    admin = Admin(edge.service, edge.overview, edge.pull, edge.explain, edge.wishes.resolve)
     peer = Peer(edge.catalog)
     probes = Probes(edge.service, edge.stalled, edge.metrics.registry)
     found: Sequence[Handler] = (

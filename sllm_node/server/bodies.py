@@ -2,15 +2,18 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Any, Final
 
 from aiohttp import web
+from aiohttp.http_parser import RawRequestMessage
 
 from sllm_node.core.config import ServerConfig
 from sllm_node.core.errors import BodyTooLargeError, SlowRequestError, UnsupportedEncodingError
 
 ENCODINGS: Final = ("gzip", "deflate")
 _CONTINUE: Final = b"HTTP/1.1 100 Continue\r\n\r\n"
+_KNOWN: Final = "100-continue"
+"""What a client may expect; anything else is ignored."""
 
 
 async def receive(http: web.Request, config: ServerConfig) -> None:
@@ -39,11 +42,27 @@ def expect(config: ServerConfig) -> Callable[[web.Request], Awaitable[None]]:
     """Return what answers `Expect: 100-continue`: go on, unless the body is too large anyway."""
 
     async def answer(http: web.Request) -> None:
-        if http.headers["Expect"].lower() == "100-continue" and not _is_too_large(http, config):
+        if http.headers["Expect"].lower() == _KNOWN and not _is_too_large(http, config):
             await http.writer.write(_CONTINUE)
             http.writer.output_size = 0  # the answer proper has not begun
 
     return answer
+
+
+def without_unknown_expect(make: Callable[..., web.BaseRequest]) -> Callable[..., web.BaseRequest]:
+    """Return what makes requests as `make` does, without an `Expect` that nobody knows.
+
+    aiohttp refuses it, on paths without a route, before the application has seen the request.
+    """
+
+    def made(message: RawRequestMessage, *given: Any) -> web.BaseRequest:
+        if message.headers.get("Expect", _KNOWN).lower() != _KNOWN:
+            headers = message.headers.copy()
+            headers.popall("Expect")
+            message = message._replace(headers=type(message.headers)(headers))
+        return make(message, *given)
+
+    return made
 
 
 def _is_too_large(http: web.Request, config: ServerConfig) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import orjson
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from sllm_node.core import log as logs
 from sllm_node.core.clock import Clock
@@ -197,6 +197,8 @@ class Completions:
     ) -> list[Stream]:
         """Open a session for each choice; if one is refused, none is left."""
         streams: list[Stream] = []
+        if (sessions := request.n * len(prompts)) > 1:
+            self._service.check_room(request.model, sessions)
         try:
             for i, prompt in enumerate(prompts):
                 for j in range(request.n):
@@ -237,6 +239,8 @@ class Completions:
         its tokenizer: a failure before that is answered with its own status, one after it as an event.
         """
         response = web.StreamResponse(headers=HEADERS)
+        if http.version < HttpVersion11:
+            response.force_close()  # it has no chunks: only the connection's end tells the stream's
         writer = EventWriter(response)
         try:
             codec = await self._prepare_audibly(http, response, writer, request)

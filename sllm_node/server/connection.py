@@ -1,8 +1,12 @@
-"""A client's connection: errors outside of a request look like all others, and who reads nothing is dropped.
+"""A client's connection: errors outside of a request look like all others, and who can't be served is dropped.
 
 Whoever writes an answer waits while more bytes wait for the client than is good, for as long as it
 takes. The connection watches that the client takes some, whatever the answer is: whole, streamed,
 or the end of one whose request is done.
+
+What a client sends behind a request that runs is read up to a limit of aiohttp's: some requests, or the
+beginning of a body. Beyond it nothing is read, so that nobody would hear that the client has hung up;
+who sends so much is dropped.
 """
 
 import asyncio
@@ -34,6 +38,8 @@ log = logging.getLogger(__name__)
 
 _ENCODING: Final = re.compile(r"\((\w+)\)")
 """How aiohttp names an encoding for which it lacks a library: `brotli (br)`."""
+HOLD_S: Final = 1.0
+"""For so long a client may be unread behind one request."""
 
 
 class Watch:
@@ -81,6 +87,47 @@ class Watch:
         return self._transport.get_write_buffer_size() + _unacknowledged(self._transport)
 
 
+class Hold:
+    """Drops a client that is not read from while one request runs, as it would not be seen to leave."""
+
+    def __init__(
+        self,
+        transport: asyncio.Transport,
+        limit_s: float,
+        running: Callable[[], object | None],
+        call_later: Callable[..., asyncio.TimerHandle],
+    ) -> None:
+        """`running` returns the request that runs and has come in whole, or None."""
+        self._transport = transport
+        self._limit_s = limit_s
+        self._running = running
+        self._call_later = call_later
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Look until the client is read from."""
+        if self._timer is None:
+            self._wait()
+
+    def end(self) -> None:
+        """Look no more: the connection is gone."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _wait(self) -> None:
+        is_held = not (self._transport.is_reading() or self._transport.is_closing())
+        timer = self._call_later(self._limit_s, self._look, self._running()) if is_held else None
+        self._timer = timer
+
+    def _look(self, before: object | None) -> None:
+        self._timer = None
+        if before is None or self._running() is not before or self._transport.is_reading():
+            self._wait()
+            return
+        log.warning("client sends too much behind a running request, dropped")
+        self._transport.abort()
+
+
 def _unacknowledged(transport: asyncio.Transport) -> int:
     """Return how many bytes the kernel has that the client's has not confirmed; 0 if it does not tell."""
     connection = transport.get_extra_info("socket")
@@ -95,25 +142,43 @@ def _unacknowledged(transport: asyncio.Transport) -> int:
 class Connection(web.RequestHandler):
     """aiohttp's connection, with a watch, and our error object where it would answer in plain text."""
 
-    __slots__ = ("_watch", "_write_timeout_s")
+    __slots__ = ("_hold", "_hold_s", "_watch", "_write_timeout_s")
 
-    def __init__(self, manager: Any, *, write_timeout_s: float, **given: Any) -> None:
+    def __init__(
+        self, manager: Any, *, write_timeout_s: float, hold_s: float = HOLD_S, **given: Any
+    ) -> None:
         super().__init__(manager, **given)
         self._write_timeout_s = write_timeout_s
+        self._hold_s = hold_s
         self._watch: Watch | None = None
+        self._hold: Hold | None = None
 
     @override
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         writing = cast(asyncio.Transport, transport)
-        self._watch = Watch(writing, self._write_timeout_s, self._loop.call_later)
+        later = self._loop.call_later
+        self._watch = Watch(writing, self._write_timeout_s, later)
+        self._hold = Hold(writing, self._hold_s, self._running, later)
         super().connection_made(transport)
 
     @override
     def connection_lost(self, exc: BaseException | None) -> None:
-        if self._watch is not None:
+        if self._watch is not None and self._hold is not None:
             self._watch.end()
-            self._watch = None
+            self._hold.end()
+            self._watch = self._hold = None
         super().connection_lost(exc)
+
+    @override
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        if self._hold is not None:
+            self._hold.begin()
+
+    def _running(self) -> web.BaseRequest | None:
+        """Return the request that runs; None: there is none, or it has not come in whole."""
+        request = self._current_request
+        return request if request is not None and request.content.is_eof() else None
 
     @override
     def pause_writing(self) -> None:

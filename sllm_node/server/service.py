@@ -114,6 +114,13 @@ class GenerationService(Protocol):
     def session_limit(self) -> int:
         """How many sessions of a model are taken at once if nobody else has any."""
 
+    def check_room(self, model: str, sessions: int) -> None:
+        """Refuse so many sessions of `model` that there is surely no room for all of them.
+
+        Raises:
+            NodeFullError: before any is opened.
+        """
+
     def open(self, request: GenerationRequest, *, keep_alive_s: float | None = None) -> Stream:
         """Take a request, or raise why it is refused."""
 

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 
+from sllm_node.checkpoint.index import INDEX_FILE
 from sllm_node.cluster.packing import pack
 from sllm_node.cluster.texts import Known
 from sllm_node.cluster.wire import Forward, unpack_record
 from sllm_node.core import log as logs
 from sllm_node.core.errors import (
+    CancelledByOperatorError,
+    CheckpointFormatError,
+    ChecksumError,
     EngineError,
     HopLimitError,
     MisdirectedError,
@@ -188,6 +192,9 @@ class HoldersAsTexts:
 
     async def get(self, held, holders):
         return SimpleNamespace(codec=(held.model, holders))
+
+    def get_now(self, held):
+        return None
 
 
 @in_world(a=(), b=("m",))
@@ -607,6 +614,77 @@ async def test_the_limit_follows_a_node_that_comes_back_with_more_room(world):
 
 
 # --- moves -----------------------------------------------------------------------------------------
+
+
+DAMAGED = ChecksumError("m", "shard-00001.bin", 0, 4096)
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_request_at_a_node_whose_checkpoint_is_damaged_is_served_by_another(world):
+    world["a"].rig.store.error = DAMAGED
+    for _ in range(2):
+        stream = world.open("a", "m")
+        assert await read(stream) == list(range(1, 21))
+        assert (stream.startup().node, stream.startup().earlier) == ("b", ())
+    assert world["b"].rig.store.loads == ["m"]
+
+
+@in_world(a=("m",), b=("m",))
+async def test_a_session_whose_engine_fails_at_its_own_entry_goes_on_at_another_node(world):
+    stream = world.open("a", "m", tokens=40)
+    given = list((await anext(stream)).tokens)
+    world["a"].rig.fail_replica("m")
+    assert given + await read(stream) == list(range(1, 41))
+    told = stream.startup()
+    assert told.node == "b"
+    assert [(stay.node, stay.tokens, stay.left) for stay in told.earlier] == [
+        ("a", len(given), "engine_error"),
+    ]  # fmt: skip
+    assert world["a"].rig.count("sllm_resumptions_total", model="m") == 1
+
+
+@in_world(a=("m",), b=("other",))
+async def test_what_fails_at_the_only_node_that_has_the_model_is_told_at_once_as_it_is(world):
+    stream = world.open("a", "m", tokens=40)
+    await anext(stream)
+    world["a"].rig.fail_replica("m")
+    now = asyncio.get_running_loop().time()
+    with pytest.raises(EngineError, match="broken"):
+        await read(stream)
+    assert asyncio.get_running_loop().time() - now < 1.0
+    await asyncio.sleep(2.0)
+    world["a"].rig.store.error = DAMAGED
+    with pytest.raises(ChecksumError):
+        await read(world.open("a", "m"))
+    assert asyncio.get_running_loop().time() - now < 6.0
+
+
+@in_world(a=("m",), b=("m",))
+async def test_what_an_operator_ends_at_the_entry_is_not_carried_on(world):
+    stream = world.open("a", "m", tokens=40)
+    await anext(stream)
+    assert world["a"].router.cancel_request("a-1") == 1
+    with pytest.raises(CancelledByOperatorError):
+        await read(stream)
+    assert world["b"].rig.store.loads == []
+
+
+@in_world(a=("m", "alone"), b=("m",), c=())
+async def test_a_model_whose_index_is_damaged_here_is_served_by_another_node(world):
+    router = world["a"].router
+    router.elsewhere.texts = HoldersAsTexts()
+    for model in ("m", "alone"):
+        index = world["a"].root / model / INDEX_FILE
+        index.write_bytes(index.read_bytes()[:50])
+    await asyncio.sleep(2.0)
+    assert await router.prepare("m") == ("m", ["b"])
+    assert router.context_limit("m") == CONTEXT_TOKENS
+    assert router.status("m").model == "m"
+    assert await read(world.open("a", "m")) == list(range(1, 21))
+    with pytest.raises(CheckpointFormatError):
+        router.status("alone")
+    with pytest.raises(CheckpointFormatError):
+        await router.prepare("alone")
 
 
 def elsewhere(name):

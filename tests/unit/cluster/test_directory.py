@@ -170,9 +170,49 @@ def test_what_an_emptied_directory_lacks_is_put_back(head):
     assert directory.step() == ReadAll()
     directory.on_read(head, [], 0.0)
     assert directory.restores() == {key_of(r): encode(r) for r in (MODEL, WISH)}
-    assert directory.restores() == {}
+    directory.on_restored(key_of(MODEL))
+    assert directory.restores() == {key_of(WISH): encode(WISH)}
     assert (directory.registrations(), names(directory)) == ((MODEL,), ["a"])
     assert directory.needs_registration
+
+
+def emptied(*records):
+    """Return a directory that came back empty, and has nothing put back yet."""
+    directory = made(*records)
+    directory.on_ended()
+    directory.on_watching(Head(3, 2))
+    directory.on_read(Head(3, 2), [], 0.0)
+    directory.news()
+    return directory
+
+
+def test_what_is_to_be_put_back_outlasts_a_directory_that_is_cut_off_again():
+    directory = emptied(MODEL, WISH)
+    directory.on_restored(key_of(MODEL))
+    directory.on_unreachable("reset by peer")
+    directory.on_read(Head(4, 2), [put(MODEL, 4)], 0.0)
+    assert (directory.registrations(), directory.desired()) == ((MODEL,), (WISH,))
+    assert directory.restores() == {key_of(WISH): encode(WISH)}
+    directory.on_restored(key_of(WISH))
+    directory.on_unreachable("gone")
+    directory.on_read(Head(5, 2), [put(MODEL, 4)], 0.0)  # and then somebody dropped it
+    assert (directory.desired(), directory.restores()) == ((), {})
+
+
+@pytest.mark.parametrize("way", ["put by another", "dropped by another", "dropped here"])
+def test_what_others_put_back_or_anybody_dropped_is_not_put_back(way):
+    directory = emptied(MODEL)
+    if way == "put by another":
+        directory.on_changes([put(MODEL, 4)])
+    elif way == "dropped by another":
+        directory.on_changes([gone(MODEL, 5)])
+    else:
+        directory.on_dropped(MODEL)
+    assert directory.restores() == {}
+    assert directory.registrations() == ((MODEL,) if way == "put by another" else ())
+    assert directory.news() == (
+        () if way == "put by another" else (RecordDropped(Registration, "m"),)
+    )
 
 
 def test_without_a_directory_from_the_start_the_remembered_peers_are_there():

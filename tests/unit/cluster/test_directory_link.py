@@ -15,12 +15,12 @@ from sllm_node.cluster.directory import (
     RecordDropped,
     RecordPut,
 )
-from sllm_node.cluster.directory_keys import NodeRecord, encode, key_of
+from sllm_node.cluster.directory_keys import Entry, Head, NodeRecord, encode, key_of
 from sllm_node.cluster.directory_link import Backoff, DirectoryLink, LinkOptions
 from sllm_node.cluster.etcd import EtcdClient, EtcdOptions
 from sllm_node.cluster.records import Desired, KnownPeer, Registration
 from sllm_node.core.clock import MonotonicClock
-from sllm_node.core.errors import InvalidRequestError
+from sllm_node.core.errors import EtcdDeniedError, EtcdUnreachableError, InvalidRequestError
 from sllm_node.core.types import ModelId, NodeId
 from tests.etcd import Etcd, make_members, needs_etcd
 from tests.ports import free_port
@@ -218,6 +218,71 @@ async def test_etcd_that_comes_back_empty_gets_everything_again(own):
         assert a.directory.registrations() == (MODEL,)
         assert "b" in [name for name, _ in a.peers()]
         assert not any(isinstance(news, NodeUnlisted) for news in a.told)
+
+
+class Shaky:
+    """An etcd in memory that was set back, and whose puts fail now and then."""
+
+    endpoint = "fake"
+
+    def __init__(self, *failures):
+        self.rows, self.revision = {}, 100
+        self.failures = list(failures)
+        self.is_back = asyncio.Event()
+        self.changed = asyncio.Event()
+
+    def set_back(self):
+        self.rows, self.revision = {}, 5
+        self.is_back.set()
+
+    async def read(self):
+        rows = tuple(Entry(key, value, self.revision) for key, value in self.rows.items())
+        return Head(self.revision, 2), rows
+
+    async def watch(self, revision):
+        if revision > self.revision + 1:
+            yield Head(self.revision, 2)
+        await (asyncio.Event() if self.is_back.is_set() else self.is_back).wait()
+
+    async def put_if(self, key, value, revision, lease=0):
+        self.changed.set()
+        if not lease and self.is_back.is_set() and self.failures:
+            raise self.failures.pop(0)
+        if key not in self.rows:
+            self.revision += 1
+            self.rows[key] = value
+        return True
+
+    async def get(self, key):
+        return None
+
+    async def grant(self, seconds):
+        return 1
+
+    async def keep_alive(self, lease):
+        return True
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [EtcdUnreachableError("fake", "reset by peer"), EtcdDeniedError("fake", "no permission")],
+    ids=["unreachable", "denied"],
+)
+async def test_records_are_put_back_although_a_put_fails_in_the_middle(failure):
+    shaky = Shaky(failure)
+    shaky.rows = {key_of(record): encode(record) for record in (MODEL, WISH)}
+    a = Node(shaky, record("a"), lease_s=1)
+    try:
+        await a.until(BackAgain())
+        shaky.set_back()
+        async with asyncio.timeout(LONG_S):
+            while not {key_of(MODEL), key_of(WISH)} <= shaky.rows.keys():
+                shaky.changed.clear()
+                await shaky.changed.wait()
+        assert not any(isinstance(news, RecordDropped) for news in a.told)
+        assert (a.directory.registrations(), a.directory.desired()) == ((MODEL,), (WISH,))
+    finally:
+        await a.stop()
 
 
 async def test_with_etcd_gone_from_the_start_the_remembered_peers_stay():

@@ -13,13 +13,13 @@ from sllm_node.cluster.candidate import Candidate, Kind
 from sllm_node.cluster.choice import Choice
 from sllm_node.cluster.document import encode_state
 from sllm_node.cluster.forward import RoutedStream
-from sllm_node.cluster.home import HomeStream
+from sllm_node.cluster.home import HomeStream, onward
 from sllm_node.cluster.packing import pack
 from sllm_node.cluster.reservations import Ask, ReservationId
-from sllm_node.cluster.retries import LOOK_S, REFUSALS_MAX
+from sllm_node.cluster.retries import BROKEN_MAX, LOOK_S, REFUSALS_MAX
 from sllm_node.cluster.serving import EXTEND
 from sllm_node.cluster.state import BootId
-from sllm_node.cluster.ways import Limits, Lost, Tools
+from sllm_node.cluster.ways import Limits, Tools
 from sllm_node.cluster.wire import (
     Granted,
     Leave,
@@ -34,6 +34,7 @@ from sllm_node.cluster.wire import (
 from sllm_node.core.clock import ManualClock
 from sllm_node.core.errors import (
     CancelledByOperatorError,
+    ChecksumError,
     DrainingError,
     EngineError,
     GivenBackError,
@@ -44,6 +45,7 @@ from sllm_node.core.errors import (
     OtherWeightsError,
     PeerUnreachableError,
     PromptTooLongError,
+    QueueTimeoutError,
     RemoteUnreachableError,
     SessionLostError,
 )
@@ -330,17 +332,97 @@ async def test_a_session_waits_for_a_full_node_where_it_fits_and_asks_no_more_wh
 
 async def test_a_session_of_this_node_that_does_not_fit_here_is_placed_elsewhere():
     world = World(here=[], b=[[tokens(1, finish="stop")]])
-    stream = Served([PromptTooLongError(309, 128, "KV memory")])
-    stream.is_granted = False
-
-    def route(home, before):
-        tools = Tools(world, world.clock, Limits(1.0, 10.0))
-        lost = Lost(to("here"), before)
-        return RoutedStream(home.request, 5.0, None, world, tools, lost)
-
-    home = HomeStream(cast("Stream", stream), 5.0, route, lambda _: None)
+    home, _ = at_home(world, [PromptTooLongError(309, 128, "KV memory")], is_granted=False)
     assert (await anext(home)).tokens == (1,)
     assert [peer for peer, _ in world.asked] == ["b"]
+
+
+def at_home(world, script, *, is_granted=True):
+    """Return a session of this node that is placed elsewhere if that is worth a try, and who has ended."""
+    stream, gone = Served(script), []
+    stream.is_granted = is_granted
+
+    def route(home, before):
+        tools = Tools(world, world.clock, Limits(1.0, PATIENCE_S))
+        request, choice, how = onward(
+            home, before, NodeId("here"), world.choose, 0.0, is_draining=False
+        )
+        return RoutedStream(request, 5.0, choice, world, tools, how)
+
+    return HomeStream(cast("Stream", stream), 5.0, route, gone.append), gone
+
+
+async def test_a_session_whose_step_fails_here_goes_on_elsewhere_with_the_weights_that_it_began_with():
+    world = World(here=[], b=[[Granted(), tokens(3, finish="stop")]])
+    home, _ = at_home(world, [tokens(1, 2, cached=5).chunk, EngineError("m", "broke")])
+    home._stream.weights = Weights(7, 5, "x")
+    chunks = [chunk async for chunk in home]
+    assert [token for chunk in chunks for token in chunk.tokens] == [1, 2, 3]
+    assert {chunk.cached_tokens for chunk in chunks} == {5}
+    ((peer, forward),) = world.asked
+    assert (peer, forward.request.resumed, forward.request.weights) == (
+        "b", (1, 2), Weights(7, 5, "x"),
+    )  # fmt: skip
+    assert [(stay.node, stay.tokens) for stay in home.startup().earlier] == [("here", 2)]
+    assert world.outcomes[0] == ("here", "failed")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_granted"),
+    [
+        (InvalidRequestError("wrong"), False), (CancelledByOperatorError("an operator"), True),
+        (QueueTimeoutError("m", 60.0, 60.0), False), (DrainingError(1.0, was_running=True), True),
+        (PromptTooLongError(309, 128, "KV memory"), True),
+    ],
+    ids=lambda value: getattr(value, "code", ""),
+)  # fmt: skip
+async def test_what_is_wrong_anywhere_or_was_meant_is_told_as_it_is(error, is_granted):
+    world = World(here=[], b=[[tokens(1, finish="stop")]])
+    home, gone = at_home(world, [error], is_granted=is_granted)
+    with pytest.raises(type(error)) as caught:
+        await anext(home)
+    assert caught.value is error
+    assert (world.asked, gone) == ([], [home])
+
+
+@pytest.mark.parametrize("known", [(), (1,)], ids=["no token", "a token"])
+async def test_what_fails_here_is_told_as_it_is_if_no_other_node_can_have_it(known):
+    error, world = EngineError("m", "broke"), World(here=[])
+    home, gone = at_home(world, [*(tokens(n).chunk for n in known), error])
+    with pytest.raises(EngineError) as caught:
+        [_ async for _ in home]
+    assert (caught.value is error, gone, world.clock.now()) == (True, [home], 0.0)
+
+
+async def test_a_session_that_breaks_one_node_after_another_is_given_up_before_it_breaks_all():
+    broken = failed(EngineError("m", "broke"))
+    names = "abcde"
+    world = World(**{name: [[Granted(), broken]] for name in names})
+    with pytest.raises(EngineError):
+        await read(world.open())
+    assert len(world.asked) == BROKEN_MAX
+    more = [[Granted(), tokens(1), tokens(2), broken]]
+    world = World(**{name: [[Granted(), broken]] for name in names} | {"a": more})
+    with pytest.raises(SessionLostError, match=r"3 nodes failed in a row.* broke"):
+        await read(world.open())
+    assert len(world.asked) == BROKEN_MAX
+
+
+async def test_nodes_that_fail_with_tokens_between_do_not_count_together():
+    def breaks(*numbers):
+        return [[Granted(), *map(tokens, numbers), failed(EngineError("m", "broke"))]]
+
+    world = World(a=breaks(1), b=breaks(2), c=breaks(3), d=[[tokens(4, finish="stop")]])
+    assert (await read(world.open()))[0] == (1, 2, 3, 4)
+
+
+async def test_a_node_whose_checkpoint_is_damaged_is_not_asked_again():
+    full = [[REFUSED]] * (REFUSALS_MAX + 2)
+    world = World(here=[], b=[*full, [Granted(), tokens(1, finish="stop")]])
+    world.is_heard = False
+    home, _ = at_home(world, [ChecksumError("m", "s", 0, 1)], is_granted=False)
+    assert (await anext(home)).tokens == (1,)
+    assert world.local == []
 
 
 async def test_a_session_is_asked_for_with_the_weights_that_it_began_with_and_not_where_there_are_others():
@@ -714,6 +796,66 @@ async def test_a_destination_that_dies_with_the_grant_is_replaced_from_the_token
     report = stream.move(to("b"), "drain")
     assert (await read(stream))[0] == (1, 2)
     assert (report.outcome, [f.epoch for _, f in world.asked]) == ("moved", [1, 2, 3])
+
+
+async def other_weights_at(b_ends, a_ends):
+    """Return a session with a token of node `a`, and its move to `b`, which has other weights."""
+    begin, ours = asyncio.Event(), Granted(None, Weights(7, 5, "x"))
+    world = World(
+        a=[[begin, ours, tokens(1), *a_ends]],
+        b=[[Granted(None, Weights(8, 5, "y")), *b_ends, Standing(0), LET_GO, tokens(9)]],
+        c=[[ours, tokens(2, finish="stop")]],
+    )
+    stream = world.open()
+    await until(lambda: world.asked)
+    report = stream.move(to("b"), "operator")  # it waits still: nobody knows its weights
+    await until(lambda: stream._move._is_granted)
+    begin.set()
+    await until(lambda: stream.position == 1)
+    del world.scripts[NodeId("b")]  # no other than `c` is chosen
+    return world, stream, report
+
+
+async def test_a_destination_with_other_weights_gets_no_session_that_has_tokens():
+    there, end = asyncio.Event(), asyncio.Event()
+    world, stream, report = await other_weights_at([there], [end, tokens(2, finish="stop")])
+    there.set()
+    await until(lambda: world.moves)
+    end.set()
+    assert (await read(stream))[0] == (1, 2)
+    assert (report.outcome, world.extends) == ("failed", [])
+    assert "another checkpoint" in report.error
+
+
+async def test_a_destination_with_other_weights_gets_none_whose_source_has_died_either():
+    there, die = asyncio.Event(), asyncio.Event()
+    world, stream, report = await other_weights_at([there], [die, PeerUnreachableError("a", "-")])
+    die.set()
+    await until(lambda: world.lost_nodes)
+    there.set()
+    assert (await read(stream))[0] == (1, 2)
+    assert (report.outcome, world.extends) == ("failed", [])
+    assert [peer for peer, _ in world.asked] == ["a", "b", "c"]
+
+
+async def test_a_session_that_moves_before_its_first_token_goes_on_with_the_weights_of_its_destination():
+    theirs = Weights(8, 5, "y")
+    world = World(
+        a=[[Granted(None, Weights(7, 5, "x")), asyncio.Event()]],
+        b=[[
+            Granted(None, theirs), Standing(0), LET_GO, tokens(1), PeerUnreachableError("b", "-"),
+        ]],
+        c=[[Granted(None, theirs), tokens(2, finish="stop")]],
+    )  # fmt: skip
+    stream = world.open()
+    await until(lambda: stream.request.weights)
+    stream.move(to("b"), "operator")
+    await until(lambda: world.moves or world.extends)
+    del world.scripts[NodeId("a")]
+    assert (await read(stream))[0] == (1, 2)
+    assert [(peer, f.request.weights) for peer, f in world.asked][1:] == [
+        ("b", None), ("c", theirs),
+    ]  # fmt: skip
 
 
 async def test_a_cancel_during_a_move_closes_both_ends():

@@ -130,6 +130,7 @@ def test_sizes_may_carry_units():
         ("[store]\npool_bytes = true", "store.pool_bytes"),
         ("[store]\npool_bytes = 1.5", "store.pool_bytes"),
         ('[server]\nhost = "0.0.0.0"', "server.host"),
+        ("[server]\nmax_body_bytes = 0", "server.max_body_bytes = 0: must be 1 byte at least"),
         ("[schedule]\nkeep_alive_s = -2", "schedule.keep_alive_s"),
         ("[models.a]\nkeep_alive_s = -2", "models.a.keep_alive_s"),
         ("[engine]\nprefill_beside_ratio = 0.5", "engine.prefill_beside_ratio"),

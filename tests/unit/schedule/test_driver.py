@@ -872,6 +872,23 @@ async def test_a_cold_model_takes_as_many_sessions_at_once_as_a_ready_one(node):
 
 
 @on_virtual_time
+async def test_as_many_sessions_have_room_as_are_taken_one_after_another(node):
+    for before in ("idle", "hinted", "ready"):
+        n = node(max_queue=2)
+        if before == "hinted":
+            assert n.service.hint(ModelId("a"))
+        if before == "ready":
+            await n.ask("a")
+        limit = n.service.session_limit
+        n.service.check_room("a", limit)
+        with pytest.raises(NodeFullError, match=f"0 requests .*, this one asks for {limit + 1}"):
+            n.service.check_room("a", limit + 1)
+        assert n.service.sessions() == []
+        for stream in [n.open("a", tokens=1) for _ in range(limit)]:
+            stream.cancel()
+
+
+@on_virtual_time
 async def test_closing_ends_loads_under_way_and_stops_the_timer(node):
     n = node(keep_alive_s=5.0)
     await n.ask("b")

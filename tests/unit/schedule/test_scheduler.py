@@ -11,7 +11,7 @@ from sllm_node.core.errors import (
     QueueTimeoutError,
 )
 from sllm_node.core.types import ModelId, ModelState
-from sllm_node.schedule.actions import AbortLoad, Evict, GiveWay, Refuse, Stop, TicketId
+from sllm_node.schedule.actions import AbortLoad, Evict, GiveWay, Refuse, Stop, Ticket, TicketId
 from sllm_node.schedule.record import TRANSITIONS
 from tests.unit.schedule.board import (
     A,
@@ -23,6 +23,7 @@ from tests.unit.schedule.board import (
     granted,
     refuse,
     refused,
+    shares,
     start,
 )
 
@@ -405,6 +406,42 @@ def test_a_full_queue_refuses_with_the_expected_wait():
     error = refused(board.request(C, load_s=4.0))[3]
     assert isinstance(error, NodeFullError)
     assert error.retry_after_s == 3.0 + 4.0 + 10.0  # b's load, its own, a session's end
+
+
+def crowding(board, model, count):
+    ticket = Ticket(TicketId(0), model, shares(4), 1.0)
+    return board.scheduler.crowding(ticket, count, board.now)
+
+
+def room(board, model):
+    """Return how many tickets of `model` are taken one after another."""
+    return next(i for i in range(99) if isinstance(refused_or_none(board, model), NodeFullError))
+
+
+def refused_or_none(board, model):
+    return next(iter(refused(board.request(model)).values()), None)
+
+
+@pytest.mark.parametrize("waiting", [0, 1, 3, 4])
+@pytest.mark.parametrize("state", ["idle", "loading", "ready", "full", "no room", "planned"])
+def test_a_crowd_is_refused_if_one_of_it_would_be_and_told_who_waited_before_it(state, waiting):
+    board = Board(max_queue=4, max_sessions=2, capacity=4)
+    wanted = B if state in ("no room", "planned") else A
+    if state != "idle":
+        board.request(A)
+    if state in ("ready", "full", "no room", "planned"):
+        board.loaded(A)
+    if state == "full":
+        board.request(A)
+    if state == "planned":
+        board.finish(1)
+    for _ in range(waiting):
+        board.request(C if state == "ready" else wanted)
+    found = {count: crowding(board, wanted, count) for count in range(1, 10)}
+    left = room(board, wanted)
+    assert [count for count, error in found.items() if error is None] == list(range(1, left + 1))
+    told = {str(error).partition(" ")[0] for error in found.values() if error is not None}
+    assert len(told) == 1
 
 
 def test_who_waits_for_a_load_that_has_a_slot_for_them_fills_no_queue():

@@ -174,6 +174,7 @@ class FakeService:
         self.limit = 100
         self.sessions_max = 100
         self.refuse = None
+        self.full = None
         self.pinned = False
         self.load_error = None
         self.prepare_gate = None
@@ -196,6 +197,10 @@ class FakeService:
     @property
     def session_limit(self):
         return self.sessions_max
+
+    def check_room(self, model, sessions):
+        if self.full is not None:
+            raise self.full
 
     def open(self, request, *, keep_alive_s=None):
         if self.refuse is not None and len(self.requests) >= self.refuse[0]:

@@ -7,6 +7,7 @@ import threading
 import zlib
 
 import pytest
+from prometheus_client import generate_latest
 
 from sllm_node.core.errors import (
     ChecksumError,
@@ -215,6 +216,20 @@ async def test_choices_of_a_stream_interleave_under_their_index(rig):
     assert text == {0: "Hello", 1: "Hello", 2: "Hello"}
 
 
+@pytest.mark.parametrize("waits", [True, False])
+async def test_a_stream_ends_for_a_client_that_knows_no_chunks(rig, waits):
+    body = json.dumps({**CHAT, "stream": True}).encode()
+    head = head_of(len(body), "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0")
+    gate = asyncio.Event()
+    rig.service.prepare_gate = gate if waits else None
+    reader, writer = await asyncio.open_connection(*rig.url[7:].split(":"))
+    writer.write(head + body)
+    assert b"keep-alive" not in await reader.readuntil(b"\r\n\r\n")
+    gate.set()
+    assert (await reader.read()).endswith(b"data: [DONE]\n\n")
+    writer.close()
+
+
 async def test_while_a_model_loads_comments_tell_the_progress(rig):
     gate = asyncio.Event()
     rig.service.make_stream = lambda request: FakeStream(chunks_of("ok"), gate, status_of())
@@ -411,6 +426,15 @@ async def test_a_refusal_tells_when_to_come_back(rig, error, status, after):
     assert ("x-should-retry" in headers) is is_in_vain
 
 
+async def test_choices_that_do_not_fit_all_are_refused_before_the_first_is_opened(rig):
+    rig.service.full = NodeFullError(744, 1024, 1.0, 2)
+    status, body, _ = await rig.post(CHATS, {**CHAT, "n": 2})
+    message = "744 requests wait already, this one asks for 2 choices, and the limit is 1024"
+    assert (status, body["error"]["message"].partition(";")[0]) == (503, message)
+    assert rig.service.streams == []
+    assert (await rig.post(CHATS, CHAT))[0] == 200
+
+
 async def test_if_one_choice_is_refused_the_others_are_cancelled(rig):
     rig.service.refuse = (1, NodeFullError(9, 8, 1.0))
     status, _, _ = await rig.post(CHATS, {**CHAT, "n": 2})
@@ -489,6 +513,18 @@ async def test_a_body_that_says_it_is_too_large_is_refused_before_it_comes(rig, 
 async def test_a_client_that_asks_whether_to_send_is_told_to_go_on(rig):
     answer = await talk(rig, head_of(5, "Expect: 100-continue"), upto=b"\r\n\r\n")
     assert answer == b"HTTP/1.1 100 Continue\r\n\r\n"
+
+
+@pytest.mark.parametrize(("path", "status"), [("/nowhere", 404), ("/livez", 200)])
+async def test_what_a_client_expects_is_ignored_if_nobody_knows_it(rig, caplog, path, status):
+    caplog.set_level("INFO")
+    lines = b"Expect: something\r\nExpect: 100-continue\r\nConnection: close\r\n"
+    head = b"GET %b HTTP/1.1\r\nHost: localhost\r\n%b\r\n" % (path.encode(), lines)
+    answer = await talk(rig, head, upto=b"}")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert b"x-request-id" in answer
+    logged = [record.status for record in caplog.records if record.message == "request"]
+    assert (b'"code":"' in answer, 404 in logged) == (status == 404, status == 404)
 
 
 async def test_a_body_that_does_not_come_is_not_waited_for_for_ever():
@@ -636,6 +672,30 @@ async def test_a_model_that_cannot_come_is_pinned_no_more_than_before(rig, was_p
     rig.service.load_error = PinnedMemoryError("m", 9, 4, ("p",))
     assert (await rig.post("/admin/models/m/pin", {}))[0] == 503
     assert rig.service.pinned is was_pinned
+
+
+async def test_a_pin_is_taken_back_though_who_asked_has_hung_up(rig):
+    gate = asyncio.Event()
+
+    async def load(_):
+        began.set()
+        await gate.wait()
+        raise PinnedMemoryError("m", 9, 4, ("p",))
+
+    async def unpin(_):
+        rig.service.pinned = False
+        taken_back.set()
+
+    began, taken_back = asyncio.Event(), asyncio.Event()
+    rig.service.load, rig.service.unpin = load, unpin
+    asked = asyncio.create_task(rig.post("/admin/models/m/pin", {}))
+    await began.wait()
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    while b'status="499"' not in generate_latest(rig.metrics.registry):
+        await asyncio.sleep(0)  # until the server has seen it
+    gate.set()
+    await taken_back.wait()
 
 
 async def test_admin_bodies_are_strict(rig):

@@ -5,7 +5,7 @@ import socket
 import pytest
 from aiohttp import web
 
-from sllm_node.server.connection import Connection, Watch
+from sllm_node.server.connection import Connection, Hold, Watch
 
 
 class FakeTransport(asyncio.Transport):
@@ -14,6 +14,7 @@ class FakeTransport(asyncio.Transport):
     def __init__(self):
         super().__init__()
         self.waiting = 0
+        self.is_read = True
         self.socket = None
         self.is_gone = False
         self.is_aborted = False
@@ -28,6 +29,15 @@ class FakeTransport(asyncio.Transport):
 
     def is_closing(self):
         return self.is_gone
+
+    def is_reading(self):
+        return self.is_read
+
+    def pause_reading(self):
+        self.is_read = False
+
+    def resume_reading(self):
+        self.is_read = True
 
     def close(self):
         self.closed.set()
@@ -148,3 +158,98 @@ async def test_only_a_client_that_left_makes_a_broken_answer_no_mistake_of_ours(
     await transport.closed.wait()
     connection.connection_lost(None)
     assert ("request failed" in caplog.messages) is not is_gone
+
+
+class Held:
+    """A client that is not read from."""
+
+    def __init__(self):
+        self.transport, self.timers = FakeTransport(), Timers()
+        self.transport.is_read = False
+        self.running = None
+        self.hold = Hold(self.transport, 1.0, lambda: self.running, self.timers.call_later)
+
+
+@pytest.fixture
+async def held():
+    return Held()
+
+
+async def test_a_client_that_is_not_read_from_while_one_request_runs_is_dropped(held):
+    held.running = "a"
+    held.hold.begin()
+    held.hold.begin()
+    held.timers.fire()
+    assert held.transport.is_aborted
+    assert held.timers.set == []
+
+
+async def test_a_client_whose_requests_end_is_not_dropped_for_sending_many(held):
+    held.hold.begin()
+    for held.running in (None, "a", "b", None, None):
+        held.timers.fire()
+    assert not held.transport.is_aborted
+    held.running, held.transport.is_read = "c", True
+    held.timers.fire()
+    assert (held.timers.set, held.transport.is_aborted) == ([], False)
+
+
+async def test_a_client_that_is_read_from_is_not_looked_at(held):
+    held.transport.is_read = True
+    held.hold.begin()
+    assert held.timers.set == []
+
+
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+PART = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 4000000\r\n\r\n" + bytes(3_999_999)
+
+
+@pytest.mark.parametrize("behind", [GET * 32, GET * 100, PART])
+@pytest.mark.parametrize("at_once", [True, False])
+async def test_who_sends_more_than_is_read_behind_a_running_request_is_dropped(behind, at_once):
+    began, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def answer(_):
+        began.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            cancelled.set()
+
+    transport, loop = FakeTransport(), asyncio.get_running_loop()
+    server = web.Server(answer, handler_cancellation=True)
+    connection = Connection(server, loop=loop, write_timeout_s=60.0, hold_s=0.001)
+    connection.connection_made(transport)
+    connection.data_received(GET + behind if at_once else GET)
+    await began.wait()
+    if not at_once:
+        connection.data_received(behind)
+    if not transport.is_reading():  # an older aiohttp has no limit of requests
+        await transport.aborted.wait()
+    connection.connection_lost(None)
+    await cancelled.wait()
+    assert transport.is_aborted is not transport.is_reading()
+
+
+async def test_a_body_that_is_read_slowly_is_waited_for():
+    read = asyncio.Event()
+
+    async def answer(request):
+        await read.wait()
+        await request.read()
+        return web.Response(text="x")
+
+    transport, loop = FakeTransport(), asyncio.get_running_loop()
+    connection = Connection(web.Server(answer), loop=loop, write_timeout_s=60.0)
+    connection.connection_made(transport)
+    connection.data_received(PART)
+    while (request := connection._current_request) is None:
+        await asyncio.sleep(0)
+    assert not transport.is_reading()
+    assert connection._running() is None
+    read.set()
+    while not transport.is_reading():
+        await asyncio.sleep(0)
+    connection.data_received(b"x")
+    assert connection._running() in (request, None)
+    connection.connection_lost(None)

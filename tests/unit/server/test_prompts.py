@@ -1,10 +1,11 @@
+import json
 import threading
 
 import pytest
 
 from sllm_node.core.errors import PromptTooLongError
 from sllm_node.server.openai import CompletionRequest, Message, parse_chat
-from sllm_node.server.prompts import LARGE_BODY, Prompts
+from sllm_node.server.prompts import LARGE_BODY, LONG_CHARACTERS, MESSAGE_CHARACTERS, Prompts
 from tests.unit.server.fake_service import FakeCodec
 
 
@@ -53,3 +54,14 @@ async def test_the_messages_of_a_conversation_are_read_where_its_text_becomes_to
     assert await prompts.of(request, codec, limit=100) == [tuple(map(ord, "user:Hi;"))]
     assert threads == codec.threads
     assert threading.current_thread() not in threads
+
+
+@pytest.mark.parametrize(("missing", "is_long"), [(0, True), (1, False)])
+async def test_very_many_messages_are_long_however_short_they_are(prompts, missing, is_long):
+    message = {"role": "user", "content": ""}
+    count = LONG_CHARACTERS // MESSAGE_CHARACTERS - missing
+    request = parse_chat(json.dumps({"model": "m", "messages": [message] * count}).encode())
+    codec = FakeCodec()
+    await prompts.of(request, codec, limit=1 << 30)
+    (thread,) = codec.threads
+    assert ("long" in thread.name) is is_long
