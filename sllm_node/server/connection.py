@@ -42,8 +42,8 @@ HOLD_S: Final = 1.0
 """For so long a client may be unread behind one request."""
 
 
-class Watch:
-    """Drops a client that takes no bytes for `limit_s`."""
+class _Lookout:
+    """Looks at a client's connection every `limit_s`, from when it may have to be dropped until not."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class Watch:
         self._timer: asyncio.TimerHandle | None = None
 
     def begin(self) -> None:
-        """Watch until no bytes wait here any more."""
+        """Look until there is nothing to look for."""
         if self._timer is None:
             self._wait()
 
@@ -66,6 +66,15 @@ class Watch:
         if self._timer is not None:
             self._timer.cancel()
 
+    def _wait(self) -> None:
+        """Set the timer if there is something to look for."""
+        raise NotImplementedError
+
+
+class Watch(_Lookout):
+    """Drops a client that takes no bytes for `limit_s`."""
+
+    @override
     def _wait(self) -> None:
         is_waiting = self._transport.get_write_buffer_size() > 0
         timer = self._call_later(self._limit_s, self._look, self._left()) if is_waiting else None
@@ -87,7 +96,7 @@ class Watch:
         return self._transport.get_write_buffer_size() + _unacknowledged(self._transport)
 
 
-class Hold:
+class Hold(_Lookout):
     """Drops a client that is not read from while one request runs, as it would not be seen to leave."""
 
     def __init__(
@@ -98,22 +107,10 @@ class Hold:
         call_later: Callable[..., asyncio.TimerHandle],
     ) -> None:
         """`running` returns the request that runs and has come in whole, or None."""
-        self._transport = transport
-        self._limit_s = limit_s
+        super().__init__(transport, limit_s, call_later)
         self._running = running
-        self._call_later = call_later
-        self._timer: asyncio.TimerHandle | None = None
 
-    def begin(self) -> None:
-        """Look until the client is read from."""
-        if self._timer is None:
-            self._wait()
-
-    def end(self) -> None:
-        """Look no more: the connection is gone."""
-        if self._timer is not None:
-            self._timer.cancel()
-
+    @override
     def _wait(self) -> None:
         is_held = not (self._transport.is_reading() or self._transport.is_closing())
         timer = self._call_later(self._limit_s, self._look, self._running()) if is_held else None
