@@ -66,6 +66,22 @@ def identity_of(status: os.stat_result) -> ShardIdentity:
     return ShardIdentity(status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size)
 
 
+def changed_shard(checkpoint: Checkpoint) -> str | None:
+    """Return a shard that is gone or another one by now; None: the folder still holds this checkpoint.
+
+    One is replaced whole, so a file that was opened by name before this was its own. Costs a stat call
+    for each shard, in any thread: to read the index of a large model again takes its time.
+    """
+    for shard, identity in zip(checkpoint.index.shards, checkpoint.identities, strict=True):
+        try:
+            found = identity_of((checkpoint.path / shard.name).stat())
+        except OSError:
+            return shard.name
+        if found != identity:
+            return shard.name
+    return None
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read the index of the checkpoint in folder `path` and check that its shards are there.
 
@@ -265,11 +281,9 @@ def _index_identity(path: Path) -> ShardIdentity:
 
 
 def _is_unchanged(opened: _Opened) -> bool:
-    checkpoint = opened.checkpoint
-    names = (INDEX_FILE, *(shard.name for shard in checkpoint.index.shards))
-    wanted = (opened.index_identity, *checkpoint.identities)
+    path = opened.checkpoint.path / INDEX_FILE
     try:
-        found = tuple(identity_of((checkpoint.path / name).stat()) for name in names)
+        is_same = identity_of(path.stat()) == opened.index_identity
     except OSError:
         return False
-    return found == wanted
+    return is_same and changed_shard(opened.checkpoint) is None

@@ -7,7 +7,7 @@ path that somebody makes up ever reaches the file system. What is at a remote is
 from pathlib import Path
 
 from sllm_node.checkpoint.cards import TEXT_FILES
-from sllm_node.checkpoint.catalog import Catalog, Checkpoint, identity_of
+from sllm_node.checkpoint.catalog import Catalog, Checkpoint
 from sllm_node.checkpoint.digest import chunk_digest
 from sllm_node.checkpoint.index import INDEX_FILE, TensorIndex, to_json
 from sllm_node.core.errors import SllmError
@@ -45,18 +45,6 @@ class Given:
 def index_digest(index: TensorIndex) -> str:
     """Return the digest that tells versions of a checkpoint apart."""
     return f"{chunk_digest(to_json(index)):016x}"
-
-
-def is_in_place(checkpoint: Checkpoint) -> bool:
-    """Tell whether the folder still holds this checkpoint; in any thread, as it looks at the disk only.
-
-    One is replaced whole, so a file that was opened by name before this was its own.
-    """
-    shards = zip(checkpoint.index.shards[:1], checkpoint.identities[:1], strict=True)
-    try:
-        return all(identity_of((checkpoint.path / s.name).stat()) == told for s, told in shards)
-    except OSError:
-        return False
 
 
 def file_of(checkpoint: Checkpoint, name: str) -> Path | None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final
 
 from sllm_node.checkpoint.cards import TEXT_FILES
-from sllm_node.checkpoint.catalog import Checkpoint
-from sllm_node.checkpoint.given import Given, file_of, is_in_place
+from sllm_node.checkpoint.catalog import Checkpoint, changed_shard
+from sllm_node.checkpoint.given import Given, file_of
 from sllm_node.checkpoint.index import INDEX_FILE
 from sllm_node.cluster.file_messages import (
     FILE,
@@ -160,9 +160,7 @@ class _Sending:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # it went in this moment
             return "absent"
-        if ask.digest and not is_in_place(
-            self._checkpoint
-        ):  # another since its digest was compared
+        if ask.digest and changed_shard(self._checkpoint) is not None:  # since it was compared
             return "other"
         total = os.fstat(self._file).st_size
         if ask.first >= total:

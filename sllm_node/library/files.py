@@ -12,7 +12,7 @@ from sllm_node.checkpoint.belongings import in_the_way
 from sllm_node.checkpoint.catalog import (
     Catalog,
     Checkpoint,
-    identity_of,
+    changed_shard,
     may_go,
     open_checkpoint,
 )
@@ -120,14 +120,8 @@ def unchanged(checkpoint: Checkpoint) -> Iterator[None]:
 
 
 def _check_same(checkpoint: Checkpoint) -> None:
-    """Costs a stat call for each shard: to read the index of a large model again takes its time."""
-    for shard, identity in zip(checkpoint.index.shards, checkpoint.identities, strict=True):
-        try:
-            found = identity_of((checkpoint.path / shard.name).stat())
-        except OSError:
-            found = None
-        if found != identity:
-            raise CheckpointChangedError(checkpoint.model, shard.name, "was replaced")
+    if shard := changed_shard(checkpoint):
+        raise CheckpointChangedError(checkpoint.model, shard, "was replaced")
 
 
 def pool_size(size: int | str | None) -> int | None:
