@@ -107,15 +107,22 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def _number(value: float) -> str:
+    """Return four digits of a figure, or all of a large one: nobody reads 2.25e+04."""
+    return f"{value:,.0f}" if value >= 1e4 else f"{value:.4g}"
+
+
 def _measured(figure: dict[str, Any] | None) -> str:
     if figure is None:
         return "not measured yet | | | | | |"
     samples = figure["samples"]
-    spread = f"{min(samples):.4g} to {max(samples):.4g} (n = {len(samples)})" if samples else ""
-    ceiling = "" if figure["ceiling"] is None else f"{figure['ceiling']:.4g}"
+    spread = ""
+    if samples:
+        spread = f"{_number(min(samples))} to {_number(max(samples))} (n = {len(samples)})"
+    ceiling = "" if figure["ceiling"] is None else _number(figure["ceiling"])
     note = f" ({figure['note']})" if figure["note"] else ""
     cells = (
-        f"**{figure['value']:.4g} {figure['unit']}**{note}", spread, ceiling, figure["machine"],
+        f"**{_number(figure['value'])} {figure['unit']}**{note}", spread, ceiling, figure["machine"],
         f"`{figure['command']}`", figure["commit"], figure["date"],
     )  # fmt: skip
     return " | ".join(cells)
